@@ -1,0 +1,1 @@
+"""One self-contained YAML per checkpoint, installed as ``hf_longctx.configs``."""

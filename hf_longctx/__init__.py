@@ -1,0 +1,28 @@
+"""Head-classified KV caches and sparse prefill for Hugging Face Transformers. Importing it changes nothing global."""
+
+from .cache import LongCtxCache
+from .config import LongCtxConfig
+from .errors import CacheError, ConfigError, LongCtxError, UnsupportedModelError, UnsupportedModeError
+from .loading import AutoModelForCausalLM, install, uninstall
+from .patch import observe, patch_model, patched, unpatch_model
+from .report import report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoModelForCausalLM",
+    "CacheError",
+    "ConfigError",
+    "LongCtxCache",
+    "LongCtxConfig",
+    "LongCtxError",
+    "UnsupportedModeError",
+    "UnsupportedModelError",
+    "install",
+    "observe",
+    "patch_model",
+    "patched",
+    "report",
+    "uninstall",
+    "unpatch_model",
+]

@@ -1,0 +1,237 @@
+"""The registered attention function and mask function: role by role, each head reads what its store kept.
+
+Transformers calls ``attend`` in every attention layer with rotated q ``[B, H, T, D]`` and what the cache's ``update``
+returned: a ``LayerKV`` of ours, or plain k, v ``[B, H_kv, S, D]`` of another cache or of none. Both give the same
+answer, by the same visibility rule; plain tensors only save no memory.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+
+from .cache import LayerKV
+from .errors import UnsupportedModeError
+from .kernels import dispatch
+from .kernels.layout import HeadKV, RoleHeads, Segment
+from .layer_plan import LayerPlan
+from .rows import Rows
+from .stores.base import StoreSpec
+
+NAME = "longctx"
+ROWS = "longctx_rows"  # keyword argument by which the base model's pre-hook hands Rows to every layer
+
+
+def register() -> None:
+    """Make the two functions known to Transformers under the name ``longctx``; patching and unpickling call this."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, longctx_mask)
+
+
+def longctx_mask(*args, allow_is_causal_skip: bool = True, **kwargs) -> None:
+    """Mask function: padding reaches the layers as ``Rows``, so no mask is made.
+
+    Raises:
+        UnsupportedModeError: the call wants more than causal attention over padded rows.
+    """
+    if not allow_is_causal_skip:
+        raise UnsupportedModeError(
+            "this call needs a mask that is not plainly causal (packed sequences, or a mask function added to the causal "
+            "one). A patched model supports causal attention over left- or right-padded rows: unpack the sequences, or "
+            "run it dense with model.set_attn_implementation('sdpa')."
+        )
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | LayerKV,
+    value: Tensor | LayerKV,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention of one layer: ``[B, T, H, D]`` contiguous, and no weights.
+
+    Raises:
+        UnsupportedModeError: the module was not patched, a 4D mask or dropout was given.
+    """
+    plan: LayerPlan | None = getattr(module, "longctx_plan", None)
+    rows: Rows | None = key.rows if isinstance(key, LayerKV) else kwargs.get(ROWS)
+    if plan is None or rows is None:
+        raise UnsupportedModeError(
+            f"{type(module).__name__} reached the '{NAME}' attention outside of a patched model's forward. Call "
+            "patch_model(model), and call the model or its base model, not an attention module alone."
+        )
+    if attention_mask is not None or dropout:
+        asked = "dropout" if dropout else f"a mask of shape {tuple(attention_mask.shape)}"
+        raise UnsupportedModeError(
+            f"patched attention was given {asked}: it supports 2D padding masks and attention_dropout=0. Set "
+            "config.attention_dropout to 0, or run dense with model.set_attn_implementation('sdpa')."
+        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    call = LayerCall(module, plan, rows, scale)
+    if isinstance(key, LayerKV):
+        out = call.kept(query, key.heads)
+        if rows.past and torch.is_grad_enabled() and out.requires_grad:
+            out = _NoBackward.apply(out)
+    else:
+        out = call.observed(query, key, value) if rows.observer else None
+        out = call.plain(query, key, value) if out is None else out
+    return out.transpose(1, 2).contiguous(), None
+
+
+class LayerCall:
+    """One layer's attention in one forward."""
+
+    def __init__(self, module: nn.Module, plan: LayerPlan, rows: Rows, scale: float):
+        self.module, self.plan, self.rows, self.scale = module, plan, rows, scale
+
+    def kernel(self, query: Tensor):
+        """The kernel for this call; `stock` is Transformers' own SDPA call, where it can be made, and `auto` elsewhere."""
+        word = "auto" if self.plan.kernel == "stock" else self.plan.kernel
+        needs_grad = torch.is_grad_enabled() and query.requires_grad
+        kernel = dispatch.pick(
+            word, device=query.device, dtype=query.dtype, head_dim=query.shape[-1], needs_grad=needs_grad
+        )
+        self.rows.used.add(kernel.NAME)
+        return kernel
+
+    def kept(self, query: Tensor, parts: list[HeadKV]) -> Tensor:
+        """Attention ``[B, H, T, D]`` over what a LongCtxCache kept."""
+        group = query.shape[1] // parts[0].heads.total
+        outs = []
+        for part in parts:
+            q = part.heads.take(query, group)
+            if self._stock(part):
+                outs.append(self._sdpa(q, *part.segments[0].kept()))
+            elif self.rows.new == 1:
+                outs.append(self.kernel(q).decode(q, part.segments, self.scale))
+            else:
+                outs.append(self._rowwise(q, part))
+        return join([part.heads for part in parts], outs, group)
+
+    def plain(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same attention over the keys and values ``[B, H_kv, S, D]`` of all tokens."""
+        parts = [self._all_tokens(heads, self.plan.stores[heads.role], key, value) for heads in self.plan.heads]
+        group = query.shape[1] // key.shape[1]
+        outs = []
+        for part in parts:
+            q = part.heads.take(query, group)
+            stock = self._stock(part)
+            outs.append(self._sdpa(q, *part.segments[0].kept()) if stock else self._rowwise(q, part))
+        return join([part.heads for part in parts], outs, group)
+
+    def observed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """Show this layer to the observer; its answer replaces the layer's output."""
+        total = key.shape[1]
+
+        def compute(role: str) -> Tensor:
+            heads = RoleHeads(role, tuple(range(total)), total)
+            return self._rowwise(query, self._all_tokens(heads, self.plan.stores[role], key, value))
+
+        return self.rows.observer(self.plan.layer_idx, query, key, value, self.scale, self.rows, compute)
+
+    def _all_tokens(self, heads: RoleHeads, store: StoreSpec, key: Tensor, value: Tensor) -> HeadKV:
+        """Another cache's keys; Transformers' own sliding layers give the last ones only, all others every token."""
+        first = self.rows.total - key.shape[2]
+        if first and not (self.plan.sliding and first > 0):
+            raise UnsupportedModeError(
+                f"layer {self.plan.layer_idx} was given {key.shape[2]} keys for {self.rows.total} tokens. A patched model "
+                "takes LongCtxCache, DynamicCache, or no cache."
+            )
+        return HeadKV(heads, [Segment(heads.take(key), heads.take(value), key.shape[2])], store, first=first)
+
+    def _stock(self, part: HeadKV) -> bool:
+        plain = len(part.segments) == 1 and part.segments[0].bias is None and part.store.span() is None
+        return self.plan.kernel == "stock" and plain and not self.rows.padded
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Transformers' own call, in pieces of 512 queries where a cached prefix needs a mask."""
+        total, new = k.shape[2], q.shape[2]
+        self.rows.used.add("stock")
+        module = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], is_causal=True)
+        if new in (1, total):
+            return sdpa_attention_forward(module, q, k, v, None, scaling=self.scale)[0].transpose(1, 2)
+        slots, outs = torch.arange(total, device=q.device), []
+        for piece in range(0, new, 512):
+            queries = slots[total - new + piece : min(total, total - new + piece + 512)]
+            mask = (slots <= queries[:, None])[None, None]
+            part = q[:, :, piece : piece + 512]
+            outs.append(sdpa_attention_forward(module, part, k, v, mask, scaling=self.scale)[0])
+        return torch.cat(outs, 1).transpose(1, 2)
+
+    def _rowwise(self, q: Tensor, part: HeadKV) -> Tensor:
+        """Rows of one start at a time, each as if it were alone; the outputs of pads are zeros."""
+        outs = []
+        for group, start in self.rows.groups():
+            pads = min(max(0, start - self.rows.past), self.rows.new)
+            alone = q[group, :, pads:]
+            out = self._one_start(alone, part, group, start) if alone.shape[2] else torch.zeros_like(alone)
+            outs.append(nn.functional.pad(out, (0, 0, pads, 0)) if pads else out)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _one_start(self, q: Tensor, part: HeadKV, group: slice, start: int) -> Tensor:
+        span, kernel = part.store.span(), self.kernel(q)
+        if span is None:
+            return kernel.dense_prefill_segments(q, skip(part.segments, group, start), self.scale)
+        sink, recent = span
+        sinks, band = part.sinks, part.segments[0]
+        if sinks is None:
+            sink_k, sink_v = (t[group, :, start : start + sink] for t in (band.k, band.v))
+        else:
+            count = min(sinks.length, self.rows.total - start)
+            sink_k, sink_v = sinks.k[group, :, :count], sinks.v[group, :, :count]
+        skipped = max(0, start + sink - part.first)
+        k, v = (t[group, :, skipped : band.length] for t in (band.k, band.v))
+        first = self.rows.total - start - k.shape[2]
+        return kernel.streaming_prefill(q, sink_k, sink_v, k, v, recent=recent, first=first, scale=self.scale)
+
+
+def skip(segments: list[Segment], group: slice, start: int) -> list[Segment]:
+    """The rows ``group`` of the segments, without their first ``start`` slots."""
+    left = []
+    for segment in segments:
+        cut = min(start, segment.length)
+        start -= cut
+        if cut < segment.length:
+            bias = segment.bias
+            if bias is not None:
+                bias = (bias if bias.shape[0] == 1 else bias[group])[..., cut:]
+            k, v = segment.k[group, :, cut : segment.length], segment.v[group, :, cut : segment.length]
+            left.append(Segment(k, v, segment.length - cut, bias))
+    return left
+
+
+def join(heads: list[RoleHeads], outs: list[Tensor], group: int) -> Tensor:
+    """The outputs of the roles ``[B, n * group, T, D]`` put back into the order of the layer's heads."""
+    if len(outs) == 1:
+        return outs[0]
+    pieces = []
+    for part, out in zip(heads, outs, strict=True):
+        done = 0
+        for a, b in part.runs:
+            pieces.append((a, out[:, done * group : (done + b - a) * group]))
+            done += b - a
+    return torch.cat([piece for _, piece in sorted(pieces, key=lambda piece: piece[0])], 1)
+
+
+class _NoBackward(torch.autograd.Function):
+    """Identity whose backward refuses: what a cache kept carries no gradient, and a part of one would be wrong."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise UnsupportedModeError(
+            "gradients do not flow through the tokens a LongCtxCache kept. For training call the model with the whole "
+            "sequence and use_cache=False, or pass past_key_values=DynamicCache()."
+        )

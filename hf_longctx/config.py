@@ -1,0 +1,131 @@
+"""A config: YAML or plain data -> frozen dataclasses, everything checked when it is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config_files import merge, read_file, read_shipped
+from .config_sections import (
+    DecodeSection,
+    HeadsSection,
+    ModelSection,
+    PrefillSection,
+    StoresSection,
+    check_rows,
+    model_facts,
+)
+from .errors import ConfigError
+from .registry import check_mapping, check_word, dump, make, words
+
+NOT_KERNELS = {"layout", "dispatch"}
+
+
+@dataclass(frozen=True)
+class LongCtxConfig:
+    """One checkpoint's config. ``docs/configuration.md`` has every key; the sections have their meaning."""
+
+    model: ModelSection
+    heads: HeadsSection
+    stores: StoresSection = field(default_factory=StoresSection)
+    prefill: PrefillSection = field(default_factory=PrefillSection)
+    decode: DecodeSection = field(default_factory=DecodeSection)
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        layers, model = self.model.num_hidden_layers, self.model
+        check_word(self.kernel, kernel_words(), "kernel")
+        self.heads.check_shape(layers, model.num_key_value_heads)
+        for name, table in self.prefill.tables.items():
+            where = f"prefill.tables.{name}.map"
+            check_rows(table.map, layers, model.num_attention_heads, where, "query heads")
+        self.roles()
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike) -> LongCtxConfig:
+        """The config of a file, which may take its defaults from a shipped one (``extends: NAME``).
+
+        Raises:
+            ConfigError: the message starts with the path of the file.
+        """
+        given = read_file(path)
+        try:
+            return cls.from_dict(given)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LongCtxConfig:
+        """The config of plain data, which may come from a file somebody else made.
+
+        Raises:
+            ConfigError: with the full path of the field, what was given and what fits.
+        """
+        if "extends" in check_mapping(data, "config"):
+            raise ConfigError("extends: works in config files only; load_shipped(NAME).override(...) does the same.")
+        return make(cls, data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that JSON can hold; ``from_dict`` gives an equal config back."""
+        return dump(self)
+
+    def to_yaml(self, path: str | os.PathLike) -> None:
+        """Write a file that ``from_yaml`` reads back, complete in itself."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+        Path(path).write_text(text, "utf-8")
+
+    def override(self, **sections: Any) -> LongCtxConfig:
+        """A config with these sections laid over this one's; see ``config_files.merge`` for what replaces what."""
+        return type(self).from_dict(merge(self.to_dict(), sections))
+
+    def roles(self) -> tuple[str, ...]:
+        """One text per layer, a letter R (retrieval) or S (streaming) per KV head, of the whole model."""
+        return self._roles
+
+    @cached_property
+    def _roles(self) -> tuple[str, ...]:
+        return self.heads.roles_for(self.stores.streaming.kept(self.heads.kv_budget_tokens))
+
+    def check_model(self, hf_config: Any) -> None:
+        """Raise ConfigError unless the config was made for a model with this Transformers config."""
+        wrongs = self.model.mismatches(hf_config)
+        if wrongs:
+            raise ConfigError(
+                f"model: this config was made for another model; it says {'; '.join(wrongs)}. "
+                "Take the config of this model, or make one (hf-longctx identify)."
+            )
+
+    @classmethod
+    def describe(cls, hf_config: Any) -> dict[str, Any]:
+        """The ``model`` section, with the whole fingerprint, of a model with this Transformers config; without ids.
+
+        Raises:
+            ConfigError: the Transformers config lacks a head dimension.
+        """
+        facts = model_facts(hf_config)
+        make(ModelSection, facts, "model")
+        return facts
+
+
+def kernel_words() -> tuple[str, ...]:
+    """What ``kernel`` may be: auto, stock, or a kernel that is there."""
+    return ("auto", "stock", *(name for name in words("kernels") if name not in NOT_KERNELS))
+
+
+def load_shipped(name: str) -> LongCtxConfig:
+    """The shipped config of that name.
+
+    Raises:
+        ConfigError: there is none; the message lists them.
+    """
+    given = read_shipped(name)
+    try:
+        return LongCtxConfig.from_dict(given)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None

@@ -1,0 +1,244 @@
+"""The sections of a config as frozen dataclasses. Their fields are the YAML keys, their defaults live here only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from . import head_map
+from .errors import ConfigError
+from .registry import check_word, word, wrong
+
+DEFAULT_FRACTION = 0.5  # of scores with neither retrieval_fraction nor kv_budget
+MOST = 2**31 - 1
+COUNT = {"min": 1, "max": MOST}
+TOKENS = {"min": 1, "max": 2**40, "unit": "tokens"}
+SHARE = {"min": 0.0, "max": 1.0}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Numbers that tell checkpoints with the same head dimensions apart; what is None is not checked."""
+
+    hidden_size: int | None = field(default=None, metadata=COUNT)
+    intermediate_size: int | None = field(default=None, metadata=COUNT)
+    vocab_size: int | None = field(default=None, metadata=COUNT)
+    rope_theta: float | None = field(default=None, metadata={"above": 0.0})
+    rope_type: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """What a config fits.
+
+    Attributes:
+        ids: names of the checkpoints, as on the hub.
+    """
+
+    model_type: str
+    num_hidden_layers: int = field(metadata=COUNT)
+    num_attention_heads: int = field(metadata=COUNT)
+    num_key_value_heads: int = field(metadata=COUNT)
+    head_dim: int = field(metadata=COUNT)
+    ids: tuple[str, ...] = ()
+    fingerprint: Fingerprint = Fingerprint()
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise wrong("num_key_value_heads", self.num_key_value_heads, f"a divisor of {self.num_attention_heads}")
+
+    def mismatches(self, hf_config: Any) -> list[str]:
+        """What disagrees with a Transformers config, one text per key; empty if it fits."""
+        theirs = model_facts(hf_config)
+        pairs = [(f.name, getattr(self, f.name), theirs[f.name]) for f in fields(self) if f.name in theirs]
+        pairs = [pair for pair in pairs if pair[0] != "fingerprint"]
+        for f in fields(self.fingerprint):
+            mine = getattr(self.fingerprint, f.name)
+            if mine is not None:
+                pairs.append((f"fingerprint.{f.name}", mine, theirs["fingerprint"].get(f.name)))
+        return [f"{name} {mine!r} (model: {other!r})" for name, mine, other in pairs if mine != other]
+
+
+def model_facts(hf_config: Any) -> dict[str, Any]:
+    """The ``model`` section of a Transformers config as plain data. What is absent there is None, or no fingerprint."""
+    heads, hidden = getattr(hf_config, "num_attention_heads", None), getattr(hf_config, "hidden_size", None)
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    scaling = getattr(hf_config, "rope_scaling", None) or {}
+    theta = rope.get("rope_theta", getattr(hf_config, "rope_theta", None))
+    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    finger = {key: getattr(hf_config, key, None) for key in ("hidden_size", "intermediate_size", "vocab_size")}
+    finger |= {"rope_theta": None if theta is None else float(theta), "rope_type": None if theta is None else kind}
+    head_dim = getattr(hf_config, "head_dim", None)
+    return {
+        "model_type": getattr(hf_config, "model_type", None),
+        "num_hidden_layers": getattr(hf_config, "num_hidden_layers", None),
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(hf_config, "num_key_value_heads", None) or heads,
+        "head_dim": head_dim if head_dim is not None or not heads or not hidden else hidden // heads,
+        "fingerprint": {key: value for key, value in finger.items() if value is not None},
+    }
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another head map for the same model, by another method."""
+
+    source: dict = field(default_factory=dict)
+    scores: tuple[tuple[float, ...], ...] | None = None
+    roles: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.scores is None) == (self.roles is None):
+            given = "neither" if self.scores is None else "both"
+            raise ConfigError(f"scores: got {given} of scores and roles, expected exactly one of the two.")
+
+
+@dataclass(frozen=True)
+class HeadsSection(Alternative):
+    """Which KV heads need the whole context.
+
+    Attributes:
+        source: where the numbers come from; free of meaning for the run, as is ``measured``.
+        scores: ``[layers][KV heads]``, higher = more retrieval.
+        roles: one text per layer, a letter R or S per KV head.
+        retrieval_fraction: share of all KV heads; 0.5 where neither it nor ``kv_budget`` is given with scores.
+        kv_budget: share of a dense cache's bytes at ``kv_budget_tokens`` tokens.
+        dense_layers: layers whose heads are all retrieval.
+        balance: each of that many slices of a layer's KV heads gets equally many retrieval heads.
+        use: the alternative that stands in for scores, roles and source.
+        confidence: ``none`` means that equal scores say nothing, so no cut may fall among them.
+    """
+
+    retrieval_fraction: float | None = field(default=None, metadata=SHARE)
+    kv_budget: float | None = field(default=None, metadata={"above": 0.0, "max": 1.0})
+    kv_budget_tokens: int = field(default=32768, metadata=TOKENS)
+    dense_layers: tuple[int, ...] = field(default=(), metadata={"min": 0, "max": MOST, "unit": "layer index"})
+    balance: int = field(default=1, metadata=COUNT)
+    granularity: str = field(default="kv_head", metadata={"choices": ("kv_head", "layer")})
+    alternatives: dict[str, Alternative] = field(default_factory=dict)
+    use: str | None = None
+    confidence: str = field(default="none", metadata={"choices": ("measured", "low", "none")})
+    measured: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use is not None:
+            check_word(self.use, self.alternatives, "use")
+        if len(set(self.dense_layers)) < len(self.dense_layers):
+            raise wrong("dense_layers", self.dense_layers, "every layer once")
+        if self.retrieval_fraction is not None and self.kv_budget is not None:
+            raise wrong("kv_budget", self.kv_budget, "either it or retrieval_fraction, not both")
+        shares = ("retrieval_fraction", "kv_budget")
+        given = [name for name in shares if getattr(self, name) is not None]
+        if self.active.scores is None and given:
+            raise wrong(given[0], getattr(self, given[0]), "none of it over roles: it can only choose among scores")
+        if self.active.scores is not None and not given:
+            object.__setattr__(self, "retrieval_fraction", DEFAULT_FRACTION)
+
+    @property
+    def active(self) -> Alternative:
+        """Where scores or roles and their source are read: the alternative in use, or this section."""
+        return self if self.use is None else self.alternatives[self.use]
+
+    def roles_for(self, streaming_tokens: int) -> tuple[str, ...]:
+        """Roles per layer, where a streaming head keeps at most ``streaming_tokens`` at ``kv_budget_tokens``."""
+        form = {"dense_layers": self.dense_layers, "balance": self.balance, "granularity": self.granularity}
+        if self.active.roles is not None:
+            return head_map.given(self.active.roles, **form)
+        return head_map.assign(
+            self.active.scores,
+            fraction=self.retrieval_fraction,
+            kv_budget=self.kv_budget,
+            kv_budget_tokens=self.kv_budget_tokens,
+            streaming_tokens=streaming_tokens,
+            confidence=self.confidence,
+            **form,
+        )
+
+    def check_shape(self, layers: int, width: int) -> None:
+        """Raise ConfigError unless every map, used or not, is ``[layers][width]`` (letters R and S in roles)."""
+        maps = {"heads": self} | {f"heads.alternatives.{name}": one for name, one in self.alternatives.items()}
+        for path, one in maps.items():
+            name, unit = ("scores", "KV heads") if one.roles is None else ("roles", "letters R or S, one per KV head")
+            rows = getattr(one, name)
+            check_rows(rows, layers, width, f"{path}.{name}", unit)
+            for i, row in enumerate(rows):
+                if one.roles is not None and set(row) - {"R", "S"}:
+                    raise wrong(f"{path}.roles[{i}]", row, "only the letters R (retrieval) and S (streaming)")
+
+
+@dataclass(frozen=True)
+class StoresSection:
+    """What the heads of each role keep."""
+
+    retrieval: Any = word("stores", "store", "retrieval", "full")
+    streaming: Any = word("stores", "store", "streaming", "sink_recent")
+
+
+@dataclass(frozen=True)
+class TableUse:
+    """Reads the pattern of every query head from a named table."""
+
+    table: str
+
+
+@dataclass(frozen=True)
+class PrefillTable:
+    """A pattern per query head.
+
+    Attributes:
+        map: ``[layers][query heads]``, indices into ``budgets``; entries under streaming KV heads are ignored.
+    """
+
+    budgets: tuple[Any, ...] = word("prefill", "pattern", "retrieval")
+    map: tuple[tuple[int, ...], ...] = field(metadata={"min": 0, "max": MOST})
+    source: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for i, row in enumerate(self.map):
+            for j, index in enumerate(row):
+                if index >= len(self.budgets):
+                    raise wrong(f"map[{i}][{j}]", index, f"an index into the {len(self.budgets)} budgets")
+
+
+@dataclass(frozen=True)
+class PrefillSection:
+    """Which keys a query block reads.
+
+    Attributes:
+        min_tokens: shorter rows are read densely by retrieval heads.
+        retrieval: a pattern, or a ``TableUse``.
+        share_groups: one list per KV group, the union of its query heads' lists.
+    """
+
+    min_tokens: int = field(default=4096, metadata={**TOKENS, "min": 0})
+    retrieval: Any = word("prefill", "pattern", "retrieval", "dense", instead=TableUse)
+    tables: dict[str, PrefillTable] = field(default_factory=dict)
+    share_groups: bool = False
+    streaming: Any = word("prefill", "pattern", "streaming", "sink_recent")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.retrieval, TableUse):
+            check_word(self.retrieval.table, self.tables, "retrieval.table")
+
+    @property
+    def table(self) -> PrefillTable | None:
+        """The table in use, if any."""
+        return self.tables[self.retrieval.table] if isinstance(self.retrieval, TableUse) else None
+
+
+@dataclass(frozen=True)
+class DecodeSection:
+    """Which kept keys a decoded token reads."""
+
+    retrieval: Any = word("decode", "select", "retrieval", "dense")
+
+
+def check_rows(rows: tuple, layers: int, width: int, where: str, unit: str) -> None:
+    """Raise ConfigError unless ``rows`` is ``[layers][width]``."""
+    if len(rows) != layers:
+        raise ConfigError(f"{where}: got {len(rows)} rows, expected {layers}, one per layer.")
+    for i, row in enumerate(rows):
+        if len(row) != width:
+            raise ConfigError(f"{where}[{i}]: got {len(row)} entries, expected {width} {unit}.")

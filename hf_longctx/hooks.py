@@ -1,0 +1,156 @@
+"""The two seams of a patched model: what it does before every forward, and which cache ``generate`` makes.
+
+Both are small picklable objects. Every refusal happens here, before the first layer writes into a cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from .attention import NAME, ROWS, register
+from .cache import LongCtxCache
+from .errors import UnsupportedModeError
+from .patch_state import PatchState
+from .rows import Rows, read_mask
+
+logger = logging.getLogger(__name__)
+
+# base model id -> observer; a context variable, so that threads that share a model do not see each other's.
+observers: ContextVar[dict[int, Any]] = ContextVar("hf_longctx_observers", default={})
+
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+class BeforeForward:
+    """Forward pre-hook of the base model: checks the call, makes the cache, hands ``Rows`` to the layers."""
+
+    def __init__(self, state: PatchState):
+        self.state = state
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        register()
+
+    def __call__(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        config = base.config
+        bound = inspect.signature(type(base).forward).bind_partial(base, *args, **kwargs)
+        given = {name: value for name, value in bound.arguments.items() if name != "self"}
+        given.update(given.pop("kwargs", {}))
+        cache = given.get("past_key_values")
+        if config._attn_implementation != NAME:
+            self._refuse_dense(cache, config._attn_implementation)
+            return None
+        inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if not isinstance(inputs, Tensor):
+            return None  # the model's own error says which inputs it needs
+        self._refuse(given, config)
+        cache = self._cache(base, given, config)
+        past = cache.get_seq_length() if cache is not None else 0
+        if isinstance(cache, LongCtxCache):
+            past = cache.seen
+        rows = read_mask(given.get("attention_mask"), inputs.shape[0], past, inputs.shape[1])
+        _refuse_packed(given.get("position_ids"), rows)
+        rows.observer = observers.get().get(id(base))
+        if isinstance(cache, LongCtxCache):
+            if rows.observer is not None:
+                raise UnsupportedModeError(
+                    "observe() shows every key, and a LongCtxCache drops some. Pass past_key_values=DynamicCache() or "
+                    "use_cache=False while observing."
+                )
+            cache.begin(rows)
+        self.state.saw(rows, cache)
+        given["past_key_values"], given[ROWS] = cache, rows
+        return (), given
+
+    def _cache(self, base: nn.Module, given: dict, config) -> Cache | None:
+        cache = given.get("past_key_values")
+        use_cache = given.get("use_cache")
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if cache is not None or not use_cache or base.training:
+            return cache
+        return DynamicCache(config=config) if id(base) in observers.get() else LongCtxCache(base)
+
+    def _refuse_dense(self, cache: Any, implementation: str) -> None:
+        if isinstance(cache, LongCtxCache):
+            raise UnsupportedModeError(
+                f"the model was switched to attention '{implementation}' and runs dense, so it cannot read a LongCtxCache. "
+                f"Start with a new cache, or switch back with model.set_attn_implementation('{NAME}')."
+            )
+        self.state.runs_dense(implementation)
+
+    def _refuse(self, given: dict, config) -> None:
+        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        if given.get("output_attentions") or getattr(config, "output_attentions", False):
+            raise UnsupportedModeError(
+                "output_attentions=True: a patched model never makes the attention matrix. Use hf_longctx.observe(), or "
+                "model.set_attn_implementation('eager')."
+            )
+        if cache is not None and getattr(cache, "is_compileable", False):
+            raise UnsupportedModeError(
+                f"{type(cache).__name__} is a static cache, whose layers show more slots than they hold tokens. Leave "
+                "cache_implementation out, or reserve memory with LongCtxCache(model, max_tokens=...)."
+            )
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            shape = tuple(mask.shape) if hasattr(mask, "shape") else type(mask).__name__
+            raise UnsupportedModeError(
+                f"attention_mask is {shape}; a patched model takes a 2D mask [batch, tokens] or none. Other masks run "
+                "dense: model.set_attn_implementation('sdpa')."
+            )
+        packed = [name for name in (*PACKED, "cache") if given.get(name) is not None]
+        if packed:
+            raise UnsupportedModeError(
+                f"packed sequences and continuous batching are not supported (given: {', '.join(packed)}). Pass one "
+                "sequence per row, or run dense: model.set_attn_implementation('sdpa')."
+            )
+        causal = (given.get("is_causal"), getattr(config, "is_causal", None))
+        if False in causal:
+            raise UnsupportedModeError("is_causal=False: a patched model is causal. Unpatch it for bidirectional attention.")
+
+
+def _refuse_packed(position_ids: Tensor | None, rows: Rows) -> None:
+    """Positions that jump inside a row mean several sequences in one row (Transformers reads them so as well)."""
+    if position_ids is None or rows.new == 1 or position_ids.dim() != 2:
+        return
+    jumps = position_ids.diff(dim=-1) != 1  # [B or 1, T - 1]
+    if rows.padded or rows.right_padded:
+        starts = torch.tensor(rows.starts or (0,) * rows.batch, device=position_ids.device)[:, None]
+        slots = torch.arange(rows.past, rows.total - 1, device=position_ids.device)
+        jumps = jumps & (slots >= starts)
+    if rows.right_padded:
+        return
+    if jumps.any():
+        raise UnsupportedModeError(
+            "position_ids jump inside a row, which Transformers reads as packed sequences; a patched model would let them "
+            "see each other. Pass one sequence per row, or run dense: model.set_attn_implementation('sdpa')."
+        )
+
+
+class PrepareCache:
+    """Replaces ``_prepare_cache_for_generation`` of one model: generate() starts with a ``LongCtxCache``."""
+
+    def __init__(self, model: nn.Module, state: PatchState):
+        self.model = model
+        self.state = state
+
+    def __call__(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
+        model = self.model
+        asked = generation_config.cache_implementation
+        given = model_kwargs.get("past_key_values") is not None
+        no_cache = generation_config.use_cache is False or id(self.state.base(model)) in observers.get()
+        dense = model.config._attn_implementation != NAME
+        if not dense and not given and asked not in (None, "dynamic", "offloaded", "quantized"):
+            raise UnsupportedModeError(
+                f"cache_implementation='{asked}' is a fixed-size cache that a patched model cannot read. Leave it out, or "
+                "pass past_key_values=LongCtxCache(model, max_tokens=...) to reserve memory."
+            )
+        if dense or given or no_cache or asked in ("offloaded", "quantized"):
+            return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+        model_kwargs["past_key_values"] = LongCtxCache(model)
+        return None

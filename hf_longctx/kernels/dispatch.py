@@ -1,0 +1,84 @@
+"""Which kernel computes a call: the first that supports the device, dtype and head_dim at hand, or the one asked for.
+
+A kernel is a module of this folder with the functions of `reference.py` and
+
+- ``NAME: str``, its word in a config (the file name),
+- ``PREFERENCE: int``, higher is tried first by ``auto`` (reference 0, cpu 10; leave room between),
+- ``supports(device, dtype, head_dim, needs_grad) -> str | None``, None or the reason why not.
+
+It must import on every machine, or fail with ImportError: `pick` then reports that as the reason. Nothing lists kernels by hand.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from .. import errors
+
+AUTO = "auto"
+_NOT_KERNELS = ("layout", "dispatch", "base")
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The kernels there are, from the folder's listing, in alphabetical order."""
+    package = importlib.import_module(__package__)
+    found = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return tuple(sorted(name for name in found if name not in _NOT_KERNELS and not name.startswith("_")))
+
+
+def pick(word: str, *, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> ModuleType:
+    """The kernel module for one call.
+
+    Args:
+        word: ``auto`` or one of `names`.
+        device: where q, k and v are.
+        dtype: their dtype.
+        head_dim: their last dimension.
+        needs_grad: whether gradients must flow through the call.
+
+    Raises:
+        ConfigError: there is no such kernel.
+        UnsupportedModeError: the kernel asked for does not compute this case, or none does.
+    """
+    if word != AUTO and word not in names():
+        near = difflib.get_close_matches(word, [AUTO, *names()], n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ";"
+        raise errors.ConfigError(f"unknown kernel {word!r}{hint} known: {', '.join([AUTO, *names()])}")
+    reasons = {}
+    for name, module, failure in _candidates([word] if word != AUTO else names()):
+        reasons[name] = failure if module is None else module.supports(device, dtype, head_dim, needs_grad)
+        if reasons[name] is None:
+            return module
+    case = f"{dtype} on {device.type}, head_dim {head_dim}, {'with' if needs_grad else 'without'} gradients"
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise errors.UnsupportedModeError(
+        f"kernel {word!r} does not compute {case} ({why}). {_advice(word, device, dtype, head_dim, needs_grad)}"
+    )
+
+
+def _candidates(words: tuple[str, ...] | list[str]) -> list[tuple[str, ModuleType | None, str | None]]:
+    """(name, module, why it cannot be imported) of these kernels, preferred ones first."""
+    found = []
+    for name in words:
+        try:
+            found.append((name, importlib.import_module(f"{__package__}.{name}"), None))
+        except ImportError as error:
+            found.append((name, None, f"cannot be imported ({error})"))
+    return sorted(found, key=lambda entry: -(entry[1].PREFERENCE if entry[1] else 0))
+
+
+def _advice(word: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str:
+    """What works instead, as the last sentence of the error."""
+    works = [
+        name
+        for name, module, _ in _candidates(names())
+        if name != word and module and module.supports(device, dtype, head_dim, needs_grad) is None
+    ]
+    return f"Use kernel: {AUTO} or one of: {', '.join(works)}" if works else "Use a floating point dtype."

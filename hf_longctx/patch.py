@@ -1,0 +1,207 @@
+"""patch_model, unpatch_model, patched, observe: switch one model over, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from .attention import NAME, register
+from .config import LongCtxConfig
+from .errors import ConfigError, UnsupportedModelError
+from .family import Family, families, find_family
+from .head_map import slice_roles
+from .hooks import BeforeForward, PrepareCache, observers
+from .layer_plan import LayerPlan
+from .patch_state import PatchState
+from .config_find import resolve
+from .stores.sink_recent import SinkRecent
+
+PREPARE = "_prepare_cache_for_generation"
+
+
+def patch_model(
+    model: nn.Module, config: str | Path | dict | LongCtxConfig = "auto", **sections: dict[str, Any]
+) -> nn.Module:
+    """Make every KV head of ``model`` keep only what its role needs, and return the same model.
+
+    From then on ``generate``, ``pipeline`` and plain calls use a ``LongCtxCache``. A model that is patched already gets
+    the new config. No weight is touched.
+
+    Args:
+        model: a loaded Llama, Mistral, Qwen2 or Qwen3 model, also inside a PEFT wrapper or under tensor parallel.
+        config: "auto" (the model's own ``config.longctx``, else the shipped config made for it), a shipped name, the
+            path of a YAML, a dict, or a ``LongCtxConfig``.
+        sections: overrides merged into the config, e.g. ``heads={"retrieval_fraction": 0.25}``.
+
+    Raises:
+        UnsupportedModelError: the family is not in ``patches/``.
+        ConfigError: no config fits, or the config was made for another model.
+
+    Papers: head roles, DuoAttention arXiv:2410.10819; sinks, StreamingLLM arXiv:2309.17453.
+    """
+    inner = unwrap(model)
+    base = inner.base_model
+    hf_config = base.config
+    family = find_family(hf_config.model_type)
+    settings = resolve(config, hf_config, getattr(hf_config, "_name_or_path", None))
+    if sections:
+        settings = settings.override(**sections)
+    settings.check_model(hf_config)
+    modules = attention_modules(base, family)
+    plans = [make_plan(module, settings, family, hf_config) for module in modules]
+
+    unpatch_model(model)
+    register()
+    original = base.config
+    private = copy.deepcopy(original)
+    private.longctx = settings.to_dict()
+    private._attn_implementation = NAME
+    _swap_config(model, original, private)
+    for module, plan in zip(modules, plans, strict=True):
+        module.longctx_plan = plan
+    windows = tuple(plan.layer_idx for plan in plans if plan.sliding)
+    base.longctx_state = PatchState(settings, original, windows)
+    base.register_forward_pre_hook(BeforeForward(base.longctx_state), with_kwargs=True)
+    if hasattr(type(inner), PREPARE):
+        setattr(inner, PREPARE, PrepareCache(inner, base.longctx_state))
+    return model
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Give the model back its own config object and attention; nothing happens to a model that is not patched."""
+    inner = unwrap(model)
+    base = inner.base_model
+    state = getattr(base, "longctx_state", None)
+    if state is None:
+        return model
+    _swap_config(model, base.config, state.original)
+    for module in base.modules():
+        module.__dict__.pop("longctx_plan", None)
+    for key, hook in list(base._forward_pre_hooks.items()):
+        if isinstance(hook, BeforeForward):
+            del base._forward_pre_hooks[key]
+            base._forward_pre_hooks_with_kwargs.pop(key, None)
+    inner.__dict__.pop(PREPARE, None)
+    del base.longctx_state
+    return model
+
+
+@contextmanager
+def patched(
+    model: nn.Module, config: str | Path | dict | LongCtxConfig = "auto", **sections: dict[str, Any]
+) -> Iterator[nn.Module]:
+    """``with patched(model, config): ...``: as ``patch_model``, undone on exit, also after an exception.
+
+    A model that was patched before gets its earlier config back.
+    """
+    before = getattr(unwrap(model).base_model, "longctx_state", None)
+    try:
+        yield patch_model(model, config, **sections)
+    finally:
+        if before is None:
+            unpatch_model(model)
+        else:
+            patch_model(model, before.config)
+
+
+@contextmanager
+def observe(model: nn.Module, fn: Callable) -> Iterator[nn.Module]:
+    """Show every attention call of a patched model to ``fn``, on this thread, until the block ends.
+
+    ``fn(layer_idx, q, k, v, scaling, rows, compute)`` gets the rotated q ``[B, H, T, D]`` and all keys and values
+    ``[B, H_kv, S, D]``. It returns the layer's output ``[B, H, T, D]``, built from ``compute("retrieval")`` and
+    ``compute("streaming")`` (every head computed in that role, differentiable), or None to leave it alone. Inside,
+    caches are Transformers' own DynamicCache, because a ``LongCtxCache`` could not show the keys it drops.
+
+    Raises:
+        UnsupportedModelError: the model is not patched.
+        UnsupportedModeError: a forward inside the block is given a ``LongCtxCache``.
+    """
+    base = unwrap(model).base_model
+    if not hasattr(base, "longctx_state"):
+        raise UnsupportedModelError("observe needs a patched model: call patch_model(model) first.")
+    token = observers.set({**observers.get(), id(base): fn})
+    try:
+        yield model
+    finally:
+        observers.reset(token)
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model inside PEFT and torch.compile wrappers.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no Transformers model; supported model types: {', '.join(families())}."
+        )
+    return inner
+
+
+def attention_modules(base: nn.Module, family: Family) -> list[nn.Module]:
+    """The attention modules of the base model, by layer index."""
+    layers = getattr(base, family.layers, None)
+    modules = [getattr(layer, family.attention) for layer in layers or () if hasattr(layer, family.attention)]
+    if not modules:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no '{family.layers}[i].{family.attention}', where {family.model_type} models keep "
+            "their attention."
+        )
+    return modules
+
+
+def make_plan(module: nn.Module, settings: LongCtxConfig, family: Family, hf_config: Any) -> LayerPlan:
+    """The plan of one attention module: the roles of the KV heads that this process holds, and their stores."""
+    layer = module.layer_idx
+    roles = settings.roles()[layer]
+    rank, size = tensor_parallel(getattr(module, family.key_projection))
+    if size > 1:
+        roles = slice_roles((roles,), rank, size)[0]
+    stores = {"retrieval": settings.stores.retrieval, "streaming": settings.stores.streaming}
+    window = family.window(hf_config, layer)
+    if window is None:
+        return LayerPlan(layer, roles, stores, settings.kernel)
+    own = SinkRecent(sink=0, recent=window)
+    return LayerPlan(layer, "S" * len(roles), {role: own for role in stores}, settings.kernel, sliding=True)
+
+
+def tensor_parallel(projection: nn.Module) -> tuple[int, int]:
+    """(rank, size) of the tensor-parallel group over which this projection's rows are spread."""
+    weight = getattr(projection, "weight", None)
+    if not isinstance(weight, DTensor):
+        return 0, 1
+    for dim, placement in enumerate(weight.placements):
+        if placement.is_shard(0):
+            return weight.device_mesh.get_local_rank(dim), weight.device_mesh.size(dim)
+    return 0, 1
+
+
+def _swap_config(model: nn.Module, old: Any, new: Any) -> None:
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if value is old:
+                setattr(module, name, new)
+
+
+def patched_config(model: nn.Module) -> LongCtxConfig:
+    """The config of a patched model.
+
+    Raises:
+        ConfigError: the model is not patched.
+    """
+    state = getattr(unwrap(model).base_model, "longctx_state", None)
+    if state is None:
+        raise ConfigError("this model is not patched; call patch_model(model) first.")
+    return state.config

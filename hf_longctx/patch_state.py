@@ -1,0 +1,71 @@
+"""What a patched model remembers about its patch and its last forward: plain numbers and a weak reference."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .config import LongCtxConfig
+from .rows import Rows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PatchState:
+    """Lives on the base model as ``longctx_state``.
+
+    Attributes:
+        config: the config in force.
+        original: the model's own config object, put back by ``unpatch_model``.
+        window_layers: layers that keep the model's own sliding window.
+        forwards: forwards since patching.
+        kernels: names of the kernels that ran.
+        notes: what ran in a slower or another way than asked for, in words.
+    """
+
+    config: LongCtxConfig
+    original: object
+    window_layers: tuple[int, ...] = ()
+    forwards: int = 0
+    kernels: set[str] = field(default_factory=set)
+    notes: set[str] = field(default_factory=set)
+    _cache: weakref.ref | None = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_cache": None}
+
+    @staticmethod
+    def base(model: nn.Module) -> nn.Module:
+        """The base model (embeddings to last norm) of a Transformers model."""
+        return model.base_model
+
+    @property
+    def last_cache(self):
+        """The cache of the last forward, while somebody still holds it."""
+        return self._cache() if self._cache is not None else None
+
+    def saw(self, rows: Rows, cache: object | None) -> None:
+        """Note one forward. ``rows.used`` is shared, so the kernels of this forward arrive by themselves."""
+        self.forwards += 1
+        rows.used = self.kernels
+        self._cache = weakref.ref(cache) if cache is not None else None
+        if cache is not None and type(cache).__name__ != "LongCtxCache":
+            self.note(f"dense memory: a {type(cache).__name__} kept every token of every head")
+        if torch.compiler.is_compiling():
+            self.note("torch.compile: ran with graph breaks")
+        if self.config.kernel == "stock" and rows.padded:
+            self.note("kernel stock: padded rows ran on the default kernel")
+
+    def runs_dense(self, implementation: str) -> None:
+        note = f"dense: the model was switched to attention '{implementation}'"
+        if note not in self.notes:
+            logger.warning("%s; longctx is off until set_attn_implementation('longctx')", note)
+        self.note(note)
+
+    def note(self, text: str) -> None:
+        self.notes.add(text)

@@ -1,0 +1,88 @@
+"""What really ran: bytes kept against dense, kernels used, and what fell back and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .cache import LongCtxCache
+from .errors import UnsupportedModelError
+from .patch import unwrap
+
+
+@dataclass(frozen=True)
+class Report:
+    """Plain numbers about a patched model and the cache of its last forward.
+
+    Attributes:
+        kv_heads, retrieval_heads: KV heads of the whole model (of this process), and those that keep every token.
+        window_layers: layers that keep the model's own sliding window.
+        forwards: forwards since patching.
+        seen: tokens the last cache has seen, pads included; None when that cache is gone.
+        nbytes, nbytes_dense: bytes it holds, and bytes a dense cache would hold.
+        layers: bytes it holds per layer.
+        kernels: kernels that ran.
+        notes: what ran slower or otherwise than asked for.
+    """
+
+    kv_heads: int
+    retrieval_heads: int
+    window_layers: tuple[int, ...]
+    forwards: int
+    kernels: tuple[str, ...]
+    notes: tuple[str, ...]
+    seen: int | None = None
+    nbytes: int | None = None
+    nbytes_dense: int | None = None
+    layers: tuple[int, ...] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [
+            f"KV heads      {self.retrieval_heads} of {self.kv_heads} keep every token, "
+            f"{self.kv_heads - self.retrieval_heads} keep a constant number",
+            f"forwards      {self.forwards}, kernels: {', '.join(self.kernels) or 'none yet'}",
+        ]
+        if self.window_layers:
+            lines.append(f"own window    layers {', '.join(map(str, self.window_layers))}")
+        if self.nbytes is not None and self.nbytes_dense:
+            share = self.nbytes / self.nbytes_dense
+            lines.append(
+                f"KV cache      {_mb(self.nbytes)} after {self.seen} tokens; dense {_mb(self.nbytes_dense)} ({share:.0%})"
+            )
+        else:
+            lines.append("KV cache      none alive")
+        lines += [f"note          {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """The report of a patched model; ``print(report(model))``.
+
+    Raises:
+        UnsupportedModelError: the model is not patched.
+    """
+    base = unwrap(model).base_model
+    state = getattr(base, "longctx_state", None)
+    if state is None:
+        raise UnsupportedModelError("report needs a patched model: call patch_model(model) first.")
+    plans = [module.longctx_plan for module in base.modules() if hasattr(module, "longctx_plan")]
+    roles = "".join(plan.roles for plan in plans)
+    cache = state.last_cache
+    kept = {}
+    if isinstance(cache, LongCtxCache):
+        layers = tuple(sum(t.untyped_storage().nbytes() for t in layer.tensors()) for layer in cache.layers)
+        kept = {"seen": cache.seen, "nbytes": cache.nbytes, "nbytes_dense": cache.nbytes_dense, "layers": layers}
+    return Report(
+        kv_heads=len(roles),
+        retrieval_heads=roles.count("R"),
+        window_layers=state.window_layers,
+        forwards=state.forwards,
+        kernels=tuple(sorted(state.kernels)),
+        notes=tuple(sorted(state.notes)),
+        **kept,
+    )
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

@@ -1,0 +1,1 @@
+"""What a head keeps: one file and one YAML word per KV store."""

@@ -1,0 +1,118 @@
+"""The base of every KV store: segments and state that the cache walks generically, and the two steps a store defines.
+
+A YAML word of this folder names a frozen dataclass (the spec) in the file of the same name. Its fields are the YAML
+keys; it knows which roles it serves and makes the store of one layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..kernels.layout import HeadKV, RoleHeads, Segment
+from ..rows import Rows
+
+SPARE = 256  # slots: free room a growing buffer keeps at least, and the slots of the history of a ring
+
+
+class StoreSpec(ABC):
+    """What a YAML word of ``stores/`` defines."""
+
+    roles: tuple[str, ...]
+
+    @abstractmethod
+    def new(self, heads: RoleHeads, max_tokens: int | None) -> Store:
+        """An empty store for one layer's ``heads``; ``max_tokens`` reserves a fixed capacity (tokens)."""
+
+    @abstractmethod
+    def kept(self, tokens: int) -> int:
+        """Tokens one head keeps after ``tokens`` tokens."""
+
+    @abstractmethod
+    def span(self) -> tuple[int, int] | None:
+        """(sink, recent) in tokens of the visibility rule, or None where every earlier token is visible."""
+
+
+class Store(ABC):
+    """The KV of one role's heads in one layer, for all rows of the batch."""
+
+    def __init__(self, spec: StoreSpec, heads: RoleHeads, max_tokens: int | None):
+        self.spec = spec
+        self.heads = heads
+        self.max_tokens = max_tokens
+        self.segments: dict[str, Segment] = {}
+        self.state: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
+        """Keep what this forward brings and return what its queries read.
+
+        Args:
+            k, v: keys and values of *all* the layer's KV heads, ``[B, H_kv, T, D]``.
+            rows: the rows of this forward.
+        """
+
+    @abstractmethod
+    def crop(self, rows: Rows, target: int) -> None:
+        """Forget all but the first ``target`` slots of ``rows`` (whose ``total`` is what was seen)."""
+
+    def oldest_crop(self, total: int) -> int:
+        """Smallest slot count that ``crop`` can still go back to after ``total`` slots."""
+        return 0
+
+    def reset(self) -> None:
+        """Forget everything, memory included."""
+        self.segments.clear()
+        self.state.clear()
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor with a batch dimension by ``change(tensor)`` (reorder, repeat, select)."""
+        for segment in self.segments.values():
+            segment.k, segment.v = change(segment.k), change(segment.v)
+            segment.shared = False
+            if isinstance(segment.length, Tensor):
+                segment.length = change(segment.length)
+        self.state = {name: change(tensor) for name, tensor in self.state.items()}
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor the store keeps alive."""
+        for segment in self.segments.values():
+            yield from (segment.k, segment.v)
+            if isinstance(segment.length, Tensor):
+                yield segment.length
+        yield from self.state.values()
+
+    def new_segment(self, k: Tensor, v: Tensor, capacity: int) -> Segment:
+        """An empty segment for this store's heads, like ``k`` and ``v`` in batch, head_dim, dtype and device."""
+        batch, n = k.shape[0], len(self.heads.kv_heads)
+        with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
+            return Segment(k.new_empty(batch, n, capacity, k.shape[3]), v.new_empty(batch, n, capacity, v.shape[3]), 0)
+
+    def grow(self, name: str, k: Tensor, v: Tensor, needed: int, limit: int | None = None) -> Segment:
+        """The segment ``name`` with room for ``needed`` slots; at most ``limit``, never many more than needed."""
+        segment = self.segments.get(name)
+        if segment is not None and segment.k.shape[2] >= needed:
+            return segment
+        capacity = needed + max(SPARE, needed // 8)
+        if self.max_tokens is not None:
+            capacity = self.max_tokens
+        if limit is not None:
+            capacity = min(capacity, limit)
+        grown = self.new_segment(k, v, max(capacity, needed))
+        if segment is not None:
+            grown.length = segment.length
+            grown.k[:, :, : segment.longest] = segment.k[:, :, : segment.longest]
+            grown.v[:, :, : segment.longest] = segment.v[:, :, : segment.longest]
+        self.segments[name] = grown
+        return grown
+
+    def incoming(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """This store's heads of a forward's new keys and values, differentiable."""
+        return self.heads.take(k), self.heads.take(v)
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -1,0 +1,189 @@
+"""``store: sink_recent``: the first tokens (sinks) and the latest ones, in constant memory.
+
+StreamingLLM, arXiv:2309.17453; as the store of streaming heads: DuoAttention, arXiv:2410.10819. Keys keep the rotary
+positions they were computed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheError
+from ..kernels.layout import HeadKV, RoleHeads, Segment
+from ..rows import Rows
+from .base import SPARE, Store, StoreSpec, needs_grad
+
+SLACK = SPARE - 1  # tokens that can be taken back after they pushed others out of the window
+
+
+@dataclass(frozen=True)
+class SinkRecent(StoreSpec):
+    """Keep the first ``sink`` and the latest ``recent`` tokens of each row.
+
+    A query at row position ``i`` sees key ``j`` when ``j <= i and (j < sink or i - j < recent)``.
+    """
+
+    roles = ("streaming",)
+
+    sink: int = field(default=64, metadata={"min": 0, "unit": "tokens"})
+    recent: int = field(default=256, metadata={"min": 1, "unit": "tokens"})
+
+    def new(self, heads: RoleHeads, max_tokens: int | None) -> SinkRecentStore:
+        return SinkRecentStore(self, heads, max_tokens)
+
+    def kept(self, tokens: int) -> int:
+        return min(tokens, self.sink + self.recent)
+
+    def span(self) -> tuple[int, int]:
+        return self.sink, self.recent
+
+
+class SinkRecentStore(Store):
+    """Sinks and a ring, row by row, in one segment: exactly the keys a decoded token sees, so it needs no mask.
+
+    Row position ``j`` lives in slot ``j`` while ``j < sink + recent`` and in ``sink + (j - sink) % recent`` later. What
+    the ring pushes out stays for a while in ``history`` (slot ``j % SLACK``), so that rejected tokens can be taken back;
+    its last slot takes what must not be kept.
+    """
+
+    def __init__(self, spec: SinkRecent, heads: RoleHeads, max_tokens: int | None):
+        super().__init__(spec, heads, max_tokens)
+        self.oldest = 0  # slot from which on every token outside the sinks is in the ring or in the history
+
+    @property
+    def window(self) -> int:
+        return self.spec.sink + self.spec.recent
+
+    def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
+        kept = self.grow("kept", k, v, min(rows.total, self.window), self.window)
+        if rows.total > self.window or (self.max_tokens or 0) > self.window:
+            self.grow("history", k, v, SPARE, SPARE)
+        if rows.new == 1:
+            self._write_token(k, v, rows)
+            view = self._decode_view(rows)
+        else:
+            band = self._band(k, v, rows)
+            self._write(k, v, rows)
+            view = HeadKV(self.heads, [band], self.spec, first=rows.total - band.length)
+            view.sinks = self._sinks(kept, band, rows, needs_grad(k, v))
+        self.oldest = max(self.oldest, rows.total - self.spec.recent - SLACK)
+        return view
+
+    def _slot(self, position: int) -> int:
+        sink, recent = self.spec.sink, self.spec.recent
+        return position if position < self.window else sink + (position - sink) % recent
+
+    def _decode_view(self, rows: Rows) -> HeadKV:
+        kept = self.segments["kept"]
+        lengths = [max(0, min(rows.total - start, self.window)) for start in rows.starts or (0,)]
+        kept.length = max(lengths)
+        length = lengths[0] if min(lengths) == max(lengths) else rows.ints(lengths, kept.k.device)
+        seen = Segment(kept.k[:, :, : kept.length], kept.v[:, :, : kept.length], length)
+        return HeadKV(self.heads, [seen], self.spec, state=self.state)
+
+    def _write_token(self, k: Tensor, v: Tensor, rows: Rows) -> None:
+        """One new token per row: a slice where all rows share the slot, an indexed write where they do not."""
+        positions = [rows.past - start for start in rows.starts or (0,)]
+        if len(positions) == 1 or min(positions) < 0:
+            self._write(k, v, rows)
+            return
+        kept, device = self.segments["kept"], k.device
+        slots = rows.ints([self._slot(p) for p in positions], device)
+        row = rows.memo(("rows", device), lambda: torch.arange(rows.batch, device=device))
+        if "history" in self.segments:
+            past = self.segments["history"]
+            leaving = [(p - self.spec.recent) % SLACK if p >= self.window else SLACK for p in positions]
+            spots = rows.ints(leaving, device)
+            past.k[row, :, spots], past.v[row, :, spots] = kept.k[row, :, slots], kept.v[row, :, slots]
+        kept.k[row, :, slots] = self.heads.take(k)[:, :, 0].detach()
+        kept.v[row, :, slots] = self.heads.take(v)[:, :, 0].detach()
+
+    def _write(self, k: Tensor, v: Tensor, rows: Rows) -> None:
+        """New tokens into sinks and ring, and what they push out into the history, rows with one start at a time."""
+        sink, recent = self.spec.sink, self.spec.recent
+        kept = self.segments["kept"]
+        for group, start in rows.groups():
+            p, end = max(0, rows.past - start), rows.total - start
+            shift = start - rows.past  # position + shift = column of k
+            oldest = max(sink, end - recent - SLACK)
+            for a, b in runs(max(oldest, p - recent), min(p, end - recent), recent, sink):
+                self._remember(group, a, kept.k, kept.v, self._slot(a), b - a)
+            if (fresh := max(oldest, p)) < end - recent:
+                self._remember(group, fresh, k, v, fresh + shift, end - recent - fresh, self.heads)
+            for a, b in [(p, min(sink, end)), *runs(max(sink, p, end - recent), end, recent, sink)]:
+                if a < b:
+                    slot = self._slot(a)
+                    self.heads.copy_to(kept.k[group, :, slot : slot + b - a], k[group, :, a + shift : b + shift])
+                    self.heads.copy_to(kept.v[group, :, slot : slot + b - a], v[group, :, a + shift : b + shift])
+        kept.length = min(rows.total, self.window)
+
+    def _remember(self, group, position, k, v, column, count, heads: RoleHeads | None = None) -> None:
+        """Copy ``count`` positions from columns of k, v into the history (all heads of k, or ``heads`` of them)."""
+        past = self.segments["history"]
+        done = 0
+        for a, b in runs(position, position + count, SLACK, 0):
+            spot, source = a % SLACK, slice(column + done, column + done + b - a)
+            for into, out in ((past.k, k), (past.v, v)):
+                into, out = into[group, :, spot : spot + b - a], out[group, :, source]
+                heads.copy_to(into, out) if heads else into.copy_(out)
+            done += b - a
+
+    def _band(self, k: Tensor, v: Tensor, rows: Rows) -> Segment:
+        """Slots ``total - length .. total``: what is kept of the last ``recent - 1`` old slots, and the new ones."""
+        k, v = self.incoming(k, v)
+        back = min(rows.past, self.spec.recent - 1)
+        if back == 0:
+            return Segment(k, v, rows.new)
+        kept, old = self.segments["kept"], self.new_segment(k, v, back)
+        for group, start in rows.groups():
+            low = max(self.spec.sink, rows.past - start - back)
+            for a, b in runs(low, rows.past - start, self.spec.recent, self.spec.sink):
+                into = slice(a - (rows.past - start - back), b - (rows.past - start - back))
+                old.k[group, :, into] = kept.k[group, :, self._slot(a) : self._slot(a) + b - a]
+                old.v[group, :, into] = kept.v[group, :, self._slot(a) : self._slot(a) + b - a]
+        return Segment(torch.cat([old.k, k], 2), torch.cat([old.v, v], 2), back + rows.new)
+
+    def _sinks(self, kept: Segment, band: Segment, rows: Rows, differentiable: bool) -> Segment | None:
+        """The first tokens of each row; from the incoming keys where a gradient must flow through them."""
+        count = min(self.spec.sink, rows.total)
+        if count == 0:
+            return None
+        if differentiable and rows.past == 0:
+            k, v = (torch.nn.functional.pad(t, (0, 0, 0, count)) for t in (band.k, band.v))
+            k, v = (torch.cat([t[g, :, start : start + count] for g, start in rows.groups()]) for t in (k, v))
+            return Segment(k, v, count)
+        return Segment(kept.k[:, :, :count], kept.v[:, :, :count], count)
+
+    def oldest_crop(self, total: int) -> int:
+        return self.oldest + self.spec.recent if self.oldest > self.spec.sink else 0
+
+    def crop(self, rows: Rows, target: int) -> None:
+        if target < self.oldest_crop(rows.total):
+            raise CacheError(f"cannot go back to {target} tokens: the window needs what was dropped before {self.oldest}.")
+        kept, sink, recent = self.segments.get("kept"), self.spec.sink, self.spec.recent
+        if kept is None:
+            return
+        for group, start in rows.groups():
+            for a, b in runs(max(sink, target - start - recent), rows.total - start - recent, recent, sink):
+                past, slot = self.segments["history"], self._slot(a)
+                for c, d in runs(a, b, SLACK, 0):
+                    into, out = slice(slot + c - a, slot + d - a), slice(c % SLACK, c % SLACK + d - c)
+                    kept.k[group, :, into] = past.k[group, :, out]
+                    kept.v[group, :, into] = past.v[group, :, out]
+        kept.length = min(target, self.window)
+
+    def reset(self) -> None:
+        super().reset()
+        self.oldest = 0
+
+
+def runs(low: int, high: int, size: int, offset: int) -> Iterator[tuple[int, int]]:
+    """Cut positions ``low .. high`` where a ring of ``size`` slots that starts at position ``offset`` wraps."""
+    while low < high:
+        stop = min(high, low + size - (low - offset) % size)
+        yield low, stop
+        low = stop

@@ -1,0 +1,1 @@
+"""Synthetic long-context texts and tasks, generated and seeded."""

@@ -1,0 +1,1 @@
+"""One record per model family, installed as ``hf_longctx.patches``."""

@@ -1,0 +1,49 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tiny import Shadow
+
+import hf_longctx.attention
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _nan_memory(monkeypatch):
+    """Uninitialised memory is NaN, so that a kernel that reads a slot nobody wrote cannot go unseen."""
+    new_empty = torch.Tensor.new_empty
+
+    def nan_filled(self, *size, **kwargs):
+        out = new_empty(self, *size, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", nan_filled)
+
+
+@pytest.fixture
+def shadow(monkeypatch):
+    made = []
+
+    def make(config, **kwargs):
+        made.append(Shadow(monkeypatch, config, **kwargs))
+        return made[-1]
+
+    yield make
+    monkeypatch.undo()
+    if made:
+        hf_longctx.attention.register()
