@@ -219,7 +219,7 @@ class LongCtxCache(Cache):
         Raises:
             CacheError: a streaming head has dropped tokens that the shorter sequence needs; nothing is changed.
         """
-        seen = self.seen
+        seen, tokens_to_remove = self.seen, int(tokens_to_remove)  # Transformers 5.17 passes a tensor
         target = min(seen, tokens_to_remove) if tokens_to_remove > 0 else max(0, seen + tokens_to_remove)
         if target == 0:
             self.reset()

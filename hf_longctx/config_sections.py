@@ -63,7 +63,7 @@ def model_facts(hf_config: Any) -> dict[str, Any]:
     """The ``model`` section of a Transformers config as plain data. What is absent there is None, or no fingerprint."""
     heads, hidden = getattr(hf_config, "num_attention_heads", None), getattr(hf_config, "hidden_size", None)
     rope = getattr(hf_config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
+    rope = rope.get("full_attention") or rope
     scaling = getattr(hf_config, "rope_scaling", None) or {}
     theta = rope.get("rope_theta", getattr(hf_config, "rope_theta", None))
     kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"

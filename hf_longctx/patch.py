@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .attention import NAME, register
 from .config import LongCtxConfig
-from .errors import ConfigError, UnsupportedModelError
+from .errors import UnsupportedModelError
 from .family import Family, families, find_family
 from .head_map import slice_roles
 from .hooks import BeforeForward, PrepareCache, observers
@@ -166,9 +165,9 @@ def make_plan(module: nn.Module, settings: LongCtxConfig, family: Family, hf_con
     """The plan of one attention module: the roles of the KV heads that this process holds, and their stores."""
     layer = module.layer_idx
     roles = settings.roles()[layer]
-    rank, size = tensor_parallel(getattr(module, family.key_projection))
+    rank, size = tensor_parallel(module, family, len(roles))
     if size > 1:
-        roles = slice_roles((roles,), rank, size)[0]
+        roles = slice_roles(roles, rank, size)
     stores = {"retrieval": settings.stores.retrieval, "streaming": settings.stores.streaming}
     window = family.window(hf_config, layer)
     if window is None:
@@ -177,15 +176,21 @@ def make_plan(module: nn.Module, settings: LongCtxConfig, family: Family, hf_con
     return LayerPlan(layer, "S" * len(roles), {role: own for role in stores}, settings.kernel, sliding=True)
 
 
-def tensor_parallel(projection: nn.Module) -> tuple[int, int]:
-    """(rank, size) of the tensor-parallel group over which this projection's rows are spread."""
+def tensor_parallel(module: nn.Module, family: Family, kv_heads: int) -> tuple[int, int]:
+    """(rank, size) of the tensor-parallel group over which this attention's KV heads are spread; (0, 1) for none."""
+    projection = getattr(module, family.key_projection)
     weight = getattr(projection, "weight", None)
-    if not isinstance(weight, DTensor):
+    # Transformers keeps the global shape in a DTensor, or (5.2 to 5.12) the local one and the mesh on the projection.
+    mesh = getattr(weight, "device_mesh", None) or getattr(projection, "_hf_device_mesh", None)
+    if mesh is None:
         return 0, 1
-    for dim, placement in enumerate(weight.placements):
-        if placement.is_shard(0):
-            return weight.device_mesh.get_local_rank(dim), weight.device_mesh.size(dim)
-    return 0, 1
+    local = weight.to_local() if hasattr(weight, "to_local") else weight
+    size = kv_heads * module.head_dim // local.shape[0]
+    if size == 1:
+        return 0, 1
+    if "tp" in (mesh.mesh_dim_names or ()):
+        mesh = mesh["tp"]
+    return mesh.get_local_rank(), size
 
 
 def _swap_config(model: nn.Module, old: Any, new: Any) -> None:
@@ -193,15 +198,3 @@ def _swap_config(model: nn.Module, old: Any, new: Any) -> None:
         for name, value in list(vars(module).items()):
             if value is old:
                 setattr(module, name, new)
-
-
-def patched_config(model: nn.Module) -> LongCtxConfig:
-    """The config of a patched model.
-
-    Raises:
-        ConfigError: the model is not patched.
-    """
-    state = getattr(unwrap(model).base_model, "longctx_state", None)
-    if state is None:
-        raise ConfigError("this model is not patched; call patch_model(model) first.")
-    return state.config

@@ -89,10 +89,10 @@ def make(cls: type, mapping: object, where: str = "", name: str = "") -> Any:
             known = ", ".join(sorted(fields)) or "none"
             of = f" of {name}" if name else ""
             raise ConfigError(f"{join(where, key)}: unknown key; fields{of}: {known}.{near(key, fields)}")
-    missing = [key for key, field in fields.items() if key not in given and is_required(field)]
+    values = {key: convert(value, hints[key], join(where, key), fields[key].metadata) for key, value in given.items()}
+    missing = [key for key, field in fields.items() if key not in values and is_required(field)]
     if missing:
         raise ConfigError(f"{join(where, missing[0])}: missing; required here: {', '.join(missing)}.")
-    values = {key: convert(value, hints[key], join(where, key), fields[key].metadata) for key, value in given.items()}
     try:
         return cls(**values)
     except ConfigError as error:

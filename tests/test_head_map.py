@@ -32,7 +32,9 @@ def test_best_scores_first():
     assert assign([[0.1, 0.9], [0.8, 0.2], [0.3, 0.4]], fraction=1 / 6) == ("SR", "SS", "SS")
 
 
-@pytest.mark.parametrize(("fraction", "heads"), [(0, 0), (1, 48), (0.5, 24), (0.0104, 0), (0.0105, 1), (0.99, 48), (0.98, 47)])
+@pytest.mark.parametrize(
+    ("fraction", "heads"), [(0, 0), (1, 48), (0.5, 24), (0.0104, 0), (0.0105, 1), (0.99, 48), (0.98, 47)]
+)
 def test_fraction_rounds_to_the_nearest(fraction, heads):
     assert count(assign(table(), fraction=fraction)) == heads
 
@@ -128,7 +130,9 @@ def test_balance_keeps_the_highest_sum_of_scores():
         for pair in balanced_pairs()
     )
     roles = assign(scores, fraction=0.5, balance=2)
-    kept = sum(s for row, r in zip(scores, roles, strict=True) for s, letter in zip(row, r, strict=True) if letter == "R")
+    kept = sum(
+        s for row, r in zip(scores, roles, strict=True) for s, letter in zip(row, r, strict=True) if letter == "R"
+    )
     assert kept == pytest.approx(best)
 
 

@@ -91,7 +91,9 @@ def test_camel_case():
     assert load("stores", "sink_recent").__name__ == "SinkRecent"
 
 
-@pytest.mark.parametrize("word", ["../errors", "os", "base", "__init__", "full.py", "stores.full", "", "Full", 3, None, ["full"]])
+@pytest.mark.parametrize(
+    "word", ["../errors", "os", "base", "__init__", "full.py", "stores.full", "", "Full", 3, None, ["full"]]
+)
 def test_only_listed_words_are_imported(word, monkeypatch):
     monkeypatch.setattr(registry.importlib, "import_module", only_packages(registry.importlib.import_module))
     refused(lambda: load("stores", word, "stores.retrieval.store"), "stores.retrieval.store: got", "full, sink_recent")
@@ -117,7 +119,9 @@ def test_near_match():
 
 
 def test_file_without_its_class_is_no_word(probe):
-    refused(lambda: load("prefill", "empty", "prefill.retrieval.pattern"), "prefill.retrieval.pattern", "no dataclass Empty")
+    refused(
+        lambda: load("prefill", "empty", "prefill.retrieval.pattern"), "prefill.retrieval.pattern", "no dataclass Empty"
+    )
 
 
 def test_build_and_dump_round_trip(probe):
@@ -161,7 +165,10 @@ def test_none_that_is_not_the_default_survives_dump():
         ({"keys": 1, "mode": 1}, ["p.mode: got 1", "text"]),
         ({"keys": 1, "exact": 1}, ["p.exact: got 1", "true or false"]),
         ({"keys": 1, "cap": "x"}, ["p.cap: got 'x'", "a whole number"]),
-        ({"keys": 1, "kesy": 1}, ["p.kesy: unknown key", "fields of pattern 'top_keys': cap, exact", "Did you mean 'keys'?"]),
+        (
+            {"keys": 1, "kesy": 1},
+            ["p.kesy: unknown key", "fields of pattern 'top_keys': cap, exact", "Did you mean 'keys'?"],
+        ),
         ({"keys": 1, 5: 1}, ["p.5: got 5", "a key that is text"]),
     ],
 )
@@ -190,13 +197,18 @@ def test_word_missing():
 
 def test_wrong_role():
     call = lambda role: build("stores", {"store": "sink_recent"}, "store", "stores.retrieval", role)  # noqa: E731
-    refused(lambda: call("retrieval"), "stores.retrieval.store: 'sink_recent' serves streaming heads", "retrieval heads: full")
+    refused(
+        lambda: call("retrieval"),
+        "stores.retrieval.store: 'sink_recent' serves streaming heads",
+        "retrieval heads: full",
+    )
     assert call("streaming").sink == 64
 
 
 def test_sections_convert_nested_types():
     section = make(
-        Section, {"window": {"low": 2}, "old_style": 4, "grid": [[1, 2.5], []], "named": {"a.b": {}}, "free": {"x": [1]}}
+        Section,
+        {"window": {"low": 2}, "old_style": 4, "grid": [[1, 2.5], []], "named": {"a.b": {}}, "free": {"x": [1]}},
     )
     assert section == Section(Inner(2), 4, ((1.0, 2.5), ()), {"x": [1]}, {"a.b": Inner()})
     assert make(Section, {"window": 3}).window == 3

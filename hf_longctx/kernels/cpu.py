@@ -4,9 +4,9 @@ Shapes: ``B`` batch, ``H`` query heads, ``n`` KV heads of one role, ``G = H // n
 ``T`` query tokens, ``S`` key tokens, ``D`` head_dim. Three rules, each measured on CPU:
 
 - Masks are small. A mask turns off SDPA's causal skipping, so none holds more than ``MASK_ROWS * S`` entries.
-- The query heads of a group are folded into rows (q ``[B, n, G * T, D]``) wherever no causal flag is needed: K and V are then
-  read once per KV head instead of once per query head (8 times faster in bfloat16 decode), and CUDA, where a mask
-  together with ``enable_gqa`` means the T x S math path, keeps its fused kernels.
+- The query heads of a group are folded into rows (q ``[B, n, G * T, D]``) wherever no causal flag is needed: K and V
+  are then read once per KV head instead of once per query head (8 times faster in bfloat16 decode), and CUDA, where a
+  mask together with ``enable_gqa`` means the T x S math path, keeps its fused kernels.
 - Sets of keys are computed apart and joined by logsumexp where that saves a mask or a copy.
 """
 
@@ -24,7 +24,7 @@ PREFERENCE = 10
 
 MASK_ROWS = 512  # rows of the largest mask, group fold included
 TILE_KEYS = 4096  # keys per step of `attend`
-TEMPORARY = 1 << 21  # numbers per temporary: scores of `attend`, gathered keys of `streaming_prefill`
+TEMPORARY = 1 << 20  # numbers per temporary: scores of `attend`, gathered keys of `streaming_prefill`
 
 # SDPA's own CPU kernel, called by its aten name because only there it also returns the logsumexp.
 _flash_for_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -43,8 +43,8 @@ def attend(
     """Attention that also returns its logsumexp, tile by tile with temporaries of bounded size. Differentiable.
 
     q ``[B, H, T, D]``, k, v ``[B, n, S, D]``, bias (added to the scaled scores, -inf hides a key) broadcastable to
-    ``[B, n, T, S]``. ``causal``: the queries are the last T of the S tokens. Returns out ``[B, H, T, D]`` in the dtype of q
-    and lse ``[B, H, T]`` in float32 or wider; a query that sees nothing gives 0 and -inf.
+    ``[B, n, T, S]``. ``causal``: the queries are the last T of the S tokens. Returns out ``[B, H, T, D]`` in the dtype
+    of q and lse ``[B, H, T]`` in float32 or wider; a query that sees nothing gives 0 and -inf.
     """
     (batch, heads, q_len, _), kv_len = q.shape, k.shape[2]
     if not q.numel() or not kv_len:
@@ -97,13 +97,14 @@ def streaming_prefill(
 ) -> Tensor:
     """StreamingLLM attention (arXiv:2309.17453) in O(T * (s + recent)) time and bounded temporary memory.
 
-    sink_k, sink_v ``[B, n, s, D]`` are the row positions 0..s-1, k, v ``[B, n, N, D]`` the positions first..first+N-1, first >=
-    s; the queries, ``[B, H, T, D]``, are the last T row positions up to first+N-1. Query i reads the sinks r <= i and, of the
-    band, the positions j <= i with i - j < recent (recent >= 1). The band holds every such position; so, where N < T and
-    the first queries are sinks themselves, first == s.
+    sink_k, sink_v ``[B, n, s, D]`` are the row positions 0..s-1, k, v ``[B, n, N, D]`` the positions first..first+N-1,
+    first >= s; the queries, ``[B, H, T, D]``, are the last T row positions up to first+N-1. Query i reads the sinks r
+    <= i and, of the band, the positions j <= i with i - j < recent (recent >= 1). The band holds every such position;
+    so, where N < T and the first queries are sinks themselves, first == s.
 
-    The first queries see all there is, a dense causal prefill. Every later one sees all sinks and exactly ``recent`` keys, so
-    blocks of queries differ only in where their band starts: they go to the batch dimension and share one small mask.
+    The first queries see all there is, a dense causal prefill. Every later one sees all sinks and exactly ``recent``
+    keys, so blocks of queries differ only in where their band starts: they go to the batch dimension and share one
+    small mask.
     """
     batch, heads, q_len, dim = q.shape
     if not q.numel():
@@ -133,7 +134,7 @@ def streaming_prefill(
 
 
 def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    """Attention ``[B, H, 1, D]`` of one token over every kept key of every segment, but for slots past a row's length."""
+    """Attention ``[B, H, 1, D]`` of one token over every key of every segment, but for slots past a row's length."""
     if len(segments) > 1:
         return merge([_segment(q, segment, scale) for segment in segments])[0]
     segment = segments[0]
@@ -143,7 +144,7 @@ def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
 
 
 def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    """Causal attention ``[B, H, T, D]`` whose queries are the last T tokens of the last segment; earlier ones are whole.
+    """Causal attention ``[B, H, T, D]`` whose queries are the last T tokens of the last segment; all see the others.
 
     Where a length differs by row, the queries of that row are the last T tokens of its own length.
     """
@@ -228,7 +229,7 @@ def _block_rows(group: int) -> int:
 
     Fewer would copy more keys per query, more would read more keys outside the window.
     """
-    return max(1, min(64 if group > 1 else 128, MASK_ROWS // group))
+    return max(1, min(64, MASK_ROWS // group))
 
 
 def _window(
@@ -258,7 +259,10 @@ def _window(
 
 
 def _clean(segment: Segment) -> tuple[Tensor, Tensor]:
-    """k, v ``[B, n, longest, D]``; where rows differ, copies with zeros past each length: 0 * NaN of unused memory is NaN."""
+    """k, v ``[B, n, longest, D]``; where rows differ, copies with zeros past each length.
+
+    Those slots are uninitialised memory: hidden by weight 0 they would still give 0 * NaN = NaN.
+    """
     k, v = segment.kept()
     if isinstance(segment.length, int):
         return k, v
@@ -267,7 +271,7 @@ def _clean(segment: Segment) -> tuple[Tensor, Tensor]:
 
 
 def _score_bias(segment: Segment, q: Tensor) -> Tensor | None:
-    """What is added to the scores of a segment, ``[B or 1, n or 1, 1, longest]``: its bias, and -inf past each length."""
+    """What is added to a segment's scores, ``[B or 1, n or 1, 1, longest]``: its bias, and -inf past each length."""
     dtype, bias = torch.promote_types(q.dtype, torch.float32), segment.bias
     if bias is not None:
         bias = bias.to(dtype)[(None,) * (4 - bias.dim())].expand(-1, -1, -1, segment.longest)
@@ -281,7 +285,7 @@ def _score_bias(segment: Segment, q: Tensor) -> Tensor | None:
 
 
 def _takes_bias(q: Tensor, segment: Segment) -> bool:
-    """Whether SDPA adds the float32 bias as it is: a bias rounded to the half precision of q would be off by percents."""
+    """Whether SDPA adds the float32 bias as it is; rounded to the half precision of q it would be off by percents."""
     return segment.bias is None or q.device.type == "cpu" or q.dtype in (torch.float32, torch.float64)
 
 

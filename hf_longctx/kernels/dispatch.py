@@ -6,7 +6,8 @@ A kernel is a module of this folder with the functions of `reference.py` and
 - ``PREFERENCE: int``, higher is tried first by ``auto`` (reference 0, cpu 10; leave room between),
 - ``supports(device, dtype, head_dim, needs_grad) -> str | None``, None or the reason why not.
 
-It must import on every machine, or fail with ImportError: `pick` then reports that as the reason. Nothing lists kernels by hand.
+It must import on every machine, or fail with ImportError: `pick` then reports that as the reason. Nothing lists kernels
+by hand.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def supports(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad
 
 
 def causal_visible(q_len: int, kv_len: int, device: torch.device | None = None) -> Tensor:
-    """Bool ``[q_len, kv_len]``: which keys each query reads, the queries being the last ``q_len`` of ``kv_len`` tokens."""
+    """Bool ``[q_len, kv_len]``: the keys each query reads; queries are the last ``q_len`` of ``kv_len`` tokens."""
     i = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
     return torch.arange(kv_len, device=device) <= i
 
@@ -38,10 +38,10 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of q ``[B, H, T, D]`` over the visible ones of k, v ``[B, n, S, D]``.
 
-    ``visible`` is bool, broadcastable to ``[B, H, T, S]`` (None: every key); ``bias`` is added to the scaled scores, broadcastable
-    to the same shape. Low precision is computed in float32. Returns out ``[B, H, T, D_v]`` in the dtype of q and the natural
-    log of the softmax denominator, lse ``[B, H, T]``, in the dtype of the computation. A query that sees nothing gives out 0
-    and lse -inf.
+    ``visible`` is bool, broadcastable to ``[B, H, T, S]`` (None: every key); ``bias`` is added to the scaled scores,
+    broadcastable to the same shape. Low precision is computed in float32. Returns out ``[B, H, T, D_v]`` in the dtype
+    of q and the natural log of the softmax denominator, lse ``[B, H, T]``, in the dtype of the computation. A query
+    that sees nothing gives out 0 and lse -inf.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // max(k.shape[1], 1)
@@ -63,7 +63,8 @@ def attention(
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Join attention over disjoint sets of keys: (out ``[B, H, T, D]``, lse ``[B, H, T]``) pairs to one such pair.
 
-    out = sum_p exp(lse_p - lse) out_p with lse = log(sum_p exp(lse_p)); a query that sees nothing anywhere stays 0 and -inf.
+    out = sum_p exp(lse_p - lse) out_p with lse = log(sum_p exp(lse_p)); a query that sees nothing anywhere stays 0 and
+    -inf.
     """
     if len(parts) == 1:
         return parts[0]
@@ -87,9 +88,9 @@ def streaming_prefill(
 ) -> Tensor:
     """StreamingLLM attention (arXiv:2309.17453): the first ``s`` tokens of the row and the last ``recent`` ones.
 
-    sink_k, sink_v ``[B, n, s, D]`` are the row positions 0..s-1, k, v ``[B, n, N, D]`` the positions first..first+N-1, where
-    first >= s; the queries are the last T row positions up to first+N-1. Query i reads the sinks r <= i and, of the band, the
-    positions j <= i with i - j < recent.
+    sink_k, sink_v ``[B, n, s, D]`` are the row positions 0..s-1, k, v ``[B, n, N, D]`` the positions first..first+N-1,
+    where first >= s; the queries are the last T row positions up to first+N-1. Query i reads the sinks r <= i and, of
+    the band, the positions j <= i with i - j < recent.
     """
     sink, band, q_len = sink_k.shape[2], k.shape[2], q.shape[2]
     position = torch.cat([torch.arange(sink), torch.arange(first, first + band)]).to(q.device)
@@ -99,7 +100,7 @@ def streaming_prefill(
 
 
 def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    """Causal attention ``[B, H, T, D]`` whose queries are the last T tokens of the last segment; earlier ones are whole.
+    """Causal attention ``[B, H, T, D]`` whose queries are the last T tokens of the last segment; all see the others.
 
     Where a length differs by row, the queries of that row are the last T tokens of its own length.
     """

@@ -168,7 +168,8 @@ class SinkRecentStore(Store):
         if kept is None:
             return
         for group, start in rows.groups():
-            for a, b in runs(max(sink, target - start - recent), rows.total - start - recent, recent, sink):
+            gone = min(rows.total - recent, target) - start  # up to here the ring has pushed its tokens out
+            for a, b in runs(max(sink, target - start - recent), gone, recent, sink):
                 past, slot = self.segments["history"], self._slot(a)
                 for c, d in runs(a, b, SLACK, 0):
                     into, out = slice(slot + c - a, slot + d - a), slice(c % SLACK, c % SLACK + d - c)

@@ -87,7 +87,8 @@ class ProbeLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.log.append(("record", self.layer_idx))
 
-    def crop(self, tokens: int) -> None:
+    def crop(self, tokens: int | torch.Tensor) -> None:
+        tokens = int(tokens)  # 5.17 passes a tensor
         self.log.append(("crop", (tokens, self.get_seq_length())))
         keep = self.get_seq_length() + tokens if tokens <= 0 else min(tokens, self.get_seq_length())
         self.handle = Handle(self.handle.k[:, :, :keep], self.handle.v[:, :, :keep])
@@ -235,6 +236,13 @@ def generate(model: Any, ids: torch.Tensor, new: int = 4, **kwargs: Any) -> Any:
     return model.generate(ids, max_new_tokens=new, suppress_tokens=[EOS], do_sample=False, **kwargs)
 
 
+def checkpointing(model: Any, **kwargs: Any) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(kwargs or None)
+    model.enable_input_require_grads()
+    model.train()
+
+
 def attentions(model: Any) -> list[nn.Module]:
     return [layer.self_attn for layer in model.get_decoder().layers]
 
@@ -335,9 +343,8 @@ def test_extra_keyword_in_every_step_of_generate(model: Any, probe: Probe) -> No
 def test_extra_keyword_under_gradient_checkpointing(model: Any, probe: Probe, reentrant: bool) -> None:
     rows = object()
     hook_base(model, longctx_rows=rows)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    model.train()(make_ids()).logits.sum().backward()
+    checkpointing(model, use_reentrant=reentrant)
+    model(make_ids()).logits.sum().backward()
     assert len(probe.calls) == 2 * LAYERS, (
         RELIES + "gradient checkpointing runs the attention function again in backward"
     )
@@ -347,9 +354,8 @@ def test_extra_keyword_under_gradient_checkpointing(model: Any, probe: Probe, re
 
 
 def test_gradient_checkpointing_drops_the_cache(model: Any, probe: Probe) -> None:
-    model.gradient_checkpointing_enable()
-    model.enable_input_require_grads()
-    model.train()(make_ids(), past_key_values=ProbeCache(probe.log), use_cache=True).logits.sum().backward()
+    checkpointing(model)
+    model(make_ids(), past_key_values=ProbeCache(probe.log), use_cache=True).logits.sum().backward()
     plain = all(isinstance(c["key"], torch.Tensor) for c in probe.calls)
     assert plain and not logged(probe.log, "update"), RELIES + "checkpointed layers get no cache: plain tensors arrive"
 
@@ -457,6 +463,13 @@ def test_pre_hook_sees_keywords_only(model: Any, probe: Probe) -> None:
         RELIES + "inputs reach the base pre-hook untouched"
     )
     assert kwargs["use_cache"] is None and kwargs["past_key_values"] is None, RELIES + "unset inputs arrive as None"
+
+
+def test_direct_base_call_can_be_bound_to_names(model: Any, probe: Probe) -> None:
+    hook, ids = hook_base(model), make_ids()
+    model.get_decoder()(ids)
+    bound = inspect.signature(model.get_decoder().forward).bind_partial(*hook.seen[0][0]).arguments
+    assert bound.get("input_ids") is ids, RELIES + "positional arguments of the base forward bind to its signature"
 
 
 def test_pre_hook_can_replace_inputs(model: Any, probe: Probe) -> None:
@@ -652,7 +665,9 @@ def test_prefill_chunks(model: Any, probe: Probe, padding: bool) -> None:
     steps = [kwargs["input_ids"].shape[1] for _, kwargs in hook.seen]
     assert steps == [4, 4, 1, 1, 1, 1], RELIES + f"prefill_chunk_size calls the model chunk by chunk; saw {steps}"
     for past, new, (_, kwargs) in zip(hook.past, steps, hook.seen, strict=True):
-        found = kwargs["attention_mask"]
+        found, positions = kwargs["attention_mask"], kwargs["position_ids"]
+        good = positions is None or positions[0].tolist() == list(range(past, past + new))
+        assert good, RELIES + f"each chunk's position_ids continue the cache (5.2 is broken); saw {positions} at {past}"
         assert found is None or found.shape == (2, past + new), RELIES + "each chunk's 2D mask covers seen + new tokens"
     assert torch.equal(out, plain), RELIES + "chunked prefill gives the tokens of one prefill"
 
@@ -685,10 +700,12 @@ def test_chunks_with_a_filled_cache_can_be_recognised(model: Any, probe: Probe) 
     fed, mask = hook.inputs(), hook.inputs()["attention_mask"]
     new = fed["input_ids"].shape[1]
     width = None if mask is None else mask.shape[1]
-    told = fed.get("cache_position")
+    start = fed["position_ids"]
     right = torch.equal(fed["input_ids"], turn[:, 12 : 12 + new])
-    wrong = (width is not None and width != 12 + new) or (told is not None and int(told[0]) != 12)
-    assert right or wrong, RELIES + "a chunk that does not continue the cache shows in mask width or cache_position"
+    wrong = (width is not None and width != 12 + new) or (start is not None and int(start[0, 0]) != 12)
+    assert right or wrong, (
+        RELIES + "a chunk that does not continue the cache shows in the mask width or in position_ids"
+    )
 
 
 def test_no_auto_compile_for_our_cache(model: Any, probe: Probe) -> None:
