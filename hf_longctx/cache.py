@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .errors import CacheError, UnsupportedModelError
+from .errors import CacheError, UnsupportedModelError, UnsupportedModeError
 from .kernels.layout import HeadKV
 from .layer_plan import LayerPlan
 from .rows import Rows
@@ -27,6 +27,14 @@ class LayerKV:
 
     heads: list[HeadKV]
     rows: Rows
+
+    @property
+    def shape(self) -> None:
+        """What any other attention function asks a key for first."""
+        raise UnsupportedModeError(
+            "a LongCtxCache reached an attention function that is not the patched one: the model is not patched, or was "
+            "unpatched while the cache lived. Patch it again, or start with a new cache."
+        )
 
 
 class LongCtxLayer(CacheLayerMixin):
@@ -110,15 +118,13 @@ class LongCtxCache(Cache):
     """
 
     def __init__(self, model: nn.Module, max_tokens: int | None = None):
-        plans = sorted(
-            (module.longctx_plan for module in model.modules() if hasattr(module, "longctx_plan")),
-            key=lambda plan: plan.layer_idx,
-        )
+        plans = plans_of(model)
         if not plans:
             raise UnsupportedModelError("LongCtxCache needs a patched model: call patch_model(model) first.")
         if max_tokens is not None and max_tokens < 1:
             raise CacheError(f"max_tokens must be a positive number of tokens, given {max_tokens}.")
         super().__init__(layers=[LongCtxLayer(plan, max_tokens) for plan in plans])
+        self.plans = plans
         self.max_tokens = max_tokens
         self.starts: tuple[int, ...] | None = None
         self.right_padded = False
@@ -268,6 +274,12 @@ class LongCtxCache(Cache):
         for layer in self.layers:
             layer.map_rows(change, picked.numel())
         self.rows = None
+
+
+def plans_of(model: nn.Module) -> tuple[LayerPlan, ...]:
+    """The plans of a patched model's layers, by layer index; none for any other model."""
+    plans = (module.longctx_plan for module in model.modules() if hasattr(module, "longctx_plan"))
+    return tuple(sorted(plans, key=lambda plan: plan.layer_idx))
 
 
 def _length(query_length) -> int:

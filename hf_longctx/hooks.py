@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .attention import NAME, ROWS, register
 from .cache import LongCtxCache
-from .errors import UnsupportedModeError
+from .errors import CacheError, UnsupportedModeError
 from .patch_state import PatchState
 from .rows import Rows, read_mask
 
@@ -63,6 +63,11 @@ class BeforeForward:
                 raise UnsupportedModeError(
                     "observe() shows every key, and a LongCtxCache drops some. Pass past_key_values=DynamicCache() or "
                     "use_cache=False while observing."
+                )
+            if cache.plans != self.state.plans:
+                raise CacheError(
+                    "this LongCtxCache was made for another model or another config (its heads have other roles or "
+                    "windows). Start with a new cache after patch_model."
                 )
             cache.begin(rows)
         self.state.saw(rows, cache)

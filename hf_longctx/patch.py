@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import NAME, register
+from .cache import plans_of
 from .config import LongCtxConfig
 from .errors import UnsupportedModelError
 from .family import Family, families, find_family
@@ -65,8 +66,7 @@ def patch_model(
     _swap_config(model, original, private)
     for module, plan in zip(modules, plans, strict=True):
         module.longctx_plan = plan
-    windows = tuple(plan.layer_idx for plan in plans if plan.sliding)
-    base.longctx_state = PatchState(settings, original, windows)
+    base.longctx_state = PatchState(settings, original, plans_of(base))
     base.register_forward_pre_hook(BeforeForward(base.longctx_state), with_kwargs=True)
     if hasattr(type(inner), PREPARE):
         setattr(inner, PREPARE, PrepareCache(inner, base.longctx_state))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .config import LongCtxConfig
+from .layer_plan import LayerPlan
 from .rows import Rows
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class PatchState:
     Attributes:
         config: the config in force.
         original: the model's own config object, put back by ``unpatch_model``.
-        window_layers: layers that keep the model's own sliding window.
+        plans: the plan of every layer.
         forwards: forwards since patching.
         kernels: names of the kernels that ran.
         notes: what ran in a slower or another way than asked for, in words.
@@ -30,7 +31,7 @@ class PatchState:
 
     config: LongCtxConfig
     original: object
-    window_layers: tuple[int, ...] = ()
+    plans: tuple[LayerPlan, ...]
     forwards: int = 0
     kernels: set[str] = field(default_factory=set)
     notes: set[str] = field(default_factory=set)

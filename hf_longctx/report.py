@@ -66,8 +66,7 @@ def report(model: nn.Module) -> Report:
     state = getattr(base, "longctx_state", None)
     if state is None:
         raise UnsupportedModelError("report needs a patched model: call patch_model(model) first.")
-    plans = [module.longctx_plan for module in base.modules() if hasattr(module, "longctx_plan")]
-    roles = "".join(plan.roles for plan in plans)
+    roles = "".join(plan.roles for plan in state.plans)
     cache = state.last_cache
     kept = {}
     if isinstance(cache, LongCtxCache):
@@ -76,7 +75,7 @@ def report(model: nn.Module) -> Report:
     return Report(
         kv_heads=len(roles),
         retrieval_heads=roles.count("R"),
-        window_layers=state.window_layers,
+        window_layers=tuple(plan.layer_idx for plan in state.plans if plan.sliding),
         forwards=state.forwards,
         kernels=tuple(sorted(state.kernels)),
         notes=tuple(sorted(state.notes)),

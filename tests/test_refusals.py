@@ -208,3 +208,14 @@ def test_a_config_for_another_shape():
     assert torch.equal(model.generate(input_ids=IDS, max_new_tokens=3), want)
     with pytest.raises(UnsupportedModelError, match="patch_model"):
         LongCtxCache(model)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_config_or_of_no_patch(model):
+    cache = LongCtxCache(model)
+    model(IDS, past_key_values=cache)
+    family = model.config.model_type
+    other = patch_model(tiny_model(family), config_for(model, "streaming"))
+    refuse(other, CacheError, "another config", lambda: other(IDS[:, :1], past_key_values=cache), cache)
+    with pytest.raises(UnsupportedModeError, match="not the patched one"):
+        tiny_model(family)(IDS[:, :1], past_key_values=cache)

@@ -92,7 +92,7 @@ def exact_match(model, length: int, notes: int, queries: int, seed: int = 10_000
     return sum(hits) / len(hits)
 
 
-def train(family: str, out: Path, seed: int, scale: float, save_every: int) -> torch.nn.Module:
+def train(family: str, out: Path, seed: int, scale: float, save_every: int, stop_at: int | None) -> torch.nn.Module:
     torch.manual_seed(seed)
     master = new_model(family)
     model = new_model(family).to(torch.bfloat16)
@@ -107,7 +107,8 @@ def train(family: str, out: Path, seed: int, scale: float, save_every: int) -> t
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     lengths, filler, started = plan(scale), Filler(), time.time()
-    for step in range(first, len(lengths)):
+    last = min(stop_at or len(lengths), len(lengths))
+    for step in range(first, last):
         rng = np.random.default_rng([seed, step])
         length = lengths[step]
         ids, weight = batch(rng, filler, TOKENS_PER_STEP // length, length, 0.45 if length >= 256 else 0.0)
@@ -124,7 +125,7 @@ def train(family: str, out: Path, seed: int, scale: float, save_every: int) -> t
             group["lr"] = learning_rate(step, len(lengths))
         optimizer.step()
         done = step + 1
-        if done % save_every == 0 or done == len(lengths):
+        if done % save_every == 0 or done == last:
             state = {"model": master.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
             torch.save(state, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").rename(checkpoint)
@@ -143,14 +144,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps")
     parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--stop-at", type=int, help="end after so many steps; the learning rate does not know of it")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    model = train(args.family, args.out, args.seed, args.scale, args.save_every)
+    model = train(args.family, args.out, args.seed, args.scale, args.save_every, args.stop_at)
     model.save_pretrained(args.out / "model")
     new_tokenizer().save_pretrained(args.out / "model")
     sizes = [(n, k) for n in (512, 1024, 2048, 4096) for k in (8, 16)]
     table = {f"{length} tokens, {notes} notes": exact_match(model, length, notes, 256) for length, notes in sizes}
-    report = {"family": args.family, "seed": args.seed, "schedule": SCHEDULE, "scale": args.scale, "exact_match": table}
+    report = {"family": args.family, "seed": args.seed, "schedule": SCHEDULE, "scale": args.scale, "steps": args.stop_at or len(plan(args.scale)), "exact_match": table}
     (args.out / "model" / "training.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
