@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import mean, median
 
@@ -10,15 +11,15 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from transformers import AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Cache
 
 from .assets import asset
 from .cache import LongCtxCache
 from .config import LongCtxConfig
 from .loading import AutoModelForCausalLM
 from .patch import patch_model, unpatch_model
-from .tasks.tiny_language import BLOCK, Filler, exam
+from .tasks.tiny_language import BLOCK, NOTE, Filler, exam
 
 MODEL = "tiny-llama"
 ASKED, ANSWER = 4, 4  # tokens of "ask amber falcon is" and of its answer
@@ -40,7 +41,7 @@ class Way:
         return mean(self.hits)
 
 
-def ways(model) -> list[Way]:
+def ways(model: nn.Module) -> list[Way]:
     """Dense; the shipped head roles; and as many streaming heads, but the heads that matter most among them."""
     patch_model(model, "auto")
     right = model.base_model.longctx_state.config
@@ -52,7 +53,7 @@ def ways(model) -> list[Way]:
     return [Way("dense", None), Way(f"patched: {kept}", right), Way(f"wrong heads: {kept}", wrong)]
 
 
-def texts(seed: int, prompts: int, length: int, notes: int):
+def texts(seed: int, prompts: int, length: int, notes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield (text ``[1, length - 9]``, questions ``[notes, 4]``, answers ``[notes, 4]``)."""
     filler, rng = Filler(), np.random.default_rng(seed)
     for _ in range(prompts):
@@ -63,7 +64,7 @@ def texts(seed: int, prompts: int, length: int, notes: int):
 
 
 @torch.no_grad()
-def ask(model, way: Way, text: Tensor, questions: Tensor, answers: Tensor) -> None:
+def ask(model: nn.Module, way: Way, text: Tensor, questions: Tensor, answers: Tensor) -> None:
     """Read the text once, then answer all its questions from copies of its cache."""
     start = time.perf_counter()
     cache = model(text, logits_to_keep=1).past_key_values
@@ -72,19 +73,21 @@ def ask(model, way: Way, text: Tensor, questions: Tensor, answers: Tensor) -> No
     cache.batch_repeat_interleave(len(questions))
     prompt = torch.cat([text.expand(len(questions), -1), questions], 1)
     start = time.perf_counter()
-    out = model.generate(prompt, past_key_values=cache, max_new_tokens=ANSWER, do_sample=False, eos_token_id=-1)
+    out = model.generate(prompt, past_key_values=cache, max_new_tokens=ANSWER, do_sample=False)
     way.decode.append((time.perf_counter() - start) / ANSWER)
     way.hits += (out[:, -ANSWER:] == answers).all(-1).tolist()
 
 
-def cache_bytes(cache) -> int:
+def cache_bytes(cache: Cache) -> int:
     """Bytes of keys and values a cache holds, ours or Transformers' own."""
     if isinstance(cache, LongCtxCache):
         return cache.nbytes
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def run(length: int = 4096, notes: int = 16, prompts: int = 13, seed: int = 2024, console: Console | None = None):
+def run(
+    length: int = 4096, notes: int = 16, prompts: int = 13, seed: int = 2024, console: Console | None = None
+) -> list[Way]:
     """Measure all ways on the same prompts, and print the table if a console is given.
 
     Args:
@@ -96,6 +99,7 @@ def run(length: int = 4096, notes: int = 16, prompts: int = 13, seed: int = 2024
         The ways, dense first.
     """
     model = AutoModelForCausalLM.from_pretrained(asset(MODEL), longctx=False).eval()
+    model.generation_config.eos_token_id = None  # every answer has four words
     compared = ways(model)
     for text, questions, answers in texts(seed, prompts, length, notes):
         for way in compared:
@@ -108,21 +112,20 @@ def run(length: int = 4096, notes: int = 16, prompts: int = 13, seed: int = 2024
         console.print(f"\nA prompt of {length} words hides {notes} notes, like this one:")
         console.print(f"  ... {tokenizer.decode(hidden_note(text[0]))} ...", style="cyan")
         console.print(f"and then asks: [cyan]{tokenizer.decode(questions[0])}[/] -> {tokenizer.decode(answers[0])}\n")
-        show(console, compared, length, notes * prompts)
+        show(console, compared, length, notes, notes * prompts)
     return compared
 
 
 def hidden_note(text: Tensor) -> Tensor:
     """The first note of a text with three words on either side."""
-    from .tasks.tiny_language import NOTE
-
     at = int((text == NOTE).nonzero()[0])
     return text[max(1, at - 3) : at + BLOCK + 3]
 
 
-def show(console: Console, compared: list[Way], length: int, questions: int) -> None:
+def show(console: Console, compared: list[Way], length: int, notes: int, questions: int) -> None:
     """The table, and one sentence that says what it means."""
-    table = Table(title=f"{questions} questions about {length}-token prompts, {torch.get_num_threads()} CPU threads")
+    title = f"{questions} questions, {notes} asked at once about each {length}-token prompt, {torch.get_num_threads()} CPU threads"
+    table = Table(title=title)
     for name in ("", "exact match", "KV cache MB", "prefill s", "answer ms/token"):
         table.add_column(name, justify="left" if not name else "right")
     for way in compared:
