@@ -2,7 +2,7 @@
 
 from .cache import LongCtxCache
 from .config import LongCtxConfig
-from .errors import CacheError, ConfigError, LongCtxError, UnsupportedModelError, UnsupportedModeError
+from .errors import CacheError, ConfigError, LongCtxError, UnsupportedModeError, UnsupportedModelError
 from .loading import AutoModelForCausalLM, install, uninstall
 from .patch import observe, patch_model, patched, unpatch_model
 from .report import report

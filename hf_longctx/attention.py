@@ -41,8 +41,8 @@ def longctx_mask(*args, allow_is_causal_skip: bool = True, **kwargs) -> None:
     """
     if not allow_is_causal_skip:
         raise UnsupportedModeError(
-            "this call needs a mask that is not plainly causal (packed sequences, or a mask function added to the causal "
-            "one). A patched model supports causal attention over left- or right-padded rows: unpack the sequences, or "
+            "this call needs a mask that is not plainly causal (packed sequences, or a mask function added to it). A "
+            "patched model supports causal attention over left- or right-padded rows: unpack the sequences, or "
             "run it dense with model.set_attn_implementation('sdpa')."
         )
 
@@ -94,7 +94,7 @@ class LayerCall:
         self.module, self.plan, self.rows, self.scale = module, plan, rows, scale
 
     def kernel(self, query: Tensor):
-        """The kernel for this call; `stock` is Transformers' own SDPA call, where it can be made, and `auto` elsewhere."""
+        """The kernel for this call; ``auto`` where Transformers' own call (``stock``) cannot be made."""
         word = "auto" if self.plan.kernel == "stock" else self.plan.kernel
         needs_grad = torch.is_grad_enabled() and query.requires_grad
         kernel = dispatch.pick(
@@ -143,8 +143,8 @@ class LayerCall:
         first = self.rows.total - key.shape[2]
         if first and not (self.plan.sliding and first > 0):
             raise UnsupportedModeError(
-                f"layer {self.plan.layer_idx} was given {key.shape[2]} keys for {self.rows.total} tokens. A patched model "
-                "takes LongCtxCache, DynamicCache, or no cache."
+                f"layer {self.plan.layer_idx} was given {key.shape[2]} keys for {self.rows.total} tokens. A patched "
+                "model takes LongCtxCache, DynamicCache, or no cache."
             )
         return HeadKV(heads, [Segment(heads.take(key), heads.take(value), key.shape[2])], store, first=first)
 

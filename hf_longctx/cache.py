@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .errors import CacheError, UnsupportedModelError, UnsupportedModeError
+from .errors import CacheError, UnsupportedModeError, UnsupportedModelError
 from .kernels.layout import HeadKV
 from .layer_plan import LayerPlan
 from .rows import Rows
@@ -32,9 +32,15 @@ class LayerKV:
     def shape(self) -> None:
         """What any other attention function asks a key for first."""
         raise UnsupportedModeError(
-            "a LongCtxCache reached an attention function that is not the patched one: the model is not patched, or was "
-            "unpatched while the cache lived. Patch it again, or start with a new cache."
+            "a LongCtxCache reached an attention function that is not the patched one: the model is not patched, or "
+            "was unpatched while the cache lived. Patch it again, or start with a new cache."
         )
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None) -> None:
+        """An attention function that asks for no shape (Transformers 5.0) goes straight to torch: the same error."""
+        given = (*args, *(kwargs or {}).values())
+        return next(kept.shape for kept in given if isinstance(kept, cls))
 
 
 class LongCtxLayer(CacheLayerMixin):
@@ -53,7 +59,9 @@ class LongCtxLayer(CacheLayerMixin):
         self.dense_bytes_per_token = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        per_head = key_states.shape[-1] * key_states.element_size() + value_states.shape[-1] * value_states.element_size()
+        per_head = (
+            key_states.shape[-1] * key_states.element_size() + value_states.shape[-1] * value_states.element_size()
+        )
         self.batch, self.dtype, self.device = key_states.shape[0], key_states.dtype, key_states.device
         self.dense_bytes_per_token = per_head * key_states.shape[1]
         self.is_initialized = True
@@ -64,8 +72,8 @@ class LongCtxLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[:2] != (self.batch, len(self.plan.roles)):
             raise CacheError(
-                f"layer {self.plan.layer_idx} got keys of {key_states.shape[0]} rows and {key_states.shape[1]} KV heads, "
-                f"but this cache holds {self.batch} rows and {len(self.plan.roles)} KV heads. Use a new cache."
+                f"layer {self.plan.layer_idx} got keys of {key_states.shape[0]} rows and {key_states.shape[1]} KV "
+                f"heads, but this cache holds {self.batch} rows and {len(self.plan.roles)} KV heads. Use a new cache."
             )
         heads = [store.append(key_states, value_states, rows) for store in self.stores]
         self.seen = rows.total
@@ -150,7 +158,9 @@ class LongCtxCache(Cache):
     @property
     def nbytes_dense(self) -> int:
         """Bytes a dense cache would hold after the same tokens."""
-        return sum(layer.dense_bytes_per_token * layer.seen * layer.batch for layer in self.layers if layer.is_initialized)
+        return sum(
+            layer.dense_bytes_per_token * layer.seen * layer.batch for layer in self.layers if layer.is_initialized
+        )
 
     @property
     def batch_size(self) -> int:
@@ -164,13 +174,15 @@ class LongCtxCache(Cache):
             CacheError: an earlier forward was interrupted, the rows do not continue the cached ones, or the forward
                 does not fit into ``max_tokens``.
         """
-        if len({layer.seen for layer in self.layers}) > 1:
+        if (most := max(layer.seen for layer in self.layers)) != self.seen:
             raise CacheError(
-                f"the layers of this cache have seen between {self.seen} and {max(c.seen for c in self.layers)} tokens: an "
-                "earlier forward was interrupted. Call cache.crop(0) to go back to before it, or cache.reset()."
+                f"the layers of this cache have seen between {self.seen} and {most} tokens: "
+                "an earlier forward was interrupted. Call cache.crop(0) to go back to before it, or cache.reset()."
             )
         if self.batch_size not in (-1, rows.batch):
-            raise CacheError(f"this cache holds {self.batch_size} rows, the forward brings {rows.batch}. Use a new cache.")
+            raise CacheError(
+                f"this cache holds {self.batch_size} rows, the forward brings {rows.batch}. Use a new cache."
+            )
         if rows.past and self.right_padded:
             raise CacheError(
                 "this cache was filled from right-padded rows and cannot be continued: the next token would not follow "
@@ -196,10 +208,15 @@ class LongCtxCache(Cache):
                     "Pass the attention_mask that covers the cached tokens as well."
                 )
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[LayerKV, LayerKV]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[LayerKV, LayerKV]:
         """Keep k, v ``[B, H_kv, T, D]`` of layer ``layer_idx``; the result is for the patched attention only.
 
         May be called directly, layer by layer, to fill a cache by hand.
+
+        Raises:
+            CacheError: the keys have other rows or KV heads than the cache, or do not fit into ``max_tokens``.
         """
         layer, new = self.layers[layer_idx], key_states.shape[2]
         if self.rows is None or (self.rows.past, self.rows.new) != (layer.seen, new):
@@ -235,8 +252,8 @@ class LongCtxCache(Cache):
             if target < min(possible, layer.seen):
                 raise CacheError(
                     f"cannot crop from {layer.seen} to {target} tokens: layer {layer.plan.layer_idx} can go back to "
-                    f"{possible} at most, older tokens of its streaming heads are gone. Call cache.reset() and read the "
-                    "prompt again."
+                    f"{possible} at most, older tokens of its streaming heads are gone. Call cache.reset() and read "
+                    "the prompt again."
                 )
         for layer in self.layers:
             layer.crop_to(Rows(max(self.batch_size, 1), 0, layer.seen, self.starts), target)

@@ -29,7 +29,11 @@ NOT_KERNELS = {"layout", "dispatch"}
 
 @dataclass(frozen=True)
 class LongCtxConfig:
-    """One checkpoint's config. ``docs/configuration.md`` has every key; the sections have their meaning."""
+    """One checkpoint's config. ``docs/configuration.md`` has every key; the sections have their meaning.
+
+    Raises:
+        ConfigError: the sections do not fit each other.
+    """
 
     model: ModelSection
     heads: HeadsSection

@@ -1,4 +1,4 @@
-"""``hf-longctx demo``: a small trained model, a long prompt, and the same questions dense, patched, and patched wrongly."""
+"""``hf-longctx demo``: a small trained model answers the same questions dense, patched, and patched wrongly."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ ASKED, ANSWER = 4, 4  # tokens of "ask amber falcon is" and of its answer
 
 @dataclass
 class Way:
-    """One way of running the model, and what was measured: one number per prompt, but one hit per question."""
+    """One way of running the model, and what was measured: one number per prompt, but one hit per question.
+
+    ``retrieval`` says in words how many KV heads keep every token.
+    """
 
     name: str
+    retrieval: str
     config: LongCtxConfig | None
     hits: list[bool] = field(default_factory=list)
     megabytes: list[float] = field(default_factory=list)
@@ -49,8 +53,9 @@ def ways(model: nn.Module) -> list[Way]:
     upside_down = tuple(tuple(-score for score in row) for row in right.heads.scores)
     wrong = right.override(heads={"scores": upside_down, "retrieval_fraction": right.heads.retrieval_fraction})
     roles = "".join(right.roles())
-    kept = f"{roles.count('R')} of {len(roles)} KV heads keep all"
-    return [Way("dense", None), Way(f"patched: {kept}", right), Way(f"wrong heads: {kept}", wrong)]
+    kept = f"{roles.count('R')} of {len(roles)}"
+    dense = f"{len(roles)} of {len(roles)}"
+    return [Way("dense", dense, None), Way("patched", kept, right), Way("wrong heads", kept, wrong)]
 
 
 def texts(seed: int, prompts: int, length: int, notes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -124,13 +129,15 @@ def hidden_note(text: Tensor) -> Tensor:
 
 def show(console: Console, compared: list[Way], length: int, notes: int, questions: int) -> None:
     """The table, and one sentence that says what it means."""
-    title = f"{questions} questions, {notes} asked at once about each {length}-token prompt, {torch.get_num_threads()} CPU threads"
+    threads = torch.get_num_threads()
+    title = f"{questions} questions about {length}-token prompts, {notes} answered at once, {threads} CPU threads"
     table = Table(title=title)
-    for name in ("", "exact match", "KV cache MB", "prefill s", "answer ms/token"):
+    for name in ("", "retrieval heads", "exact match", "KV cache MB", "prefill s", "decode ms/token"):
         table.add_column(name, justify="left" if not name else "right")
     for way in compared:
         table.add_row(
             way.name,
+            way.retrieval,
             f"{way.exact_match:.3f}",
             f"{mean(way.megabytes):.2f}",
             f"{median(way.prefill):.2f}",
@@ -138,8 +145,9 @@ def show(console: Console, compared: list[Way], length: int, notes: int, questio
         )
     console.print(table)
     dense, right, wrong = compared
+    share = mean(right.megabytes) / mean(dense.megabytes)
     console.print(
-        f"\nThe patched model answers {right.exact_match:.1%} of the questions right (dense: {dense.exact_match:.1%}) with "
-        f"{mean(right.megabytes) / mean(dense.megabytes):.0%} of the memory, because only the heads that look far back "
-        f"keep the whole text; let the wrong heads forget, and {wrong.exact_match:.1%} are left."
+        f"\nThe patched model answers {right.exact_match:.1%} of the questions right (dense: {dense.exact_match:.1%}) "
+        f"with {share:.0%} of the memory, because only the heads that look far back keep the whole text; let the wrong "
+        f"heads forget, and {wrong.exact_match:.1%} are left."
     )

@@ -57,8 +57,9 @@ def find_family(model_type: str) -> Family:
     known = families()
     if model_type not in known:
         raise UnsupportedModelError(
-            f"model_type '{model_type}' cannot be patched; supported: {', '.join(known)}. If its attention hands rotated "
-            f"keys straight to Transformers' attention interface, as Llama's does, three lines in patches/{model_type}.py "
-            f"add it:\n\n    from hf_longctx.family import Family\n\n    FAMILY = Family(model_type={model_type!r})\n"
+            f"model_type '{model_type}' cannot be patched; supported: {', '.join(known)}. If its attention hands "
+            f"rotated keys straight to Transformers' attention interface, as Llama's does, three lines in "
+            f"patches/{model_type}.py add it:\n\n"
+            f"    from hf_longctx.family import Family\n\n    FAMILY = Family(model_type={model_type!r})\n"
         )
     return importlib.import_module(f"hf_longctx.patches.{model_type}").FAMILY

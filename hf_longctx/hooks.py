@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +25,12 @@ from .rows import Rows, read_mask
 logger = logging.getLogger(__name__)
 
 # base model id -> observer; a context variable, so that threads that share a model do not see each other's.
-observers: ContextVar[dict[int, Any]] = ContextVar("hf_longctx_observers", default={})
+observers: ContextVar[Mapping[int, Any]] = ContextVar("hf_longctx_observers", default=MappingProxyType({}))
+
+# cache_implementation words of generate(): those that mean a LongCtxCache ("dynamic_full" is what Transformers 5.0
+# asks of an assistant), and those that keep Transformers' own cache.
+OURS = (None, "dynamic", "dynamic_full")
+DENSE_MEMORY = ("offloaded", "quantized")
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -85,8 +92,8 @@ class BeforeForward:
     def _refuse_dense(self, cache: Any, implementation: str) -> None:
         if isinstance(cache, LongCtxCache):
             raise UnsupportedModeError(
-                f"the model was switched to attention '{implementation}' and runs dense, so it cannot read a LongCtxCache. "
-                f"Start with a new cache, or switch back with model.set_attn_implementation('{NAME}')."
+                f"the model was switched to attention '{implementation}' and runs dense, so it cannot read a "
+                f"LongCtxCache. Start with a new cache, or switch back with model.set_attn_implementation('{NAME}')."
             )
         self.state.runs_dense(implementation)
 
@@ -94,8 +101,8 @@ class BeforeForward:
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
         if given.get("output_attentions") or getattr(config, "output_attentions", False):
             raise UnsupportedModeError(
-                "output_attentions=True: a patched model never makes the attention matrix. Use hf_longctx.observe(), or "
-                "model.set_attn_implementation('eager')."
+                "output_attentions=True: a patched model never makes the attention matrix. Use hf_longctx.observe() "
+                "or model.set_attn_implementation('eager')."
             )
         if cache is not None and getattr(cache, "is_compileable", False):
             raise UnsupportedModeError(
@@ -116,7 +123,9 @@ class BeforeForward:
             )
         causal = (given.get("is_causal"), getattr(config, "is_causal", None))
         if False in causal:
-            raise UnsupportedModeError("is_causal=False: a patched model is causal. Unpatch it for bidirectional attention.")
+            raise UnsupportedModeError(
+                "is_causal=False: a patched model is causal. Unpatch it for bidirectional attention."
+            )
 
 
 def _refuse_packed(position_ids: Tensor | None, rows: Rows) -> None:
@@ -132,8 +141,8 @@ def _refuse_packed(position_ids: Tensor | None, rows: Rows) -> None:
         return
     if jumps.any():
         raise UnsupportedModeError(
-            "position_ids jump inside a row, which Transformers reads as packed sequences; a patched model would let them "
-            "see each other. Pass one sequence per row, or run dense: model.set_attn_implementation('sdpa')."
+            "position_ids jump inside a row, which Transformers reads as packed sequences; a patched model would let "
+            "them see each other. Pass one sequence per row, or run dense: model.set_attn_implementation('sdpa')."
         )
 
 
@@ -150,12 +159,12 @@ class PrepareCache:
         given = model_kwargs.get("past_key_values") is not None
         no_cache = generation_config.use_cache is False or id(self.state.base(model)) in observers.get()
         dense = model.config._attn_implementation != NAME
-        if not dense and not given and asked not in (None, "dynamic", "offloaded", "quantized"):
+        if not dense and not given and asked not in (*OURS, *DENSE_MEMORY):
             raise UnsupportedModeError(
-                f"cache_implementation='{asked}' is a fixed-size cache that a patched model cannot read. Leave it out, or "
-                "pass past_key_values=LongCtxCache(model, max_tokens=...) to reserve memory."
+                f"cache_implementation='{asked}' is a fixed-size cache that a patched model cannot read. Leave it out, "
+                "or pass past_key_values=LongCtxCache(model, max_tokens=...) to reserve memory."
             )
-        if dense or given or no_cache or asked in ("offloaded", "quantized"):
+        if dense or given or no_cache or asked in DENSE_MEMORY:
             return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
         model_kwargs["past_key_values"] = LongCtxCache(model)
         return None

@@ -6,6 +6,8 @@ The flag is saved with the model as ``config.longctx`` (plain data) and restored
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ from .errors import ConfigError
 from .patch import patch_model
 
 Flag = str | Path | dict | LongCtxConfig | bool | None
+
+# An auto class loads through its model class; the outer of the two calls patches.
+_inside: ContextVar[bool] = ContextVar("hf_longctx_inside_from_pretrained", default=False)
+_installed: dict[type, tuple[classmethod, classmethod]] = {}  # class -> (its own from_pretrained, ours)
 
 
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
@@ -32,59 +38,64 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             args, kwargs: as in Transformers.
 
         Raises:
-            UnsupportedModelError, ConfigError: as ``patch_model``.
+            UnsupportedModelError: as ``patch_model``.
+            ConfigError: as ``patch_model``.
         """
-        # install() wraps the inner call too: False keeps it from patching a second time.
-        inner = {"longctx": False} if _installed() else {}
-        return apply_flag(super().from_pretrained(*args, **inner, **kwargs), longctx)
-
-
-def apply_flag(loaded: Any, longctx: Flag) -> Any:
-    """Patch what ``from_pretrained`` returned: a model, or (model, loading info)."""
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
-    if longctx is None:
-        longctx = "auto" if getattr(model.config, "longctx", None) is not None else False
-    if longctx is True:
-        longctx = "auto"
-    if longctx is not False:
-        patch_model(model, longctx)
-    return loaded
+        return _load(super().from_pretrained, args, kwargs, longctx)
 
 
 def install() -> None:
     """Give Transformers' own classes the ``longctx=`` flag, until ``uninstall``. Changes Transformers for this process.
 
-    Raises:
-        ConfigError: somebody else replaced ``PreTrainedModel.from_pretrained`` after an earlier ``install``.
+    Only calls that give the flag, or load a checkpoint saved with it, behave differently. A second call does nothing.
     """
-    if _installed():
+    if _installed:
         return
-    original = PreTrainedModel.__dict__["from_pretrained"]
-
-    @functools.wraps(original.__func__)
-    def from_pretrained(cls, *args: Any, longctx: Flag = None, **kwargs: Any) -> Any:
-        return apply_flag(original.__func__(cls, *args, **kwargs), longctx)
-
-    from_pretrained.longctx_original = original
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    # An auto class must take the flag itself: it would write a flag it does not know over a saved config.longctx.
+    for owner in (PreTrainedModel, transformers.AutoModel, transformers.AutoModelForCausalLM):
+        original = owner.__dict__["from_pretrained"]
+        ours = _with_flag(original)
+        _installed[owner] = original, ours
+        owner.from_pretrained = ours
 
 
 def uninstall() -> None:
-    """Undo ``install``; nothing happens when it is not installed."""
-    current = PreTrainedModel.__dict__["from_pretrained"]
-    if _installed():
-        PreTrainedModel.from_pretrained = current.__func__.longctx_original
-    elif hasattr(inspect_wrapped(current), "longctx_original"):
-        raise ConfigError("from_pretrained was wrapped again after hf_longctx.install(); undo that first.")
+    """Undo ``install``; nothing happens when it is not installed.
+
+    Raises:
+        ConfigError: somebody else replaced ``from_pretrained`` after ``install``; nothing is changed.
+    """
+    for owner, (_, ours) in _installed.items():
+        if owner.__dict__["from_pretrained"] is not ours:
+            raise ConfigError(
+                f"{owner.__name__}.from_pretrained was replaced after hf_longctx.install(). Undo that first, then call "
+                "uninstall() again."
+            )
+    for owner, (original, _) in _installed.items():
+        owner.from_pretrained = original
+    _installed.clear()
 
 
-def inspect_wrapped(method: Any) -> Any:
-    """The innermost function that keeps ``longctx_original`` in a chain of wrappers, or the last one."""
-    function = getattr(method, "__func__", method)
-    while not hasattr(function, "longctx_original") and hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function
+def _with_flag(original: classmethod) -> classmethod:
+    @functools.wraps(original.__func__)
+    def from_pretrained(cls, *args: Any, longctx: Flag = None, **kwargs: Any) -> Any:
+        return _load(functools.partial(original.__func__, cls), args, kwargs, longctx)
+
+    return classmethod(from_pretrained)
 
 
-def _installed() -> bool:
-    return hasattr(getattr(PreTrainedModel.__dict__["from_pretrained"], "__func__", None), "longctx_original")
+def _load(load: Callable, args: tuple, kwargs: dict[str, Any], longctx: Flag) -> Any:
+    """What ``load`` returns, a model or (model, loading info), the model patched as the flag says."""
+    if _inside.get() and longctx is None:
+        return load(*args, **kwargs)
+    token = _inside.set(True)
+    try:
+        loaded = load(*args, **kwargs)
+    finally:
+        _inside.reset(token)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if longctx is None:
+        longctx = getattr(model.config, "longctx", None) not in (None, False)
+    if longctx is not False:
+        patch_model(model, "auto" if longctx is True else longctx)
+    return loaded

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from .attention import NAME, register
 from .cache import plans_of
 from .config import LongCtxConfig
+from .config_find import resolve
 from .errors import UnsupportedModelError
 from .family import Family, families, find_family
 from .head_map import slice_roles
 from .hooks import BeforeForward, PrepareCache, observers
 from .layer_plan import LayerPlan
 from .patch_state import PatchState
-from .config_find import resolve
 from .stores.sink_recent import SinkRecent
 
 PREPARE = "_prepare_cache_for_generation"
@@ -74,7 +74,11 @@ def patch_model(
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
-    """Give the model back its own config object and attention; nothing happens to a model that is not patched."""
+    """Give the model back its own config object and attention; nothing happens to a model that is not patched.
+
+    Raises:
+        UnsupportedModelError: this is no Transformers model.
+    """
     inner = unwrap(model)
     base = inner.base_model
     state = getattr(base, "longctx_state", None)
@@ -99,6 +103,10 @@ def patched(
     """``with patched(model, config): ...``: as ``patch_model``, undone on exit, also after an exception.
 
     A model that was patched before gets its earlier config back.
+
+    Raises:
+        UnsupportedModelError: as ``patch_model``.
+        ConfigError: as ``patch_model``.
     """
     before = getattr(unwrap(model).base_model, "longctx_state", None)
     try:
@@ -155,8 +163,8 @@ def attention_modules(base: nn.Module, family: Family) -> list[nn.Module]:
     modules = [getattr(layer, family.attention) for layer in layers or () if hasattr(layer, family.attention)]
     if not modules:
         raise UnsupportedModelError(
-            f"{type(base).__name__} has no '{family.layers}[i].{family.attention}', where {family.model_type} models keep "
-            "their attention."
+            f"{type(base).__name__} has no '{family.layers}[i].{family.attention}', where {family.model_type} models "
+            "keep their attention."
         )
     return modules
 
@@ -173,7 +181,7 @@ def make_plan(module: nn.Module, settings: LongCtxConfig, family: Family, hf_con
     if window is None:
         return LayerPlan(layer, roles, stores, settings.kernel)
     own = SinkRecent(sink=0, recent=window)
-    return LayerPlan(layer, "S" * len(roles), {role: own for role in stores}, settings.kernel, sliding=True)
+    return LayerPlan(layer, "S" * len(roles), dict.fromkeys(stores, own), settings.kernel, sliding=True)
 
 
 def tensor_parallel(module: nn.Module, family: Family, kv_heads: int) -> tuple[int, int]:

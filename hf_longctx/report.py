@@ -47,9 +47,8 @@ class Report:
             lines.append(f"own window    layers {', '.join(map(str, self.window_layers))}")
         if self.nbytes is not None and self.nbytes_dense:
             share = self.nbytes / self.nbytes_dense
-            lines.append(
-                f"KV cache      {_mb(self.nbytes)} after {self.seen} tokens; dense {_mb(self.nbytes_dense)} ({share:.0%})"
-            )
+            kept = f"{_mb(self.nbytes)} after {self.seen} tokens"
+            lines.append(f"KV cache      {kept}, {share:.0%} of dense {_mb(self.nbytes_dense)}")
         else:
             lines.append("KV cache      none alive")
         lines += [f"note          {note}" for note in self.notes]

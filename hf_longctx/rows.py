@@ -95,8 +95,8 @@ def read_mask(mask: Tensor | None, batch: int, past: int, new: int) -> Rows:
     total = past + new
     if tuple(mask.shape) != (batch, total):
         raise UnsupportedModeError(
-            f"attention_mask has shape {tuple(mask.shape)}, but this forward needs {(batch, total)}: one column for each "
-            f"of the {past} cached and {new} new tokens. Pass the mask of the whole sequence."
+            f"attention_mask has shape {tuple(mask.shape)}, but this forward needs {(batch, total)}: one column for "
+            f"each of the {past} cached and {new} new tokens. Pass the mask of the whole sequence."
         )
     real = mask.bool()
     slots = torch.arange(total, device=mask.device)

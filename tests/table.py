@@ -1,4 +1,4 @@
-"""The table of families x shapes x modes x stores: a small set of cases in which every two values meet at least once."""
+"""The table of families x shapes x modes x stores: a small set of cases in which every two values meet."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def pairs(case: Case) -> set[tuple]:
 
 def every_pair() -> set[tuple]:
     values = list(FACTORS.values())
-    return {(i, a, j, b) for i, j in itertools.combinations(range(len(values)), 2) for a in values[i] for b in values[j]}
+    return {
+        (i, a, j, b) for i, j in itertools.combinations(range(len(values)), 2) for a in values[i] for b in values[j]
+    }
 
 
 def pairwise(seed: int = 0) -> list[Case]:

@@ -1,4 +1,4 @@
-"""The embedded model earns its place: it retrieves, its retrieval heads are the ones that matter, and memory is saved."""
+"""The embedded model earns its place: it retrieves, its retrieval heads matter, and memory is saved."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM
 import hf_longctx.attention
 from hf_longctx import (
     LongCtxCache,
-    UnsupportedModelError,
     UnsupportedModeError,
+    UnsupportedModelError,
     observe,
     patch_model,
     patched,

@@ -11,8 +11,8 @@ from hf_longctx import (
     CacheError,
     ConfigError,
     LongCtxCache,
-    UnsupportedModelError,
     UnsupportedModeError,
+    UnsupportedModelError,
     patch_model,
 )
 
@@ -52,7 +52,9 @@ def test_packed_sequences(model):
     for more in ({"use_cache": False}, {}):
         refuse(model, UnsupportedModeError, "packed", lambda more=more: model(IDS, position_ids=packed, **more))
     lengths = torch.tensor([0, 25, 40], dtype=torch.int32)
-    refuse(model, UnsupportedModeError, "cu_seq_lens_q", lambda: model(IDS, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths))
+    refuse(
+        model, UnsupportedModeError, "cu_seq_lens_q", lambda: model(IDS, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
+    )
 
 
 def test_masks_with_four_dimensions_and_holes(model):
@@ -71,7 +73,13 @@ def test_a_hole_that_opens_while_decoding(model):
     model(IDS, past_key_values=cache)
     mask = torch.ones(1, 41, dtype=torch.long)
     mask[0, 5] = 0
-    refuse(model, UnsupportedModeError, "holes", lambda: model(IDS[:, :1], attention_mask=mask, past_key_values=cache), cache)
+    refuse(
+        model,
+        UnsupportedModeError,
+        "holes",
+        lambda: model(IDS[:, :1], attention_mask=mask, past_key_values=cache),
+        cache,
+    )
     mask[0, :6] = 0
     step = {"attention_mask": mask, "past_key_values": cache}
     refuse(model, CacheError, "starts at token 0.*says 6", lambda: model(IDS[:, :1], **step), cache)

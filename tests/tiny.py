@@ -65,8 +65,10 @@ def config_for(model, roles="mixed", sink: int = 4, recent: int = 16, **top) -> 
     return LongCtxConfig.from_dict({"model": described, "heads": {"roles": roles}, "stores": stores, **top})
 
 
-def dense_mask_visible(layer_roles: str, group: int, starts, query: int, keys: int, sink: int, recent: int, window=None):
-    """Visible keys ``[B, H, query, keys]``: the queries are the last of the keys' slots. Written from the rule alone."""
+def dense_mask_visible(
+    layer_roles: str, group: int, starts, query: int, keys: int, sink: int, recent: int, window=None
+):
+    """Visible keys ``[B, H, query, keys]``: the queries are the last slots. Written from the rule alone."""
     per_row = []
     for start in starts:
         i = torch.arange(keys - query, keys)[:, None] - start
@@ -120,7 +122,9 @@ class Shadow:
 
         def shadow_update(cache, k, v, layer_idx, *args, **kwargs):
             old = self.keys.get(layer_idx)
-            self.keys[layer_idx] = (k, v) if old is None else tuple(torch.cat(pair, 2) for pair in zip(old, (k, v)))
+            self.keys[layer_idx] = (
+                (k, v) if old is None else tuple(torch.cat(pair, 2) for pair in zip(old, (k, v), strict=True))
+            )
             return update(cache, k, v, layer_idx, *args, **kwargs)
 
         def shadow_attend(module, q, k, v, mask, **kwargs):
@@ -140,7 +144,14 @@ class Shadow:
         stores = self.config.stores.streaming
         window = plan.stores["streaming"].recent if plan.sliding else None
         visible = dense_mask_visible(
-            plan.roles, q.shape[1] // k.shape[1], starts, q.shape[2], k.shape[2], stores.sink, stores.recent - self.off, window
+            plan.roles,
+            q.shape[1] // k.shape[1],
+            starts,
+            q.shape[2],
+            k.shape[2],
+            stores.sink,
+            stores.recent - self.off,
+            window,
         )
         want, _ = reference.attention(q, k, v, visible, scaling)
         for row, start in enumerate(starts):

@@ -113,12 +113,12 @@ def train(family: str, out: Path, seed: int, scale: float, save_every: int, stop
         length = lengths[step]
         ids, weight = batch(rng, filler, TOKENS_PER_STEP // length, length, 0.45 if length >= 256 else 0.0)
         with torch.no_grad():
-            for low, high in zip(model.parameters(), master.parameters()):
+            for low, high in zip(model.parameters(), master.parameters(), strict=True):
                 low.copy_(high)
                 low.grad = None
         loss = step_loss(model, torch.from_numpy(ids), torch.from_numpy(weight))
         loss.backward()
-        for low, high in zip(model.parameters(), master.parameters()):
+        for low, high in zip(model.parameters(), master.parameters(), strict=True):
             high.grad = low.grad.float()
         torch.nn.utils.clip_grad_norm_(master.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -129,7 +129,12 @@ def train(family: str, out: Path, seed: int, scale: float, save_every: int, stop
             state = {"model": master.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
             torch.save(state, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").rename(checkpoint)
-            row = {"step": done, "length": length, "loss": round(loss.item(), 4), "seconds": round(time.time() - started)}
+            row = {
+                "step": done,
+                "length": length,
+                "loss": round(loss.item(), 4),
+                "seconds": round(time.time() - started),
+            }
             row["exact_match"] = {str(n): exact_match(master, max(n, 256), 8, 64) for n in (256, length)}
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
@@ -152,7 +157,14 @@ def main() -> None:
     new_tokenizer().save_pretrained(args.out / "model")
     sizes = [(n, k) for n in (512, 1024, 2048, 4096) for k in (8, 16)]
     table = {f"{length} tokens, {notes} notes": exact_match(model, length, notes, 256) for length, notes in sizes}
-    report = {"family": args.family, "seed": args.seed, "schedule": SCHEDULE, "scale": args.scale, "steps": args.stop_at or len(plan(args.scale)), "exact_match": table}
+    report = {
+        "family": args.family,
+        "seed": args.seed,
+        "schedule": SCHEDULE,
+        "scale": args.scale,
+        "steps": args.stop_at or len(plan(args.scale)),
+        "exact_match": table,
+    }
     (args.out / "model" / "training.json").write_text(json.dumps(report, indent=2) + "\n")
 
 

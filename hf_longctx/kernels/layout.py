@@ -1,7 +1,7 @@
 """The one interface between caches and kernels: what a role's KV heads keep, as segments.
 
-Shapes: ``B`` batch, ``n`` KV heads of one role, ``G`` query heads per KV head, ``T`` tokens of this forward, ``S`` tokens
-kept, ``D`` head_dim.
+Shapes: ``B`` batch, ``n`` KV heads of one role, ``G`` query heads per KV head, ``T`` tokens of this forward, ``S``
+tokens kept, ``D`` head_dim.
 """
 
 from __future__ import annotations

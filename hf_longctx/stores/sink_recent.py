@@ -46,8 +46,8 @@ class SinkRecentStore(Store):
     """Sinks and a ring, row by row, in one segment: exactly the keys a decoded token sees, so it needs no mask.
 
     Row position ``j`` lives in slot ``j`` while ``j < sink + recent`` and in ``sink + (j - sink) % recent`` later. What
-    the ring pushes out stays for a while in ``history`` (slot ``j % SLACK``), so that rejected tokens can be taken back;
-    its last slot takes what must not be kept.
+    the ring pushes out stays for a while in ``history`` (slot ``j % SLACK``), so that rejected tokens can be taken
+    back; its last slot takes what must not be kept.
     """
 
     def __init__(self, spec: SinkRecent, heads: RoleHeads, max_tokens: int | None):
@@ -163,7 +163,9 @@ class SinkRecentStore(Store):
 
     def crop(self, rows: Rows, target: int) -> None:
         if target < self.oldest_crop(rows.total):
-            raise CacheError(f"cannot go back to {target} tokens: the window needs what was dropped before {self.oldest}.")
+            raise CacheError(
+                f"cannot go back to {target} tokens: the window needs what was dropped before {self.oldest}."
+            )
         kept, sink, recent = self.segments.get("kept"), self.spec.sink, self.spec.recent
         if kept is None:
             return

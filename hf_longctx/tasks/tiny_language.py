@@ -11,20 +11,21 @@ import numpy as np
 
 PAD, UNK, BOS, NOTE, ASK, IS, END = range(7)
 MARKS = ["<pad>", "<unk>", "<bos>", "note", "ask", "is", "."]
-CODES = (
+CODE_WORDS = (
     "amber falcon lemon river cobalt tiger maple anchor velvet comet ginger harbor ivory jaguar kettle lantern "
     "marble nectar olive pepper quartz raven saffron thistle umber violet walnut yellow zebra acorn basil cedar "
     "dahlia ember fennel garnet hazel indigo jasmine karma lotus mango nutmeg onyx pearl quince ruby sable topaz "
     "urchin vanilla willow yarrow zircon apricot badger canary dolphin eagle ferret gopher heron ibis koala"
-).split()
-FILLER = (
+)
+FILLER_WORDS = (
     "the of and to in that it was for on with as they at be this from have or by one had not but what all were when "
     "we there can an your which their said if do will each about how up out them then she many some so these would "
     "other into has more her two like him see time could no make than first been its who now people my made over did "
     "down only way find use may water long little very after words called just where most know get through back much "
     "before go good new write our used me man too any day same right look think also around another came come work "
     "three word must because does part even place well"
-).split()
+)
+CODES, FILLER = CODE_WORDS.split(), FILLER_WORDS.split()
 VOCAB = MARKS + CODES + FILLER
 FIRST_CODE, FIRST_FILLER = len(MARKS), len(MARKS) + len(CODES)
 BLOCK = 9  # tokens of a note, and of a question with its answer
@@ -106,7 +107,7 @@ def batch(rng: np.random.Generator, filler: Filler, rows: int, length: int, spar
         keys, values = draw_notes(rng, notes)
         is_filler = np.ones(length, dtype=bool)
         is_filler[0], ids[r, 0] = False, BOS
-        for start, block in zip(_place(rng, length, len(order), at_end), order):
+        for start, block in zip(_place(rng, length, len(order), at_end), order, strict=True):
             which = block if block >= 0 else -1 - block
             ids[r, start : start + BLOCK] = (note if block >= 0 else question)(keys[which], values[which])
             is_filler[start : start + BLOCK] = False
@@ -118,7 +119,7 @@ def batch(rng: np.random.Generator, filler: Filler, rows: int, length: int, spar
 
 
 def exam(rng: np.random.Generator, filler: Filler, rows: int, length: int, notes: int):
-    """Rows that hold ``notes`` notes and ask for all of them at the end: ids, and answer positions ``[rows, notes, 4]``."""
+    """Rows of ``notes`` notes that are all asked for at the end: ids, and answer positions ``[rows, notes, 4]``."""
     words = filler.sample(rng, rows, length)
     ids = np.empty((rows, length), dtype=np.int64)
     where = np.empty((rows, notes, 4), dtype=np.int64)
@@ -129,7 +130,9 @@ def exam(rng: np.random.Generator, filler: Filler, rows: int, length: int, notes
         asked = rng.permutation(notes)
         starts = _place(rng, length, 2 * notes, notes)
         for i, start in enumerate(starts):
-            block = note(keys[i], values[i]) if i < notes else question(keys[asked[i - notes]], values[asked[i - notes]])
+            block = (
+                note(keys[i], values[i]) if i < notes else question(keys[asked[i - notes]], values[asked[i - notes]])
+            )
             ids[r, start : start + BLOCK] = block
             is_filler[start : start + BLOCK] = False
             if i >= notes:

@@ -1,0 +1,118 @@
+"""What is compared: the attention modules and caches of stock and patched models of one shape, and their results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
+
+from .. import LongCtxCache, LongCtxConfig, LongCtxError, patch_model
+from .settings import DTYPES, VOCABULARY, Settings
+
+STOCK, RETRIEVAL, HALF, STREAMING = "stock", "all retrieval", "half streaming", "all streaming"
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # largest error, relative to the largest value
+
+
+def dtype_of(word: str) -> torch.dtype:
+    return getattr(torch, DTYPES[word])
+
+
+def make_model(settings: Settings, dtype: torch.dtype, device: str) -> Any:
+    """A Llama model with random weights on ``device``; ``meta`` gives the real modules without the memory."""
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=VOCABULARY,
+        hidden_size=settings.hidden,
+        intermediate_size=4 * settings.hidden,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        head_dim=settings.head_dim,
+        max_position_embeddings=131072,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(settings.seed)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def patch(model: Any, settings: Settings, roles: list[str]) -> Any:
+    """Patch ``model`` with these roles and the benchmark's streaming store."""
+    streaming = {"store": "sink_recent", "sink": settings.sink, "recent": settings.recent}
+    described = LongCtxConfig.describe(model.config)
+    return patch_model(model, {"model": described, "heads": {"roles": roles}, "stores": {"streaming": streaming}})
+
+
+@dataclass
+class Column:
+    """One way of keeping and reading K/V: a model's attention modules and a cache.
+
+    ``update`` and ``attend`` are the two calls that an attention module's forward makes between its projections.
+    """
+
+    model: Any
+    cache: Cache
+    functions: AttentionInterface = field(default_factory=AttentionInterface)
+
+    @classmethod
+    def of(cls, settings: Settings, dtype: torch.dtype, roles: list[str] | None) -> Column:
+        """Stock Transformers for ``roles`` None, otherwise a model patched with them."""
+        model = make_model(settings, dtype, "meta")
+        if roles is None:
+            return cls(model, DynamicCache(config=model.config))
+        return cls(model, LongCtxCache(patch(model, settings, roles)))
+
+    def forget(self) -> None:
+        """Go on with an empty cache."""
+        patched = isinstance(self.cache, LongCtxCache)
+        self.cache = LongCtxCache(self.model) if patched else DynamicCache(config=self.model.config)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Any, Any]:
+        return self.cache.update(k, v, layer)
+
+    def attend(self, layer: int, q: Tensor, kept: tuple[Any, Any]) -> Tensor:
+        """``[B, T, H, D]``"""
+        module = self.model.model.layers[layer].self_attn
+        function = self.functions[module.config._attn_implementation]
+        return function(module, q, *kept, None, dropout=0.0, scaling=module.scaling)[0]
+
+
+def kept_buffers(kept: tuple[Any, Any]) -> list[Tensor]:
+    """Views of the keys and values that a column's attention reads in one layer."""
+    if isinstance(kept[0], Tensor):
+        return list(kept)
+    return [part for heads in kept[0].heads for segment in heads.segments for part in segment.kept()]
+
+
+def random_heads(heads: int, tokens: int, settings: Settings, dtype: torch.dtype) -> Tensor:
+    """``[1, heads, tokens, D]`` in the memory layout a projection gives: token by token."""
+    return torch.randn(1, tokens, heads, settings.head_dim).to(dtype).transpose(1, 2)
+
+
+def streaming_answer(q: Tensor, k: Tensor, v: Tensor, at: Tensor, settings: Settings) -> Tensor:
+    """``[B, T, H, D]`` in float32, of queries at the positions ``at [T]`` over all keys, from the rule alone."""
+    keys = torch.arange(k.shape[2])
+    age = at[:, None] - keys
+    mask = (age >= 0) & ((keys < settings.sink) | (age < settings.recent))
+    q, k, v = q.float(), k.float(), v.float()
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def check_same(what: str, got: Tensor, want: Tensor, word: str) -> float:
+    """The error of ``got``; columns that compute different things must not be compared.
+
+    Raises:
+        LongCtxError: the error is above the tolerance of the dtype.
+    """
+    got, want = got.float(), want.float()
+    error = ((got - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
+    if not error <= TOLERANCE[word]:
+        raise LongCtxError(
+            f"{what} differs by {error:.1e} of its largest value in {word}, more than {TOLERANCE[word]:.0e}: the "
+            "columns do not compute the same, so their times mean nothing. Please report this with your versions."
+        )
+    return error

@@ -1,0 +1,84 @@
+"""What a benchmark runs: sizes, dtypes, rounds. The defaults are the sizes the goals are stated for."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+
+from ..errors import ConfigError
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # word of the command line -> name in torch
+VOCABULARY = 1024  # small, so that lm_head dominates neither the memory nor the time of a 4-layer model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Shape of the layers (default: 4 layers of the Llama-3.2-1B shape) and how to measure.
+
+    Attributes:
+        tokens: lengths to measure, one table row group each.
+        dtypes: words of ``DTYPES``.
+        sink, recent: tokens that streaming heads keep.
+        rounds: how often every column is measured; the columns take turns.
+        steps: decoded tokens per column and round.
+        threads: threads of torch, None for torch's own choice.
+        seed: of the random tensors and of which KV heads are streaming.
+    """
+
+    tokens: tuple[int, ...]
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    layers: int = 4
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 64
+    sink: int = 64
+    recent: int = 256
+    rounds: int = 7
+    steps: int = 3
+    threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "kv_heads", "head_dim", "recent", "rounds", "steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, given {getattr(self, name)}.")
+        if self.sink < 0 or (self.threads is not None and self.threads < 1):
+            raise ConfigError(f"sink must be >= 0 and threads >= 1, given {self.sink} and {self.threads}.")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"kv_heads must divide heads, given {self.kv_heads} of {self.heads} heads.")
+        if not self.tokens or min(self.tokens) < 2:
+            raise ConfigError(f"tokens must be lengths of at least 2, given {list(self.tokens)}.")
+        unknown = [word for word in self.dtypes if word not in DTYPES]
+        if unknown or not self.dtypes:
+            raise ConfigError(f"dtype {', '.join(unknown) or '(none)'} is not known; known: {', '.join(DTYPES)}.")
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def default_shape(self) -> bool:
+        """Whether the goals, which are stated for the default sizes, can be compared with the figures."""
+        own = Settings(self.tokens)
+        names = ("layers", "heads", "kv_heads", "head_dim", "sink", "recent")
+        return all(getattr(self, name) == getattr(own, name) for name in names)
+
+    def as_dict(self) -> dict:
+        return {**asdict(self), "hidden": self.hidden, "intermediate": 4 * self.hidden, "vocabulary": VOCABULARY}
+
+    def all_heads(self, letter: str) -> list[str]:
+        """Roles of a model whose KV heads are all ``R`` or all ``S``."""
+        return [letter * self.kv_heads] * self.layers
+
+    def half_streaming(self) -> list[str]:
+        """Roles with ``kv_heads // 2`` streaming heads per layer, drawn by the seed.
+
+        Drawn, because heads of one role that happen to be neighbours are cheaper to take apart than real ones.
+        """
+        if self.kv_heads < 2:
+            raise ConfigError("kv_heads must be at least 2, because half of them are streaming, given 1.")
+        rng, roles = random.Random(self.seed), []
+        for _ in range(self.layers):
+            streaming = rng.sample(range(self.kv_heads), self.kv_heads // 2)
+            roles.append("".join("S" if head in streaming else "R" for head in range(self.kv_heads)))
+        return roles

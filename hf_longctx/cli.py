@@ -1,0 +1,50 @@
+"""``hf-longctx``: the commands of the library."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from .bench import commands as bench
+from .errors import LongCtxError
+
+
+class Commands(TyperGroup):
+    """Shows our own errors as one line: they say what to do, a traceback would hide it."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LongCtxError as error:
+            Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Head-classified KV caches and sparse prefill for Hugging Face Transformers.",
+)
+app.add_typer(bench.app, name="bench")
+
+
+@app.command()
+def demo(
+    length: Annotated[int, typer.Option(help="Tokens of a prompt with its question.", min=512, max=8192)] = 4096,
+    notes: Annotated[int, typer.Option(help="Notes hidden in a prompt; each is asked for.", min=1, max=24)] = 16,
+    prompts: Annotated[int, typer.Option(help="Number of prompts.", min=1)] = 13,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 2024,
+) -> None:
+    """A small trained model answers questions about long prompts: dense, patched, and with the wrong heads patched."""
+    from .demo import run
+
+    run(length, notes, prompts, seed, Console())
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,64 @@
+"""The oldest supported Transformers, in an environment of its own: the seam's contract, and the tests of every mode.
+
+It never skips: where the environment cannot be made, the test fails and shows why.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+OLDEST = "5.0.0"
+NEEDS = ["accelerate", "numpy", "pytest", "pyyaml", "rich", "safetensors", "typer"]
+TESTS = [
+    "tests/contract",
+    "tests/test_attention.py",
+    "tests/test_cache.py",
+    "tests/test_generate.py",
+    "tests/test_loading.py",
+    "tests/test_refusals.py",
+]
+FEWEST = 450  # tests that run there today: 540
+
+
+def run(*command: str) -> str:
+    """Standard output of a command that must succeed, run as if nothing of this environment were there."""
+    ours = ("PYTEST_", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """The Python of a fresh environment with the oldest Transformers and the PyTorch that is running now."""
+    folder = tmp_path_factory.mktemp("oldest") / "venv"
+    run(sys.executable, "-m", "venv", str(folder))
+    found = str(folder / "bin" / "python")
+    pip = (found, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    version = torch.__version__.partition("+")[0]
+    run(*pip, f"torch=={version}", f"transformers=={OLDEST}", *NEEDS)
+    run(*pip, "--no-deps", "-e", str(ROOT))
+    yield found
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_oldest_transformers(python):
+    assert f'"transformers>={OLDEST.removesuffix(".0")},' in (ROOT / "pyproject.toml").read_text()
+    assert run(python, "-c", "import transformers; print(transformers.__version__)").strip() == OLDEST
+    said = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS)
+    passed = re.search(r"(\d+) passed", said)
+    assert passed, said[-2000:]
+    assert int(passed.group(1)) >= FEWEST, said[-2000:]
+    assert "skipped" not in said.splitlines()[-1], said[-4000:]
