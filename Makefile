@@ -1,7 +1,7 @@
 # Every target makes the virtual environment first, where it is missing or older than pyproject.toml.
 #   make demo                  the first thing to try
 #   make test VENV=/some/where another environment
-#   make install TORCH="torch --index-url https://download.pytorch.org/whl/cpu"    another build of PyTorch
+#   make install TORCH="torch==2.9.1"   another PyTorch
 
 PYTHON ?= python3
 VENV ?= .venv

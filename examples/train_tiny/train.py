@@ -150,13 +150,16 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps")
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--stop-at", type=int, help="end after so many steps; the learning rate does not know of it")
+    parser.add_argument("--questions", type=int, default=256, help="per entry of the final table; 0 for no table")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     model = train(args.family, args.out, args.seed, args.scale, args.save_every, args.stop_at)
     model.save_pretrained(args.out / "model")
     new_tokenizer().save_pretrained(args.out / "model")
-    sizes = [(n, k) for n in (512, 1024, 2048, 4096) for k in (8, 16)]
-    table = {f"{length} tokens, {notes} notes": exact_match(model, length, notes, 256) for length, notes in sizes}
+    sizes = [(n, k) for n in (512, 1024, 2048, 4096) for k in (8, 16) if args.questions]
+    table = {
+        f"{length} tokens, {notes} notes": exact_match(model, length, notes, args.questions) for length, notes in sizes
+    }
     report = {
         "family": args.family,
         "seed": args.seed,

@@ -81,7 +81,7 @@ def e2e(
     head_dim: HeadDim = 64,
     sink: Sink = 64,
     recent: Recent = 256,
-    rounds: Rounds = 7,
+    rounds: Rounds = 5,
     threads: Threads = None,
     seed: Seed = 0,
     json: Json = None,
@@ -107,7 +107,8 @@ def _bench(benchmark: str, given: dict[str, Any]) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     busy = Busy()
-    results = importlib.import_module(f"{__package__}.{benchmark}").run(settings)
+    with Console(stderr=True).status(f"bench {benchmark}: {settings.rounds} rounds, which takes minutes at full size"):
+        results = importlib.import_module(f"{__package__}.{benchmark}").run(settings)
     data = as_json(benchmark, settings, results, busy.others())
     show(Console(), data)
     if path is not None:
