@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from .cache import LayerKV
 from .errors import UnsupportedModeError
 from .kernels import dispatch
-from .kernels.layout import HeadKV, RoleHeads, Segment
+from .kernels.layout import HeadKV, RoleHeads, Segment, as_autocast
 from .layer_plan import LayerPlan
 from .rows import Rows
 from .stores.base import StoreSpec
@@ -69,6 +69,12 @@ def attend(
             f"{type(module).__name__} reached the '{NAME}' attention outside of a patched model's forward. Call "
             "patch_model(model), and call the model or its base model, not an attention module alone."
         )
+    window = plan.stores["streaming"].recent if plan.sliding else None
+    if kwargs.get("sliding_window") != window:
+        raise UnsupportedModeError(
+            f"layer {plan.layer_idx} has sliding_window={kwargs.get('sliding_window')} but was patched with {window}. "
+            "Call patch_model again after changing the model's config."
+        )
     if attention_mask is not None or dropout:
         asked = "dropout" if dropout else f"a mask of shape {tuple(attention_mask.shape)}"
         raise UnsupportedModeError(
@@ -77,11 +83,13 @@ def attend(
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     call = LayerCall(module, plan, rows, scale)
+    (query,) = as_autocast(query)
     if isinstance(key, LayerKV):
         out = call.kept(query, key.heads)
         if rows.past and torch.is_grad_enabled() and out.requires_grad:
             out = _NoBackward.apply(out)
     else:
+        key, value = as_autocast(key, value)
         out = call.observed(query, key, value) if rows.observer else None
         out = call.plain(query, key, value) if out is None else out
     return out.transpose(1, 2).contiguous(), None
@@ -106,16 +114,17 @@ class LayerCall:
     def kept(self, query: Tensor, parts: list[HeadKV]) -> Tensor:
         """Attention ``[B, H, T, D]`` over what a LongCtxCache kept."""
         group = query.shape[1] // parts[0].heads.total
-        outs = []
+        dtype, outs = query.dtype, []
         for part in parts:
-            q = part.heads.take(query, group)
+            # A cache filled in another dtype (autocast, model.to) is read in its own.
+            q = part.heads.take(query, group).to(part.segments[0].k.dtype)
             if self._stock(part):
                 outs.append(self._sdpa(q, *part.segments[0].kept()))
             elif self.rows.new == 1:
                 outs.append(self.kernel(q).decode(q, part.segments, self.scale))
             else:
                 outs.append(self._rowwise(q, part))
-        return join([part.heads for part in parts], outs, group)
+        return join([part.heads for part in parts], outs, group).to(dtype)
 
     def plain(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The same attention over the keys and values ``[B, H_kv, S, D]`` of all tokens."""

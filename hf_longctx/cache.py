@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .errors import CacheError, UnsupportedModeError, UnsupportedModelError
-from .kernels.layout import HeadKV
+from .kernels.layout import HeadKV, as_autocast
 from .layer_plan import LayerPlan
 from .rows import Rows
-from .stores.base import Store
+from .stores.base import SPARE, Store
 
 
 @dataclass
@@ -55,6 +55,7 @@ class LongCtxLayer(CacheLayerMixin):
         super().__init__()
         self.plan = plan
         self.seen = 0
+        self.whole = True  # False while stores are written, and for good when that was interrupted
         self.stores: list[Store] = [plan.stores[heads.role].new(heads, max_tokens) for heads in plan.heads]
         self.dense_bytes_per_token = 0
 
@@ -62,7 +63,7 @@ class LongCtxLayer(CacheLayerMixin):
         per_head = (
             key_states.shape[-1] * key_states.element_size() + value_states.shape[-1] * value_states.element_size()
         )
-        self.batch, self.dtype, self.device = key_states.shape[0], key_states.dtype, key_states.device
+        self.batch, self.head_dim = key_states.shape[0], key_states.shape[3]
         self.dense_bytes_per_token = per_head * key_states.shape[1]
         self.is_initialized = True
 
@@ -70,13 +71,15 @@ class LongCtxLayer(CacheLayerMixin):
         """Keep k, v ``[B, H_kv, T, D]`` of this forward; return what its queries read."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if key_states.shape[:2] != (self.batch, len(self.plan.roles)):
+        batch, kv_heads, _, head_dim = key_states.shape
+        if (batch, kv_heads, head_dim) != (self.batch, len(self.plan.roles), self.head_dim):
             raise CacheError(
-                f"layer {self.plan.layer_idx} got keys of {key_states.shape[0]} rows and {key_states.shape[1]} KV "
-                f"heads, but this cache holds {self.batch} rows and {len(self.plan.roles)} KV heads. Use a new cache."
+                f"layer {self.plan.layer_idx} got keys of {batch} rows, {kv_heads} KV heads and head_dim {head_dim}, "
+                f"but this cache holds {self.batch}, {len(self.plan.roles)} and {self.head_dim}. Use a new cache."
             )
+        self.whole = False
         heads = [store.append(key_states, value_states, rows) for store in self.stores]
-        self.seen = rows.total
+        self.seen, self.whole = rows.total, True
         return LayerKV(heads, rows)
 
     def get_seq_length(self) -> int:
@@ -93,20 +96,22 @@ class LongCtxLayer(CacheLayerMixin):
 
     def crop_to(self, rows: Rows, target: int) -> None:
         if target < self.seen:
+            self.whole = False
             for store in self.stores:
                 store.crop(rows, target)
-            self.seen = target
+            self.seen, self.whole = target, True
 
     def map_rows(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
         if self.is_initialized:
+            self.whole = False
             for store in self.stores:
                 store.map_rows(change)
-            self.batch = batch
+            self.batch, self.whole = batch, True
 
     def reset(self) -> None:
         for store in self.stores:
             store.reset()
-        self.seen, self.is_initialized = 0, False
+        self.seen, self.is_initialized, self.whole = 0, False, True
 
     def tensors(self) -> Iterable[Tensor]:
         for store in self.stores:
@@ -126,20 +131,27 @@ class LongCtxCache(Cache):
     """
 
     def __init__(self, model: nn.Module, max_tokens: int | None = None):
-        plans = plans_of(model)
-        if not plans:
+        patched = next((module for module in model.modules() if "longctx_state" in vars(module)), None)
+        if patched is None:
             raise UnsupportedModelError("LongCtxCache needs a patched model: call patch_model(model) first.")
-        if max_tokens is not None and max_tokens < 1:
-            raise CacheError(f"max_tokens must be a positive number of tokens, given {max_tokens}.")
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+            raise CacheError(f"max_tokens must be a positive whole number of tokens, given {max_tokens!r}.")
+        # Early-exit drafting lowers the number of layers for a while.
+        plans = patched.longctx_state.plans[: patched.config.num_hidden_layers]
         super().__init__(layers=[LongCtxLayer(plan, max_tokens) for plan in plans])
         self.plans = plans
         self.max_tokens = max_tokens
         self.starts: tuple[int, ...] | None = None
-        self.right_padded = False
+        self.ends: tuple[int, ...] | None = None
         self.rows: Rows | None = None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "rows": None}
+
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens the cache can hold, -1 for no limit (PEFT's prefix tuning asks)."""
+        return -1 if self.max_tokens is None else self.max_tokens
 
     @property
     def seen(self) -> int:
@@ -179,11 +191,12 @@ class LongCtxCache(Cache):
                 f"the layers of this cache have seen between {self.seen} and {most} tokens: "
                 "an earlier forward was interrupted. Call cache.crop(0) to go back to before it, or cache.reset()."
             )
+        self._refuse_half_written()
         if self.batch_size not in (-1, rows.batch):
             raise CacheError(
                 f"this cache holds {self.batch_size} rows, the forward brings {rows.batch}. Use a new cache."
             )
-        if rows.past and self.right_padded:
+        if rows.past and self.ends is not None and min(self.ends) < rows.past:
             raise CacheError(
                 "this cache was filled from right-padded rows and cannot be continued: the next token would not follow "
                 "the last real one. Pad on the left (tokenizer.padding_side = 'left')."
@@ -194,7 +207,15 @@ class LongCtxCache(Cache):
                 "Make the cache with a larger max_tokens, or without."
             )
         self._check_starts(rows)
-        self.rows, self.starts, self.right_padded = rows, rows.starts, rows.right_padded
+        self.rows = rows
+
+    def _refuse_half_written(self) -> None:
+        torn = [layer.plan.layer_idx for layer in self.layers if not layer.whole]
+        if torn:
+            raise CacheError(
+                f"layer {torn[0]} of this cache was interrupted while it was written, so what it holds is not known. "
+                "Call cache.reset() and read the prompt again."
+            )
 
     def _check_starts(self, rows: Rows) -> None:
         if rows.past == 0:
@@ -224,7 +245,11 @@ class LongCtxCache(Cache):
             if self.max_tokens is not None and rows.total > self.max_tokens:
                 raise CacheError(f"{rows.total} tokens do not fit into max_tokens={self.max_tokens}.")
             self.rows = rows
-        kept = layer.update(key_states, value_states, self.rows)
+        rows = self.rows
+        kept = layer.update(*as_autocast(key_states, value_states), rows)
+        self.starts, self.ends = rows.starts, rows.ends
+        if layer_idx == len(self.layers) - 1:
+            self.rows = None  # with the tensors its layers shared
         return kept, kept
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -247,25 +272,28 @@ class LongCtxCache(Cache):
         if target == 0:
             self.reset()
             return
+        self._refuse_half_written()
         for layer in self.layers:
             possible = max(store.oldest_crop(layer.seen) for store in layer.stores)
             if target < min(possible, layer.seen):
                 raise CacheError(
                     f"cannot crop from {layer.seen} to {target} tokens: layer {layer.plan.layer_idx} can go back to "
-                    f"{possible} at most, older tokens of its streaming heads are gone. Call cache.reset() and read "
-                    "the prompt again."
+                    f"{possible} at most, older tokens of its streaming heads are gone (at most {SPARE - 1} can be "
+                    "taken back, so drafts must not be longer). Call cache.reset() and read the prompt again."
                 )
         for layer in self.layers:
             layer.crop_to(Rows(max(self.batch_size, 1), 0, layer.seen, self.starts), target)
         if self.starts is not None:
             self.starts = tuple(min(start, target) for start in self.starts)
+        if self.ends is not None:
+            self.ends = tuple(min(end, target) for end in self.ends)
         self.rows = None
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
         for layer in self.layers:
             layer.reset()
-        self.rows, self.starts, self.right_padded = None, None, False
+        self.rows, self.starts, self.ends = None, None, None
 
     def activate_past_recording(self) -> None:
         """Nothing to turn on: streaming heads always remember what a bounded rollback needs."""
@@ -286,17 +314,13 @@ class LongCtxCache(Cache):
     def _map_rows(self, picked: Tensor, change: Callable[[Tensor], Tensor]) -> None:
         if self.batch_size == -1:
             return
-        if self.starts is not None:
-            self.starts = tuple(self.starts[row] for row in picked.tolist())
+        if self.starts is not None or self.ends is not None:
+            rows = picked.tolist()
+            self.starts = self.starts and tuple(self.starts[row] for row in rows)
+            self.ends = self.ends and tuple(self.ends[row] for row in rows)
         for layer in self.layers:
             layer.map_rows(change, picked.numel())
         self.rows = None
-
-
-def plans_of(model: nn.Module) -> tuple[LayerPlan, ...]:
-    """The plans of a patched model's layers, by layer index; none for any other model."""
-    plans = (module.longctx_plan for module in model.modules() if hasattr(module, "longctx_plan"))
-    return tuple(sorted(plans, key=lambda plan: plan.layer_idx))
 
 
 def _length(query_length) -> int:

@@ -40,9 +40,11 @@ def parse(text: str, where: str) -> dict[str, Any]:
     """The mapping a YAML text holds.
 
     Raises:
-        ConfigError: not YAML, a key given twice, a tag (``!!python/...``), or no mapping at the top.
+        ConfigError: not YAML, a key given twice, a tag (``!!python/...``), an alias, or no mapping at the top.
     """
     try:
+        if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, StrictLoader)):
+            raise ConfigError(f"{where}: YAML aliases (*name) are not read; write the values out.")
         return check_mapping(yaml.load(text, StrictLoader), where)
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, ConfigError):

@@ -47,9 +47,8 @@ class BeforeForward:
 
     def __call__(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         config = base.config
-        bound = inspect.signature(type(base).forward).bind_partial(base, *args, **kwargs)
-        given = {name: value for name, value in bound.arguments.items() if name != "self"}
-        given.update(given.pop("kwargs", {}))
+        named = tuple(inspect.signature(type(base).forward).parameters)[1 : 1 + len(args)]
+        given = {**dict(zip(named, args, strict=True)), **kwargs}
         cache = given.get("past_key_values")
         if config._attn_implementation != NAME:
             self._refuse_dense(cache, config._attn_implementation)
@@ -58,6 +57,11 @@ class BeforeForward:
         if not isinstance(inputs, Tensor):
             return None  # the model's own error says which inputs it needs
         self._refuse(given, config)
+        if base.training and getattr(config, "attention_dropout", 0.0):
+            raise UnsupportedModeError(
+                f"attention_dropout={config.attention_dropout} in training: patched attention has no dropout. Set "
+                "config.attention_dropout to 0, or train dense with model.set_attn_implementation('sdpa')."
+            )
         cache = self._cache(base, given, config)
         past = cache.get_seq_length() if cache is not None else 0
         if isinstance(cache, LongCtxCache):
@@ -71,7 +75,7 @@ class BeforeForward:
                     "observe() shows every key, and a LongCtxCache drops some. Pass past_key_values=DynamicCache() or "
                     "use_cache=False while observing."
                 )
-            if cache.plans != self.state.plans:
+            if cache.plans != self.state.plans[: len(cache.plans)]:
                 raise CacheError(
                     "this LongCtxCache was made for another model or another config (its heads have other roles or "
                     "windows). Start with a new cache after patch_model."
@@ -79,7 +83,7 @@ class BeforeForward:
             cache.begin(rows)
         self.state.saw(rows, cache)
         given["past_key_values"], given[ROWS] = cache, rows
-        return (), given
+        return tuple(given.pop(name) for name in named), given
 
     def _cache(self, base: nn.Module, given: dict, config) -> Cache | None:
         cache = given.get("past_key_values")
@@ -133,11 +137,11 @@ def _refuse_packed(position_ids: Tensor | None, rows: Rows) -> None:
     if position_ids is None or rows.new == 1 or position_ids.dim() != 2:
         return
     jumps = position_ids.diff(dim=-1) != 1  # [B or 1, T - 1]
-    if rows.padded or rows.right_padded:
+    if rows.padded:
         starts = torch.tensor(rows.starts or (0,) * rows.batch, device=position_ids.device)[:, None]
         slots = torch.arange(rows.past, rows.total - 1, device=position_ids.device)
         jumps = jumps & (slots >= starts)
-    if rows.right_padded:
+    if rows.ends is not None:
         return
     if jumps.any():
         raise UnsupportedModeError(

@@ -13,6 +13,8 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto as auto_classes
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from .config import LongCtxConfig
 from .errors import ConfigError
@@ -51,8 +53,9 @@ def install() -> None:
     """
     if _installed:
         return
-    # An auto class must take the flag itself: it would write a flag it does not know over a saved config.longctx.
-    for owner in (PreTrainedModel, transformers.AutoModel, transformers.AutoModelForCausalLM):
+    # Auto classes must take the flag themselves: they would write a flag they do not know over a saved config.longctx.
+    autos = [auto for auto in vars(auto_classes).values() if _loads_by_itself(auto)]
+    for owner in (PreTrainedModel, *dict.fromkeys(autos)):
         original = owner.__dict__["from_pretrained"]
         ours = _with_flag(original)
         _installed[owner] = original, ours
@@ -74,6 +77,10 @@ def uninstall() -> None:
     for owner, (original, _) in _installed.items():
         owner.from_pretrained = original
     _installed.clear()
+
+
+def _loads_by_itself(auto: Any) -> bool:
+    return isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass) and "from_pretrained" in vars(auto)
 
 
 def _with_flag(original: classmethod) -> classmethod:

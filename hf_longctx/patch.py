@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import NAME, register
-from .cache import plans_of
 from .config import LongCtxConfig
 from .config_find import resolve
 from .errors import UnsupportedModelError
@@ -46,16 +46,23 @@ def patch_model(
 
     Papers: head roles, DuoAttention arXiv:2410.10819; sinks, StreamingLLM arXiv:2309.17453.
     """
-    inner = unwrap(model)
-    base = inner.base_model
-    hf_config = base.config
-    family = find_family(hf_config.model_type)
+    hf_config = unwrap(model).base_model.config
+    find_family(hf_config.model_type)
     settings = resolve(config, hf_config, getattr(hf_config, "_name_or_path", None))
     if sections:
         settings = settings.override(**sections)
     settings.check_model(hf_config)
+    _apply(_patched_as(model), settings)
+    return model
+
+
+def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
+    """Patch with a config that fits: all plans are made before anything is changed."""
+    inner = unwrap(model)
+    base = inner.base_model
+    family = find_family(base.config.model_type)
     modules = attention_modules(base, family)
-    plans = [make_plan(module, settings, family, hf_config) for module in modules]
+    plans = [make_plan(module, settings, family, base.config) for module in modules]
 
     unpatch_model(model)
     register()
@@ -65,12 +72,14 @@ def patch_model(
     private._attn_implementation = NAME
     _swap_config(model, original, private)
     for module, plan in zip(modules, plans, strict=True):
-        module.longctx_plan = plan
-    base.longctx_state = PatchState(settings, original, plans_of(base))
+        for part in module.modules():  # PEFT's modules_to_save holds several copies, each with a config of its own
+            if family.key_projection in part._modules:
+                part.longctx_plan, part.config = plan, private
+    snapshot = copy.deepcopy(vars(private))
+    base.longctx_state = PatchState(settings, original, snapshot, tuple(plans), weakref.ref(model))
     base.register_forward_pre_hook(BeforeForward(base.longctx_state), with_kwargs=True)
     if hasattr(type(inner), PREPARE):
         setattr(inner, PREPARE, PrepareCache(inner, base.longctx_state))
-    return model
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -79,14 +88,18 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: this is no Transformers model.
     """
-    inner = unwrap(model)
+    whole = _patched_as(model)
+    inner = unwrap(whole)
     base = inner.base_model
     state = getattr(base, "longctx_state", None)
     if state is None:
         return model
-    _swap_config(model, base.config, state.original)
+    state.keep_edits(base.config)
+    for holder in (whole, model):
+        _swap_config(holder, base.config, state.original)
     for module in base.modules():
-        module.__dict__.pop("longctx_plan", None)
+        if module.__dict__.pop("longctx_plan", None) is not None:
+            module.config = state.original
     for key, hook in list(base._forward_pre_hooks.items()):
         if isinstance(hook, BeforeForward):
             del base._forward_pre_hooks[key]
@@ -115,7 +128,7 @@ def patched(
         if before is None:
             unpatch_model(model)
         else:
-            patch_model(model, before.config)
+            _apply(_patched_as(model), before.config)
 
 
 @contextmanager
@@ -148,6 +161,8 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
         UnsupportedModelError: there is none.
     """
     inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = inner.module
     if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
@@ -161,10 +176,10 @@ def attention_modules(base: nn.Module, family: Family) -> list[nn.Module]:
     """The attention modules of the base model, by layer index."""
     layers = getattr(base, family.layers, None)
     modules = [getattr(layer, family.attention) for layer in layers or () if hasattr(layer, family.attention)]
-    if not modules:
+    if not modules or not all(hasattr(module, "layer_idx") for module in modules):
         raise UnsupportedModelError(
-            f"{type(base).__name__} has no '{family.layers}[i].{family.attention}', where {family.model_type} models "
-            "keep their attention."
+            f"{type(base).__name__} has no '{family.layers}[i].{family.attention}' with a layer_idx, where "
+            f"{family.model_type} models keep their attention."
         )
     return modules
 
@@ -199,6 +214,13 @@ def tensor_parallel(module: nn.Module, family: Family, kv_heads: int) -> tuple[i
     if "tp" in (mesh.mesh_dim_names or ()):
         mesh = mesh["tp"]
     return mesh.get_local_rank(), size
+
+
+def _patched_as(model: nn.Module) -> nn.Module:
+    """The module that was patched, when ``model`` is a part of it; else ``model`` itself."""
+    state = getattr(unwrap(model).base_model, "longctx_state", None)
+    whole = state.whole() if state is not None and state.whole is not None else None
+    return model if whole is None else whole
 
 
 def _swap_config(model: nn.Module, old: Any, new: Any) -> None:

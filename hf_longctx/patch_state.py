@@ -23,7 +23,9 @@ class PatchState:
     Attributes:
         config: the config in force.
         original: the model's own config object, put back by ``unpatch_model``.
+        snapshot: the attributes of the private config right after patching.
         plans: the plan of every layer.
+        whole: the module that was patched, of which the base model may be a part.
         forwards: forwards since patching.
         kernels: names of the kernels that ran.
         notes: what ran in a slower or another way than asked for, in words.
@@ -31,14 +33,23 @@ class PatchState:
 
     config: LongCtxConfig
     original: object
+    snapshot: dict
     plans: tuple[LayerPlan, ...]
+    whole: weakref.ref | None = None
     forwards: int = 0
     kernels: set[str] = field(default_factory=set)
     notes: set[str] = field(default_factory=set)
     _cache: weakref.ref | None = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cache": None}
+        return {**self.__dict__, "_cache": None, "whole": None}
+
+    def keep_edits(self, private: object) -> None:
+        """Carry what was changed on the private config since patching over to the model's own."""
+        for name, value in vars(private).items():
+            ours = name == "longctx" or name.startswith("_attn_implementation")
+            if not ours and (name not in self.snapshot or self.snapshot[name] != value):
+                setattr(self.original, name, value)
 
     @staticmethod
     def base(model: nn.Module) -> nn.Module:

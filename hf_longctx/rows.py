@@ -24,7 +24,7 @@ class Rows:
         new: slots this forward brings (``T``).
         starts: slot of each row's first real token, or None where every row starts at slot 0. A row that has
             shown nothing but pads so far is open: its start is ``past + new``.
-        right_padded: some row ends in pads. Its cache must not be continued.
+        ends: slot after each row's last real token, or None where no row ends in pads.
         observer: see ``hf_longctx.observe``.
         used: names of the kernels that ran in this forward, for the report.
     """
@@ -33,7 +33,7 @@ class Rows:
     past: int
     new: int
     starts: tuple[int, ...] | None = None
-    right_padded: bool = False
+    ends: tuple[int, ...] | None = None
     observer: Callable | None = None
     used: set[str] = field(default_factory=set)
     _memo: dict = field(default_factory=dict, repr=False, compare=False)
@@ -110,5 +110,6 @@ def read_mask(mask: Tensor | None, batch: int, past: int, new: int) -> Rows:
                 f"attention_mask has holes: row {row} has {count} real tokens between columns {start} and {end}. Real "
                 "tokens must be consecutive: pad on the left for generation, on the right for training."
             )
-    right_padded = any(count and end != total - 1 for end, count in zip(ends, counts, strict=True))
-    return Rows(batch, past, new, tuple(starts) if any(starts) else None, right_padded)
+    ends = tuple(end + 1 if count else total for end, count in zip(ends, counts, strict=True))
+    right_padded = any(end < total for end in ends)
+    return Rows(batch, past, new, tuple(starts) if any(starts) else None, ends if right_padded else None)

@@ -190,7 +190,7 @@ def test_the_base_model_alone():
     out = model(IDS)
     torch.testing.assert_close(out.last_hidden_state, want)
     assert isinstance(out.past_key_values, LongCtxCache)
-    positional = model(IDS, None, None, None, None, True)
+    positional = model(IDS, None, None, None, None)
     assert isinstance(positional.past_key_values, LongCtxCache)
 
 

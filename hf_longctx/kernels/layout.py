@@ -100,3 +100,15 @@ class HeadKV:
     sinks: Segment | None = None
     first: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype torch.autocast would give them, as SDPA does by itself; unchanged without autocast.
+
+    Under autocast a model's rotated q and k are float32 while its v is not.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -70,12 +70,13 @@ class Store(ABC):
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor with a batch dimension by ``change(tensor)`` (reorder, repeat, select)."""
-        for segment in self.segments.values():
-            segment.k, segment.v = change(segment.k), change(segment.v)
-            segment.shared = False
-            if isinstance(segment.length, Tensor):
-                segment.length = change(segment.length)
-        self.state = {name: change(tensor) for name, tensor in self.state.items()}
+        with torch.inference_mode(False):  # as in new_segment
+            for segment in self.segments.values():
+                segment.k, segment.v = change(segment.k), change(segment.v)
+                segment.shared = False
+                if isinstance(segment.length, Tensor):
+                    segment.length = change(segment.length)
+            self.state = {name: change(tensor) for name, tensor in self.state.items()}
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor the store keeps alive."""
@@ -92,20 +93,17 @@ class Store(ABC):
             return Segment(k.new_empty(batch, n, capacity, k.shape[3]), v.new_empty(batch, n, capacity, v.shape[3]), 0)
 
     def grow(self, name: str, k: Tensor, v: Tensor, needed: int, limit: int | None = None) -> Segment:
-        """The segment ``name`` with room for ``needed`` slots; at most ``limit``, never many more than needed."""
+        """The segment ``name`` with room for ``needed`` slots, at most ``limit``, and never for many more."""
         segment = self.segments.get(name)
-        if segment is not None and segment.k.shape[2] >= needed:
+        capacity = needed + max(SPARE, needed // 8) if self.max_tokens is None else self.max_tokens
+        capacity = max(needed, capacity if limit is None else min(capacity, limit))
+        if segment is not None and needed <= segment.k.shape[2] <= capacity:
             return segment
-        capacity = needed + max(SPARE, needed // 8)
-        if self.max_tokens is not None:
-            capacity = self.max_tokens
-        if limit is not None:
-            capacity = min(capacity, limit)
-        grown = self.new_segment(k, v, max(capacity, needed))
+        grown = self.new_segment(k, v, capacity)
         if segment is not None:
             grown.length = segment.length
-            grown.k[:, :, : segment.longest] = segment.k[:, :, : segment.longest]
-            grown.v[:, :, : segment.longest] = segment.v[:, :, : segment.longest]
+            grown.k[:, :, : segment.length] = segment.k[:, :, : segment.length]
+            grown.v[:, :, : segment.length] = segment.v[:, :, : segment.length]
         self.segments[name] = grown
         return grown
 

@@ -36,10 +36,10 @@ class FullStore(Store):
         self.heads.copy_to(kept.v[:, :, rows.past : rows.total], v)
         kept.length = rows.total
         seen = Segment(kept.k, kept.v, rows.total)
-        if rows.new == 1:
-            seen.bias = rows.pad_bias(k.device, k.dtype)
-        elif rows.past == 0 and needs_grad(k, v):
+        if rows.past == 0 and needs_grad(k, v):
             seen = Segment(*self.incoming(k, v), rows.total)
+        if rows.new == 1:
+            seen.bias = rows.pad_bias(kept.k.device, kept.k.dtype)
         return HeadKV(self.heads, [seen], self.spec, state=self.state)
 
     def crop(self, rows: Rows, target: int) -> None:

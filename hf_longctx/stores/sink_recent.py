@@ -65,6 +65,8 @@ class SinkRecentStore(Store):
         if rows.new == 1:
             self._write_token(k, v, rows)
             view = self._decode_view(rows)
+            if rows.past == 0 and needs_grad(k, v):
+                view.segments[0].k, view.segments[0].v = self.incoming(k, v)
         else:
             band = self._band(k, v, rows)
             self._write(k, v, rows)
@@ -178,6 +180,9 @@ class SinkRecentStore(Store):
                     kept.k[group, :, into] = past.k[group, :, out]
                     kept.v[group, :, into] = past.v[group, :, out]
         kept.length = min(target, self.window)
+        if target <= self.window and self.max_tokens is None:
+            self.segments.pop("history", None)
+            self.oldest = 0
 
     def reset(self) -> None:
         super().reset()
