@@ -183,15 +183,8 @@ class LongCtxCache(Cache):
         """Check that this cache can take the forward that ``rows`` describes, before any layer writes.
 
         Raises:
-            CacheError: an earlier forward was interrupted, the rows do not continue the cached ones, or the forward
-                does not fit into ``max_tokens``.
+            CacheError: the rows do not continue the cached ones, or the forward does not fit into ``max_tokens``.
         """
-        if (most := max(layer.seen for layer in self.layers)) != self.seen:
-            raise CacheError(
-                f"the layers of this cache have seen between {self.seen} and {most} tokens: "
-                "an earlier forward was interrupted. Call cache.crop(0) to go back to before it, or cache.reset()."
-            )
-        self._refuse_half_written()
         if self.batch_size not in (-1, rows.batch):
             raise CacheError(
                 f"this cache holds {self.batch_size} rows, the forward brings {rows.batch}. Use a new cache."
@@ -208,6 +201,15 @@ class LongCtxCache(Cache):
             )
         self._check_starts(rows)
         self.rows = rows
+
+    def check(self) -> None:
+        """Raise CacheError when an earlier forward was interrupted."""
+        if (most := max(layer.seen for layer in self.layers)) != self.seen:
+            raise CacheError(
+                f"the layers of this cache have seen between {self.seen} and {most} tokens: "
+                "an earlier forward was interrupted. Call cache.crop(0) to go back to before it, or cache.reset()."
+            )
+        self._refuse_half_written()
 
     def _refuse_half_written(self) -> None:
         torn = [layer.plan.layer_idx for layer in self.layers if not layer.whole]

@@ -32,7 +32,8 @@ observers: ContextVar[Mapping[int, Any]] = ContextVar("hf_longctx_observers", de
 OURS = (None, "dynamic", "dynamic_full")
 DENSE_MEMORY = ("offloaded", "quantized")
 
-PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# Arguments of packed sequences and, the last one, of continuous batching.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cache")
 
 
 class BeforeForward:
@@ -56,30 +57,16 @@ class BeforeForward:
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if not isinstance(inputs, Tensor):
             return None  # the model's own error says which inputs it needs
-        self._refuse(given, config)
-        if base.training and getattr(config, "attention_dropout", 0.0):
-            raise UnsupportedModeError(
-                f"attention_dropout={config.attention_dropout} in training: patched attention has no dropout. Set "
-                "config.attention_dropout to 0, or train dense with model.set_attn_implementation('sdpa')."
-            )
+        _refuse_inputs(given)
+        _refuse_modes(given, config, base.training)
         cache = self._cache(base, given, config)
-        past = cache.get_seq_length() if cache is not None else 0
         if isinstance(cache, LongCtxCache):
-            past = cache.seen
+            self._check_cache(base, cache)
+        past = cache.get_seq_length() if cache is not None else 0
         rows = read_mask(given.get("attention_mask"), inputs.shape[0], past, inputs.shape[1])
         _refuse_packed(given.get("position_ids"), rows)
         rows.observer = observers.get().get(id(base))
         if isinstance(cache, LongCtxCache):
-            if rows.observer is not None:
-                raise UnsupportedModeError(
-                    "observe() shows every key, and a LongCtxCache drops some. Pass past_key_values=DynamicCache() or "
-                    "use_cache=False while observing."
-                )
-            if cache.plans != self.state.plans[: len(cache.plans)]:
-                raise CacheError(
-                    "this LongCtxCache was made for another model or another config (its heads have other roles or "
-                    "windows). Start with a new cache after patch_model."
-                )
             cache.begin(rows)
         self.state.saw(rows, cache)
         given["past_key_values"], given[ROWS] = cache, rows
@@ -101,35 +88,56 @@ class BeforeForward:
             )
         self.state.runs_dense(implementation)
 
-    def _refuse(self, given: dict, config) -> None:
-        cache, mask = given.get("past_key_values"), given.get("attention_mask")
-        if given.get("output_attentions") or getattr(config, "output_attentions", False):
+    def _check_cache(self, base: nn.Module, cache: LongCtxCache) -> None:
+        if id(base) in observers.get():
             raise UnsupportedModeError(
-                "output_attentions=True: a patched model never makes the attention matrix. Use hf_longctx.observe() "
-                "or model.set_attn_implementation('eager')."
+                "observe() shows every key, and a LongCtxCache drops some. Pass past_key_values=DynamicCache() or "
+                "use_cache=False while observing."
             )
-        if cache is not None and getattr(cache, "is_compileable", False):
-            raise UnsupportedModeError(
-                f"{type(cache).__name__} is a static cache, whose layers show more slots than they hold tokens. Leave "
-                "cache_implementation out, or reserve memory with LongCtxCache(model, max_tokens=...)."
+        if cache.plans != self.state.plans[: len(cache.plans)]:
+            raise CacheError(
+                "this LongCtxCache was made for another model or another config (its heads have other roles or "
+                "windows). Start with a new cache after patch_model."
             )
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            shape = tuple(mask.shape) if hasattr(mask, "shape") else type(mask).__name__
-            raise UnsupportedModeError(
-                f"attention_mask is {shape}; a patched model takes a 2D mask [batch, tokens] or none. Other masks run "
-                "dense: model.set_attn_implementation('sdpa')."
-            )
-        packed = [name for name in (*PACKED, "cache") if given.get(name) is not None]
-        if packed:
-            raise UnsupportedModeError(
-                f"packed sequences and continuous batching are not supported (given: {', '.join(packed)}). Pass one "
-                "sequence per row, or run dense: model.set_attn_implementation('sdpa')."
-            )
-        causal = (given.get("is_causal"), getattr(config, "is_causal", None))
-        if False in causal:
-            raise UnsupportedModeError(
-                "is_causal=False: a patched model is causal. Unpatch it for bidirectional attention."
-            )
+        cache.check()
+
+
+def _refuse_inputs(given: dict) -> None:
+    cache, mask = given.get("past_key_values"), given.get("attention_mask")
+    if cache is not None and getattr(cache, "is_compileable", False):
+        raise UnsupportedModeError(
+            f"{type(cache).__name__} is a static cache, whose layers show more slots than they hold tokens. Leave "
+            "cache_implementation out, or reserve memory with LongCtxCache(model, max_tokens=...)."
+        )
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        shape = tuple(mask.shape) if hasattr(mask, "shape") else type(mask).__name__
+        raise UnsupportedModeError(
+            f"attention_mask is {shape}; a patched model takes a 2D mask [batch, tokens] or none. Other masks run "
+            "dense: model.set_attn_implementation('sdpa')."
+        )
+    packed = [name for name in PACKED if given.get(name) is not None]
+    if packed:
+        raise UnsupportedModeError(
+            f"packed sequences and continuous batching are not supported (given: {', '.join(packed)}). Pass one "
+            "sequence per row, or run dense: model.set_attn_implementation('sdpa')."
+        )
+
+
+def _refuse_modes(given: dict, config: Any, training: bool) -> None:
+    if given.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise UnsupportedModeError(
+            "output_attentions=True: a patched model never makes the attention matrix. Use hf_longctx.observe() "
+            "or model.set_attn_implementation('eager')."
+        )
+    if given.get("is_causal") is False or getattr(config, "is_causal", None) is False:
+        raise UnsupportedModeError(
+            "is_causal=False: a patched model is causal. Unpatch it for bidirectional attention."
+        )
+    if training and getattr(config, "attention_dropout", 0.0):
+        raise UnsupportedModeError(
+            f"attention_dropout={config.attention_dropout} in training: patched attention has no dropout. Set "
+            "config.attention_dropout to 0, or train dense with model.set_attn_implementation('sdpa')."
+        )
 
 
 def _refuse_packed(position_ids: Tensor | None, rows: Rows) -> None:
@@ -137,12 +145,12 @@ def _refuse_packed(position_ids: Tensor | None, rows: Rows) -> None:
     if position_ids is None or rows.new == 1 or position_ids.dim() != 2:
         return
     jumps = position_ids.diff(dim=-1) != 1  # [B or 1, T - 1]
-    if rows.padded:
-        starts = torch.tensor(rows.starts or (0,) * rows.batch, device=position_ids.device)[:, None]
-        slots = torch.arange(rows.past, rows.total - 1, device=position_ids.device)
-        jumps = jumps & (slots >= starts)
-    if rows.ends is not None:
-        return
+    if rows.starts is not None or rows.ends is not None:
+        device = position_ids.device
+        starts = torch.tensor(rows.starts or (0,) * rows.batch, device=device)[:, None]
+        ends = torch.tensor(rows.ends or (rows.total,) * rows.batch, device=device)[:, None]
+        slots = torch.arange(rows.past, rows.total - 1, device=device)
+        jumps = jumps & (slots >= starts) & (slots + 1 < ends)
     if jumps.any():
         raise UnsupportedModeError(
             "position_ids jump inside a row, which Transformers reads as packed sequences; a patched model would let "

@@ -121,13 +121,14 @@ def streaming_prefill(
     rows = _block_rows(heads // k.shape[1])
     width = batch * k.shape[1] * (sink_k.shape[2] + recent + rows) * dim
     step = rows * min(64, max(1, TEMPORARY // width))
-    low = head
+    low, room = head, {}
     while low < q_len:
         left = q_len - low
         high = low + (min(step, left // rows * rows) or left)
         rows = min(rows, left)
         band = slice(start + low - first - recent + 1, start + high - first)
-        blocks.append(_window(q[:, :, low:high], sink_k, sink_v, k[:, :, band], v[:, :, band], recent, rows, scale))
+        own = (k[:, :, band], v[:, :, band])
+        blocks.append(_window(q[:, :, low:high], (sink_k, sink_v), own, recent, rows, scale, room))
         low = high
     # SDPA on CPU writes [B, T, H, D], and models want that layout: joining along T there keeps both copies sequential.
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)).transpose(1, 2)
@@ -195,11 +196,15 @@ def _square(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
 
 
+def _grad(*tensors: Tensor | None) -> bool:
+    """Whether a gradient must flow through one of them."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _gives_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> bool:
     """Whether SDPA's CPU kernel may be asked for its logsumexp, through which no gradient flows."""
-    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
     strided = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-    return _flash_for_cpu is not None and q.device.type == "cpu" and strided and not grad
+    return _flash_for_cpu is not None and q.device.type == "cpu" and strided and not _grad(q, k, v, bias)
 
 
 def _partial(
@@ -233,27 +238,36 @@ def _block_rows(group: int) -> int:
 
 
 def _window(
-    q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, recent: int, rows: int, scale: float
+    q: Tensor,
+    sinks: tuple[Tensor, Tensor],
+    band: tuple[Tensor, Tensor],
+    recent: int,
+    rows: int,
+    scale: float,
+    room: dict[tuple[int, int], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """Blocks of ``rows`` queries that all see the sinks and ``recent`` keys: ``[B, T, H, D]``, T a multiple of rows.
 
-    q ``[B, H, T, D]``; k, v ``[B, n, recent - 1 + T, D]`` end at the last query.
+    q ``[B, H, T, D]``; the band's k, v ``[B, n, recent - 1 + T, D]`` end at the last query. ``room`` keeps the gathered
+    keys of one call for the next of the same size: their memory, and the sinks, which are the same in every block.
     """
-    (batch, heads, q_len, dim), kv_heads, sink = q.shape, k.shape[1], sink_k.shape[2]
+    (batch, heads, q_len, dim), kv_heads, sink = q.shape, band[0].shape[1], sinks[0].shape[2]
     group, count = heads // kv_heads, q_len // rows
     age = torch.arange(rows, device=q.device)[:, None] - torch.arange(1 - recent, rows, device=q.device)
     mask = torch.zeros(rows, sink + recent - 1 + rows, dtype=q.dtype, device=q.device)
     mask[:, sink:].masked_fill_((age < 0) | (age >= recent), float("-inf"))
 
-    def gather(sinks: Tensor, band: Tensor) -> Tensor:
-        """``[B * count, n, s + recent - 1 + rows, D]``: the keys of every block."""
-        windows = band.unfold(2, recent - 1 + rows, rows).permute(0, 2, 1, 4, 3)
-        return torch.cat([sinks[:, None].expand(-1, count, -1, -1, -1), windows], 3).flatten(0, 1)
-
+    windows = [t.unfold(2, recent - 1 + rows, rows).permute(0, 2, 1, 4, 3) for t in band]  # [B, count, n, keys, D]
+    spread = [t[:, None].expand(-1, count, -1, -1, -1) for t in sinks]
+    size = (count, rows)
+    if size in room and not _grad(q, *sinks, *band):
+        keys, values = room[size]
+        keys[:, :, :, sink:], values[:, :, :, sink:] = windows
+    else:
+        keys, values = room[size] = tuple(torch.cat(pair, 3) for pair in zip(spread, windows, strict=True))
     blocks = q.reshape(batch, kv_heads, group, count, rows, dim).permute(0, 3, 1, 2, 4, 5).flatten(0, 1).flatten(2, 3)
-    out = scaled_dot_product_attention(
-        blocks, gather(sink_k, k), gather(sink_v, v), attn_mask=mask.repeat(group, 1), scale=scale
-    )
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    out = scaled_dot_product_attention(blocks, keys, values, attn_mask=mask.repeat(group, 1), scale=scale)
     out = out.unflatten(2, (group, rows)).unflatten(0, (batch, count)).permute(0, 1, 4, 2, 3, 5)
     return out.reshape(batch, q_len, heads, dim)
 
