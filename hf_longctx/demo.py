@@ -133,7 +133,7 @@ def show(console: Console, compared: list[Way], length: int, notes: int, questio
     title = f"{questions} questions about {length}-token prompts, {notes} answered at once, {threads} CPU threads"
     table = Table(title=title)
     for name in ("", "retrieval heads", "exact match", "KV cache MB", "prefill s", "decode ms/token"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     for way in compared:
         table.add_row(
             way.name,
