@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from .cache import LayerKV
 from .errors import UnsupportedModeError
 from .kernels import dispatch
-from .kernels.layout import HeadKV, RoleHeads, Segment, as_autocast
+from .kernels.layout import HeadKV, RoleHeads, Segment, as_autocast, needs_grad
 from .layer_plan import LayerPlan
 from .rows import Rows
 from .stores.base import StoreSpec
@@ -82,11 +82,11 @@ def attend(
             "config.attention_dropout to 0, or run dense with model.set_attn_implementation('sdpa')."
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    call = LayerCall(module, plan, rows, scale)
+    call = LayerCall(plan, rows, scale)
     (query,) = as_autocast(query)
     if isinstance(key, LayerKV):
         out = call.kept(query, key.heads)
-        if rows.past and torch.is_grad_enabled() and out.requires_grad:
+        if rows.past and needs_grad(out):
             out = _NoBackward.apply(out)
     else:
         key, value = as_autocast(key, value)
@@ -98,15 +98,14 @@ def attend(
 class LayerCall:
     """One layer's attention in one forward."""
 
-    def __init__(self, module: nn.Module, plan: LayerPlan, rows: Rows, scale: float):
-        self.module, self.plan, self.rows, self.scale = module, plan, rows, scale
+    def __init__(self, plan: LayerPlan, rows: Rows, scale: float):
+        self.plan, self.rows, self.scale = plan, rows, scale
 
     def kernel(self, query: Tensor):
         """The kernel for this call; ``auto`` where Transformers' own call (``stock``) cannot be made."""
         word = "auto" if self.plan.kernel == "stock" else self.plan.kernel
-        needs_grad = torch.is_grad_enabled() and query.requires_grad
         kernel = dispatch.pick(
-            word, device=query.device, dtype=query.dtype, head_dim=query.shape[-1], needs_grad=needs_grad
+            word, device=query.device, dtype=query.dtype, head_dim=query.shape[-1], needs_grad=needs_grad(query)
         )
         self.rows.used.add(kernel.NAME)
         return kernel

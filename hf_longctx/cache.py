@@ -161,11 +161,7 @@ class LongCtxCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of memory the cache really holds, spare room included."""
-        storages = {}
-        for layer in self.layers:
-            for tensor in layer.tensors():
-                storages[tensor.untyped_storage().data_ptr(), tensor.device] = tensor.untyped_storage().nbytes()
-        return sum(storages.values())
+        return storage_bytes(tensor for layer in self.layers for tensor in layer.tensors())
 
     @property
     def nbytes_dense(self) -> int:
@@ -194,11 +190,7 @@ class LongCtxCache(Cache):
                 "this cache was filled from right-padded rows and cannot be continued: the next token would not follow "
                 "the last real one. Pad on the left (tokenizer.padding_side = 'left')."
             )
-        if self.max_tokens is not None and rows.total > self.max_tokens:
-            raise CacheError(
-                f"the cache has room for max_tokens={self.max_tokens} tokens, this forward needs {rows.total}. "
-                "Make the cache with a larger max_tokens, or without."
-            )
+        self._check_room(rows)
         self._check_starts(rows)
         self.rows = rows
 
@@ -217,6 +209,13 @@ class LongCtxCache(Cache):
             raise CacheError(
                 f"layer {torn[0]} of this cache was interrupted while it was written, so what it holds is not known. "
                 "Call cache.reset() and read the prompt again."
+            )
+
+    def _check_room(self, rows: Rows) -> None:
+        if self.max_tokens is not None and rows.total > self.max_tokens:
+            raise CacheError(
+                f"the cache has room for max_tokens={self.max_tokens} tokens, this forward needs {rows.total}. "
+                "Make the cache with a larger max_tokens, or without."
             )
 
     def _check_starts(self, rows: Rows) -> None:
@@ -244,8 +243,7 @@ class LongCtxCache(Cache):
         layer, new = self.layers[layer_idx], key_states.shape[2]
         if self.rows is None or (self.rows.past, self.rows.new) != (layer.seen, new):
             rows = Rows(key_states.shape[0], layer.seen, new, self.starts)
-            if self.max_tokens is not None and rows.total > self.max_tokens:
-                raise CacheError(f"{rows.total} tokens do not fit into max_tokens={self.max_tokens}.")
+            self._check_room(rows)
             self.rows = rows
         rows = self.rows
         kept = layer.update(*as_autocast(key_states, value_states), rows)
@@ -323,6 +321,12 @@ class LongCtxCache(Cache):
         for layer in self.layers:
             layer.map_rows(change, picked.numel())
         self.rows = None
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct memory behind the tensors, however many share it."""
+    storages = {(t.untyped_storage().data_ptr(), t.device): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def _length(query_length) -> int:

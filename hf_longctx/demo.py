@@ -18,7 +18,7 @@ from .assets import asset
 from .cache import LongCtxCache
 from .config import LongCtxConfig
 from .loading import AutoModelForCausalLM
-from .patch import patch_model, unpatch_model
+from .patch import patch_model, state_of, unpatch_model
 from .tasks.tiny_language import BLOCK, NOTE, Filler, exam
 
 MODEL = "tiny-llama"
@@ -48,7 +48,7 @@ class Way:
 def ways(model: nn.Module) -> list[Way]:
     """Dense; the shipped head roles; and as many streaming heads, but the heads that matter most among them."""
     patch_model(model, "auto")
-    right = model.base_model.longctx_state.config
+    right = state_of(model).config
     unpatch_model(model)
     upside_down = tuple(tuple(-score for score in row) for row in right.heads.scores)
     wrong = right.override(heads={"scores": upside_down, "retrieval_fraction": right.heads.retrieval_fraction})

@@ -6,7 +6,6 @@ Both are small picklable objects. Every refusal happens here, before the first l
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -21,8 +20,6 @@ from .cache import LongCtxCache
 from .errors import CacheError, UnsupportedModeError
 from .patch_state import PatchState
 from .rows import Rows, read_mask
-
-logger = logging.getLogger(__name__)
 
 # base model id -> observer; a context variable, so that threads that share a model do not see each other's.
 observers: ContextVar[Mapping[int, Any]] = ContextVar("hf_longctx_observers", default=MappingProxyType({}))
@@ -48,7 +45,7 @@ class BeforeForward:
 
     def __call__(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         config = base.config
-        named = tuple(inspect.signature(type(base).forward).parameters)[1 : 1 + len(args)]
+        named = _names(base, len(args))
         given = {**dict(zip(named, args, strict=True)), **kwargs}
         cache = given.get("past_key_values")
         if config._attn_implementation != NAME:
@@ -68,6 +65,8 @@ class BeforeForward:
         rows.observer = observers.get().get(id(base))
         if isinstance(cache, LongCtxCache):
             cache.begin(rows)
+        elif cache is not None:
+            self.state.note(f"dense memory: a {type(cache).__name__} kept every token of every head")
         self.state.saw(rows, cache)
         given["past_key_values"], given[ROWS] = cache, rows
         return tuple(given.pop(name) for name in named), given
@@ -100,6 +99,11 @@ class BeforeForward:
                 "windows). Start with a new cache after patch_model."
             )
         cache.check()
+
+
+def _names(base: nn.Module, positional: int) -> tuple[str, ...]:
+    """What the base model's forward calls its first ``positional`` arguments; Transformers itself passes none."""
+    return tuple(inspect.signature(type(base).forward).parameters)[1 : 1 + positional] if positional else ()
 
 
 def _refuse_inputs(given: dict) -> None:
@@ -169,7 +173,7 @@ class PrepareCache:
         model = self.model
         asked = generation_config.cache_implementation
         given = model_kwargs.get("past_key_values") is not None
-        no_cache = generation_config.use_cache is False or id(self.state.base(model)) in observers.get()
+        no_cache = generation_config.use_cache is False or id(model.base_model) in observers.get()
         dense = model.config._attn_implementation != NAME
         if not dense and not given and asked not in (*OURS, *DENSE_MEMORY):
             raise UnsupportedModeError(

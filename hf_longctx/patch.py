@@ -88,12 +88,12 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: this is no Transformers model.
     """
+    state = state_of(model)
+    if state is None:
+        return model
     whole = _patched_as(model)
     inner = unwrap(whole)
     base = inner.base_model
-    state = getattr(base, "longctx_state", None)
-    if state is None:
-        return model
     state.keep_edits(base.config)
     for holder in (whole, model):
         _swap_config(holder, base.config, state.original)
@@ -121,7 +121,7 @@ def patched(
         UnsupportedModelError: as ``patch_model``.
         ConfigError: as ``patch_model``.
     """
-    before = getattr(unwrap(model).base_model, "longctx_state", None)
+    before = state_of(model)
     try:
         yield patch_model(model, config, **sections)
     finally:
@@ -144,10 +144,9 @@ def observe(model: nn.Module, fn: Callable) -> Iterator[nn.Module]:
         UnsupportedModelError: the model is not patched.
         UnsupportedModeError: a forward inside the block is given a ``LongCtxCache``.
     """
-    base = unwrap(model).base_model
-    if not hasattr(base, "longctx_state"):
+    if state_of(model) is None:
         raise UnsupportedModelError("observe needs a patched model: call patch_model(model) first.")
-    token = observers.set({**observers.get(), id(base): fn})
+    token = observers.set({**observers.get(), id(unwrap(model).base_model): fn})
     try:
         yield model
     finally:
@@ -170,6 +169,11 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
             f"{type(model).__name__} is no Transformers model; supported model types: {', '.join(families())}."
         )
     return inner
+
+
+def state_of(model: nn.Module) -> PatchState | None:
+    """What a patched model remembers; None for a model that is not patched."""
+    return getattr(unwrap(model).base_model, "longctx_state", None)
 
 
 def attention_modules(base: nn.Module, family: Family) -> list[nn.Module]:
@@ -218,7 +222,7 @@ def tensor_parallel(module: nn.Module, family: Family, kv_heads: int) -> tuple[i
 
 def _patched_as(model: nn.Module) -> nn.Module:
     """The module that was patched, when ``model`` is a part of it; else ``model`` itself."""
-    state = getattr(unwrap(model).base_model, "longctx_state", None)
+    state = state_of(model)
     whole = state.whole() if state is not None and state.whole is not None else None
     return model if whole is None else whole
 

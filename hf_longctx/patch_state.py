@@ -7,7 +7,6 @@ import weakref
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from .config import LongCtxConfig
 from .layer_plan import LayerPlan
@@ -51,11 +50,6 @@ class PatchState:
             if not ours and (name not in self.snapshot or self.snapshot[name] != value):
                 setattr(self.original, name, value)
 
-    @staticmethod
-    def base(model: nn.Module) -> nn.Module:
-        """The base model (embeddings to last norm) of a Transformers model."""
-        return model.base_model
-
     @property
     def last_cache(self):
         """The cache of the last forward, while somebody still holds it."""
@@ -66,8 +60,6 @@ class PatchState:
         self.forwards += 1
         rows.used = self.kernels
         self._cache = weakref.ref(cache) if cache is not None else None
-        if cache is not None and type(cache).__name__ != "LongCtxCache":
-            self.note(f"dense memory: a {type(cache).__name__} kept every token of every head")
         if torch.compiler.is_compiling():
             self.note("torch.compile: ran with graph breaks")
         if self.config.kernel == "stock" and rows.padded:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .cache import LongCtxCache
+from .cache import LongCtxCache, storage_bytes
 from .errors import UnsupportedModelError
-from .patch import unwrap
+from .patch import state_of
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,14 @@ def report(model: nn.Module) -> Report:
     Raises:
         UnsupportedModelError: the model is not patched.
     """
-    base = unwrap(model).base_model
-    state = getattr(base, "longctx_state", None)
+    state = state_of(model)
     if state is None:
         raise UnsupportedModelError("report needs a patched model: call patch_model(model) first.")
     roles = "".join(plan.roles for plan in state.plans)
     cache = state.last_cache
     kept = {}
     if isinstance(cache, LongCtxCache):
-        layers = tuple(sum(t.untyped_storage().nbytes() for t in layer.tensors()) for layer in cache.layers)
+        layers = tuple(storage_bytes(layer.tensors()) for layer in cache.layers)
         kept = {"seen": cache.seen, "nbytes": cache.nbytes, "nbytes_dense": cache.nbytes_dense, "layers": layers}
     return Report(
         kv_heads=len(roles),

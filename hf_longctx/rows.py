@@ -6,7 +6,7 @@ Set once per forward by the base model's pre-hook and handed to every layer, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -54,10 +54,6 @@ class Rows:
         else:
             for row, start in enumerate(self.starts):
                 yield slice(row, row + 1), start
-
-    def at(self, past: int, new: int) -> Rows:
-        """The same rows for other numbers of slots (a cache filled by hand)."""
-        return replace(self, past=past, new=new, _memo={})
 
     def memo(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
         """A tensor all layers of this forward share, made once."""

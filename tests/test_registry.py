@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import pytest
+from config_cases import refused
 
 from hf_longctx import registry
 from hf_longctx.errors import ConfigError
@@ -62,14 +63,6 @@ def probe(tmp_path, monkeypatch):
     for name in ("top_keys", "empty"):
         sys.modules.pop(f"hf_longctx.prefill.{name}", None)
         vars(package).pop(name, None)
-
-
-def refused(call, *fragments: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        call()
-    for fragment in fragments:
-        assert fragment in str(caught.value), str(caught.value)
-    return str(caught.value)
 
 
 def test_every_file_of_every_folder_is_a_word_with_a_frozen_class():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .layout import Segment
+from .layout import Segment, needs_grad
 from .reference import attention, merge
 
 NAME = "cpu"
@@ -196,15 +196,10 @@ def _square(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
 
 
-def _grad(*tensors: Tensor | None) -> bool:
-    """Whether a gradient must flow through one of them."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def _gives_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> bool:
     """Whether SDPA's CPU kernel may be asked for its logsumexp, through which no gradient flows."""
     strided = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-    return _flash_for_cpu is not None and q.device.type == "cpu" and strided and not _grad(q, k, v, bias)
+    return _flash_for_cpu is not None and q.device.type == "cpu" and strided and not needs_grad(q, k, v, bias)
 
 
 def _partial(
@@ -260,7 +255,7 @@ def _window(
     windows = [t.unfold(2, recent - 1 + rows, rows).permute(0, 2, 1, 4, 3) for t in band]  # [B, count, n, keys, D]
     spread = [t[:, None].expand(-1, count, -1, -1, -1) for t in sinks]
     size = (count, rows)
-    if size in room and not _grad(q, *sinks, *band):
+    if size in room and not needs_grad(q, *sinks, *band):
         keys, values = room[size]
         keys[:, :, :, sink:], values[:, :, :, sink:] = windows
     else:

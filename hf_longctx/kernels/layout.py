@@ -102,6 +102,11 @@ class HeadKV:
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a gradient must flow through one of them."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype torch.autocast would give them, as SDPA does by itself; unchanged without autocast.
 

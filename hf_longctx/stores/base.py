@@ -110,7 +110,3 @@ class Store(ABC):
     def incoming(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """This store's heads of a forward's new keys and values, differentiable."""
         return self.heads.take(k), self.heads.take(v)
-
-
-def needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..kernels.layout import HeadKV, RoleHeads, Segment
+from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
-from .base import Store, StoreSpec, needs_grad
+from .base import Store, StoreSpec
 
 
 @dataclass(frozen=True)

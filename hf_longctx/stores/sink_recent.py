@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheError
-from ..kernels.layout import HeadKV, RoleHeads, Segment
+from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
-from .base import SPARE, Store, StoreSpec, needs_grad
+from .base import SPARE, Store, StoreSpec
 
 SLACK = SPARE - 1  # tokens that can be taken back after they pushed others out of the window
 
