@@ -19,7 +19,8 @@ from .cache import LayerKV
 from .errors import UnsupportedModeError
 from .kernels import dispatch
 from .kernels.layout import HeadKV, RoleHeads, Segment, as_autocast, needs_grad
-from .layer_plan import LayerPlan
+from .layer_plan import LayerPlan, PrefillPlan
+from .prefill.base import select
 from .rows import Rows
 from .stores.base import StoreSpec
 
@@ -101,11 +102,15 @@ class LayerCall:
     def __init__(self, plan: LayerPlan, rows: Rows, scale: float):
         self.plan, self.rows, self.scale = plan, rows, scale
 
-    def kernel(self, query: Tensor):
+    def kernel(self, query: Tensor, function: str | None = None):
         """The kernel for this call; ``auto`` where Transformers' own call (``stock``) cannot be made."""
-        word = "auto" if self.plan.kernel == "stock" else self.plan.kernel
         kernel = dispatch.pick(
-            word, device=query.device, dtype=query.dtype, head_dim=query.shape[-1], needs_grad=needs_grad(query)
+            "auto" if self.plan.kernel == "stock" else self.plan.kernel,
+            device=query.device,
+            dtype=query.dtype,
+            head_dim=query.shape[-1],
+            needs_grad=needs_grad(query),
+            function=function,
         )
         self.rows.used.add(kernel.NAME)
         return kernel
@@ -117,12 +122,13 @@ class LayerCall:
         for part in parts:
             # A cache filled in another dtype (autocast, model.to) is read in its own.
             q = part.heads.take(query, group).to(part.segments[0].k.dtype)
-            if self._stock(part):
+            prefill = self._prefill(part)
+            if prefill is None and self._stock(part):
                 outs.append(self._sdpa(q, *part.segments[0].kept()))
             elif self.rows.new == 1:
                 outs.append(self.kernel(q).decode(q, part.segments, self.scale))
             else:
-                outs.append(self._rowwise(q, part))
+                outs.append(self._rowwise(q, part, prefill))
         return join([part.heads for part in parts], outs, group).to(dtype)
 
     def plain(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -132,12 +138,13 @@ class LayerCall:
         outs = []
         for part in parts:
             q = part.heads.take(query, group)
-            stock = self._stock(part)
-            outs.append(self._sdpa(q, *part.segments[0].kept()) if stock else self._rowwise(q, part))
+            prefill = self._prefill(part)
+            stock = prefill is None and self._stock(part)
+            outs.append(self._sdpa(q, *part.segments[0].kept()) if stock else self._rowwise(q, part, prefill))
         return join([part.heads for part in parts], outs, group)
 
     def observed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
-        """Show this layer to the observer; its answer replaces the layer's output."""
+        """Show this layer to the observer; its answer replaces the layer's output. No pattern runs in ``compute``."""
         total = key.shape[1]
 
         def compute(role: str) -> Tensor:
@@ -160,6 +167,15 @@ class LayerCall:
         plain = len(part.segments) == 1 and part.segments[0].bias is None and part.store.span() is None
         return self.plan.kernel == "stock" and plain and not self.rows.padded
 
+    def _prefill(self, part: HeadKV) -> PrefillPlan | None:
+        """The patterns of these heads, if they run for some row; counts the rows for which they do not."""
+        plan = self.plan.prefill
+        if plan is None or part.heads.role != "retrieval" or self.rows.new == 1:
+            return None
+        runs = [plan.runs(*real) for row in range(self.rows.batch) if (real := self.rows.real(row))[0]]
+        self.rows.prefill.dense += runs.count(False)
+        return plan if any(runs) else None
+
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Transformers' own call, in pieces of 512 queries where a cached prefix needs a mask."""
         total, new = k.shape[2], q.shape[2]
@@ -175,15 +191,42 @@ class LayerCall:
             outs.append(sdpa_attention_forward(module, part, k, v, mask, scaling=self.scale)[0])
         return torch.cat(outs, 1).transpose(1, 2)
 
-    def _rowwise(self, q: Tensor, part: HeadKV) -> Tensor:
-        """Rows of one start at a time, each as if it were alone; the outputs of pads are zeros."""
+    def _rowwise(self, q: Tensor, part: HeadKV, prefill: PrefillPlan | None = None) -> Tensor:
+        """Rows of one start at a time, each as if it were alone; the outputs of left pads are zeros."""
         outs = []
-        for group, start in self.rows.groups():
+        for group, start in self.rows.groups(by_end=prefill is not None):
             pads = min(max(0, start - self.rows.past), self.rows.new)
-            alone = q[group, :, pads:]
-            out = self._one_start(alone, part, group, start) if alone.shape[2] else torch.zeros_like(alone)
+            alone, real = q[group, :, pads:], self.rows.real(group.start or 0)
+            if not alone.shape[2]:
+                out = torch.zeros_like(alone)
+            elif prefill is not None and prefill.runs(*real):
+                out = self._sparse(alone, skip(part.segments, group, start), prefill, *real)
+            else:
+                out = self._one_start(alone, part, group, start)
             outs.append(nn.functional.pad(out, (0, 0, pads, 0)) if pads else out)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _sparse(self, q: Tensor, segments: list[Segment], prefill: PrefillPlan, brought: int, seen: int) -> Tensor:
+        """What the patterns read, ``[B, H, T, D]``: the first ``brought`` queries are real, the rest right pads."""
+        if any(segment.bias is not None for segment in segments):
+            raise UnsupportedModeError(
+                f"layer {self.plan.layer_idx}: the store of the retrieval heads gives keys a score bias, among which a "
+                "prefill pattern cannot choose. Set prefill.retrieval to {pattern: dense}."
+            )
+        kept = [segment.kept() for segment in segments]
+        k, v = (torch.cat(parts, 2) if len(parts) > 1 else parts[0] for parts in zip(*kept, strict=True))
+        pads, q, k, v = q.shape[2] - brought, q[:, :, :brought], k[:, :, :seen], v[:, :, :seen]
+        blocks = select(prefill.patterns, q, k, self.scale)
+        if prefill.share_groups:
+            blocks = blocks.share_groups(q.shape[1] // k.shape[1])
+        self.rows.prefill.add(blocks.reads, blocks.causal, q.shape[0])
+        kernel = self.kernel(q, "sparse_prefill")
+        if kernel.NAME == "reference" and self.plan.kernel != "reference":
+            self.rows.notes.add(
+                "sparse prefill: ran by its slow definition, no faster kernel has it (kernel reference)"
+            )
+        out = kernel.sparse_prefill(q, k, v, blocks, self.scale)
+        return nn.functional.pad(out, (0, 0, 0, pads)) if pads else out
 
     def _one_start(self, q: Tensor, part: HeadKV, group: slice, start: int) -> Tensor:
         span, kernel = part.store.span(), self.kernel(q)

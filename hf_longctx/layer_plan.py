@@ -1,4 +1,4 @@
-"""What one attention layer was told at patch time: the role of each of its KV heads, and the stores of the roles."""
+"""What one attention layer was told at patch time: the role of each of its KV heads, their stores and patterns."""
 
 from __future__ import annotations
 
@@ -6,9 +6,30 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .kernels.layout import RoleHeads
+from .prefill.base import PatternSpec
 from .stores.base import StoreSpec
 
 LETTERS = {"retrieval": "R", "streaming": "S"}
+FEWEST = 128  # real tokens a forward must bring of a row for its pattern to run; verification steps bring fewer
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """How the retrieval heads of one layer read a prompt.
+
+    Attributes:
+        patterns: one spec per query head of the layer's retrieval KV heads, in their order.
+        min_tokens: a row that has seen fewer real tokens is read densely.
+        share_groups: one list per KV head, the union of its query heads' lists.
+    """
+
+    patterns: tuple[PatternSpec, ...]
+    min_tokens: int
+    share_groups: bool
+
+    def runs(self, brought: int, seen: int) -> bool:
+        """Whether the patterns run for a row that shows ``brought`` new real tokens and has seen ``seen`` so far."""
+        return brought >= FEWEST and seen >= self.min_tokens
 
 
 @dataclass(frozen=True)
@@ -21,6 +42,7 @@ class LayerPlan:
         stores: role -> spec of its store.
         kernel: the config's ``kernel`` word.
         sliding: the layer has the model's own sliding window, which replaces both roles' stores.
+        prefill: the patterns of the retrieval heads; None where all of them read densely.
     """
 
     layer_idx: int
@@ -28,6 +50,7 @@ class LayerPlan:
     stores: dict[str, StoreSpec]
     kernel: str = "auto"
     sliding: bool = False
+    prefill: PrefillPlan | None = None
 
     @cached_property
     def heads(self) -> tuple[RoleHeads, ...]:

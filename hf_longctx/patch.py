@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +20,16 @@ from .errors import UnsupportedModelError
 from .family import Family, families, find_family
 from .head_map import slice_roles
 from .hooks import BeforeForward, PrepareCache, observers
-from .layer_plan import LayerPlan
+from .kernels import dispatch
+from .layer_plan import LayerPlan, PrefillPlan
 from .patch_state import PatchState
+from .prefill.base import PatternSpec
 from .stores.sink_recent import SinkRecent
 
 PREPARE = "_prepare_cache_for_generation"
+UNMEASURED = "the heads of this model were not measured, so all of them keep every token and no memory is saved"
+
+logger = logging.getLogger(__name__)
 
 
 def patch_model(
@@ -43,6 +49,7 @@ def patch_model(
     Raises:
         UnsupportedModelError: the family is not in ``patches/``.
         ConfigError: no config fits, or the config was made for another model.
+        UnsupportedModeError: the config names a kernel that cannot run its prefill pattern.
 
     Papers: head roles, DuoAttention arXiv:2410.10819; sinks, StreamingLLM arXiv:2309.17453.
     """
@@ -53,6 +60,8 @@ def patch_model(
         settings = settings.override(**sections)
     settings.check_model(hf_config)
     _apply(_patched_as(model), settings)
+    if UNMEASURED in state_of(model).notes:
+        logger.warning("%s: hf-longctx identify measures them", UNMEASURED)
     return model
 
 
@@ -63,6 +72,8 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     family = find_family(base.config.model_type)
     modules = attention_modules(base, family)
     plans = [make_plan(module, settings, family, base.config) for module in modules]
+    if any(plan.prefill is not None for plan in plans):
+        dispatch.require(settings.kernel, "sparse_prefill", "this config's prefill pattern")
 
     unpatch_model(model)
     register()
@@ -77,6 +88,8 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
                 part.longctx_plan, part.config = plan, private
     snapshot = copy.deepcopy(vars(private))
     base.longctx_state = PatchState(settings, original, snapshot, tuple(plans), weakref.ref(model))
+    if settings.heads.source and settings.heads.confidence == "none" and "S" not in "".join(settings.roles()):
+        base.longctx_state.note(UNMEASURED)
     base.register_forward_pre_hook(BeforeForward(base.longctx_state), with_kwargs=True)
     if hasattr(type(inner), PREPARE):
         setattr(inner, PREPARE, PrepareCache(inner, base.longctx_state))
@@ -137,8 +150,9 @@ def observe(model: nn.Module, fn: Callable) -> Iterator[nn.Module]:
 
     ``fn(layer_idx, q, k, v, scaling, rows, compute)`` gets the rotated q ``[B, H, T, D]`` and all keys and values
     ``[B, H_kv, S, D]``. It returns the layer's output ``[B, H, T, D]``, built from ``compute("retrieval")`` and
-    ``compute("streaming")`` (every head computed in that role, differentiable), or None to leave it alone. Inside,
-    caches are Transformers' own DynamicCache, because a ``LongCtxCache`` could not show the keys it drops.
+    ``compute("streaming")`` (every head computed by the rule of that role's store, differentiable; prefill patterns do
+    not run there), or None to leave it alone. Inside, caches are Transformers' own DynamicCache, because a
+    ``LongCtxCache`` could not show the keys it drops.
 
     Raises:
         UnsupportedModelError: the model is not patched.
@@ -189,7 +203,7 @@ def attention_modules(base: nn.Module, family: Family) -> list[nn.Module]:
 
 
 def make_plan(module: nn.Module, settings: LongCtxConfig, family: Family, hf_config: Any) -> LayerPlan:
-    """The plan of one attention module: the roles of the KV heads that this process holds, and their stores."""
+    """The plan of one attention module: the roles of the KV heads that this process holds, stores and patterns."""
     layer = module.layer_idx
     roles = settings.roles()[layer]
     rank, size = tensor_parallel(module, family, len(roles))
@@ -198,9 +212,29 @@ def make_plan(module: nn.Module, settings: LongCtxConfig, family: Family, hf_con
     stores = {"retrieval": settings.stores.retrieval, "streaming": settings.stores.streaming}
     window = family.window(hf_config, layer)
     if window is None:
-        return LayerPlan(layer, roles, stores, settings.kernel)
+        patterns = query_patterns(settings, layer)
+        step = len(patterns) // size
+        prefill = make_prefill(settings, roles, patterns[rank * step : (rank + 1) * step])
+        return LayerPlan(layer, roles, stores, settings.kernel, prefill=prefill)
     own = SinkRecent(sink=0, recent=window)
     return LayerPlan(layer, "S" * len(roles), dict.fromkeys(stores, own), settings.kernel, sliding=True)
+
+
+def query_patterns(settings: LongCtxConfig, layer: int) -> tuple[PatternSpec, ...]:
+    """The prefill pattern of every query head of a layer, on all processes together."""
+    table = settings.prefill.table
+    if table is None:
+        return (settings.prefill.retrieval,) * settings.model.num_attention_heads
+    return tuple(table.budgets[index] for index in table.map[layer])
+
+
+def make_prefill(settings: LongCtxConfig, roles: str, patterns: tuple[PatternSpec, ...]) -> PrefillPlan | None:
+    """The prefill plan of a layer's (or slice's) retrieval heads; None where all of them read densely."""
+    group = len(patterns) // len(roles)
+    kept = tuple(spec for head, spec in enumerate(patterns) if roles[head // group] == "R")
+    if all(spec.reads_all for spec in kept):
+        return None
+    return PrefillPlan(kept, settings.prefill.min_tokens, settings.prefill.share_groups)
 
 
 def tensor_parallel(module: nn.Module, family: Family, kv_heads: int) -> tuple[int, int]:

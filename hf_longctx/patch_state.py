@@ -10,7 +10,7 @@ import torch
 
 from .config import LongCtxConfig
 from .layer_plan import LayerPlan
-from .rows import Rows
+from .rows import PrefillCounts, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ class PatchState:
         forwards: forwards since patching.
         kernels: names of the kernels that ran.
         notes: what ran in a slower or another way than asked for, in words.
+        prefill: sparse and dense prefills of retrieval heads with a pattern.
     """
 
     config: LongCtxConfig
@@ -38,6 +39,7 @@ class PatchState:
     forwards: int = 0
     kernels: set[str] = field(default_factory=set)
     notes: set[str] = field(default_factory=set)
+    prefill: PrefillCounts = field(default_factory=PrefillCounts)
     _cache: weakref.ref | None = None
 
     def __getstate__(self) -> dict:
@@ -56,9 +58,9 @@ class PatchState:
         return self._cache() if self._cache is not None else None
 
     def saw(self, rows: Rows, cache: object | None) -> None:
-        """Note one forward. ``rows.used`` is shared, so the kernels of this forward arrive by themselves."""
+        """Note one forward. What ``rows`` counts is shared, so the kernels of this forward arrive by themselves."""
         self.forwards += 1
-        rows.used = self.kernels
+        rows.used, rows.notes, rows.prefill = self.kernels, self.notes, self.prefill
         self._cache = weakref.ref(cache) if cache is not None else None
         if torch.compiler.is_compiling():
             self.note("torch.compile: ran with graph breaks")

@@ -1,4 +1,4 @@
-"""What really ran: bytes kept against dense, kernels used, and what fell back and why."""
+"""What really ran: bytes kept against dense, blocks read, kernels used, and what fell back and why."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class Report:
         layers: bytes it holds per layer.
         kernels: kernels that ran.
         notes: what ran slower or otherwise than asked for.
+        sparse, dense: rows times layers whose prefill pattern ran, and whose rows were too short for it.
+        density: share of the causal key blocks that the sparse ones read; None before the first.
     """
 
     kv_heads: int
@@ -32,6 +34,9 @@ class Report:
     forwards: int
     kernels: tuple[str, ...]
     notes: tuple[str, ...]
+    sparse: int = 0
+    dense: int = 0
+    density: float | None = None
     seen: int | None = None
     nbytes: int | None = None
     nbytes_dense: int | None = None
@@ -45,6 +50,9 @@ class Report:
         ]
         if self.window_layers:
             lines.append(f"own window    layers {', '.join(map(str, self.window_layers))}")
+        if self.sparse or self.dense:
+            read = "" if self.density is None else f", reading {self.density:.1%} of the causal blocks"
+            lines.append(f"prefill       {self.sparse} times sparse{read}, {self.dense} times dense (rows x layers)")
         if self.nbytes is not None and self.nbytes_dense:
             share = self.nbytes / self.nbytes_dense
             kept = f"{_mb(self.nbytes)} after {self.seen} tokens"
@@ -77,6 +85,9 @@ def report(model: nn.Module) -> Report:
         forwards=state.forwards,
         kernels=tuple(sorted(state.kernels)),
         notes=tuple(sorted(state.notes)),
+        sparse=state.prefill.sparse,
+        dense=state.prefill.dense,
+        density=state.prefill.density,
         **kept,
     )
 

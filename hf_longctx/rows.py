@@ -15,6 +15,31 @@ from .errors import UnsupportedModeError
 
 
 @dataclass
+class PrefillCounts:
+    """How retrieval heads with a pattern read their prompts, for the report; one-token forwards do not count.
+
+    Attributes:
+        sparse, dense: rows times layers in which the patterns ran, or were too short for them.
+        reads, causal: key tokens read by the sparse ones (per device, so that nothing waits), and by dense attention.
+    """
+
+    sparse: int = 0
+    dense: int = 0
+    reads: dict[torch.device, Tensor] = field(default_factory=dict)
+    causal: int = 0
+
+    def add(self, reads: Tensor, causal: int, rows: int) -> None:
+        self.sparse += rows
+        self.causal += causal
+        self.reads[reads.device] = reads + self.reads.get(reads.device, 0)
+
+    @property
+    def density(self) -> float | None:
+        """Share of the causal key blocks that was read; None before any sparse prefill. Reads the device."""
+        return sum(reads.item() for reads in self.reads.values()) / self.causal if self.causal else None
+
+
+@dataclass
 class Rows:
     """The rows of one forward. A slot is a column of the batch, pads included; a position counts a row's real tokens.
 
@@ -26,7 +51,7 @@ class Rows:
             shown nothing but pads so far is open: its start is ``past + new``.
         ends: slot after each row's last real token, or None where no row ends in pads.
         observer: see ``hf_longctx.observe``.
-        used: names of the kernels that ran in this forward, for the report.
+        used, notes, prefill: kernels that ran, what ran slower than asked for, and sparse prefills, for the report.
     """
 
     batch: int
@@ -36,6 +61,8 @@ class Rows:
     ends: tuple[int, ...] | None = None
     observer: Callable | None = None
     used: set[str] = field(default_factory=set)
+    notes: set[str] = field(default_factory=set)
+    prefill: PrefillCounts = field(default_factory=PrefillCounts)
     _memo: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -47,13 +74,19 @@ class Rows:
     def padded(self) -> bool:
         return self.starts is not None
 
-    def groups(self) -> Iterator[tuple[slice, int]]:
-        """(rows, start) of every set of rows that can be computed in one call."""
-        if self.starts is None:
+    def groups(self, by_end: bool = False) -> Iterator[tuple[slice, int]]:
+        """(rows, start) of every set of rows that can be computed in one call; ``by_end``: that also end together."""
+        if self.starts is None and not (by_end and self.ends is not None):
             yield slice(None), 0
         else:
-            for row, start in enumerate(self.starts):
+            for row, start in enumerate(self.starts or (0,) * self.batch):
                 yield slice(row, row + 1), start
+
+    def real(self, row: int) -> tuple[int, int]:
+        """Real tokens of a row that this forward brings, and that were seen so far, this forward included."""
+        start = 0 if self.starts is None else self.starts[row]
+        end = self.total if self.ends is None else self.ends[row]
+        return max(0, end - max(start, self.past)), max(0, end - start)
 
     def memo(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
         """A tensor all layers of this forward share, made once."""

@@ -6,8 +6,9 @@ A kernel is a module of this folder with the functions of `reference.py` and
 - ``PREFERENCE: int``, higher is tried first by ``auto`` (reference 0, cpu 10; leave room between),
 - ``supports(device, dtype, head_dim, needs_grad) -> str | None``, None or the reason why not.
 
-It must import on every machine, or fail with ImportError: `pick` then reports that as the reason. Nothing lists kernels
-by hand.
+Of these functions only `sparse_prefill` may be missing: whoever needs it asks `pick` for a kernel that has it. A kernel
+must import on every machine, or fail with ImportError: `pick` then reports that as the reason. Nothing lists kernels by
+hand.
 """
 
 from __future__ import annotations
@@ -34,7 +35,15 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(name for name in found if name not in _NOT_KERNELS and not name.startswith("_")))
 
 
-def pick(word: str, *, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> ModuleType:
+def pick(
+    word: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    needs_grad: bool,
+    function: str | None = None,
+) -> ModuleType:
     """The kernel module for one call.
 
     Args:
@@ -43,6 +52,7 @@ def pick(word: str, *, device: torch.device, dtype: torch.dtype, head_dim: int, 
         dtype: their dtype.
         head_dim: their last dimension.
         needs_grad: whether gradients must flow through the call.
+        function: kernels without a function of this name are passed over.
 
     Raises:
         ConfigError: there is no such kernel.
@@ -52,16 +62,33 @@ def pick(word: str, *, device: torch.device, dtype: torch.dtype, head_dim: int, 
         near = difflib.get_close_matches(word, [AUTO, *names()], n=1)
         hint = f", did you mean {near[0]!r}?" if near else ";"
         raise errors.ConfigError(f"unknown kernel {word!r}{hint} known: {', '.join([AUTO, *names()])}")
-    reasons = {}
+    case, reasons = (device, dtype, head_dim, needs_grad), {}
     for name, module, failure in _candidates([word] if word != AUTO else names()):
-        reasons[name] = failure if module is None else module.supports(device, dtype, head_dim, needs_grad)
+        reasons[name] = failure if module is None else _refusal(module, function, case)
         if reasons[name] is None:
             return module
-    case = f"{dtype} on {device.type}, head_dim {head_dim}, {'with' if needs_grad else 'without'} gradients"
+    asked = f"{dtype} on {device.type}, head_dim {head_dim}, {'with' if needs_grad else 'without'} gradients"
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise errors.UnsupportedModeError(
-        f"kernel {word!r} does not compute {case} ({why}). {_advice(word, device, dtype, head_dim, needs_grad)}"
+        f"kernel {word!r} does not compute {asked} ({why}). {_advice(word, function, case)}"
     )
+
+
+def require(word: str, function: str, wanted: str) -> None:
+    """Refuse early, before a model runs, a kernel that does not have the function that ``wanted`` (words) needs.
+
+    Raises:
+        UnsupportedModeError: the message names the kernels that have it.
+    """
+    if word not in names():
+        return
+    found = {name: module for name, module, _ in _candidates(names()) if module is not None}
+    if word in found and not hasattr(found[word], function):
+        can = [name for name, module in found.items() if hasattr(module, function)]
+        raise errors.UnsupportedModeError(
+            f"{wanted} needs a kernel with {function!r}, which kernel {word!r} does not have. Use kernel: {AUTO} or "
+            f"one of: {', '.join(can)}"
+        )
 
 
 def _candidates(words: tuple[str, ...] | list[str]) -> list[tuple[str, ModuleType | None, str | None]]:
@@ -75,11 +102,16 @@ def _candidates(words: tuple[str, ...] | list[str]) -> list[tuple[str, ModuleTyp
     return sorted(found, key=lambda entry: -(entry[1].PREFERENCE if entry[1] else 0))
 
 
-def _advice(word: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str:
+def _refusal(module: ModuleType, function: str | None, case: tuple[torch.device, torch.dtype, int, bool]) -> str | None:
+    """Why this kernel does not compute the case; None if it does."""
+    return module.supports(*case) if function is None or hasattr(module, function) else f"has no {function}"
+
+
+def _advice(word: str, function: str | None, case: tuple[torch.device, torch.dtype, int, bool]) -> str:
     """What works instead, as the last sentence of the error."""
     works = [
         name
         for name, module, _ in _candidates(names())
-        if name != word and module and module.supports(device, dtype, head_dim, needs_grad) is None
+        if name != word and module and _refusal(module, function, case) is None
     ]
     return f"Use kernel: {AUTO} or one of: {', '.join(works)}" if works else "Use a floating point dtype."

@@ -1,7 +1,7 @@
 """The truth every fast kernel is tested against: plain torch, whole score matrices, short enough to check by eye.
 
 Shapes: ``B`` batch, ``H`` query heads, ``n`` KV heads, ``G = H // n`` (query head h reads KV head h // G), ``T`` query
-tokens, ``S`` key tokens, ``D`` head_dim. Memory is O(T * S): for tests and short prompts, never for long ones.
+tokens, ``S`` key tokens, ``D`` head_dim. Memory is O(T * S), but for `sparse_prefill`: for tests and short prompts.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import Segment
+from .layout import BlockList, Segment
 
 NAME = "reference"
 PREFERENCE = 0
+
+PIECE = 512  # queries, those of all heads of a group together, per mask of `sparse_prefill`
 
 
 def supports(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
@@ -125,3 +127,26 @@ def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> 
 def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
     """Attention ``[B, H, 1, D]`` of one token, the last of the last segment, over every kept key of every segment."""
     return dense_prefill_segments(q, segments, scale)
+
+
+def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
+    """Attention ``[B, H, T, D]`` that reads what ``blocks`` lists, the queries being the last T of S tokens.
+
+    KV head by KV head and in pieces of queries, so that no mask holds more than ``PIECE * S`` entries per row.
+    """
+    group, lists = q.shape[1] // k.shape[1], blocks.counts.shape[1]
+    step = max(1, PIECE // group)
+    outs = []
+    for head in range(k.shape[1]):
+        own, pieces = slice(head * group, (head + 1) * group), []
+        listed = slice(head * lists // k.shape[1], (head + 1) * lists // k.shape[1])
+        for low in range(0, q.shape[2], step):
+            high = min(low + step, q.shape[2])
+            seen = blocks.first + high
+            visible = blocks.visible(low, high, listed)[..., :seen]
+            visible = visible.repeat_interleave(group // visible.shape[1], 1)
+            keys, values = k[:, head : head + 1, :seen], v[:, head : head + 1, :seen]
+            with torch.autocast(q.device.type, enabled=False):  # it would round the scores
+                pieces.append(attention(q[:, own, low:high], keys, values, visible, scale)[0])
+        outs.append(torch.cat(pieces, 2))
+    return torch.cat(outs, 1)

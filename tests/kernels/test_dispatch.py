@@ -67,6 +67,27 @@ def test_a_named_kernel_that_cannot_is_an_error_that_says_what_works(extra_kerne
         dispatch.pick("zz_fast", **CASE)
 
 
+def test_a_kernel_without_the_function_is_passed_over(extra_kernel):
+    fast = extra_kernel("zz_fast", 50)
+    case = {**CASE, "dtype": torch.bfloat16, "function": "sparse_prefill"}
+    assert hasattr(reference, "sparse_prefill")
+    assert dispatch.pick("auto", **case) is not fast
+    with pytest.raises(errors.UnsupportedModeError, match=r"zz_fast: has no sparse_prefill.*one of:.*reference"):
+        dispatch.pick("zz_fast", **case)
+    fast.sparse_prefill = reference.sparse_prefill
+    assert dispatch.pick("auto", **case) is fast
+
+
+def test_a_kernel_that_lacks_a_function_is_refused_early(extra_kernel):
+    fast = extra_kernel("zz_fast", 50)
+    for word in ("auto", "stock", "reference", "zz_unknown"):
+        dispatch.require(word, "sparse_prefill", "it")
+    with pytest.raises(errors.UnsupportedModeError, match=r"it needs.*'sparse_prefill'.*'zz_fast'.*one of:.*reference"):
+        dispatch.require("zz_fast", "sparse_prefill", "it")
+    fast.sparse_prefill = reference.sparse_prefill
+    dispatch.require("zz_fast", "sparse_prefill", "it")
+
+
 def test_a_kernel_that_cannot_be_imported_is_skipped_by_auto_and_named_in_the_error(monkeypatch):
     listed = (*dispatch.names(), "zz_missing")
     monkeypatch.setattr(dispatch, "names", lambda: listed)
