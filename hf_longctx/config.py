@@ -96,6 +96,20 @@ class LongCtxConfig:
     def _roles(self) -> tuple[str, ...]:
         return self.heads.roles_for(self.stores.streaming.kept(self.heads.kv_budget_tokens))
 
+    def kv_bytes(self, tokens: int, number_bytes: int = 2) -> tuple[int, int]:
+        """(bytes of a dense KV cache, bytes of what the heads keep) of one row after ``tokens`` tokens.
+
+        The spare room of growing buffers and a model's own sliding windows, which keep less, are not in it.
+
+        Args:
+            number_bytes: bytes of one number: 2 for bf16 and fp16.
+        """
+        stores = {"R": self.stores.retrieval, "S": self.stores.streaming}
+        heads = "".join(self.roles())
+        kept = sum(heads.count(letter) * store.kept(tokens) for letter, store in stores.items())
+        per_token = 2 * self.model.head_dim * number_bytes  # a key and a value
+        return len(heads) * tokens * per_token, kept * per_token
+
     def check_model(self, hf_config: Any) -> None:
         """Raise ConfigError unless the config was made for a model with this Transformers config."""
         wrongs = self.model.mismatches(hf_config)

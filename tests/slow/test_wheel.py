@@ -44,7 +44,7 @@ def target(tmp_path_factory) -> Path:
         for path in in_the_tree(name):
             (copy / name / path).parent.mkdir(parents=True, exist_ok=True)
             (copy / name / path).write_bytes((ROOT / name / path).read_bytes())
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         (copy / name).write_bytes((ROOT / name).read_bytes())
     pip("wheel", str(copy), "--no-deps", "--wheel-dir", str(folder), cwd=folder)
     (wheel,) = folder.glob("hf_longctx-*.whl")
@@ -129,7 +129,7 @@ def test_the_metadata_has_the_command_the_licence_and_the_range(target):
     import hf_longctx
 
     assert seen["commands"] == {"hf-longctx": "hf_longctx.cli:main"}
-    assert (seen["licence"], seen["files"], seen["python"]) == ("Apache-2.0", ["LICENSE"], ">=3.10")
+    assert (seen["licence"], seen["files"], seen["python"]) == ("Apache-2.0", ["LICENSE", "NOTICE"], ">=3.10")
     assert seen["version"] == hf_longctx.__version__
     assert any(one.startswith("transformers") and ">=5.0" in one and "!=5.2.*" in one for one in seen["requires"])
 
