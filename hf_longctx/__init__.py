@@ -3,6 +3,7 @@
 from .cache import LongCtxCache
 from .config import LongCtxConfig
 from .errors import CacheError, ConfigError, LongCtxError, UnsupportedModeError, UnsupportedModelError
+from .identify import identify
 from .loading import AutoModelForCausalLM, install, uninstall
 from .patch import observe, patch_model, patched, unpatch_model
 from .report import report
@@ -18,6 +19,7 @@ __all__ = [
     "LongCtxError",
     "UnsupportedModeError",
     "UnsupportedModelError",
+    "identify",
     "install",
     "observe",
     "patch_model",

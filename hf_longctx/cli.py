@@ -8,8 +8,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from . import config_commands
 from .bench import commands as bench
 from .errors import LongCtxError
+from .identify_commands import command as identify
 
 
 class Commands(TyperGroup):
@@ -30,6 +32,8 @@ app = typer.Typer(
     help="Head-classified KV caches and sparse prefill for Hugging Face Transformers.",
 )
 app.add_typer(bench.app, name="bench")
+app.command("identify")(identify)
+app.add_typer(config_commands.app, name="configs")
 
 
 @app.command()

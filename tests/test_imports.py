@@ -41,25 +41,31 @@ LAYERS = {
     "stores": {"errors", "kernels", "rows"},
     "prefill": {"errors", "kernels", "rows"},
     "decode": {"errors", "kernels", "rows"},
-    "layer_plan": {"kernels", "stores"},
+    "layer_plan": {"kernels", "stores", "prefill"},
     "cache": {"errors", "kernels", "rows", "stores", "layer_plan"},
     "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache"},
     "patch_state": {"errors", "config", "rows", "layer_plan"},
     "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state"},
     "patch": CONFIG
-    | {"config_find", "family", "rows", "stores", "layer_plan", "cache", "attention", "patch_state", "hooks"},
+    | {"config_find", "family", "rows", "kernels", "stores", "prefill", "layer_plan", "cache", "attention"}
+    | {"patch_state", "hooks"},
     "loading": {"errors", "config", "patch"},
     "report": {"errors", "cache", "patch"},
-    "__init__": {"errors", "config", "cache", "patch", "loading", "report"},
+    "tasks": {"errors"},
+    "identify": {"errors", "registry", "config", "layer_plan", "patch", "tasks"},
+    "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify"},
     # What stands on the public names, which it may also take from the files that define them.
     "assets": {"errors"},
-    "tasks": {"errors"},
+    "plots": {"errors", "config"},
+    "identify_commands": {"errors", "config", "loading", "assets", "identify", "plots"},
+    "__main__": {"cli"},
     "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
     "bench": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
-    "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench"},
+    "config_commands": CONFIG,
+    "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"},
 }
-TRANSFORMERS = {"cache", "attention", "hooks", "patch", "loading", "demo", "bench"}
-NOT_AT_IMPORT = ("cli", "demo", "bench", "tasks", "assets", "patches")
+TRANSFORMERS = {"cache", "attention", "hooks", "patch", "loading", "demo", "bench", "identify", "identify_commands"}
+NOT_AT_IMPORT = ("cli", "config_commands", "demo", "bench", "assets", "patches", "plots", "identify_commands")
 
 
 def unit(file: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import ConfigError
 
 FOLDER = Path(__file__).parent
+OWNER = "hf-longctx"
 
 
 def asset(name: str) -> Path:
@@ -15,7 +16,22 @@ def asset(name: str) -> Path:
     Raises:
         ConfigError: there is no such model.
     """
-    known = sorted(path.name for path in FOLDER.iterdir() if (path / "config.json").exists())
+    known = assets()
     if name not in known:
         raise ConfigError(f"no embedded model '{name}'; there are: {', '.join(known) or 'none'}.")
     return FOLDER / name
+
+
+def assets() -> list[str]:
+    """Names of the embedded models, sorted."""
+    return sorted(path.name for path in FOLDER.iterdir() if (path / "config.json").exists())
+
+
+def embedded(model: str) -> str:
+    """What ``from_pretrained`` takes for ``model``: the folder of an embedded one (``hf-longctx/NAME``), else itself.
+
+    Raises:
+        ConfigError: ``hf-longctx/NAME`` names no embedded model.
+    """
+    owner, _, name = model.rpartition("/")
+    return str(asset(name)) if owner == OWNER else model

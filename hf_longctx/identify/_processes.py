@@ -1,0 +1,63 @@
+"""The processes that identify together: one, or those that ``accelerate launch`` or torchrun started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModeError
+
+# Where launchers say how many processes there are, the names Accelerate reads.
+SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+
+
+class Processes:
+    """This process among those with the whole model each.
+
+    Attributes:
+        rank, count: its number, and how many there are.
+
+    Raises:
+        UnsupportedModeError: several were launched, and Accelerate was set up for one before.
+    """
+
+    def __init__(self, device: torch.device):
+        """``device``: where the model is; the processes talk through it."""
+        from accelerate import PartialState
+        from accelerate.utils import get_int_from_env
+
+        grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+        launched = torch.distributed.get_world_size() if grouped else get_int_from_env(SIZES, 1)
+        self.rank, self.count, self._state = 0, 1, None
+        if launched > 1:
+            # Only now, because Accelerate keeps what it is first told, the device too, for the life of the process.
+            self._state = PartialState(cpu=device.type == "cpu")
+            self.rank, self.count = self._state.process_index, self._state.num_processes
+        if self.count != launched:
+            raise UnsupportedModeError(
+                f"{launched} processes were launched, but Accelerate was set up for {self.count} in this one, so they "
+                "would all do the same. Set up no Accelerator before, or one for all of them (on CPUs: cpu=True)."
+            )
+
+    @property
+    def main(self) -> bool:
+        """Whether this one writes files and shows progress."""
+        return self.rank == 0
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes, the same on each."""
+        if self._state is None:
+            return tensor
+        from accelerate.utils import reduce
+
+        return reduce(tensor.to(self._state.device), "mean").to(tensor.device)
+
+    def share(self, thing: Any) -> Any:
+        """What the main process gave, on every process; it is pickled."""
+        if self._state is None:
+            return thing
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([thing])[0]

@@ -1,0 +1,102 @@
+"""The base of every identification method, and what a method is given.
+
+A YAML word of this folder names a frozen dataclass in the file of the same name. Its fields are the method's options.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..tasks.documents import Documents
+
+T = TypeVar("T")
+
+
+@dataclass
+class Subject:
+    """The model under test and what it is asked.
+
+    Attributes:
+        model: patched with all heads retrieval (what ``observe`` needs), in eval mode, without gradients.
+        layers, heads, kv_heads: its attention dimensions.
+        documents: makes texts with facts in the tokenizer's language.
+        seed: of everything drawn.
+        longest: tokens the model was made for (``max_position_embeddings``).
+        work: a folder for what a long run saves and goes on from, or None.
+        progress: show bars on stderr.
+        measured: what a method leaves for ``heads.measured`` of the config, plain data.
+    """
+
+    model: nn.Module
+    layers: int
+    heads: int
+    kv_heads: int
+    documents: Documents
+    seed: int = 0
+    longest: int = 4096
+    work: Path | None = None
+    progress: bool = False
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input ids."""
+        embeddings = self.model.get_input_embeddings()
+        hook = getattr(embeddings, "_hf_hook", None)  # accelerate's, where weights are offloaded
+        return torch.device(getattr(hook, "execution_device", None) or embeddings.weight.device)
+
+    def rng(self, *stream: int) -> np.random.Generator:
+        """A generator that depends on the seed and ``stream`` alone."""
+        return np.random.default_rng([self.seed, *stream])
+
+    def ids(self, tokens: np.ndarray) -> Tensor:
+        """Token ids ``[T]`` as the model's input ``[1, T]``."""
+        return torch.from_numpy(np.asarray(tokens, dtype=np.int64))[None].to(self.device)
+
+    def per_group(self, scores: Tensor) -> Tensor:
+        """Scores ``[..., H]`` of query heads as scores ``[..., H_kv]``: a KV head takes the largest of its group."""
+        return scores.unflatten(-1, (self.kv_heads, self.heads // self.kv_heads)).amax(-1)
+
+    def track(self, steps: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+        """``steps`` with a progress bar, where one is wanted."""
+        if not self.progress:
+            return steps
+        from rich.console import Console
+        from rich.progress import track
+
+        return track(steps, label, total=total, console=Console(stderr=True))
+
+    def length(self, given: int | None, default: int) -> int:
+        """``given``, or ``default`` cut to what the model was made for.
+
+        Raises:
+            ConfigError: ``given`` is more than that.
+        """
+        if given is not None and given > self.longest:
+            raise ConfigError(f"length: got {given} tokens, the model was made for {self.longest} at most.")
+        return given or min(default, self.longest)
+
+
+class Method(ABC):
+    """What a word of ``identify/`` defines.
+
+    Attributes:
+        paper: where the method comes from.
+        reads_documents: whether its texts are the subject's documents, so that the user's own text has a use.
+    """
+
+    paper: ClassVar[str]
+    reads_documents: ClassVar[bool] = True
+
+    @abstractmethod
+    def scores(self, subject: Subject) -> Tensor:
+        """Scores ``[layers, KV heads]``, higher = more retrieval, float64 on the CPU."""

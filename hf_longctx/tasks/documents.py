@@ -1,0 +1,178 @@
+"""Long documents with facts hidden in them that are asked for at the end, for any tokenizer.
+
+The answers are part of the document (teacher forcing), so one forward pass answers every question: a token of an answer
+is right when it is the greedy choice after everything before it.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..errors import ConfigError
+from . import tiny_language
+from .haystack import Haystack, TextHaystack, TinyFiller, TokenNoise, is_tiny_language, ordinary_tokens, word_tokens
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with ``n`` facts and, at its end, ``n`` questions that are answered.
+
+    Attributes:
+        ids: int64 ``[T]``.
+        answers: positions of the answers' tokens, ``[n, A]``.
+        needles: positions of the same tokens where the facts are told, ``[n, A]``.
+        questions: first position of each question, ``[n]``; it ends where its answer starts.
+    """
+
+    ids: np.ndarray
+    answers: np.ndarray
+    needles: np.ndarray
+    questions: np.ndarray
+
+
+class Documents(ABC):
+    """Makes documents of any length.
+
+    Attributes:
+        facts: how many facts a document has by default.
+        longest: tokens that the models of this language were trained for, where that is known.
+        haystack: where the filler comes from.
+    """
+
+    facts: int
+    longest: int | None = None
+    haystack: Haystack
+
+    @abstractmethod
+    def draw(self, rng: np.random.Generator, length: int, facts: int | None = None, depth: float | None = None):
+        """A ``Document`` of exactly ``length`` tokens.
+
+        Args:
+            facts: facts hidden in it, at most; fewer where ``length`` has no room for them.
+            depth: where the facts are, 0 the beginning and 1 the last place before the questions; None: anywhere.
+
+        Raises:
+            ConfigError: ``length`` has no room for one fact.
+        """
+
+    @abstractmethod
+    def noise(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        """Tokens ``[length]`` drawn independently, that repeat nothing on purpose."""
+
+    def fit(self, length: int, facts: int, each: int, fixed: int) -> int:
+        """How many of ``facts`` facts of ``each`` tokens have room beside ``fixed`` tokens."""
+        room = (length - fixed) // each
+        if room < 1:
+            raise ConfigError(f"length: got {length} tokens, but a document with one fact needs {fixed + each}.")
+        return min(facts, room)
+
+
+def place(rng: np.random.Generator, free: int, count: int, depth: float | None) -> np.ndarray:
+    """Filler tokens before each of ``count`` facts, ascending: spread at random, or together at ``depth``."""
+    if depth is None:
+        return np.sort(rng.integers(0, free + 1, size=count))
+    return np.full(count, round(depth * free))
+
+
+class TinyDocuments(Documents):
+    """Notes in the language of the embedded models."""
+
+    facts = 16
+    longest = 4096
+
+    def __init__(self, haystack: Haystack):
+        self.haystack = haystack
+
+    def draw(self, rng, length, facts=None, depth=None) -> Document:
+        block = tiny_language.BLOCK
+        count = self.fit(length, facts or self.facts, 2 * block, 1)
+        keys, values = tiny_language.draw_notes(rng, count)
+        asked = rng.permutation(count)
+        told = [tiny_language.note(k, v) for k, v in zip(keys, values, strict=True)]
+        back = [tiny_language.question(keys[i], values[i]) for i in asked]
+        before, first_question = place(rng, length - 1 - 2 * block * count, count, depth), length - block * count
+        starts = 1 + before + block * np.arange(count)
+        ids = np.empty(length, dtype=np.int64)
+        ids[0], ids[1:] = tiny_language.BOS, self.haystack.sample(rng, length - 1)
+        for start, tokens in zip(starts, told, strict=True):
+            ids[start : start + block] = tokens
+        ids[first_question:] = np.concatenate(back)
+        questions = first_question + block * np.arange(count)
+        inside = np.arange(4, 8)
+        return Document(ids, questions[:, None] + inside, starts[asked][:, None] + inside, questions)
+
+    def noise(self, rng, length) -> np.ndarray:
+        low, high = tiny_language.FIRST_CODE, len(tiny_language.VOCAB)
+        return rng.integers(low, high, size=length)
+
+
+class PasskeyDocuments(Documents):
+    """Passkeys of random words, numbered, told at random depths and asked back (DuoAttention, arXiv:2410.10819)."""
+
+    facts = 10
+    words: ClassVar[int] = 32
+
+    def __init__(self, tokenizer, haystack: Haystack | None):
+        ordinary = ordinary_tokens(tokenizer)
+        self.vocabulary = word_tokens(tokenizer, ordinary)
+        self.haystack = haystack or TokenNoise(ordinary)
+        self._intro = [self._encode(tokenizer, f"\nPasskey number {i + 1} is:") for i in range(self.facts)]
+        self._end = self._encode(tokenizer, "\nRemember it.\n")
+        self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+    @staticmethod
+    def _encode(tokenizer, text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _each(self, fact: int) -> int:
+        return 2 * (len(self._intro[fact]) + self.words) + len(self._end)
+
+    def draw(self, rng, length, facts=None, depth=None) -> Document:
+        wanted = facts or self.facts
+        if wanted > self.facts:
+            raise ConfigError(f"facts: got {wanted}, supported: at most {self.facts} passkeys.")
+        each = max(map(self._each, range(wanted)))
+        count = self.fit(length, wanted, each, len(self._bos))
+        keys = rng.choice(self.vocabulary, size=(count, self.words))
+        asked = rng.permutation(count)
+        told = [[*self._intro[i], *keys[i], *self._end] for i in range(count)]
+        back = [[*self._intro[i], *keys[i]] for i in asked]
+        used = sum(map(len, told)) + sum(map(len, back)) + len(self._bos)
+        before = place(rng, length - used, count, depth)
+        filler = self.haystack.sample(rng, length - used)
+        ids, needles = list(self._bos), np.empty((count, self.words), dtype=np.int64)
+        for i, (begin, end) in enumerate(zip([0, *before], [*before, len(filler)], strict=True)):
+            ids.extend(filler[begin:end])
+            if i < count:
+                needles[i] = len(ids) + len(self._intro[i]) + np.arange(self.words)
+                ids.extend(told[i])
+        questions, answers = [], []
+        for i, tokens in zip(asked, back, strict=True):
+            questions.append(len(ids))
+            answers.append(len(ids) + len(self._intro[i]) + np.arange(self.words))
+            ids.extend(tokens)
+        ids = np.asarray(ids, dtype=np.int64)
+        return Document(ids, np.stack(answers), needles[asked], np.asarray(questions))
+
+    def noise(self, rng, length) -> np.ndarray:
+        return rng.choice(self.vocabulary, size=length)
+
+
+def documents_for(tokenizer, text: str | os.PathLike | None = None) -> Documents:
+    """Documents in the tokenizer's language: the embedded models' own notes, else passkeys.
+
+    Args:
+        text: a file or a folder to take the filler from; without it random tokens (the embedded models: their filler).
+
+    Raises:
+        ConfigError: the text cannot be read, or the tokenizer has too few ordinary tokens.
+    """
+    haystack = None if text is None else TextHaystack.read(tokenizer, text)
+    if is_tiny_language(tokenizer):
+        return TinyDocuments(haystack or TinyFiller())
+    return PasskeyDocuments(tokenizer, haystack)

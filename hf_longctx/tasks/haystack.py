@@ -1,0 +1,98 @@
+"""Text to hide things in: a user's files, the embedded models' own language, or random tokens of any tokenizer."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import ConfigError
+from . import tiny_language
+
+
+class Haystack(ABC):
+    """A source of token ids without end."""
+
+    @abstractmethod
+    def sample(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        """``length`` token ids, int64 ``[length]``."""
+
+
+class TextHaystack(Haystack):
+    """Pieces of a text, from a random place on; a text that is too short starts again from its beginning."""
+
+    def __init__(self, ids: Sequence[int]):
+        self.ids = np.asarray(ids, dtype=np.int64)
+
+    @classmethod
+    def read(cls, tokenizer, path: str | os.PathLike) -> TextHaystack:
+        """The text of a file, or of all .txt and .md files under a folder, in the order of their names.
+
+        Raises:
+            ConfigError: nothing is there to read, or the file is no UTF-8 text.
+        """
+        path = Path(path)
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md")) if path.is_dir() else [path]
+        try:
+            text = "\n\n".join(file.read_text("utf-8") for file in files)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"text: {path} cannot be read: {error}") from None
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text.strip() else []
+        if not ids:
+            raise ConfigError(f"text: {path} holds no text (a folder is searched for .txt and .md files).")
+        return cls(ids)
+
+    def sample(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        first = rng.integers(0, max(1, len(self.ids) - length + 1))
+        return self.ids[np.arange(first, first + length) % len(self.ids)]
+
+
+class TokenNoise(Haystack):
+    """Tokens drawn independently from ``vocabulary`` (token ids)."""
+
+    def __init__(self, vocabulary: Sequence[int]):
+        self.vocabulary = np.asarray(vocabulary, dtype=np.int64)
+
+    def sample(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        return rng.choice(self.vocabulary, size=length)
+
+
+class TinyFiller(Haystack):
+    """The filler of the embedded models' language."""
+
+    def __init__(self) -> None:
+        self.filler = tiny_language.Filler()
+
+    def sample(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        return self.filler.sample(rng, 1, length)[0]
+
+
+def ordinary_tokens(tokenizer) -> np.ndarray:
+    """Ids of the tokens that are neither special nor added: what ordinary text is made of.
+
+    Raises:
+        ConfigError: the tokenizer has fewer than 32 of them.
+    """
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    ids = np.asarray(sorted(set(tokenizer.get_vocab().values()) - special), dtype=np.int64)
+    if len(ids) < 32:
+        raise ConfigError(f"tokenizer: it has {len(ids)} ordinary tokens; at least 32 are needed to draw texts from.")
+    return ids
+
+
+def word_tokens(tokenizer, ids: np.ndarray) -> np.ndarray:
+    """Those of ``ids`` that stand for one word of letters with a space before it; all of ``ids`` where few do."""
+    texts = tokenizer.convert_ids_to_tokens(ids.tolist())
+    marked = [bool(text) and text[0] in "▁Ġ" and len(text) > 3 and text[1:].isalpha() for text in texts]
+    words = ids[np.asarray(marked)]
+    return words if len(words) >= 256 else ids
+
+
+def is_tiny_language(tokenizer) -> bool:
+    """Whether this is the tokenizer of the embedded models."""
+    return len(tokenizer) == len(tiny_language.VOCAB) and tokenizer.get_vocab() == {
+        word: i for i, word in enumerate(tiny_language.VOCAB)
+    }

@@ -1,0 +1,253 @@
+"""``identify`` and its command: a config that fits, a model left as it was, and on trained models the right heads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import config_for, tiny_model
+from tiny_tokenizer import byte_bpe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from hf_longctx import (
+    ConfigError,
+    LongCtxConfig,
+    UnsupportedModeError,
+    UnsupportedModelError,
+    identify,
+    patch_model,
+    plots,
+    unpatch_model,
+)
+from hf_longctx.assets import asset, assets, embedded
+from hf_longctx.cli import app
+from hf_longctx.identify import methods
+from hf_longctx.patch import state_of
+from hf_longctx.registry import load
+
+QUICK = {
+    "echo_induction": {"tokens": 256},
+    "two_needle": {"length": 512},
+    "retrieval_score": {"shortest": 256, "longest": 512, "lengths": 2, "depths": 2},
+    "duo_gates": {"steps": 40, "length": 256, "gradient_checkpointing": False},
+}
+STREAMING = {"sink": 4, "recent": 64}
+
+
+def trained(name: str = "tiny-llama"):
+    model = AutoModelForCausalLM.from_pretrained(asset(name)).eval()
+    return model, AutoTokenizer.from_pretrained(asset(name))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return trained()
+
+
+def test_every_method_is_known_and_has_a_paper():
+    assert methods() == ("duo_gates", "echo_induction", "retrieval_score", "two_needle")
+    assert set(QUICK) == set(methods())
+    for method in methods():
+        assert load("identify", method).paper.startswith("arXiv:")
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_finds_the_retrieval_heads_of_tiny_llama(method, llama):
+    config = identify(*llama, method, **STREAMING, **QUICK[method])
+    scores = np.array(config.heads.scores)
+    assert scores[1].min() > np.delete(scores, 1, axis=0).max(), "by ablation they are the four heads of layer 1"
+    assert config.override(heads={"retrieval_fraction": 0.25}).roles() == ("SSSS", "RRRR", "SSSS", "SSSS")
+    assert config.heads.source["method"] == method and config.heads.confidence == "measured"
+    assert config.heads.measured["seed"] == 0
+    config.check_model(llama[0].config)
+    assert state_of(llama[0]) is None
+
+
+@pytest.mark.parametrize("method", methods())
+def test_the_seed_decides_everything(method, llama):
+    quick = QUICK[method] if method != "duo_gates" else {"steps": 3, "length": 256}
+    one, same, other = (identify(*llama, method, seed=seed, **STREAMING, **quick) for seed in (1, 1, 2))
+    assert one == same
+    assert one.heads.measured != other.heads.measured or one.heads.scores != other.heads.scores
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_family_is_measured_and_the_config_survives_a_file(family, tmp_path):
+    tokenizer = byte_bpe()
+    model = tiny_model(family)
+    model.resize_token_embeddings(len(tokenizer))
+    config = identify(model, tokenizer, "echo_induction", tokens=40)
+    config.to_yaml(tmp_path / "my.yaml")
+    assert LongCtxConfig.from_yaml(tmp_path / "my.yaml") == config
+    patch_model(model, tmp_path / "my.yaml")
+    assert "".join(config.roles()).count("R") == 6
+
+
+def test_sliding_layers_score_nothing(llama):
+    tokenizer = byte_bpe()
+    model = tiny_model("qwen3", sliding=32, layers=4)
+    model.resize_token_embeddings(len(tokenizer))
+    config = identify(model, tokenizer, "echo_induction", tokens=40)
+    sliding = [i for i, kind in enumerate(model.config.layer_types) if kind == "sliding_attention"]
+    scores = np.array(config.heads.scores)
+    assert sliding == [1, 3] and (scores[sliding] == 0).all() and (scores[[0, 2]] > 0).all()
+    assert "".join(config.roles()).count("R") == 8 and config.roles()[1] == "SSSS"
+
+
+def test_a_low_precision_model_is_measured(llama):
+    model = AutoModelForCausalLM.from_pretrained(asset("tiny-llama"), dtype=torch.bfloat16).eval()
+    config = identify(model, llama[1], "two_needle", length=512, **STREAMING)
+    scores = np.array(config.heads.scores)
+    assert scores[1].min() > np.delete(scores, 1, axis=0).max()
+
+
+def test_the_model_is_left_as_it_was():
+    model, tokenizer = trained()
+    before = config_for(model, "mixed")
+    patch_model(model, before).train()
+    identify(model, tokenizer, "two_needle", length=256, **STREAMING)
+    assert state_of(model).config == before and model.training
+    with pytest.raises(ConfigError):
+        identify(model, tokenizer, "two_needle", length=10**6, **STREAMING)
+    assert state_of(model).config == before and model.training
+    unpatch_model(model).eval()
+    identify(model, tokenizer, "two_needle", length=256, **STREAMING)
+    assert state_of(model) is None and not model.training
+
+
+def test_the_default_share_is_that_of_duoattention_lowered_to_what_was_told_apart(llama):
+    assert identify(*llama, "two_needle", length=512, **STREAMING).heads.retrieval_fraction == 0.5
+    scored = identify(*llama, "retrieval_score", **QUICK["retrieval_score"], **STREAMING)
+    apart = int((np.array(scored.heads.scores) > 0).sum())
+    assert apart < 8 and scored.heads.retrieval_fraction == pytest.approx(apart / 16)
+    asked = identify(*llama, "two_needle", length=512, retrieval_fraction=0.3, **STREAMING)
+    assert asked.heads.retrieval_fraction == 0.3
+
+
+def test_the_share_is_found_and_the_curve_is_written(llama):
+    config = identify(*llama, "two_needle", length=512, target_drop=0.02, measure_tokens=512, **STREAMING)
+    measured = config.heads.measured
+    curve = {row["retrieval_heads"]: row for row in measured["curve"]}
+    found = "".join(config.roles()).count("R")
+    assert 2 <= found <= 4 and curve[16]["drop"] == 0 and curve[found]["drop"] <= 0.02 < curve[found - 1]["drop"]
+    assert curve[found - 1]["exact_match"] < curve[16]["exact_match"] == 1.0
+    assert measured["target_drop"] == 0.02 and measured["curve_tokens"] == 512
+    loose = identify(*llama, "two_needle", length=512, target_drop=0.99, measure_tokens=512, **STREAMING)
+    assert "".join(loose.roles()).count("R") < found
+
+
+def test_with_text_the_share_is_found_by_agreement_and_perplexity(llama, tmp_path):
+    (tmp_path / "text.txt").write_text("note amber falcon is lemon river cobalt tiger . the of and to in that " * 40)
+    config = identify(
+        *llama, "two_needle", length=512, target_drop=0.05, text=tmp_path / "text.txt", measure_tokens=512, **STREAMING
+    )
+    assert {"agreement", "perplexity", "drop"} <= set(config.heads.measured["curve"][0])
+
+
+def test_a_long_share_measurement_says_what_fits(llama):
+    with pytest.raises(ConfigError, match="the model was made for 4096"):
+        identify(*llama, "two_needle", length=512, measure_tokens=5000, target_drop=0.1, **STREAMING)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "echo_inductoin"}, "Did you mean 'echo_induction'"),
+        ({"method": "two_needle", "steps": 3}, "steps: unknown key; fields of method 'two_needle'"),
+        ({"method": "two_needle", "facts": 0}, "facts: got 0, expected a whole number"),
+        ({"method": "two_needle", "retrieval_fraction": 0.5, "target_drop": 0.1}, "target_drop: it finds the share"),
+        ({"method": "two_needle", "measure_tokens": 512}, "measure_tokens: only target_drop"),
+        ({"method": "echo_induction", "text": "some.txt"}, "text: echo_induction reads random tokens only"),
+        ({"method": "two_needle", "target_drop": 1.0}, "target_drop: got 1.0"),
+        ({"method": "two_needle", "text": "no/such/file.txt"}, "cannot be read"),
+        ({"method": "two_needle", "retrieval_fraction": 1.5}, "retrieval_fraction: got 1.5"),
+    ],
+)
+def test_wrong_arguments_are_refused(llama, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        identify(*llama, **arguments)
+    assert state_of(llama[0]) is None
+
+
+def test_other_families_are_refused(llama):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    other = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=199))
+    with pytest.raises(UnsupportedModelError):
+        identify(other, llama[1])
+
+
+def test_a_part_of_a_model_is_refused(llama, monkeypatch):
+    monkeypatch.setattr("hf_longctx.patch.tensor_parallel", lambda module, family, heads: (0, 2))
+    with pytest.raises(UnsupportedModeError, match="without tensor parallelism"):
+        identify(*llama, "two_needle", length=256)
+    assert state_of(llama[0]) is None
+
+
+# The command.
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["identify", *map(str, arguments)])
+
+
+def test_the_command_writes_a_config_and_a_picture(tmp_path):
+    out, plot = tmp_path / "my.yaml", tmp_path / "my.png"
+    options = ("--method", "two_needle", "--set", "length=512", "--sink", 4, "--recent", 64)
+    done = run(
+        "hf-longctx/tiny-llama",
+        *options,
+        "--target-drop",
+        "0.02",
+        "--measure-tokens",
+        "512",
+        "--out",
+        out,
+        "--plot",
+        plot,
+    )
+    assert done.exit_code == 0, done.output
+    config = LongCtxConfig.from_yaml(out)
+    found = "".join(config.roles()).count("R")
+    assert f"{found} of 16 KV heads" in done.output and "exact match" in done.output
+    assert config.model.ids == ("tiny-llama",) and config.heads.measured["options"]["length"] == 512
+    model, _ = trained()
+    patch_model(model, out)
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hf-longctx/tiny-lama"], "no embedded model 'tiny-lama'; there are: tiny-"),
+        (["hf-longctx/tiny-llama", "--set", "length"], "expected NAME=VALUE"),
+        (["hf-longctx/tiny-llama", "--set", "lenght=5", "--method", "two_needle"], "Did you mean 'length'"),
+    ],
+)
+def test_the_command_says_what_is_wrong_and_writes_nothing(arguments, message, tmp_path):
+    out = tmp_path / "my.yaml"
+    done = run(*arguments, "--out", out)
+    assert done.exit_code == 2 and message in " ".join(done.output.split()) and not out.exists()
+
+
+def test_the_picture_shows_every_head_and_outlines_the_retrieval_heads(llama):
+    config = identify(*llama, "two_needle", length=512, retrieval_fraction=0.25, **STREAMING)
+    axes = plots.head_map(config).axes[0]
+    assert np.array_equal(axes.images[0].get_array(), np.array(config.heads.scores))
+    outlined = sorted((round(p.get_y() + 0.44), round(p.get_x() + 0.46)) for p in axes.patches)
+    assert outlined == [(1, 0), (1, 1), (1, 2), (1, 3)]
+    roles = config.override(heads={"roles": ["SSSS", "RRRR", "SSSS", "SSSR"]})
+    assert len(plots.head_map(roles).axes[0].patches) == 5
+
+
+def test_a_missing_matplotlib_is_said(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match="matplotlib is not installed"):
+        plots.new_figure(1, 1)
+
+
+def test_embedded_models_are_named_like_hub_ids():
+    assert "tiny-llama" in assets()
+    assert embedded("hf-longctx/tiny-llama") == str(asset("tiny-llama"))
+    assert embedded("someone/tiny-llama") == "someone/tiny-llama" and embedded("./tiny-llama") == "./tiny-llama"
