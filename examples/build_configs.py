@@ -167,7 +167,7 @@ def set_scores(data: Data) -> list[list[float]]:
 def usable(scores: list[Row], share: float) -> float:
     """``share``, lowered to the heads that scored at all where the cut would fall among zeros."""
     flat = sorted((score for row in scores for score in row), reverse=True)
-    wanted = round(share * len(flat))
+    wanted = math.floor(share * len(flat) + 0.5)  # a half head goes up, as in head_map
     return share if flat[wanted - 1] > 0.0 else round(sum(score > 0.0 for score in flat) / len(flat), 6)
 
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from .config import LongCtxConfig, load_shipped
@@ -71,15 +72,21 @@ def _auto(hf_config: Any, name_or_path: str) -> LongCtxConfig:
 
 def _names(name_or_path: str, ids: Iterable[str]) -> bool:
     """Whether a name is one of ``ids``: a hub name as a whole, a folder by its last part, both case-insensitive."""
-    path = name_or_path.replace("\\", "/").rstrip("/").lower()
+    name, is_folder = checkpoint_name(name_or_path)
+    known = {one.lower() for one in ids}
+    return name.lower() in ({one.rpartition("/")[2] for one in known} if is_folder else known)
+
+
+def checkpoint_name(name_or_path: str) -> tuple[str, bool]:
+    """(hub id, False), also of a folder in the hub's cache, or (last part of another folder's path, True)."""
+    path = name_or_path.replace("\\", "/").rstrip("/")
     hub_cache = re.search(r"(?:^|/)models--(.+?)--(.+?)/snapshots/[^/]+$", path)
     if hub_cache:
-        path = "/".join(hub_cache.groups())
-    known = {one.lower() for one in ids}
-    is_folder = not hub_cache and (path.count("/") != 1 or path.startswith((".", "~")) or os.path.isdir(name_or_path))
-    if is_folder:
-        return path.rpartition("/")[2] in {one.rpartition("/")[2] for one in known}
-    return path in known
+        return "/".join(hub_cache.groups()), False
+    if path.count("/") == 1 and not path.startswith((".", "~")) and not os.path.isdir(name_or_path):
+        return path, False
+    last = path.rpartition("/")[2]
+    return Path(path).expanduser().resolve().name if last in (".", "..", "~") else last, True
 
 
 def _mismatches(model: ModelSection, hf_config: Any) -> list[str]:

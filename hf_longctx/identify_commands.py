@@ -17,6 +17,18 @@ from .config import LongCtxConfig
 from .errors import ConfigError
 from .identify import identify, methods
 from .identify._processes import Processes
+from .identify.base import Method
+from .registry import build, check_word
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PICTURES = (".png", ".pdf", ".svg")
+
+Share = Annotated[float | None, typer.Option(help="Share of retrieval heads to write.")]
+Drop = Annotated[float | None, typer.Option(help="Find the smallest share that loses at most this much of dense.")]
+Tokens = Annotated[int | None, typer.Option(help="Tokens of a document or text --target-drop is measured on.")]
+Options = Annotated[list[str] | None, typer.Option("--set", help="An option of the method: --set steps=500. Repeat.")]
+Work = Annotated[Path | None, typer.Option(help="Folder where duo_gates saves its state [default: beside --out].")]
+Device = Annotated[str | None, typer.Option(help="Default: the accelerator if there is one, else the CPU.")]
 
 
 def command(
@@ -24,38 +36,35 @@ def command(
     out: Annotated[Path, typer.Option(help="The YAML to write.", dir_okay=False)],
     method: Annotated[str, typer.Option(help=f"One of: {', '.join(methods())}.")] = "echo_induction",
     text: Annotated[Path | None, typer.Option(help="File or folder to take the documents' filler from.")] = None,
-    retrieval_fraction: Annotated[float | None, typer.Option(help="Share of retrieval heads to write.")] = None,
-    target_drop: Annotated[
-        float | None, typer.Option(help="Find the smallest share that loses at most this much of the dense model.")
-    ] = None,
-    measure_tokens: Annotated[int | None, typer.Option(help="Tokens of a text --target-drop is measured on.")] = None,
+    retrieval_fraction: Share = None,
+    target_drop: Drop = None,
+    measure_tokens: Tokens = None,
     sink: Annotated[int, typer.Option(help="First tokens that streaming heads keep.")] = 64,
     recent: Annotated[int, typer.Option(help="Latest tokens that streaming heads keep.")] = 256,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
-    options: Annotated[
-        list[str] | None, typer.Option("--set", help="An option of the method, e.g. --set steps=500. May be repeated.")
-    ] = None,
-    work: Annotated[Path | None, typer.Option(help="Folder where a long method saves its state and goes on.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw the scores as a PNG.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Default: the accelerator if there is one, else the CPU.")] = None,
+    options: Options = None,
+    work: Work = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the scores (.png, .pdf or .svg).")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
+    device: Device = None,
 ) -> None:
     """Measure which KV heads of a model need the whole context, and write its config.
 
-    duo_gates trains on several processes: `accelerate launch --num_processes 2 -m hf_longctx identify ...`, or
-    `torchrun --nproc-per-node 2 -m hf_longctx identify ...` on CPUs.
+    duo_gates trains on several processes: `accelerate launch --num_processes 2 -m hf_longctx identify ...`, with
+    `--multi_gpu` also where there are no GPUs.
     """
-    from transformers import AutoTokenizer
-
-    from .loading import AutoModelForCausalLM
-
     given = _options(options or [])
-    path, place = embedded(model), torch.device(device) if device else _device()
+    chosen: Method = build("identify", {"method": method, **given}, "method", "identify")
+    check_word(dtype, DTYPES, "--dtype")
+    _check_output(out, (".yaml", ".yml"), "--out")
+    if plot is not None:
+        _check_output(plot, PICTURES, "--plot")
+    place = _device(device)
     processes = Processes(place)
-    loaded = AutoModelForCausalLM.from_pretrained(path, longctx=False, dtype=dtype).to(place)
+    loaded, tokenizer = _load(embedded(model), dtype, place)
     config = identify(
-        loaded.eval(),
-        AutoTokenizer.from_pretrained(path),
+        loaded,
+        tokenizer,
         method,
         text=text,
         retrieval_fraction=retrieval_fraction,
@@ -64,23 +73,13 @@ def command(
         sink=sink,
         recent=recent,
         seed=seed,
-        work=work or out.with_suffix(".work"),
+        work=work if work is not None or not chosen.saves else out.with_suffix(".work"),
         progress=processes.main,
         **given,
     )
     if processes.main:
-        config.to_yaml(out)
-        if plot is not None:
-            from .plots import head_map, save
-
-            save(head_map(config), plot)
+        _write(config, out, plot)
         show(Console(), config, out)
-
-
-def _device() -> torch.device:
-    """The accelerator that is this process's own, or the CPU."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if found is None else torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
@@ -88,10 +87,51 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     given = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
+        try:
+            given[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
         if not equals:
             raise ConfigError(f"--set: got {pair!r}, expected NAME=VALUE, e.g. --set steps=500.")
-        given[name.strip().replace("-", "_")] = yaml.safe_load(value)
     return given
+
+
+def _check_output(path: Path, endings: tuple[str, ...], option: str) -> None:
+    """Refuse what could not be written, before hours of measuring; missing folders are made."""
+    if path.suffix.lower() not in endings:
+        raise ConfigError(f"{option}: got {str(path)!r}, expected a name that ends in {' or '.join(endings)}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option}: {path.parent} cannot be made: {error}") from None
+
+
+def _device(name: str | None) -> torch.device:
+    """The device asked for, or the accelerator that is this process's own, or the CPU."""
+    if name is not None:
+        try:
+            return torch.device(name)
+        except RuntimeError:
+            raise ConfigError(f"--device: got {name!r}, expected cpu, cuda, cuda:1 or the like.") from None
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _load(path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    from .loading import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, longctx=False, dtype=dtype).to(device)
+    return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+def _write(config: LongCtxConfig, out: Path, plot: Path | None) -> None:
+    config.to_yaml(out)
+    if plot is not None:
+        from .plots import head_map, save
+
+        save(head_map(config), plot)
 
 
 def show(console: Console, config: LongCtxConfig, out: os.PathLike) -> None:
@@ -111,4 +151,5 @@ def show(console: Console, config: LongCtxConfig, out: os.PathLike) -> None:
         f'Use it: patch_model(model, "{out}")',
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )

@@ -128,13 +128,15 @@ def patched(
 ) -> Iterator[nn.Module]:
     """``with patched(model, config): ...``: as ``patch_model``, undone on exit, also after an exception.
 
-    A model that was patched before gets its earlier config back.
+    A model that was patched before gets its earlier config back, what ``report`` counted, and the attention
+    implementation it was switched to.
 
     Raises:
         UnsupportedModelError: as ``patch_model``.
         ConfigError: as ``patch_model``.
     """
     before = state_of(model)
+    attention = None if before is None else unwrap(model).base_model.config._attn_implementation
     try:
         yield patch_model(model, config, **sections)
     finally:
@@ -142,6 +144,8 @@ def patched(
             unpatch_model(model)
         else:
             _apply(_patched_as(model), before.config)
+            state_of(model).go_on_from(before)
+            unwrap(model).base_model.config._attn_implementation = attention
 
 
 @contextmanager

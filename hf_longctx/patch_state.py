@@ -45,6 +45,11 @@ class PatchState:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_cache": None, "whole": None}
 
+    def go_on_from(self, before: PatchState) -> None:
+        """Count on from where an earlier patch by the same config stopped."""
+        for name in ("forwards", "kernels", "notes", "prefill", "_cache"):
+            setattr(self, name, getattr(before, name))
+
     def keep_edits(self, private: object) -> None:
         """Carry what was changed on the private config since patching over to the model's own."""
         for name, value in vars(private).items():

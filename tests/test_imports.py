@@ -52,15 +52,15 @@ LAYERS = {
     "loading": {"errors", "config", "patch"},
     "report": {"errors", "cache", "patch"},
     "tasks": {"errors"},
-    "identify": {"errors", "registry", "config", "layer_plan", "patch", "tasks"},
+    "identify": {"errors", "registry", "config", "config_find", "patch", "tasks"},
     "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify"},
     # What stands on the public names, which it may also take from the files that define them.
     "assets": {"errors"},
     "plots": {"errors", "config"},
-    "identify_commands": {"errors", "config", "loading", "assets", "identify", "plots"},
+    "identify_commands": {"errors", "registry", "config", "loading", "assets", "identify", "plots"},
     "__main__": {"cli"},
     "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
-    "bench": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
+    "bench": {"__init__", "errors", "config", "kernels", "cache", "patch", "loading", "report", "assets", "tasks"},
     "config_commands": CONFIG,
     "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"},
 }

@@ -30,8 +30,10 @@ def assets() -> list[str]:
 def embedded(model: str) -> str:
     """What ``from_pretrained`` takes for ``model``: the folder of an embedded one (``hf-longctx/NAME``), else itself.
 
+    A folder that is really there wins over an embedded model.
+
     Raises:
         ConfigError: ``hf-longctx/NAME`` names no embedded model.
     """
     owner, _, name = model.rpartition("/")
-    return str(asset(name)) if owner == OWNER else model
+    return str(asset(name)) if owner == OWNER and not Path(model).exists() else model

@@ -7,20 +7,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..config import LongCtxConfig
-from ..errors import ConfigError, UnsupportedModeError
-from ..layer_plan import LayerPlan
+from ..config_find import checkpoint_name
+from ..errors import ConfigError, UnsupportedModeError, UnsupportedModelError
 from ..patch import patched, state_of, unwrap
-from ..registry import build, dump, words
+from ..registry import build, convert, dump, words
 from ..tasks.documents import documents_for
-from ..tasks.haystack import TextHaystack
-from ._share import ExactMatch, NextToken, Yardstick, smallest, usable_cuts
-from .base import Method, Subject
+from ._share import ShareSearch, usable_cuts
+from .base import Method, Subject, modes_kept
 
-QUESTIONS, PIECES = 128, 4  # asked, or pieces of text read, for every share that is measured
+SHARE = {"min": 0.0, "max": 1.0}
+DROP = {"min": 0.0, "max": 0.999}
+TOKENS = {"min": 2, "max": 2**40, "unit": "tokens"}
+SEED = {"min": 0, "max": 2**63 - 1}
 
 
 def identify(
@@ -41,10 +44,11 @@ def identify(
 ) -> LongCtxConfig:
     """Measure which KV heads of a model need the whole context, and return a config that says so.
 
-    The model is patched while it is measured and left as it was. See ``docs/heads.md`` for what each method costs.
+    The model is patched while it is measured, so no other thread may use it meanwhile, and left as it was. See
+    ``docs/heads.md`` for what each method costs.
 
     Args:
-        model: a loaded model of a family in ``patches/``, on any device, patched or not.
+        model: a loaded causal language model of a family in ``patches/``, on any device, patched or not.
         tokenizer: its tokenizer; the documents are made with it.
         method: a word of ``hf_longctx/identify``: "duo_gates" (arXiv:2410.10819), "retrieval_score"
             (arXiv:2404.15574), "echo_induction" (arXiv:2407.15891) or "two_needle" (arXiv:2605.16928).
@@ -53,11 +57,11 @@ def identify(
             head of its own, as DuoAttention uses them, lowered where fewer heads were told apart.
         target_drop: find the share instead: the smallest one that loses at most this much of the exact match, or with
             ``text`` of the next-token agreement and the perplexity, against the dense model.
-        measure_tokens: tokens of a text that ``target_drop`` is measured on; default: what the model was made for, at
-            most 4096.
+        measure_tokens: tokens of a document, or of a piece of the text, that ``target_drop`` is measured on; default:
+            what the model was made for, at most 4096.
         sink, recent: tokens a streaming head keeps, in the measurement and in the config.
         seed: of everything drawn.
-        work: a folder where a long method saves its state, and goes on from.
+        work: a folder where a method that trains saves its state, and goes on from.
         progress: show progress bars on stderr.
         options: fields of the method.
 
@@ -65,37 +69,52 @@ def identify(
         A config with the scores, where they come from, and what was measured; write it with ``to_yaml``.
 
     Raises:
-        ConfigError: unknown method or option, two ways to choose the share, an unreadable text or one without a use.
-        UnsupportedModelError: the family is not in ``patches/``, or the model answers nothing.
+        ConfigError: an unknown method or option, an argument out of bounds or without a use, an unreadable text,
+            another model's tokenizer, or scores in which no head stands out.
+        UnsupportedModelError: the family is not in ``patches/``, the model has no LM head, or it answers nothing.
         UnsupportedModeError: the model is spread over processes by tensor parallelism.
     """
     chosen: Method = build("identify", {"method": method, **options}, "method", "identify")
-    _check_share(retrieval_fraction, target_drop, measure_tokens)
-    if text is not None and target_drop is None and not chosen.reads_documents:
-        raise ConfigError(f"text: {method} reads random tokens only; a text has a use with target_drop alone.")
+    _check(chosen, method, retrieval_fraction, target_drop, measure_tokens, text, work, seed)
     plain = _plain(model, sink, recent)
-    training = model.training
-    model.eval()
-    try:
-        with patched(model, plain):
-            plans = _plans(model, plain.model.num_key_value_heads)
-            subject = _subject(model, tokenizer, text, seed, work, progress)
-            scores = _without_sliding(chosen.scores(subject), plans)
+    with modes_kept(model), patched(model, plain):
+        model.eval()
+        subject = _subject(model, tokenizer, text, seed, work, progress)
+        search = None if target_drop is None else ShareSearch(subject, measure_tokens, target_drop)
+        scores = chosen.scores(subject)
+        scores[list(subject.windowed)] = 0  # their heads keep the model's own window, whatever they score
         config = _config(plain, model, method, chosen, scores, subject)
-        if target_drop is None:
+        if search is None:
             return config.override(heads={"retrieval_fraction": _fraction(config, retrieval_fraction)})
-        return _with_share(model, config, subject, target_drop, measure_tokens)
-    finally:
-        model.train(training)
+        found, curve = search.smallest(model, config)
+    told = {"target_drop": target_drop, "curve_tokens": search.tokens, "curve": curve}
+    return config.override(heads={"retrieval_fraction": found, "measured": {**config.heads.measured, **told}})
 
 
-def _check_share(fraction: float | None, target_drop: float | None, tokens: int | None) -> None:
+def methods() -> tuple[str, ...]:
+    """The words of this folder."""
+    return words("identify")
+
+
+def _check(
+    chosen: Method, method: str, fraction: Any, target_drop: Any, tokens: Any, text: Any, work: Any, seed: Any
+) -> None:
+    """Everything that can be refused before anything is measured."""
+    for name, value, hint, bounds in (
+        ("retrieval_fraction", fraction, float | None, SHARE),
+        ("target_drop", target_drop, float | None, DROP),
+        ("measure_tokens", tokens, int | None, TOKENS),
+        ("seed", seed, int, SEED),
+    ):
+        convert(value, hint, name, bounds)
     if fraction is not None and target_drop is not None:
         raise ConfigError("target_drop: it finds the share, so retrieval_fraction cannot be given as well.")
-    if target_drop is not None and not 0 <= target_drop < 1:
-        raise ConfigError(f"target_drop: got {target_drop!r}, expected a share from 0 to below 1.")
     if tokens is not None and target_drop is None:
         raise ConfigError("measure_tokens: only target_drop measures the share; give both or none.")
+    if text is not None and target_drop is None and not chosen.reads_documents:
+        raise ConfigError(f"text: {method} reads random tokens only; a text has a use with target_drop alone.")
+    if work is not None and not chosen.saves:
+        raise ConfigError(f"work: {method} saves nothing on its way; leave it out.")
 
 
 def _plain(model: nn.Module, sink: int, recent: int) -> LongCtxConfig:
@@ -108,14 +127,29 @@ def _plain(model: nn.Module, sink: int, recent: int) -> LongCtxConfig:
 
 def _subject(model: nn.Module, tokenizer: Any, text: Any, seed: int, work: Any, progress: bool) -> Subject:
     inner = unwrap(model)
-    hf_config = inner.base_model.config
+    hf_config, plans = inner.base_model.config, state_of(model).plans
+    kv_heads = hf_config.num_key_value_heads
+    if inner.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{type(inner).__name__} has no LM head: load it with AutoModelForCausalLM.")
+    if any(len(plan.roles) != kv_heads for plan in plans):
+        raise UnsupportedModeError(
+            f"identify measures all {kv_heads} KV heads of a layer at once, and this process holds a part of them. "
+            "Load the model without tensor parallelism; the config then serves any number of processes."
+        )
+    windowed = tuple(plan.layer_idx for plan in plans if plan.sliding)
+    if len(windowed) == len(plans):
+        raise ConfigError("identify: every layer has a sliding window of its own, so there is nothing to measure.")
     documents = documents_for(tokenizer, text)
+    reach, known = max(tokenizer.get_vocab().values(), default=0), inner.get_input_embeddings().num_embeddings
+    if reach >= known:
+        raise ConfigError(f"tokenizer: its ids reach {reach}, but the model knows {known}. Is it this model's own?")
     return Subject(
         model=inner,
         layers=hf_config.num_hidden_layers,
         heads=hf_config.num_attention_heads,
-        kv_heads=hf_config.num_key_value_heads,
+        kv_heads=kv_heads,
         documents=documents,
+        windowed=windowed,
         seed=seed,
         longest=min(hf_config.max_position_embeddings, documents.longest or hf_config.max_position_embeddings),
         work=None if work is None else Path(work),
@@ -128,8 +162,14 @@ def _config(
 ) -> LongCtxConfig:
     if not torch.isfinite(scores).all():
         raise ConfigError(f"identify: {method} gave scores that are nan or inf; is the model's dtype too narrow?")
+    if not (scores > 0).any():
+        raise ConfigError(
+            f"identify: {method} scored every head 0, so none of them can be called a retrieval head. Measure longer "
+            "or with other options, or with another method."
+        )
+    name, _ = checkpoint_name(getattr(unwrap(model).base_model.config, "_name_or_path", "") or "")
     data = plain.to_dict()
-    data["model"]["ids"] = _ids(getattr(unwrap(model).base_model.config, "_name_or_path", ""))
+    data["model"]["ids"] = [name] if name else []
     measured = {"seed": subject.seed, "options": dump(chosen), **subject.measured}
     data["heads"] = {
         "source": {"method": method, "from": f"hf_longctx {version('hf-longctx')}", "paper": chosen.paper},
@@ -141,66 +181,11 @@ def _config(
     return LongCtxConfig.from_dict(data)
 
 
-def _plans(model: nn.Module, kv_heads: int) -> tuple[LayerPlan, ...]:
-    plans = state_of(model).plans
-    if any(len(plan.roles) != kv_heads for plan in plans):
-        raise UnsupportedModeError(
-            f"identify measures all {kv_heads} KV heads of a layer at once, and this process holds a part of them. "
-            "Load the model without tensor parallelism; the config then serves any number of processes."
-        )
-    return plans
-
-
-def _without_sliding(scores: torch.Tensor, plans: tuple[LayerPlan, ...]) -> torch.Tensor:
-    """Layers with a sliding window of the model's own score 0: their heads cannot be retrieval heads."""
-    scores[[plan.layer_idx for plan in plans if plan.sliding]] = 0
-    return scores
-
-
-def _ids(name: str) -> list[str]:
-    """A hub id as it is; of a folder its last part, by which ``auto`` knows it wherever it lies."""
-    return [Path(name).name if os.path.isdir(name) else name] if name else []
-
-
 def _fraction(config: LongCtxConfig, wanted: float | None) -> float:
     """The share asked for, or the default one, lowered to one that the scores can carry."""
     if wanted is not None:
         return wanted
-    model, scores = config.model, torch.tensor(config.heads.scores).numpy()
+    model, scores = config.model, np.array(config.heads.scores)
     default = 0.25 if model.num_attention_heads == model.num_key_value_heads else 0.5
     most = int(default * scores.size + 0.5)
-    return share_of(max(n for n in usable_cuts(scores) if n <= most), scores.size)
-
-
-def share_of(heads: int, total: int) -> float:
-    """A short share that stands for exactly ``heads`` of ``total`` heads."""
-    return round(heads / total, 6)
-
-
-def _with_share(
-    model: nn.Module, config: LongCtxConfig, subject: Subject, target: float, tokens: int | None
-) -> LongCtxConfig:
-    scores = torch.tensor(config.heads.scores).numpy()
-    tokens = subject.length(tokens, 4096)
-    yardstick = _yardstick(subject, tokens)
-    inner = unwrap(model)
-
-    def measure(heads: int) -> dict[str, float]:
-        with patched(model, config, heads={"retrieval_fraction": share_of(heads, scores.size)}):
-            return yardstick.measure(inner)
-
-    found, curve = smallest(usable_cuts(scores), scores.size, measure, yardstick, target)
-    measured = {**config.heads.measured, "target_drop": target, "curve_tokens": tokens, "curve": curve}
-    return config.override(heads={"retrieval_fraction": share_of(found, scores.size), "measured": measured})
-
-
-def _yardstick(subject: Subject, length: int) -> Yardstick:
-    haystack = subject.documents.haystack
-    if isinstance(haystack, TextHaystack):
-        return NextToken(subject, haystack, length, PIECES)
-    return ExactMatch(subject, length, QUESTIONS)
-
-
-def methods() -> tuple[str, ...]:
-    """The words of this folder."""
-    return words("identify")
+    return round(max(n for n in usable_cuts(scores) if n <= most) / scores.size, 6)

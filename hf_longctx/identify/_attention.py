@@ -10,18 +10,16 @@ from torch import Tensor
 ENTRIES = 2**24  # weights computed at once; 64 MiB in float32
 
 
-def weights(q: Tensor, k: Tensor, scaling: float, queries: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def weights(q: Tensor, k: Tensor, scaling: float, queries: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (positions ``[t]``, causal softmax weights ``[H, t, S]``, float32 or wider) for pieces of the queries.
 
     Args:
         q: rotated queries ``[1, H, T, D]``, the last T of the S tokens.
         k: rotated keys ``[1, H_kv, S, D]``.
-        queries: positions (0 to S - 1, among the last T) whose weights are wanted, ascending; None: all of q.
+        queries: positions (0 to S - 1, among the last T) whose weights are wanted, ascending.
     """
     (heads, new), (kv_heads, total) = q.shape[1:3], k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    if queries is None:
-        queries = torch.arange(total - new, total, device=q.device)
     slots = torch.arange(total, device=q.device)
     keys = k[0].to(dtype).transpose(1, 2)  # [H_kv, D, S]
     for positions in queries.split(max(1, ENTRIES // (heads * total))):

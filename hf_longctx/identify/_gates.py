@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..patch import observe, unwrap
+from .base import modes_kept
 
 FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
 SAVED = ("gates", "exp_avg", "exp_avg_sq", "losses")
@@ -77,23 +78,21 @@ def frozen(model: nn.Module, checkpointing: bool) -> Iterator[None]:
             f"{type(base).__name__} has no layers with gradient checkpointing. Pass gradient_checkpointing=False."
         )
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(layer, {name: vars(layer)[name] for name in FLAGS if name in vars(layer)}) for layer in layers]
     try:
-        model.requires_grad_(False).eval()
-        for layer in layers if checkpointing else ():
-            # Transformers asks the layer itself whether it trains, so what is inside stays in eval mode. Its own switch
-            # for the whole model would leave hooks on the embeddings behind.
-            layer.training = layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        yield
+        with modes_kept(model):
+            model.requires_grad_(False).eval()
+            for layer in layers if checkpointing else ():
+                # Transformers asks the layer itself whether it trains, so what is inside stays in eval mode. Its own
+                # switch for the whole model would leave hooks on the embeddings behind.
+                layer.training = layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            yield
     finally:
         for layer, own in flags:
             for name in FLAGS:
                 vars(layer).pop(name, None)
             vars(layer).update(own)
-        for module, training in modes:
-            module.training = training
         for weight in weights:
             weight.requires_grad_(True)
 

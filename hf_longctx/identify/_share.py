@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 
+from ..config import LongCtxConfig
 from ..errors import ConfigError
+from ..patch import patched
 from ..tasks.haystack import TextHaystack
 from .base import Subject
 
 Quality = dict[str, float]
+QUESTIONS, PIECES = 128, 4  # asked, or pieces of text read, for every share that is measured
 
 
 class Yardstick(ABC):
@@ -72,11 +75,16 @@ class NextToken(Yardstick):
     Args:
         length: tokens of a piece.
         pieces: how many.
+
+    Raises:
+        ConfigError: the text is shorter than a piece.
     """
 
     KEPT = 256  # logits computed at once, of a vocabulary that may be large
 
     def __init__(self, subject: Subject, text: TextHaystack, length: int, pieces: int):
+        if len(text.ids) < length:
+            raise ConfigError(f"text: it has {len(text.ids)} tokens, fewer than a piece (measure_tokens={length}).")
         self.subject = subject
         self.pieces = [text.sample(subject.rng(9, i), length) for i in range(pieces)]
         self.dense: list[torch.Tensor] | None = None
@@ -95,48 +103,89 @@ class NextToken(Yardstick):
                 tokens += len(right)
         self.dense = best if self.dense is None else self.dense
         same = sum(int((a == b).sum()) for a, b in zip(best, self.dense, strict=True))
-        return {"agreement": round(same / tokens, 4), "perplexity": round(math.exp(loss / tokens), 4)}
+        return {"agreement": round(same / tokens, 4), "perplexity": round(_exp(loss / tokens), 4)}
 
     def drop(self, dense: Quality, patched: Quality) -> float:
         worse = 1 - dense["perplexity"] / patched["perplexity"]
-        return max(1 - patched["agreement"], worse)
+        return max(1 - patched["agreement"], worse) if math.isfinite(patched["perplexity"]) else 1.0
 
 
-def smallest(
-    usable: Sequence[int], heads: int, measure: Callable[[int], Quality], yardstick: Yardstick, target: float
-) -> tuple[int, list[dict[str, float]]]:
-    """(number of retrieval heads, the measured curve) by bisection over ``usable`` numbers of retrieval heads.
+class ShareSearch:
+    """Finds the smallest share of retrieval heads that loses at most ``target`` of the dense model's quality.
 
-    The drop is taken to fall as heads become retrieval; with all of them it is measured first, as the reference.
+    The dense model is measured when this is made, so that a model no drop can be measured on is refused early.
 
-    Args:
-        usable: numbers of retrieval heads that can be told apart, ascending, the last one all ``heads``.
-        measure: figures with so many retrieval heads.
-        target: largest drop allowed.
+    Attributes:
+        tokens: tokens of a text it measures on.
 
     Raises:
-        ConfigError: the dense model answers nothing, so there is nothing to keep.
+        ConfigError: the dense model answers nothing, or the user's text is shorter than ``tokens``.
     """
-    curve: dict[int, Quality] = {heads: measure(heads)}
-    dense = curve[heads]
-    if dense.get("exact_match") == 0:
-        raise ConfigError(
-            "target_drop: the dense model answers none of the questions right, so no drop can be measured. Use shorter "
-            "documents (length=...), or text=..., which measures next-token agreement instead."
+
+    def __init__(self, subject: Subject, tokens: int | None, target: float):
+        self.subject, self.target = subject, target
+        self.tokens = subject.length(tokens, 4096, "measure_tokens")
+        haystack = subject.documents.haystack
+        self.yardstick: Yardstick = (
+            NextToken(subject, haystack, self.tokens, PIECES)
+            if isinstance(haystack, TextHaystack)
+            else ExactMatch(subject, self.tokens, QUESTIONS)
         )
-    low, high = -1, len(usable) - 1
+        self.dense = self.yardstick.measure(subject.model)
+        if self.dense.get("exact_match") == 0:
+            raise ConfigError(
+                "target_drop: the dense model answers none of the questions right, so no drop can be measured. Use "
+                "shorter documents (measure_tokens=...), or text=..., which measures next-token agreement instead."
+            )
+
+    def smallest(self, model: torch.nn.Module, config: LongCtxConfig) -> tuple[float, list[dict[str, float]]]:
+        """(share of retrieval heads, the measured curve) for the scores of ``config``, which fits ``model``."""
+        scores = np.array(config.heads.scores)
+
+        def measure(heads: int) -> Quality:
+            with patched(model, config, heads={"retrieval_fraction": round(heads / scores.size, 6)}):
+                return self.yardstick.measure(self.subject.model)
+
+        cuts = usable_cuts(scores)
+        steps = self.subject.track(range(math.ceil(math.log2(len(cuts)))), "share")
+        found, curve = bisect(cuts, self.dense, measure, self.yardstick.drop, self.target, steps)
+        return round(found / scores.size, 6), curve
+
+
+def bisect(
+    usable: Sequence[int],
+    dense: Quality,
+    measure: Callable[[int], Quality],
+    drop: Callable[[Quality, Quality], float],
+    target: float,
+    steps: Iterable[int] = (),
+) -> tuple[int, list[dict[str, float]]]:
+    """(smallest usable number of retrieval heads whose drop is at most ``target``, the measured curve).
+
+    The drop, to four decimals, is taken to fall as heads become retrieval.
+
+    Args:
+        usable: numbers of retrieval heads that can be told apart, ascending, the last one all heads.
+        dense: figures with all heads.
+        measure: figures with so many retrieval heads.
+        steps: advanced by one with every measurement, for a progress bar.
+    """
+    low, high, bar = -1, len(usable) - 1, iter(steps)
+    rows = [{"retrieval_heads": usable[-1], **dense, "drop": 0.0}]
     while high - low > 1:
+        next(bar, None)
         middle = (low + high) // 2
-        curve[usable[middle]] = quality = measure(usable[middle])
-        if yardstick.drop(dense, quality) <= target:
-            high = middle
-        else:
-            low = middle
-    rows = [
-        {"retrieval_heads": n, **curve[n], "drop": round(yardstick.drop(dense, curve[n]), 4)}
-        for n in sorted(curve, reverse=True)
-    ]
-    return usable[high], rows
+        quality = measure(usable[middle])
+        lost = round(drop(dense, quality), 4)
+        rows.append({"retrieval_heads": usable[middle], **quality, "drop": lost})
+        low, high = (low, middle) if lost <= target else (middle, high)
+    for _ in bar:
+        pass
+    return usable[high], sorted(rows, key=lambda row: -row["retrieval_heads"])
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def usable_cuts(scores: np.ndarray) -> list[int]:

@@ -5,8 +5,10 @@ A YAML word of this folder names a frozen dataclass in the file of the same name
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -15,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from ..tasks.documents import Documents
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,7 +33,8 @@ class Subject:
         layers, heads, kv_heads: its attention dimensions.
         documents: makes texts with facts in the tokenizer's language.
         seed: of everything drawn.
-        longest: tokens the model was made for (``max_position_embeddings``).
+        windowed: layers with a sliding window of the model's own, whose heads are never retrieval heads.
+        longest: tokens the model was made for.
         work: a folder for what a long run saves and goes on from, or None.
         progress: show bars on stderr.
         measured: what a method leaves for ``heads.measured`` of the config, plain data.
@@ -41,6 +45,7 @@ class Subject:
     heads: int
     kv_heads: int
     documents: Documents
+    windowed: tuple[int, ...] = ()
     seed: int = 0
     longest: int = 4096
     work: Path | None = None
@@ -75,15 +80,22 @@ class Subject:
 
         return track(steps, label, total=total, console=Console(stderr=True))
 
-    def length(self, given: int | None, default: int) -> int:
-        """``given``, or ``default`` cut to what the model was made for.
-
-        Raises:
-            ConfigError: ``given`` is more than that.
-        """
+    def length(self, given: int | None, default: int, name: str = "length") -> int:
+        """``given`` tokens, or ``default`` cut to what the model was made for; more than that is only warned of."""
         if given is not None and given > self.longest:
-            raise ConfigError(f"length: got {given} tokens, the model was made for {self.longest} at most.")
-        return given or min(default, self.longest)
+            logger.warning("%s: %d tokens are more than the %d the model was made for", name, given, self.longest)
+        return min(default, self.longest) if given is None else given
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """On exit every module is in the mode (train or eval) it was in, also after an exception."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Method(ABC):
@@ -92,10 +104,12 @@ class Method(ABC):
     Attributes:
         paper: where the method comes from.
         reads_documents: whether its texts are the subject's documents, so that the user's own text has a use.
+        saves: whether it saves its state in the subject's work folder.
     """
 
     paper: ClassVar[str]
     reads_documents: ClassVar[bool] = True
+    saves: ClassVar[bool] = False
 
     @abstractmethod
     def scores(self, subject: Subject) -> Tensor:

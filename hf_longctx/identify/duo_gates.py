@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModeError
 from ..patch import state_of, unwrap
 from ..registry import dump
 from ..tasks.documents import Document
@@ -47,6 +47,7 @@ class DuoGates(Method):
     """
 
     paper = "arXiv:2410.10819"
+    saves = True
 
     steps: int = field(default=2000, metadata={"min": 1, "max": 10**6})
     lr: float = field(default=0.02, metadata={"above": 0.0, "max": 1.0})
@@ -59,10 +60,12 @@ class DuoGates(Method):
     checkpoint_every: int = field(default=50, metadata={"min": 1, "max": 10**6})
 
     def scores(self, subject: Subject) -> Tensor:
+        if torch.is_inference_mode_enabled():
+            raise UnsupportedModeError("duo_gates trains, which torch.inference_mode() forbids. Call it outside of it.")
         ranks = Processes(subject.device)
         lengths = self.lengths(subject)
         gates = Gates(subject.layers, subject.kv_heads, subject.device)
-        file = subject.work / FILE if subject.work is not None else None
+        file = self._file(subject)
         settings = self._settings(subject, lengths, ranks) if file is not None else {}
         if file is not None and (state := self._found(file, settings, ranks)) is not None:
             gates.go_on_from(state)
@@ -76,6 +79,20 @@ class DuoGates(Method):
                     save(file, gates.state(), settings)
         self._measure(subject, gates, lengths, ranks)
         return gates.values.detach().double().cpu()
+
+    def _file(self, subject: Subject) -> Path | None:
+        """Where the state is saved; the folder is made at once, because the first state may be hours away.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+        """
+        if subject.work is None:
+            return None
+        try:
+            subject.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"work: {subject.work} cannot be made: {error}") from None
+        return subject.work / FILE
 
     def lengths(self, subject: Subject) -> tuple[int, int]:
         """(shortest, longest) documents in tokens.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..patch import observe
 from ._attention import weights
 from .base import Method, Subject
@@ -33,7 +34,9 @@ class EchoInduction(Method):
     @torch.no_grad()
     def scores(self, subject: Subject) -> Tensor:
         count = self.copies
-        tokens = subject.length(None if self.tokens is None else self.tokens * count, 2500 * count) // count
+        tokens = subject.length(None if self.tokens is None else self.tokens * count, 2500 * count, "tokens") // count
+        if tokens < 2:
+            raise ConfigError(f"copies: got {count}, but the model was made for {subject.longest} tokens in all.")
         ids = subject.ids(subject.documents.noise(subject.rng(1), tokens)).repeat(1, count)
         echo, induction = torch.zeros(2, subject.layers, subject.heads, dtype=torch.float64)
 
@@ -44,12 +47,13 @@ class EchoInduction(Method):
                     same = (positions - back * tokens).clamp(min=-1)
                     had = same >= 0
                     at = same.clamp(min=0).expand(len(weight), -1)[..., None]
-                    echo[layer_idx] += (weight.gather(-1, at)[..., 0] * had).sum(-1).double().cpu()
-                    induction[layer_idx] += (weight.gather(-1, at + 1)[..., 0] * had).sum(-1).double().cpu()
+                    echo[layer_idx] += (weight.gather(-1, at)[..., 0] * had).sum(-1).cpu().double()
+                    induction[layer_idx] += (weight.gather(-1, at + 1)[..., 0] * had).sum(-1).cpu().double()
 
         with observe(subject.model, look):
             subject.model.base_model(ids, use_cache=False)
         asked = tokens * (count - 1)
+        echo[list(subject.windowed)] = induction[list(subject.windowed)] = 0  # the softmax above knows no window
         echo, induction = (subject.per_group(one / asked) for one in (echo, induction))
         subject.measured |= {"tokens": tokens, "copies": count}
         subject.measured |= {name: _rounded(one) for name, one in (("echo", echo), ("induction", induction))}

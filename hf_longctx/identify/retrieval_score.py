@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from ..patch import observe
 from ..tasks.documents import Document
 from ._attention import weights
@@ -24,7 +24,7 @@ class RetrievalScore(Method):
     model gets less than half of the needle right are left out.
 
     Attributes:
-        shortest: tokens of the shortest document.
+        shortest: tokens of the shortest document; 1024, or ``longest`` where that is less.
         longest: tokens of the longest; 16384, or less where the model was made for less.
         lengths: number of lengths, evenly spaced.
         depths: number of depths, evenly spaced from the beginning to the end.
@@ -34,7 +34,7 @@ class RetrievalScore(Method):
 
     paper = "arXiv:2404.15574"
 
-    shortest: int = field(default=1024, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
+    shortest: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
     longest: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
     lengths: int = field(default=5, metadata={"min": 1, "max": 1024})
     depths: int = field(default=10, metadata={"min": 1, "max": 1024})
@@ -43,10 +43,10 @@ class RetrievalScore(Method):
 
     @torch.no_grad()
     def scores(self, subject: Subject) -> Tensor:
-        longest = subject.length(self.longest, 16384)
+        lengths = self.all_lengths(subject)
         grid = [
-            (round(length), depth, sample)
-            for length in np.linspace(min(self.shortest, longest), longest, self.lengths)
+            (length, depth, sample)
+            for length in lengths
             for depth in np.linspace(0, 1, self.depths)
             for sample in range(self.samples)
         ]
@@ -58,12 +58,24 @@ class RetrievalScore(Method):
                 total, counted = total + copied, counted + 1
         if not counted:
             raise UnsupportedModelError(
-                f"retrieval_score: the model found the needle in none of {len(grid)} documents of up to {longest} "
+                f"retrieval_score: the model found the needle in none of {len(grid)} documents of up to {lengths[-1]} "
                 "tokens, so no head can be seen copying it. Try shorter ones (longest=...), text the model knows "
                 "(text=...), or method='echo_induction', which needs no answers."
             )
-        subject.measured |= {"longest": longest, "runs": len(grid), "runs_answered": counted}
+        subject.measured |= {"lengths": lengths, "runs": len(grid), "runs_answered": counted}
         return subject.per_group(total / counted)
+
+    def all_lengths(self, subject: Subject) -> list[int]:
+        """Tokens of the documents, ascending.
+
+        Raises:
+            ConfigError: the shortest are longer than the longest.
+        """
+        longest = subject.length(self.longest, 16384, "longest")
+        shortest = min(1024, longest) if self.shortest is None else self.shortest
+        if shortest > longest:
+            raise ConfigError(f"shortest: got {shortest} tokens, more than the longest documents have ({longest}).")
+        return [round(n) for n in np.linspace(longest, shortest, self.lengths)[::-1]]
 
 
 def copies(subject: Subject, document: Document) -> tuple[float, Tensor]:
@@ -88,9 +100,7 @@ def copies(subject: Subject, document: Document) -> tuple[float, Tensor]:
             cache, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
             token = step.item()
             right += token == expected
-            # A head may look at its own answer, which is no place in the document.
-            inside = looked_at < first
-            at = looked_at.where(inside, torch.zeros_like(looked_at))
-            hit = inside & (place_of[at] >= 0) & (tokens[at] == token)
-            found |= torch.nn.functional.one_hot(place_of[at].clamp(min=0), len(needle)).bool() & hit[..., None]
+            place = place_of[looked_at]  # -1 outside the needle, so also where a head looks at its own answer
+            hit = (place >= 0) & (tokens[looked_at] == token)
+            found |= torch.nn.functional.one_hot(place.clamp(min=0), len(needle)).bool() & hit[..., None]
     return right / len(needle), found.double().mean(-1)

@@ -44,7 +44,7 @@ class TwoNeedle(Method):
                 for queries, keys in zip(late, early, strict=True):  # noqa: B023 - runs inside this iteration
                     for _, weight in weights(q, k, scaling, queries.to(q.device)):
                         span = weight[..., keys.min() : keys.max() + 1]
-                        mass[layer_idx] += span.sum((-1, -2)).double().cpu() / late.numel()  # noqa: B023
+                        mass[layer_idx] += span.sum((-1, -2)).cpu().double() / late.numel()  # noqa: B023
 
             with observe(subject.model, look):
                 subject.model.base_model(subject.ids(document.ids), use_cache=False)

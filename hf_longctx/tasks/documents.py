@@ -26,13 +26,11 @@ class Document:
         ids: int64 ``[T]``.
         answers: positions of the answers' tokens, ``[n, A]``.
         needles: positions of the same tokens where the facts are told, ``[n, A]``.
-        questions: first position of each question, ``[n]``; it ends where its answer starts.
     """
 
     ids: np.ndarray
     answers: np.ndarray
     needles: np.ndarray
-    questions: np.ndarray
 
 
 class Documents(ABC):
@@ -104,7 +102,7 @@ class TinyDocuments(Documents):
         ids[first_question:] = np.concatenate(back)
         questions = first_question + block * np.arange(count)
         inside = np.arange(4, 8)
-        return Document(ids, questions[:, None] + inside, starts[asked][:, None] + inside, questions)
+        return Document(ids, questions[:, None] + inside, starts[asked][:, None] + inside)
 
     def noise(self, rng, length) -> np.ndarray:
         low, high = tiny_language.FIRST_CODE, len(tiny_language.VOCAB)
@@ -151,13 +149,12 @@ class PasskeyDocuments(Documents):
             if i < count:
                 needles[i] = len(ids) + len(self._intro[i]) + np.arange(self.words)
                 ids.extend(told[i])
-        questions, answers = [], []
+        answers = []
         for i, tokens in zip(asked, back, strict=True):
-            questions.append(len(ids))
             answers.append(len(ids) + len(self._intro[i]) + np.arange(self.words))
             ids.extend(tokens)
         ids = np.asarray(ids, dtype=np.int64)
-        return Document(ids, np.stack(answers), needles[asked], np.asarray(questions))
+        return Document(ids, np.stack(answers), needles[asked])
 
     def noise(self, rng, length) -> np.ndarray:
         return rng.choice(self.vocabulary, size=length)

@@ -35,7 +35,11 @@ class TextHaystack(Haystack):
             ConfigError: nothing is there to read, or the file is no UTF-8 text.
         """
         path = Path(path)
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md")) if path.is_dir() else [path]
+        files = (
+            sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+            if path.is_dir()
+            else [path]
+        )
         try:
             text = "\n\n".join(file.read_text("utf-8") for file in files)
         except (OSError, UnicodeDecodeError) as error:

@@ -106,10 +106,17 @@ def test_the_model_is_left_as_it_was():
     model, tokenizer = trained()
     before = config_for(model, "mixed")
     patch_model(model, before).train()
-    identify(model, tokenizer, "two_needle", length=256, **STREAMING)
-    assert state_of(model).config == before and model.training
+    model.model.layers[2].eval()
+    model(torch.arange(9)[None], use_cache=False)
+    model.set_attn_implementation("sdpa")
+    for length in (256, 64):
+        identify(model, tokenizer, "two_needle", length=length, **STREAMING)
+        assert state_of(model).config == before and state_of(model).forwards == 1
+        assert model.training and not model.model.layers[2].training and model.model.layers[3].training
+        assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("longctx")
     with pytest.raises(ConfigError):
-        identify(model, tokenizer, "two_needle", length=10**6, **STREAMING)
+        identify(model, tokenizer, "two_needle", length=64, target_drop=0.1, measure_tokens=10, **STREAMING)
     assert state_of(model).config == before and model.training
     unpatch_model(model).eval()
     identify(model, tokenizer, "two_needle", length=256, **STREAMING)
@@ -145,9 +152,11 @@ def test_with_text_the_share_is_found_by_agreement_and_perplexity(llama, tmp_pat
     assert {"agreement", "perplexity", "drop"} <= set(config.heads.measured["curve"][0])
 
 
-def test_a_long_share_measurement_says_what_fits(llama):
-    with pytest.raises(ConfigError, match="the model was made for 4096"):
-        identify(*llama, "two_needle", length=512, measure_tokens=5000, target_drop=0.1, **STREAMING)
+class NeverRun:
+    """Stands in for a method whose measurement would take hours."""
+
+    def __call__(self, method, subject):
+        raise AssertionError("measured before everything was checked")
 
 
 @pytest.mark.parametrize(
@@ -159,12 +168,19 @@ def test_a_long_share_measurement_says_what_fits(llama):
         ({"method": "two_needle", "retrieval_fraction": 0.5, "target_drop": 0.1}, "target_drop: it finds the share"),
         ({"method": "two_needle", "measure_tokens": 512}, "measure_tokens: only target_drop"),
         ({"method": "echo_induction", "text": "some.txt"}, "text: echo_induction reads random tokens only"),
+        ({"method": "two_needle", "measure_tokens": 1, "target_drop": 0.1}, "measure_tokens: got 1"),
+        ({"method": "two_needle", "measure_tokens": 10, "target_drop": 0.1}, "length: got 10 tokens, but a document"),
+        ({"method": "two_needle", "target_drop": "0.1"}, "target_drop: got '0.1', expected a number"),
+        ({"method": "two_needle", "seed": -1}, "seed: got -1"),
+        ({"method": "two_needle", "work": "somewhere"}, "work: two_needle saves nothing"),
         ({"method": "two_needle", "target_drop": 1.0}, "target_drop: got 1.0"),
         ({"method": "two_needle", "text": "no/such/file.txt"}, "cannot be read"),
         ({"method": "two_needle", "retrieval_fraction": 1.5}, "retrieval_fraction: got 1.5"),
     ],
 )
-def test_wrong_arguments_are_refused(llama, arguments, message):
+def test_wrong_arguments_are_refused_before_anything_is_measured(llama, arguments, message, monkeypatch):
+    for method in methods():
+        monkeypatch.setattr(load("identify", method), "scores", NeverRun().__call__)
     with pytest.raises(ConfigError, match=message):
         identify(*llama, **arguments)
     assert state_of(llama[0]) is None
@@ -222,6 +238,11 @@ def test_the_command_writes_a_config_and_a_picture(tmp_path):
     [
         (["hf-longctx/tiny-lama"], "no embedded model 'tiny-lama'; there are: tiny-"),
         (["hf-longctx/tiny-llama", "--set", "length"], "expected NAME=VALUE"),
+        (["hf-longctx/tiny-llama", "--set", "length={"], "expected NAME=VALUE"),
+        (["hf-longctx/tiny-llama", "--set", "sink=4"], "sink: unknown key"),
+        (["hf-longctx/tiny-llama", "--dtype", "foo"], "--dtype: got 'foo'"),
+        (["hf-longctx/tiny-llama", "--device", "bogus"], "--device: got 'bogus'"),
+        (["hf-longctx/tiny-llama", "--plot", "my.xyz"], "--plot: got 'my.xyz'"),
         (["hf-longctx/tiny-llama", "--set", "lenght=5", "--method", "two_needle"], "Did you mean 'length'"),
     ],
 )
@@ -229,6 +250,57 @@ def test_the_command_says_what_is_wrong_and_writes_nothing(arguments, message, t
     out = tmp_path / "my.yaml"
     done = run(*arguments, "--out", out)
     assert done.exit_code == 2 and message in " ".join(done.output.split()) and not out.exists()
+
+
+def test_the_output_is_a_yaml_whose_folder_is_made(tmp_path):
+    done = run("hf-longctx/tiny-llama", "--out", tmp_path / "my.txt")
+    assert done.exit_code == 2 and "ends in .yaml or .yml" in " ".join(done.output.split())
+    options = ("--method", "two_needle", "--set", "length=256", "--sink", 4, "--recent", 64)
+    done = run("hf-longctx/tiny-llama", *options, "--out", tmp_path / "new" / "my.yaml")
+    assert done.exit_code == 0 and [path.name for path in (tmp_path / "new").iterdir()] == ["my.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("loaded_from", "ids"),
+    [
+        ("meta-llama/Llama-3.1-8B", ("meta-llama/Llama-3.1-8B",)),
+        ("/gone/since/my-model", ("my-model",)),
+        ("/x/models--org--name/snapshots/0123abc", ("org/name",)),
+        ("", ()),
+        (".", None),
+    ],
+)
+def test_the_id_is_the_checkpoints_name_and_never_a_path(loaded_from, ids, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = trained()
+    model.config._name_or_path = loaded_from
+    config = identify(model, tokenizer, "two_needle", length=128, **STREAMING)
+    assert config.model.ids == ((tmp_path.name,) if ids is None else ids)
+
+
+def test_scores_in_which_no_head_stands_out_make_no_config(llama, monkeypatch):
+    monkeypatch.setattr(load("identify", "two_needle"), "scores", lambda self, subject: torch.zeros(4, 4).double())
+    with pytest.raises(ConfigError, match="two_needle scored every head 0"):
+        identify(*llama, "two_needle", **STREAMING)
+
+
+def test_a_model_of_windows_alone_has_nothing_to_identify():
+    model = tiny_model("mistral", sliding=16)
+    model.resize_token_embeddings(len(byte_bpe()))
+    with pytest.raises(ConfigError, match="every layer has a sliding window"):
+        identify(model, byte_bpe(), "echo_induction")
+
+
+def test_a_model_without_head_and_a_foreign_tokenizer_are_refused(llama):
+    with pytest.raises(UnsupportedModelError, match="LlamaModel has no LM head"):
+        identify(llama[0].model, llama[1], "echo_induction")
+    with pytest.raises(ConfigError, match="its ids reach 6.., but the model knows 199"):
+        identify(llama[0], byte_bpe(), "echo_induction")
+
+
+def test_gates_are_not_trained_in_inference_mode(llama):
+    with torch.inference_mode(), pytest.raises(UnsupportedModeError, match="inference_mode"):
+        identify(*llama, "duo_gates", **STREAMING)
 
 
 def test_the_picture_shows_every_head_and_outlines_the_retrieval_heads(llama):
@@ -247,7 +319,10 @@ def test_a_missing_matplotlib_is_said(monkeypatch):
         plots.new_figure(1, 1)
 
 
-def test_embedded_models_are_named_like_hub_ids():
+def test_embedded_models_are_named_like_hub_ids(tmp_path, monkeypatch):
     assert "tiny-llama" in assets()
     assert embedded("hf-longctx/tiny-llama") == str(asset("tiny-llama"))
     assert embedded("someone/tiny-llama") == "someone/tiny-llama" and embedded("./tiny-llama") == "./tiny-llama"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf-longctx" / "tiny-llama").mkdir(parents=True)
+    assert embedded("hf-longctx/tiny-llama") == "hf-longctx/tiny-llama", "a folder that is there wins"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longctx import ConfigError, UnsupportedModelError, patched
 from hf_longctx.assets import asset, assets
-from hf_longctx.identify import _attention, _share
+from hf_longctx.identify import _attention, _share, retrieval_score
 from hf_longctx.identify._attention import weights
 from hf_longctx.identify.base import Subject
 from hf_longctx.identify.echo_induction import EchoInduction, union_order
@@ -27,6 +27,7 @@ class Noise:
     """Documents for the 97 tokens of the tiny random models."""
 
     facts = 2
+    haystack = None
 
     def noise(self, rng, length):
         return rng.integers(3, 97, size=length)
@@ -36,7 +37,7 @@ class Noise:
         needles = np.arange(5, 5 + 2 * 4).reshape(2, 4) + round((depth or 0) * (length - 40))
         answers = length - 10 + np.arange(8).reshape(2, 4)
         ids[answers] = ids[needles]
-        return Document(ids, answers, needles, answers[:, 0] - 1)
+        return Document(ids, answers, needles)
 
 
 def subject_of(model, **kwargs) -> Subject:
@@ -79,7 +80,7 @@ def test_weights_by_pieces_are_the_causal_softmax(monkeypatch, group, new, total
     scores = q[0] @ k[0].repeat_interleave(group, 0).transpose(1, 2) * 0.3
     hidden = torch.arange(total) > torch.arange(total - new, total)[:, None]
     want = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    pieces = list(weights(q, k, 0.3))
+    pieces = list(weights(q, k, 0.3, torch.arange(total - new, total)))
     assert torch.cat([at for at, _ in pieces]).tolist() == list(range(total - new, total))
     got = torch.cat([piece for _, piece in pieces], 1)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
@@ -133,6 +134,13 @@ def test_the_best_heads_are_the_papers_union_for_every_share():
     )
 
 
+def test_heads_that_enter_together_come_by_the_sum_of_their_scores():
+    echo, induction = torch.tensor([[0.0, 0.2, 0.1]]), torch.tensor([[0.5, 0.0, 0.0]])
+    # With one head by each score at a time the best of either enters first, the one with the larger sum before.
+    assert union_order(echo, induction, 1.0).flatten().argsort(descending=True).tolist() == [0, 1, 2]
+    assert union_order(2 * echo, induction / 5, 1.0).flatten().argsort(descending=True).tolist() == [1, 0, 2]
+
+
 def test_no_matrix_of_all_queries_and_keys_is_kept(monkeypatch):
     monkeypatch.setattr(_attention, "ENTRIES", 4096)
     model, largest = tiny_model(), []
@@ -142,13 +150,28 @@ def test_no_matrix_of_all_queries_and_keys_is_kept(monkeypatch):
     assert len(largest) > 3 and max(largest) <= 4096 < 8 * 400 * 400
 
 
-def test_what_does_not_fit_the_model_is_an_error_and_the_default_is_made_to_fit():
+def test_more_than_the_model_was_made_for_is_warned_of_and_the_default_is_made_to_fit(caplog):
     model = tiny_model()
     subject = subject_of(model, longest=200)
-    with pytest.raises(ConfigError, match="got 400 tokens, the model was made for 200"):
-        run(EchoInduction(tokens=100), model, subject)
     run(EchoInduction(), model, subject)
-    assert subject.measured["tokens"] == 50
+    assert subject.measured["tokens"] == 50 and not caplog.records
+    run(EchoInduction(tokens=100), model, subject)
+    assert (
+        subject.measured["tokens"] == 100 and "400 tokens are more than the 200 the model was made for" in caplog.text
+    )
+    with pytest.raises(ConfigError, match="copies: got 101, but the model was made for 200 tokens"):
+        run(EchoInduction(copies=101), model, subject)
+
+
+def test_layers_with_their_own_window_are_left_out_of_the_union():
+    model = tiny_model(dtype=torch.float64)
+    free, windowed = subject_of(model), subject_of(model, windowed=(1,))
+    run(EchoInduction(tokens=20), model, free)
+    scores = run(EchoInduction(tokens=20), model, windowed)
+    echo, induction = (torch.tensor(free.measured[name], dtype=torch.float64) for name in ("echo", "induction"))
+    echo[1] = induction[1] = 0
+    assert torch.equal(torch.tensor(windowed.measured["echo"], dtype=torch.float64), echo)
+    assert scores[1].max() < scores[[0, 2]].min()
 
 
 # Two needles.
@@ -187,6 +210,13 @@ def test_copied_tokens_are_counted_by_the_definition(name):
         assert right == want_right == 1.0
         assert (want > 0.5).any(), "no head copied anything: the comparison would prove nothing"
         torch.testing.assert_close(got, want, rtol=0, atol=0)
+        # Asked for something else the model says the same, and its heads copy the same: what counts is what it says.
+        ids = document.ids.copy()
+        ids[document.answers[0, :2]] += 1
+        with patched(model, config_for(model, "retrieval")):
+            right, got = copies(subject, Document(ids, document.answers, document.needles))
+        assert right == 0.5
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def greedy(model, ids: torch.Tensor, count: int) -> torch.Tensor:
@@ -221,6 +251,24 @@ def test_a_model_that_finds_nothing_is_said_to_find_nothing():
         run(RetrievalScore(shortest=64, longest=96, lengths=2, depths=2), model, subject_of(model))
 
 
+def test_runs_the_model_gets_wrong_are_left_out(monkeypatch):
+    seen = iter([(0.4, torch.ones(3, 8)), (0.5, torch.full((3, 8), 0.25)), (1.0, torch.full((3, 8), 0.75))])
+    monkeypatch.setattr(retrieval_score, "copies", lambda subject, document: next(seen))
+    model = tiny_model()
+    subject = subject_of(model)
+    scores = RetrievalScore(shortest=64, longest=64, lengths=1, depths=3).scores(subject)
+    assert (scores == 0.5).all() and subject.measured["runs_answered"] == 2
+
+
+def test_lengths_are_those_asked_for():
+    subject = subject_of(tiny_model(), longest=3000)
+    assert RetrievalScore().all_lengths(subject) == [1024, 1518, 2012, 2506, 3000]
+    assert RetrievalScore(shortest=256, longest=1024, lengths=1).all_lengths(subject) == [1024]
+    assert RetrievalScore(longest=512, lengths=2).all_lengths(subject) == [512, 512]
+    with pytest.raises(ConfigError, match="shortest: got 1024 tokens, more than"):
+        RetrievalScore(shortest=1024, longest=512).all_lengths(subject)
+
+
 # The share.
 
 
@@ -232,23 +280,26 @@ def test_bisection_finds_the_smallest_number_in_few_measurements(needed):
         asked.append(heads)
         return {"exact_match": 0.9 if heads >= needed else 0.85}
 
-    found, curve = _share.smallest(range(17), 16, measure, Drop(), 0.01)
-    assert found == needed and len(asked) == len(set(asked)) <= 6
-    assert [row["retrieval_heads"] for row in curve] == sorted(asked, reverse=True)
+    found, curve = _share.bisect(range(17), {"exact_match": 0.9}, measure, drop, 0.01)
+    assert found == needed and len(asked) == len(set(asked)) <= 5 and 16 not in asked
+    assert [row["retrieval_heads"] for row in curve] == sorted([16, *asked], reverse=True)
     assert {row["drop"] for row in curve} <= {0.0, 0.05}
 
 
-class Drop(_share.ExactMatch):
-    def __init__(self):
-        pass
+def drop(dense, patched) -> float:
+    return dense["exact_match"] - patched["exact_match"]
 
 
-def test_the_target_is_inclusive_and_a_model_that_answers_nothing_is_refused():
-    quality = {16: 0.9, 8: 0.89, 4: 0.88}
-    found, _ = _share.smallest([4, 8, 16], 16, lambda n: {"exact_match": quality[n]}, Drop(), 0.01 + 1e-9)
+@pytest.mark.parametrize(("dense", "at_8", "target"), [(0.8, 0.7, 0.1), (0.9, 0.89, 0.01), (0.3, 0.2, 0.1)])
+def test_the_target_is_inclusive(dense, at_8, target):
+    quality = {8: at_8, 4: at_8 - 0.001}
+    found, _ = _share.bisect([4, 8, 16], {"exact_match": dense}, lambda n: {"exact_match": quality[n]}, drop, target)
     assert found == 8
+
+
+def test_a_model_that_answers_nothing_is_refused_before_anything_else():
     with pytest.raises(ConfigError, match="answers none of the questions"):
-        _share.smallest([4, 8, 16], 16, lambda n: {"exact_match": 0.0}, Drop(), 0.01)
+        _share.ShareSearch(subject_of(tiny_model()), 60, 0.1)
 
 
 def test_no_cut_falls_among_heads_that_all_scored_zero():
@@ -290,6 +341,9 @@ def test_agreement_and_perplexity_are_against_the_first_model_measured(tmp_path)
         worse = yardstick.measure(model)
     assert worse["agreement"] < 1 and yardstick.drop(dense, worse) >= 1 - worse["agreement"] > 0
     assert yardstick.drop(dense, {"agreement": 1.0, "perplexity": 2 * dense["perplexity"]}) == 0.5
+    assert yardstick.drop(dense, {"agreement": 1.0, "perplexity": float("nan")}) == 1.0
+    with pytest.raises(ConfigError, match="it has 5000 tokens, fewer than a piece"):
+        _share.NextToken(subject, text, 5001, 1)
 
 
 def test_documents_of_a_real_tokenizer_reach_the_methods():
