@@ -102,14 +102,17 @@ class LayerCall:
     def __init__(self, plan: LayerPlan, rows: Rows, scale: float):
         self.plan, self.rows, self.scale = plan, rows, scale
 
-    def kernel(self, query: Tensor, function: str | None = None):
-        """The kernel for this call; ``auto`` where Transformers' own call (``stock``) cannot be made."""
+    def kernel(self, query: Tensor, *keys: Tensor, function: str | None = None):
+        """The kernel for this call; ``auto`` where Transformers' own call (``stock``) cannot be made.
+
+        A function that is not differentiable in every kernel needs the ``keys`` and values too.
+        """
         kernel = dispatch.pick(
             "auto" if self.plan.kernel == "stock" else self.plan.kernel,
             device=query.device,
             dtype=query.dtype,
             head_dim=query.shape[-1],
-            needs_grad=needs_grad(query),
+            needs_grad=needs_grad(query, *keys),
             function=function,
         )
         self.rows.used.add(kernel.NAME)
@@ -220,10 +223,11 @@ class LayerCall:
         if prefill.share_groups:
             blocks = blocks.share_groups(q.shape[1] // k.shape[1])
         self.rows.prefill.add(blocks.reads, blocks.causal, q.shape[0])
-        kernel = self.kernel(q, "sparse_prefill")
+        kernel = self.kernel(q, k, v, function="sparse_prefill")
         if kernel.NAME == "reference" and self.plan.kernel != "reference":
+            why = "with gradients" if needs_grad(q, k, v) else f"in {q.dtype} on {q.device.type}"
             self.rows.notes.add(
-                "sparse prefill: ran by its slow definition, no faster kernel has it (kernel reference)"
+                f"sparse prefill: ran by its slow definition (kernel reference), no faster kernel computes it {why}"
             )
         out = kernel.sparse_prefill(q, k, v, blocks, self.scale)
         return nn.functional.pad(out, (0, 0, 0, pads)) if pads else out

@@ -61,13 +61,14 @@ def prefill(
     head_dim: HeadDim = 64,
     sink: Sink = 64,
     recent: Recent = 256,
+    densities: Annotated[str, typer.Option(help="Percents of the blocks that block lists read.")] = "10,20,30",
     rounds: Rounds = 3,
     threads: Threads = None,
     seed: Seed = 0,
     json: Json = None,
     tuned_malloc: Malloc = False,
 ) -> None:
-    """Attention of streaming heads over a prompt, against dense attention of the same heads. Takes minutes."""
+    """Attention over a prompt, of streaming heads and by block lists, against dense attention. Takes minutes."""
     _bench("prefill", locals())
 
 
@@ -95,7 +96,10 @@ def _bench(benchmark: str, given: dict[str, Any]) -> None:
     """Run one benchmark, print its table and goals, and write the JSON."""
     path, tuned = given.pop("json"), given.pop("tuned_malloc")
     words = tuple(word.strip() for word in given.pop("dtype").split(",") if word.strip())
-    settings = Settings(_lengths(given.pop("tokens")), words, **given)
+    if "densities" in given:
+        given["densities"] = _numbers(given["densities"], "--densities", "percents such as 10,20,30")
+    lengths = _numbers(given.pop("tokens"), "--tokens", "lengths such as 8192,32768")
+    settings = Settings(lengths, words, **given)
     if path is not None and not path.parent.is_dir():
         raise typer.BadParameter(f"{path.parent} is not a folder", param_hint="--json")
     if tuned:
@@ -115,10 +119,8 @@ def _bench(benchmark: str, given: dict[str, Any]) -> None:
         save(path, data)
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def _numbers(text: str, option: str, example: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not a list of lengths such as 8192,32768", param_hint="--tokens"
-        ) from None
+        raise typer.BadParameter(f"{text!r} is not a list of {example}", param_hint=option) from None

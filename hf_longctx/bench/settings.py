@@ -21,6 +21,7 @@ class Settings:
         sink, recent: tokens that streaming heads keep.
         rounds: how often every column is measured; the columns take turns.
         steps: decoded tokens per column and round.
+        densities: percent of the causal blocks that block lists read in prefill, one column each.
         threads: threads of torch, None for torch's own choice.
         seed: of the random tensors and of which KV heads are streaming.
     """
@@ -35,6 +36,7 @@ class Settings:
     recent: int = 256
     rounds: int = 7
     steps: int = 3
+    densities: tuple[int, ...] = (10, 20, 30)
     threads: int | None = None
     seed: int = 0
 
@@ -44,6 +46,8 @@ class Settings:
                 raise ConfigError(f"{name} must be at least 1, given {getattr(self, name)}.")
         if self.sink < 0 or (self.threads is not None and self.threads < 1):
             raise ConfigError(f"sink must be >= 0 and threads >= 1, given {self.sink} and {self.threads}.")
+        if any(not 1 <= density <= 100 for density in self.densities):
+            raise ConfigError(f"densities must be percents from 1 to 100, given {list(self.densities)}.")
         if self.heads % self.kv_heads:
             raise ConfigError(f"kv_heads must divide heads, given {self.kv_heads} of {self.heads} heads.")
         if not self.tokens or min(self.tokens) < 2:

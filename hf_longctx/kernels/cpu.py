@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .layout import Segment, needs_grad
+from ..errors import UnsupportedModeError
+from . import _sparse_cpu
+from .layout import BlockList, Segment, needs_grad
 from .reference import attention, merge
 
 NAME = "cpu"
@@ -35,6 +37,15 @@ def supports(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"scaled_dot_product_attention does not take {dtype}"
     return None
+
+
+def supports_sparse_prefill(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+    """None when `sparse_prefill` computes the case, otherwise why it does not."""
+    if needs_grad:
+        return "its sparse_prefill has no gradient: call the model under torch.no_grad() where none is wanted"
+    if device.type != "cpu":
+        return "its sparse_prefill is for the CPU alone"
+    return supports(device, dtype, head_dim, needs_grad)
 
 
 def attend(
@@ -156,6 +167,18 @@ def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> 
         return dense_prefill(q, *own.kept(), scale)
     last = _ragged(q, own, scale) if isinstance(own.length, Tensor) else _segment(q, own, scale, causal=True)
     return merge([*(_segment(q, segment, scale) for segment in past), last])[0]
+
+
+def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
+    """Attention ``[B, H, T, D]`` that reads what ``blocks`` lists, the queries being the last T of S tokens.
+
+    Raises:
+        UnsupportedModeError: a gradient is asked for.
+    """
+    reason = supports_sparse_prefill(q.device, q.dtype, q.shape[3], needs_grad(q, k, v))
+    if reason is not None:
+        raise UnsupportedModeError(f"kernel cpu: {reason}. Kernel reference computes it.")
+    return _sparse_cpu.sparse_prefill(q, k, v, blocks, scale, _partial)
 
 
 def _fold(x: Tensor, kv_heads: int) -> Tensor:

@@ -4,7 +4,8 @@ A kernel is a module of this folder with the functions of `reference.py` and
 
 - ``NAME: str``, its word in a config (the file name),
 - ``PREFERENCE: int``, higher is tried first by ``auto`` (reference 0, cpu 10; leave room between),
-- ``supports(device, dtype, head_dim, needs_grad) -> str | None``, None or the reason why not.
+- ``supports(device, dtype, head_dim, needs_grad) -> str | None``, None or the reason why not;
+  where a function does less than the others, ``supports_<function>`` of the same form answers for it.
 
 Of these functions only `sparse_prefill` may be missing: whoever needs it asks `pick` for a kernel that has it. A kernel
 must import on every machine, or fail with ImportError: `pick` then reports that as the reason. Nothing lists kernels by
@@ -104,7 +105,9 @@ def _candidates(words: tuple[str, ...] | list[str]) -> list[tuple[str, ModuleTyp
 
 def _refusal(module: ModuleType, function: str | None, case: tuple[torch.device, torch.dtype, int, bool]) -> str | None:
     """Why this kernel does not compute the case; None if it does."""
-    return module.supports(*case) if function is None or hasattr(module, function) else f"has no {function}"
+    if function is not None and not hasattr(module, function):
+        return f"has no {function}"
+    return getattr(module, f"supports_{function}", module.supports)(*case)
 
 
 def _advice(word: str, function: str | None, case: tuple[torch.device, torch.dtype, int, bool]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -9,22 +10,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from hf_longctx import ConfigError, LongCtxCache, LongCtxError
-from hf_longctx.bench import columns, decode, e2e, environment, goals, prefill, show
+from hf_longctx.bench import block_lists, columns, decode, e2e, environment, goals, prefill, show
 from hf_longctx.bench.measure import Samples, paired_ratio, turns
 from hf_longctx.bench.settings import Settings
 from hf_longctx.cli import app
+from hf_longctx.kernels import cpu
 
 SHAPE = {"layers": 2, "heads": 8, "kv_heads": 4, "head_dim": 16, "sink": 4, "recent": 16, "rounds": 2}
 TINY = Settings((65, 150), **SHAPE)
 FLAGS = [part for name, value in SHAPE.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 NAMES = {
     "decode": ["stock", "all retrieval", "half streaming"],
-    "prefill": ["stock", "all retrieval", "all streaming"],
+    "prefill": ["stock", "all retrieval", "all streaming", "blocks 10%", "blocks 20%", "blocks 30%"],
     "e2e": ["stock", "all retrieval", "half streaming", "all streaming"],
 }
+sparse_prefill, list_answer = cpu.sparse_prefill, block_lists.list_answer
 RAW = {  # benchmark -> (figures with raw times, samples per column)
     "decode": (["ms_per_layer", "sum_ms_per_layer"], 2 * 3),
     "prefill": (["ms", "update_ms"], 2),
@@ -101,6 +105,52 @@ def test_a_wrong_retrieval_column_is_caught(run, monkeypatch):
         run(replace(TINY, dtypes=("fp32",)))
 
 
+@pytest.mark.parametrize("wrong", ["list_answer", "attend"])
+def test_a_wrong_block_list_is_caught_before_anything_is_timed(wrong, monkeypatch):
+    other = block_lists.random_list(300, 4, 0.8, seed=9)
+    if wrong == "attend":
+        monkeypatch.setattr(cpu, "sparse_prefill", lambda q, k, v, _, scale: sparse_prefill(q, k, v, other, scale))
+    else:
+        monkeypatch.setattr(prefill, "list_answer", lambda q, k, v, at, _: list_answer(q, k, v, at, other))
+    monkeypatch.setattr(prefill, "turns", lambda *args: pytest.fail("timed columns that differ"))
+    with pytest.raises(LongCtxError, match="blocks 80% differs"):
+        prefill.run(replace(TINY, tokens=(300,), dtypes=("fp32",), densities=(80,)))
+
+
+def test_random_lists_have_the_density_they_are_asked_for():
+    for density in (10, 20, 30, 100):
+        made = block_lists.random_list(8192, 4, density / 100, seed=0)
+        assert abs(made.density - density / 100) < 0.005
+        mask = made.block_mask()
+        assert mask[..., 0].all() and mask.diagonal(dim1=2, dim2=3).all()
+        assert density == 100 or not torch.equal(mask[:, 0], mask[:, 1])
+    least = block_lists.random_list(500, 1, 0.01, seed=0)
+    assert least.counts.sum() == 2 * 8 - 1 and least.density == 15 / 36
+
+
+def test_prefill_without_block_lists_and_with_their_density():
+    result = prefill.run(replace(TINY, tokens=(300,), dtypes=("fp32",), densities=()))[0]
+    assert list(result["columns"]) == NAMES["prefill"][:3]
+    result = prefill.run(replace(TINY, tokens=(300,), dtypes=("fp32",), densities=(60,)))[0]
+    column = result["columns"]["blocks 60%"]
+    assert column["density"] == block_lists.random_list(300, 4, 0.6, TINY.seed).density < 1
+    assert column["kernel"] == "cpu"
+    printed = io.StringIO()
+    show.show(Console(width=250, file=printed), show.as_json("prefill", TINY, [result]))
+    share = column["density"] * result["columns"]["stock"]["ms"]["median_ms"] / column["ms"]["median_ms"]
+    assert f"{share:.0%} ({column['density']:.1%})" in printed.getvalue()
+
+
+def test_the_goal_of_block_lists_is_a_share_of_what_their_density_allows():
+    results = fake_results("prefill", (8192,))
+    made = {goal.text: goal for goal in goals.goals("prefill", Settings((8192,)), results)}
+    found = [made[f"prefill fp32 at 8192: blocks {n}% faster than stock's dense"] for n in (10, 20, 30)]
+    assert [round(goal.measured) for goal in found] == [80, 160, 320]  # 8, 16 and 32 times faster at a density of 0.1
+    assert all(goal.reached and goal.goal == 65 for goal in found)
+    assert found[0].verdict() == "reached: 80.0% of 1/density (goal 65.0% of 1/density)"
+    assert not any("bf16" in text and "blocks" in text for text in made)
+
+
 def test_the_columns_are_what_their_names_say():
     stock, half = (columns.Column.of(TINY, torch.float32, roles) for roles in (None, TINY.half_streaming()))
     assert type(stock.cache).__name__ == "DynamicCache" and isinstance(half.cache, LongCtxCache)
@@ -118,13 +168,14 @@ def fake_results(benchmark: str, tokens: tuple[int, ...]) -> list[dict]:
                 times = Samples([100 / 2**i]).as_dict()
                 made[name] = dict.fromkeys(RAW[benchmark][0], times)
                 made[name] |= {f"{part}_ratio": 2.0**-i for part in ("prefill", "decode", "total")}
+                made[name] |= {"density": 0.1} if name.startswith("blocks") else {}
                 made[name] |= {"share_of_sum": 0.2, "kept_bytes_per_layer": 10**6, "gb_per_s": 1.0, "sum_gb_per_s": 5.0}
             results.append({"dtype": word, "tokens": count, "heads": 1, "kv_heads": 1, "error": 0.0, "columns": made})
     return results
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "tokens", "count"), [("decode", (8192, 32768), 8), ("prefill", (8192, 32768), 4)]
+    ("benchmark", "tokens", "count"), [("decode", (8192, 32768), 8), ("prefill", (8192, 32768), 4 + 6)]
 )
 def test_goals_belong_to_the_default_sizes(benchmark, tokens, count):
     results = fake_results(benchmark, tokens)
@@ -137,8 +188,6 @@ def test_goals_belong_to_the_default_sizes(benchmark, tokens, count):
 def test_every_goal_says_reached_or_by_how_much_it_is_short(capsys):
     settings = Settings((8192, 32768))
     data = show.as_json("decode", settings, fake_results("decode", settings.tokens), others=0.5)
-    from rich.console import Console
-
     show.show(Console(width=250), data)
     printed = capsys.readouterr().out
     assert "decode fp32 at 32768: all retrieval faster than stock: short by 1.00x: 2.00x (goal 3.00x)" in printed
@@ -161,6 +210,7 @@ def test_every_goal_says_reached_or_by_how_much_it_is_short(capsys):
         (["--rounds", "0"], "rounds must be at least 1"),
         (["--tokens", ""], "tokens must be lengths"),
         (["--threads", "0"], "threads >= 1"),
+        (["--densities", "10,0"], "densities must be percents from 1 to 100, given [10, 0]"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(args, message):

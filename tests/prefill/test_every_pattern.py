@@ -6,7 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import config_for, left_padded, tiny_model
 
+from hf_longctx import patched, report
 from hf_longctx.errors import UnsupportedModeError
 from hf_longctx.kernels import reference
 from hf_longctx.prefill.base import BLOCK, PatternSpec, select
@@ -40,7 +42,7 @@ def same(a, b) -> bool:
 
 
 def test_the_files_are_found():
-    assert {"dense", "vertical_slash"} <= set(RETRIEVAL)
+    assert sorted(RETRIEVAL) == ["antidiagonal", "block_topk", "dense", "flexprefill", "vertical_slash"]
     assert set(CLASSES) - set(RETRIEVAL) == {"sink_recent"}
     assert all(issubclass(cls, PatternSpec) for cls in CLASSES.values())
 
@@ -111,6 +113,27 @@ def test_a_table_of_all_patterns_equals_each_alone(others, q_len, kv_len):
         assert torch.equal(mixed.block_mask(slice(h, h + 1)), alone.block_mask())
         assert torch.equal(mixed.column_mask(slice(h, h + 1)), alone.column_mask())
     assert any(not torch.equal(mixed.counts[:, 0], mixed.counts[:, h]) for h in range(8))
+
+
+@pytest.mark.parametrize("word", RETRIEVAL)
+@torch.no_grad()
+def test_a_patched_model_runs_the_pattern(word):
+    """Rows of a padded batch read what they read alone, and only the pattern that lists everything reads it."""
+    model = tiny_model("llama", torch.float64, layers=2)
+    tightest = {f.name: f.metadata["min"] for f in dataclasses.fields(RETRIEVAL[word]) if "min" in f.metadata}
+    sparse = {"min_tokens": 0, "retrieval": {"pattern": word, **tightest}}
+    ids, mask = left_padded([300, 200])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with patched(model, config_for(model, "retrieval")):
+        dense = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    with patched(model, config_for(model, "retrieval", prefill=sparse)):
+        got = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        assert report(model).sparse == (0 if RETRIEVAL[word].reads_all else 4)
+        for row, length in enumerate([300, 200]):
+            alone = model(ids[row : row + 1, -length:], use_cache=False).logits[0]
+            torch.testing.assert_close(got[row, -length:], alone, rtol=0, atol=1e-6)
+    error = (got - dense)[mask.bool()].abs().max()
+    assert error <= 1e-6 if RETRIEVAL[word].reads_all else error > 1e-4
 
 
 def test_patterns_with_other_blocks_do_not_mix():

@@ -68,8 +68,8 @@ def test_generate_equals_the_mask(family, group, mode):
         found = report(model)
     assert ran == found.sparse > 0
     assert 0 < found.density < 1
-    assert any(note.startswith(SLOW) for note in found.notes)
-    assert "reference" in found.kernels
+    assert found.kernels == ("cpu",)
+    assert not any(note.startswith(SLOW) for note in found.notes)
 
 
 def logits_error(model, config, budgets=same_budget, dropped=None, **rule) -> float:
@@ -204,10 +204,46 @@ def test_gradients_equal_the_mask(train):
     want, ran = with_mask(model, config, gradients)
     with patched(model, config):
         got = gradients()
+        found = report(model)
     assert ran == 4
+    assert "reference" in found.kernels
+    assert any(note.startswith(SLOW) and note.endswith("with gradients") for note in found.notes)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     assert max(g.abs().max() for g in want) > 1e-4
+
+
+def test_a_gradient_of_values_alone_is_right():
+    """The first layer's queries need none, so they alone do not tell that the call must be differentiable."""
+    model = tiny_model("llama", torch.float64, layers=1)
+    model.requires_grad_(False)
+    weight = model.model.layers[0].self_attn.v_proj.weight.requires_grad_()
+    config, ids = settings(model, "retrieval"), torch.randint(3, 97, (1, 200))
+
+    def gradient():
+        weight.grad = None
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return weight.grad.clone()
+
+    want, ran = with_mask(model, config, gradient)
+    with patched(model, config):
+        torch.testing.assert_close(gradient(), want, rtol=0, atol=1e-9)
+    assert ran == 1
+    assert want.abs().max() > 1e-4
+
+
+def test_kernel_cpu_says_what_to_do_with_gradients():
+    model = tiny_model("llama", torch.float64, layers=2)
+    ids = torch.randint(3, 97, (1, 200))
+    patch_model(model, settings(model, kernel="cpu"))
+    with pytest.raises(UnsupportedModeError, match=r"no_grad\(\).*Use kernel: auto or one of: reference"):
+        model(ids)
+    with torch.no_grad():
+        got = model(ids).logits
+    assert report(model).kernels == ("cpu",)
+    assert not report(model).notes
+    patch_model(model, settings(model, kernel="reference"))
+    torch.testing.assert_close(got, model(ids).logits, rtol=0, atol=1e-9)
 
 
 def test_lookup_steps_are_dense():
@@ -231,7 +267,7 @@ def test_the_stock_kernel_does_not_bypass_the_pattern():
     want, ran = with_mask(model, config, lambda: model.generate(ids, max_new_tokens=3))
     with patched(model, config):
         assert torch.equal(model.generate(ids, max_new_tokens=3), want)
-        assert report(model).kernels == ("reference", "stock")
+        assert report(model).kernels == ("cpu", "stock")
         assert report(model).sparse == ran == 4
 
 

@@ -1,0 +1,79 @@
+"""The columns of ``bench prefill`` that read a prompt by block lists: what a prefill pattern's kernel can save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .. import LongCtxCache
+from ..kernels import dispatch
+from ..kernels.layout import BlockList
+from .columns import Column, kept_buffers, make_model, patch
+from .settings import Settings
+
+BLOCK = 64  # tokens of a block, as in every pattern of the library
+
+
+def name_of(density: int) -> str:
+    """The column of block lists with ``density`` percent of the causal blocks."""
+    return f"blocks {density}%"
+
+
+@dataclass
+class ListColumn(Column):
+    """Heads that keep every token, each of which reads a block list of its own.
+
+    Attributes:
+        lists: by the tokens of the prompt.
+    """
+
+    lists: dict[int, BlockList] = field(default_factory=dict)
+
+    @classmethod
+    def of_density(cls, settings: Settings, dtype: torch.dtype, density: int, lengths: tuple[int, ...]) -> ListColumn:
+        """Lists of ``density`` percent for prompts of these lengths."""
+        model = patch(make_model(settings, dtype, "meta"), settings, settings.all_heads("R"))
+        lists = {tokens: random_list(tokens, settings.heads, density / 100, settings.seed) for tokens in lengths}
+        return cls(model, LongCtxCache(model), lists=lists)
+
+    def attend(self, layer: int, q: Tensor, kept: tuple) -> Tensor:
+        """``[B, T, H, D]``"""
+        k, v = kept_buffers(kept)
+        kernel = self.kernel(q)
+        scale = self.model.model.layers[layer].self_attn.scaling
+        return kernel.sparse_prefill(q, k, v, self.lists[q.shape[2]], scale).transpose(1, 2)
+
+    def kernel(self, q: Tensor):
+        """The kernel that ``kernel: auto`` takes."""
+        return dispatch.pick(
+            "auto",
+            device=q.device,
+            dtype=q.dtype,
+            head_dim=q.shape[3],
+            needs_grad=False,
+            function="sparse_prefill",
+        )
+
+
+def random_list(tokens: int, heads: int, density: float, seed: int) -> BlockList:
+    """Block 0 and the own block of every query block, and random others up to a ``density``; head by head its own.
+
+    Where block 0 and the own blocks are more than that already, nothing else: ask the list for its density.
+    """
+    count = -(-tokens // BLOCK)
+    causal, always = count * (count + 1) // 2, 2 * count - 1
+    share = max(0.0, density * causal - always) / max(1, causal - always)
+    mask = torch.rand(1, heads, count, count, generator=torch.Generator().manual_seed(seed)) < share
+    mask[..., 0] = True
+    mask |= torch.eye(count, dtype=torch.bool)
+    return BlockList.from_mask(mask, block=BLOCK, first=0, kv_len=tokens)
+
+
+def list_answer(q: Tensor, k: Tensor, v: Tensor, at: Tensor, blocks: BlockList) -> Tensor:
+    """``[B, T, H, D]`` in float32, of queries at the positions ``at [T]`` over all keys, from the list's mask."""
+    mask = torch.cat([blocks.visible(i, i + 1) for i in at.tolist()], 2)
+    q, k, v = q.float(), k.float(), v.float()
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)

@@ -1,0 +1,95 @@
+"""``pattern: flexprefill``: each head, prompt by prompt, reads lines or query-dependent blocks, as many as it needs.
+
+FlexPrefill, arXiv:2502.20766.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.layout import BlockList
+from ._blocks import BlockPattern, always_read, cover, mean_pool, pieces, pooled_scores, shares
+from .base import BLOCK
+from .vertical_slash import LAST_QUERIES, best, line_sums
+
+
+@dataclass(frozen=True)
+class Flexprefill(BlockPattern):
+    """Read what holds ``gamma`` of the estimated attention, estimated in the way that fits the head.
+
+    The last 64 queries attend to all keys. Their true weights per key block are compared with an estimate, the softmax
+    of mean query times mean keys per block. Where the two are close (square root of the Jensen-Shannon divergence, in
+    nats, below ``tau``) the head is query-aware: the estimate is made for every query block of the chunk, and the
+    fewest (query block, key block) pairs are read that hold ``gamma`` of it, all query blocks taken together. Elsewhere
+    the true weights of the last 64 queries are summed per key and per band of 64 offsets i - j (offsets 0 to 63, 64 to
+    127, ...), and the fewest keys (columns) and the fewest bands are read that hold ``gamma`` each; a band is read as
+    the key blocks that it meets, one and the one before it.
+
+    Every query block reads at least the blocks of ``min_budget`` tokens, as far as it has them: its best blocks, or
+    those on the best bands that begin inside the prompt; a head of lines reads at least ``min_budget`` columns as well.
+    The sink block and the own block are read whatever their weights; one of them that is among the best uses up budget,
+    the others come on top. A prompt read in chunks is chosen for chunk by chunk.
+
+    Attributes:
+        gamma: share of the estimated attention; 1 reads everything.
+        tau: distance below which a head is query-aware; 0 is never, 1 always.
+        min_budget: tokens, rounded up to blocks.
+    """
+
+    gamma: float = field(default=0.95, metadata={"min": 0.0, "max": 1.0})
+    tau: float = field(default=0.1, metadata={"min": 0.0, "max": 1.0})
+    min_budget: int = field(default=1024, metadata={"min": 1, "unit": "tokens"})
+
+    @classmethod
+    def select(cls, heads: Sequence[Flexprefill], q: Tensor, k: Tensor, scale: float) -> BlockList:
+        kv_len, group = k.shape[2], q.shape[1] // k.shape[1]
+        first, keys, last = kv_len - q.shape[2], mean_pool(k), q[:, :, -LAST_QUERIES:]
+        by_column, by_offset = line_sums(last, k, scale)
+        gamma, budgets = shares(heads, "gamma", by_column), cls.budgets(heads, "min_budget", kv_len, q.device)
+        columns = cover(by_column, gamma) | best(by_column, budgets)
+        columns[..., :BLOCK] = False  # every query block lists the sink block
+        aware = distance(by_column, last, keys, scale) < shares(heads, "tau", by_column)[:, 0]
+        budgets = -(-budgets[:, None] // BLOCK)  # in blocks, [H, 1, 1]
+        listed = on_bands(by_offset, gamma, budgets, first) | always_read(q, k)
+        columns &= ~aware[..., None]
+        # Sorting all pairs of blocks is dear: one read of the device tells which heads need it.
+        for head in aware.any(0).nonzero()[:, 0].tolist():
+            some = slice(head, head + 1)
+            keys_of = keys[:, head // group][:, None]
+            scores = pooled_scores(mean_pool(q[:, some], first), keys_of, scale, first // BLOCK)
+            pairs = cover(scores.softmax(-1).flatten(2), gamma[head]).view_as(scores)
+            own = pairs | best(scores, budgets[head]) | always_read(q[:, some], k)
+            listed[:, some] = own.where(aware[:, some, None, None], listed[:, some])
+        return BlockList.from_mask(listed, columns, block=BLOCK, first=first, kv_len=kv_len)
+
+
+def distance(by_column: Tensor, q: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Square root of the Jensen-Shannon divergence of true and estimated weights per key block, ``[B, H]``.
+
+    by_column ``[B, H, S]`` are the sums of the true weights of q ``[B, H, L, D]``; keys ``[B, n, NK, D]`` are means.
+    """
+    means = q.mean(2, keepdim=True, dtype=keys.dtype)
+    guess = pooled_scores(means, keys, scale, keys.shape[2] - 1)[:, :, 0].softmax(-1)
+    true = nn.functional.pad(by_column, (0, -by_column.shape[2] % BLOCK)).unflatten(2, (-1, BLOCK)).sum(-1) / q.shape[2]
+    middle = ((true + guess) / 2).clamp(min=torch.finfo(true.dtype).tiny)  # not 0 where both underflow
+    parts = (torch.special.xlogy(p, p / middle).sum(-1) for p in (true, guess))
+    return (sum(parts) / 2).clamp(min=0).sqrt()
+
+
+def on_bands(by_offset: Tensor, gamma: Tensor, budgets: Tensor, first: int) -> Tensor:
+    """Bool ``[B, H, NQ, NK]``: the key blocks on the chosen bands of offsets; by_offset is ``[B, H, S]``."""
+    bands = nn.functional.pad(by_offset, (0, -by_offset.shape[2] % BLOCK)).unflatten(2, (-1, BLOCK)).sum(-1)
+    kept, (batch, total, key_blocks) = cover(bands, gamma)[:, :, None], bands.shape
+    j = torch.arange(key_blocks, device=bands.device)
+    out = []
+    for rows in pieces(key_blocks - first // BLOCK, batch * total * key_blocks):
+        i = torch.arange(rows.start, rows.stop, device=bands.device)[:, None] + first // BLOCK
+        near = bands[:, :, None].masked_fill(j > i, float("-inf"))  # the other bands begin before the prompt
+        chosen = kept | best(near, budgets)
+        chosen[..., 1:] |= chosen[..., :-1].clone()  # band a leads from block i into blocks i - a and i - a - 1
+        out.append(chosen.gather(-1, (i - j).clamp(min=0).expand_as(chosen)))
+    return torch.cat(out, 2)
