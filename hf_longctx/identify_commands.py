@@ -34,7 +34,7 @@ Device = Annotated[str | None, typer.Option(help="Default: the accelerator if th
 def command(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, or an embedded model (hf-longctx/tiny-llama).")],
     out: Annotated[Path, typer.Option(help="The YAML to write.", dir_okay=False)],
-    method: Annotated[str, typer.Option(help=f"One of: {', '.join(methods())}.")] = "echo_induction",
+    method: Annotated[str, typer.Option(help=f"One of: {', '.join(methods())}.")] = "two_needle",
     text: Annotated[Path | None, typer.Option(help="File or folder to take the documents' filler from.")] = None,
     retrieval_fraction: Share = None,
     target_drop: Drop = None,

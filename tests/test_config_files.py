@@ -10,6 +10,7 @@ import yaml
 from config_cases import SCORES, config, plain, refused, ship, whole, write
 
 from hf_longctx import config_files
+from hf_longctx.assets import assets
 from hf_longctx.config import LongCtxConfig, load_shipped
 from hf_longctx.config_files import merge, shipped
 
@@ -176,7 +177,7 @@ def test_shipped_names(folder):
 def test_what_the_package_ships_loads():
     table = Path(__file__).parents[1] / "examples" / "published_heads" / "checkpoints.yaml"
     names = [entry["name"] for entry in yaml.safe_load(table.read_text("utf-8"))]
-    assert shipped() == tuple(sorted([*names, "tiny-llama"])) and len(names) == 25
+    assert shipped() == tuple(sorted([*names, *assets()])) and len(names) == 25
     for name in shipped():
         made = load_shipped(name)
         assert None not in vars(made.model.fingerprint).values(), name

@@ -22,6 +22,7 @@ from tiny import config_for, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_longctx import LongCtxConfig, patch_model, patched, report
+from hf_longctx.assets import assets
 from hf_longctx.config import load_shipped
 from hf_longctx.config_files import shipped
 from hf_longctx.config_find import resolve
@@ -105,7 +106,7 @@ def letters(config: LongCtxConfig) -> np.ndarray:
 
 def test_every_checkpoint_of_the_table_is_shipped():
     assert len(FILES) == 53 and len(NAMES) == 25
-    assert shipped() == tuple(sorted([*NAMES, "tiny-llama"]))
+    assert shipped() == tuple(sorted([*NAMES, *assets()]))
     assert set(COUNTS) <= set(NAMES)
 
 

@@ -1,8 +1,8 @@
 """Find which KV heads of an embedded model need the context, by ablation: ``python ablate.py MODEL --out NAME.yaml``.
 
-Greedy elimination: of the heads that still keep every token, the one whose loss changes the negative log-likelihood of
-the answers least becomes a streaming head; its score is its place in that order. Heads are ranked on one set of texts
-and the exact-match curve is measured on another.
+First one KV head streams at a time. Then greedy elimination: of the heads that still keep every token, the one whose
+loss changes the negative log-likelihood of the answers least becomes a streaming head; its score is its place in that
+order. Heads are ranked on one set of texts and the exact-match curve is measured on another.
 """
 
 from __future__ import annotations
@@ -52,6 +52,19 @@ def with_roles(model, roles, ids, where) -> tuple[float, float]:
         return measure(model, ids, where)
 
 
+def one_by_one(model, length: int, rows: int, notes: int) -> list[list[float]]:
+    """Exact match ``[layers][KV heads]`` when one KV head streams and all others keep every token."""
+    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    judge = texts(2, 2 * rows, length, notes)
+    alone = [[0.0] * heads for _ in range(layers)]
+    for layer in range(layers):
+        for head in range(heads):
+            roles = [["R"] * heads for _ in range(layers)]
+            roles[layer][head] = "S"
+            alone[layer][head] = round(with_roles(model, roles, *judge)[1], 4)
+    return alone
+
+
 def eliminate(model, length: int, rows: int, notes: int) -> tuple[list[list[float]], list[dict]]:
     """Scores ``[layers][KV heads]`` in 0..1, and the curve measured on texts that the ranking did not see."""
     layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
@@ -80,13 +93,14 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--id", required=True, help="name of the checkpoint in the config's ids")
-    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--notes", type=int, default=16)
     parser.add_argument("--fraction", type=float, default=0.25)
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     dense = measure(model, *texts(2, 2 * args.rows, args.length, args.notes))
+    alone = one_by_one(model, args.length, args.rows, args.notes)
     scores, curve = eliminate(model, args.length, args.rows, args.notes)
     config = config_of(model, [["R"]])
     config["model"]["ids"] = [args.id]
@@ -99,6 +113,7 @@ def main() -> None:
             "method": f"greedy elimination by answer likelihood, {args.notes} notes in {args.length} tokens",
             "seed": 1,
             "dense": {"nll": round(dense[0], 4), "exact_match": round(dense[1], 4)},
+            "exact_match_of_one_streaming": alone,
             "curve": curve,
         },
     }

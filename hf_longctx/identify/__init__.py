@@ -29,7 +29,7 @@ SEED = {"min": 0, "max": 2**63 - 1}
 def identify(
     model: nn.Module,
     tokenizer: Any,
-    method: str = "echo_induction",
+    method: str = "two_needle",
     *,
     text: str | os.PathLike | None = None,
     retrieval_fraction: float | None = None,
@@ -171,11 +171,12 @@ def _config(
     data = plain.to_dict()
     data["model"]["ids"] = [name] if name else []
     measured = {"seed": subject.seed, "options": dump(chosen), **subject.measured}
+    measured |= {"doubts": subject.doubts} if subject.doubts else {}
     data["heads"] = {
         "source": {"method": method, "from": f"hf_longctx {version('hf-longctx')}", "paper": chosen.paper},
         "scores": [[float(f"{score:.4g}") for score in row] for row in scores.tolist()],
         "retrieval_fraction": 1.0,
-        "confidence": "measured",
+        "confidence": "low" if subject.doubts else "measured",
         "measured": measured,
     }
     return LongCtxConfig.from_dict(data)

@@ -38,6 +38,7 @@ class Subject:
         work: a folder for what a long run saves and goes on from, or None.
         progress: show bars on stderr.
         measured: what a method leaves for ``heads.measured`` of the config, plain data.
+        doubts: why the scores may say nothing about this model; with any the config's confidence is low.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Subject:
     work: Path | None = None
     progress: bool = False
     measured: dict[str, Any] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +72,11 @@ class Subject:
     def per_group(self, scores: Tensor) -> Tensor:
         """Scores ``[..., H]`` of query heads as scores ``[..., H_kv]``: a KV head takes the largest of its group."""
         return scores.unflatten(-1, (self.kv_heads, self.heads // self.kv_heads)).amax(-1)
+
+    def doubt(self, reason: str) -> None:
+        """Note that the scores may say nothing, and warn of it."""
+        logger.warning("%s. Compare with another method, or measure the share with target_drop.", reason)
+        self.doubts.append(reason)
 
     def track(self, steps: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
         """``steps`` with a progress bar, where one is wanted."""

@@ -12,6 +12,8 @@ from ..patch import observe
 from ._attention import weights
 from .base import Method, Subject
 
+CLEAR = 10  # times chance that the best head must reach
+
 
 @dataclass(frozen=True)
 class EchoInduction(Method):
@@ -55,6 +57,14 @@ class EchoInduction(Method):
         asked = tokens * (count - 1)
         echo[list(subject.windowed)] = induction[list(subject.windowed)] = 0  # the softmax above knows no window
         echo, induction = (subject.per_group(one / asked) for one in (echo, induction))
+        # What a head that looks nowhere in particular gives to the earlier copies of a token.
+        chance = sum(i // tokens / (i + 1) for i in range(tokens, tokens * count)) / asked
+        best = max(echo.max().item(), induction.max().item())
+        if best < CLEAR * chance:
+            subject.doubt(
+                f"echo_induction: no head looks at copies of random tokens (the most is {best:.4f} of its attention, "
+                f"{chance:.4f} would be chance), so this model must retrieve in another way"
+            )
         subject.measured |= {"tokens": tokens, "copies": count}
         subject.measured |= {name: _rounded(one) for name, one in (("echo", echo), ("induction", induction))}
         return union_order(echo, induction, self.induction_per_echo)

@@ -14,6 +14,8 @@ from ..tasks.documents import Document
 from ._attention import weights
 from .base import Method, Subject
 
+CLEAR = 0.1  # the paper's threshold of a retrieval head
+
 
 @dataclass(frozen=True)
 class RetrievalScore(Method):
@@ -63,7 +65,13 @@ class RetrievalScore(Method):
                 "(text=...), or method='echo_induction', which needs no answers."
             )
         subject.measured |= {"lengths": lengths, "runs": len(grid), "runs_answered": counted}
-        return subject.per_group(total / counted)
+        scores = subject.per_group(total / counted)
+        if scores.max() < CLEAR:
+            subject.doubt(
+                f"retrieval_score: no head copies more than {scores.max():.1%} of a needle, though the model answers, "
+                "so this model must retrieve in another way than by attending to the very token it says next"
+            )
+        return scores
 
     def all_lengths(self, subject: Subject) -> list[int]:
         """Tokens of the documents, ascending.

@@ -270,7 +270,7 @@ def test_documents_depend_on_the_seed_and_the_step_alone():
     assert len(lengths) > 6 and min(lengths) >= 60 and max(lengths) <= 120
 
 
-def test_lengths():
+def test_lengths(caplog):
     subject = subject_of(random_model())
     subject.longest = 4096
     assert DuoGates().lengths(subject) == (1024, 4096)
@@ -280,8 +280,8 @@ def test_lengths():
     assert DuoGates().lengths(subject) == (1024, 32768)
     with pytest.raises(ConfigError, match="^min_length: got 700 tokens.*600"):
         DuoGates(length=600, min_length=700).lengths(subject)
-    with pytest.raises(ConfigError, match="length: got 2000000"):
-        DuoGates(length=2 * 10**6).lengths(subject)
+    assert DuoGates(length=2 * 10**6).lengths(subject) == (1024, 2 * 10**6)
+    assert "length: 2000000 tokens are more than the 1000000" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,17 @@ def test_every_method_finds_the_retrieval_heads_of_tiny_llama(method, llama):
     assert state_of(llama[0]) is None
 
 
+@pytest.mark.parametrize(
+    ("method", "doubt"), [("echo_induction", "copies of random tokens"), ("retrieval_score", "in another way")]
+)
+def test_a_method_that_sees_nothing_says_so(method, doubt, caplog):
+    # The heads of tiny-qwen3 find what a note says some tokens after the note, where earlier layers have put it.
+    quick = {"echo_induction": {}, "retrieval_score": QUICK["retrieval_score"]}[method]
+    config = identify(*trained("tiny-qwen3"), method, **STREAMING, **quick)
+    assert config.heads.confidence == "low" and doubt in config.heads.measured["doubts"][0]
+    assert doubt in caplog.text
+
+
 @pytest.mark.parametrize("method", methods())
 def test_the_seed_decides_everything(method, llama):
     quick = QUICK[method] if method != "duo_gates" else {"steps": 3, "length": 256}

