@@ -1,0 +1,119 @@
+"""The Triton kernels without a GPU: computed by Triton's interpreter, compiled for two GPUs, and when they are picked.
+
+Triton reads TRITON_INTERPRET when a kernel is defined, so both run in processes of their own. They fail where Triton is
+not installed: the `dev` extra brings it.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_longctx.kernels import cpu, dispatch, triton
+
+TESTS = Path(__file__).parents[1]
+CUDA = torch.device("cuda")
+CASES = 37
+
+
+def run_script(name: str, folder: Path, **environment: str) -> dict:
+    """What a script of the tests prints as JSON."""
+    environment |= {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+    done = subprocess.run(
+        [sys.executable, str(TESTS / name)], capture_output=True, text=True, check=False, env=inherited | environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_case_in_the_interpreter(tmp_path):
+    said = run_script("triton_cases.py", tmp_path, TRITON_INTERPRET="1")
+    assert len(said) == CASES
+    failed = {name: failure for name, failure in said.items() if failure is not None}
+    assert not failed, "\n".join(failed.values())
+
+
+def test_the_kernels_compile_fit_and_are_compiled_once(tmp_path):
+    """For Ampere and Hopper, without either: shared memory, matrix instructions, and one variant for every length."""
+    built = run_script("triton_builds.py", tmp_path)
+    assert [(one["capability"], one["head_dim"]) for one in built] == [(80, 256), (90, 128)]
+    for one in built:
+        kernels = one["kernels"]
+        assert set(kernels) == {"sparse_kernel", "streaming_kernel", "decode_kernel", "merge_kernel"}
+        assert {name: kernel["variants"] for name, kernel in kernels.items()} == dict.fromkeys(kernels, 1)
+        assert all(kernel["shared"] <= one["limit"] for kernel in kernels.values())
+        for name in ("sparse_kernel", "streaming_kernel"):
+            assert kernels[name]["wgmma" if one["capability"] == 90 else "mma"]
+        for name in ("sparse_kernel", "streaming_kernel", "decode_kernel"):
+            assert kernels[name]["async_copies"], f"{name} does not load ahead"
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A device of compute capability 9.0, as far as `supports` asks."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_auto_picks_it_on_a_gpu(hopper, dtype, head_dim):
+    case = {"device": CUDA, "dtype": dtype, "head_dim": head_dim, "needs_grad": False}
+    assert dispatch.pick("auto", **case) is triton
+    assert dispatch.pick("auto", **case, function="sparse_prefill") is triton
+    assert dispatch.pick("auto", **{**case, "device": torch.device("cpu")}) is not triton
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device": torch.device("cpu")}, "needs a CUDA device, not cpu"),
+        ({"dtype": torch.float32}, "not torch.float32"),
+        ({"dtype": torch.float64}, "not torch.float64"),
+        ({"head_dim": 257}, "up to 256, not 257"),
+        ({"needs_grad": True}, "no gradients"),
+    ],
+)
+def test_what_it_does_not_compute(hopper, change, reason):
+    case = {"device": CUDA, "dtype": torch.bfloat16, "head_dim": 128, "needs_grad": False}
+    assert triton.supports(**case) is None
+    assert reason in triton.supports(**{**case, **change})
+
+
+def test_older_and_other_devices_are_refused_by_what_they_can_do(hopper, monkeypatch):
+    case = (CUDA, torch.float16, 64, False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert "compute capability (8, 0), the device has (7, 5)" in triton.supports(*case)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "NVIDIA" in triton.supports(*case)
+
+
+def test_without_triton_it_says_so_and_another_kernel_runs(hopper, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    triton._missing.cache_clear()
+    try:
+        assert "Triton cannot be imported" in triton.supports(CUDA, torch.bfloat16, 64, False)
+        case = {"device": CUDA, "dtype": torch.bfloat16, "head_dim": 64, "needs_grad": False}
+        assert dispatch.pick("auto", **case) is not triton
+    finally:
+        triton._missing.cache_clear()
+
+
+def test_importing_the_word_imports_neither_triton_nor_the_kernels():
+    top = ast.parse(Path(triton.__file__).read_text("utf-8")).body
+    imported = [alias.name for node in top if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
+    assert {"torch", "cpu"} <= set(imported)
+    assert not [name for name in imported if "triton" in name]
+
+
+def test_dense_prefill_is_sdpa():
+    q, k = torch.randn(1, 4, 70, 16), torch.randn(1, 2, 90, 16)
+    assert torch.equal(triton.dense_prefill(q, k, k, 0.3), cpu.dense_prefill(q, k, k, 0.3))
