@@ -1,6 +1,7 @@
 """Attention on NVIDIA GPUs in Triton: prefill that reads only the blocks a pattern listed, and split-KV decode.
 
-What no list and no ragged store speeds up, dense causal prefill, stays SDPA's (`cpu.py`). Triton is imported at the first call, never by importing this file.
+What no list and no ragged store speeds up, dense causal prefill, stays SDPA's (`cpu.py`). Triton is imported at the
+first call, never by importing this file.
 
 Shapes: ``B`` batch, ``H`` query heads, ``n`` KV heads, ``T`` query tokens, ``S`` key tokens, ``D`` head_dim.
 """
