@@ -12,7 +12,7 @@ import torch
 from hf_longctx import errors
 from hf_longctx.kernels import cpu, dispatch, reference
 
-CASE = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 64, "needs_grad": False}
+CASE = {"device": torch.device("cpu"), "dtype": torch.float64, "head_dim": 64, "needs_grad": False}
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_auto_prefers_by_number_among_those_that_support_the_case(extra_kernel):
 
 def test_a_named_kernel_that_cannot_is_an_error_that_says_what_works(extra_kernel):
     extra_kernel("zz_fast", 50)
-    with pytest.raises(errors.UnsupportedModeError, match=r"zz_fast.*float32.*only bfloat16.*auto or one of: cpu"):
+    with pytest.raises(errors.UnsupportedModeError, match=r"zz_fast.*float64.*only bfloat16.*auto or one of: cpu"):
         dispatch.pick("zz_fast", **CASE)
 
 

@@ -60,16 +60,19 @@ def test_the_kernels_compile_fit_and_are_compiled_once(tmp_path):
 def hopper(monkeypatch):
     """A device of compute capability 9.0, as far as `supports` asks."""
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_auto_picks_it_on_a_gpu(hopper, dtype, head_dim):
+def test_auto_picks_it_on_a_gpu_for_block_lists_alone(hopper, dtype, head_dim):
     case = {"device": CUDA, "dtype": dtype, "head_dim": head_dim, "needs_grad": False}
-    assert dispatch.pick("auto", **case) is triton
+    assert dispatch.pick("triton", **case) is triton
     assert dispatch.pick("auto", **case, function="sparse_prefill") is triton
-    assert dispatch.pick("auto", **{**case, "device": torch.device("cpu")}) is not triton
+    assert dispatch.pick("auto", **case) is not triton, "until it has been timed on a device"
+    on_cpu = {**case, "device": torch.device("cpu")}
+    assert dispatch.pick("auto", **on_cpu, function="sparse_prefill") is not triton
 
 
 @pytest.mark.parametrize(
