@@ -82,7 +82,8 @@ def compare(name: str, length: int, rows: int, notes: int, found: dict, save: Ca
         started = time.perf_counter()
         config: LongCtxConfig = identify(model, tokenizer, method, sink=SINK, recent=RECENT, **options)
         seconds = round(time.perf_counter() - started, 1)
-        found[method] = row(curves.of(np.array(config.heads.scores)), seconds) | {"options": options}
+        found[method] = row(curves.of(np.array(config.heads.scores)), seconds)
+        found[method] |= {"options": options, "confidence": config.heads.confidence}
         save()
     for seed in range(RANDOM_ORDERS):
         if f"random {seed}" not in found:

@@ -13,6 +13,8 @@ from hf_longctx.assets import assets
 
 pytestmark = pytest.mark.slow
 
+# The heads of tiny-qwen3 attend to no copies (docs/heads.md), which methods that look for copies notice.
+DOUBTS = {"tiny-qwen3": {"echo_induction", "retrieval_score"}}
 SCRIPTS = Path(__file__).parents[2] / "examples" / "train_tiny"
 
 
@@ -35,7 +37,9 @@ def test_methods_find_the_heads_that_ablation_finds(name, script):
     areas = {method: found[method]["area"] for method in script.OPTIONS}
     assert found["dense"] > 0.85 and len(saved) == 1 + len(areas) + len(random)
     assert np.mean(random) < found["ablation"]["area"] - 0.1, "a control: the order matters"
-    assert min(areas.values()) > np.mean(random), areas
+    sure = {method: area for method, area in areas.items() if found[method]["confidence"] == "measured"}
+    assert set(areas) - set(sure) == DOUBTS.get(name, set())
+    assert min(sure.values()) > np.mean(random), areas
     assert max(areas.values()) >= 0.95 * found["ablation"]["area"], areas
     measured = len(saved)
     script.compare(name, 2048, 4, 16, found, lambda: saved.append(len(found)))
