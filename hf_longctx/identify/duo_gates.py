@@ -65,7 +65,7 @@ class DuoGates(Method):
         ranks = Processes(subject.device)
         lengths = self.lengths(subject)
         gates = Gates(subject.layers, subject.kv_heads, subject.device)
-        file = self._file(subject)
+        file = subject.work / FILE if subject.work is not None else None
         settings = self._settings(subject, lengths, ranks) if file is not None else {}
         if file is not None and (state := self._found(file, settings, ranks)) is not None:
             gates.go_on_from(state)
@@ -79,20 +79,6 @@ class DuoGates(Method):
                     save(file, gates.state(), settings)
         self._measure(subject, gates, lengths, ranks)
         return gates.values.detach().double().cpu()
-
-    def _file(self, subject: Subject) -> Path | None:
-        """Where the state is saved; the folder is made at once, because the first state may be hours away.
-
-        Raises:
-            ConfigError: the folder cannot be made.
-        """
-        if subject.work is None:
-            return None
-        try:
-            subject.work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"work: {subject.work} cannot be made: {error}") from None
-        return subject.work / FILE
 
     def lengths(self, subject: Subject) -> tuple[int, int]:
         """(shortest, longest) documents in tokens.
@@ -155,11 +141,20 @@ class DuoGates(Method):
         }
 
     def _found(self, file: Path, settings: dict[str, Any], ranks: Processes) -> dict[str, Tensor] | None:
-        """The state in ``file``, read by the main process, because the others may not see its disk."""
+        """The state in ``file``, read by the main process, because the others may not see its disk.
+
+        The folder is made at once, because the first state may be hours away.
+
+        Raises:
+            ConfigError: the folder cannot be made, or the file is of another run.
+        """
         found = None
         if ranks.main:
             try:
+                file.parent.mkdir(parents=True, exist_ok=True)
                 found = load(file, settings)
+            except OSError as error:
+                found = ConfigError(f"work: {file.parent} cannot be made: {error}")
             except ConfigError as error:
                 found = error
         found = ranks.share(found)

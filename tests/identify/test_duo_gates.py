@@ -427,3 +427,10 @@ def test_an_unpatched_model_is_refused():
     unpatch_model(subject.model)
     with pytest.raises(UnsupportedModelError, match="patch_model"):
         DuoGates(**SHORT).scores(subject)
+
+
+def test_a_work_folder_that_cannot_be_made_is_said_before_any_step(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    subject = subject_of(random_model(), work=tmp_path / "file" / "below")
+    with pytest.raises(ConfigError, match="^work: .*below cannot be made"):
+        DuoGates(**SHORT).scores(subject)

@@ -129,7 +129,7 @@ def test_the_metadata_has_the_command_the_licence_and_the_range(target):
     import hf_longctx
 
     assert seen["commands"] == {"hf-longctx": "hf_longctx.cli:main"}
-    assert (seen["licence"], seen["files"], seen["python"]) == ("Apache-2.0", ["LICENSE", "NOTICE"], ">=3.10")
+    assert (seen["licence"], seen["files"], seen["python"]) == ("Apache-2.0 AND MIT", ["LICENSE", "NOTICE"], ">=3.10")
     assert seen["version"] == hf_longctx.__version__
     assert any(one.startswith("transformers") and ">=5.0" in one and "!=5.2.*" in one for one in seen["requires"])
 
