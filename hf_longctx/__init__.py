@@ -4,6 +4,7 @@ from .cache import LongCtxCache
 from .config import LongCtxConfig
 from .errors import CacheError, ConfigError, LongCtxError, UnsupportedModeError, UnsupportedModelError
 from .identify import identify
+from .identify_prefill import identify_prefill
 from .loading import AutoModelForCausalLM, install, uninstall
 from .patch import observe, patch_model, patched, unpatch_model
 from .report import report
@@ -20,6 +21,7 @@ __all__ = [
     "UnsupportedModeError",
     "UnsupportedModelError",
     "identify",
+    "identify_prefill",
     "install",
     "observe",
     "patch_model",

@@ -12,6 +12,7 @@ from . import config_commands
 from .bench import commands as bench
 from .errors import LongCtxError
 from .identify_commands import command as identify
+from .identify_prefill_commands import command as identify_prefill
 
 
 class Commands(TyperGroup):
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(bench.app, name="bench")
 app.command("identify")(identify)
+app.command("identify-prefill")(identify_prefill)
 app.add_typer(config_commands.app, name="configs")
 
 

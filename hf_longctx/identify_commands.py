@@ -56,12 +56,12 @@ def command(
     given = _options(options or [])
     chosen: Method = build("identify", {"method": method, **given}, "method", "identify")
     check_word(dtype, DTYPES, "--dtype")
-    _check_output(out, (".yaml", ".yml"), "--out")
+    check_output(out, (".yaml", ".yml"), "--out")
     if plot is not None:
-        _check_output(plot, PICTURES, "--plot")
-    place = _device(device)
+        check_output(plot, PICTURES, "--plot")
+    place = device_of(device)
     processes = Processes(place)
-    loaded, tokenizer = _load(embedded(model), dtype, place)
+    loaded, tokenizer = load_model(embedded(model), dtype, place)
     config = identify(
         loaded,
         tokenizer,
@@ -96,7 +96,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     return given
 
 
-def _check_output(path: Path, endings: tuple[str, ...], option: str) -> None:
+def check_output(path: Path, endings: tuple[str, ...], option: str) -> None:
     """Refuse what could not be written, before hours of measuring; missing folders are made."""
     if path.suffix.lower() not in endings:
         raise ConfigError(f"{option}: got {str(path)!r}, expected a name that ends in {' or '.join(endings)}.")
@@ -106,7 +106,7 @@ def _check_output(path: Path, endings: tuple[str, ...], option: str) -> None:
         raise ConfigError(f"{option}: {path.parent} cannot be made: {error}") from None
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     """The device asked for, or the accelerator that is this process's own, or the CPU."""
     if name is not None:
         try:
@@ -117,7 +117,7 @@ def _device(name: str | None) -> torch.device:
     return torch.device("cpu") if found is None else torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _load(path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
+def load_model(path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     from .loading import AutoModelForCausalLM

@@ -53,19 +53,23 @@ LAYERS = {
     "report": {"errors", "cache", "patch"},
     "tasks": {"errors"},
     "identify": {"errors", "registry", "config", "config_find", "patch", "tasks"},
-    "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify"},
+    "identify_prefill": CONFIG | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"},
+    "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill"},
     # What stands on the public names, which it may also take from the files that define them.
     "assets": {"errors"},
     "plots": {"errors", "config"},
     "identify_commands": {"errors", "registry", "config", "loading", "assets", "identify", "plots"},
+    "identify_prefill_commands": {"registry", "config", "assets", "identify_commands", "identify_prefill"},
     "__main__": {"cli"},
     "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
     "bench": {"__init__", "errors", "config", "kernels", "cache", "patch", "loading", "report", "assets", "tasks"},
     "config_commands": CONFIG,
-    "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"},
+    "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
+    | {"identify_prefill_commands"},
 }
 TRANSFORMERS = {"cache", "attention", "hooks", "patch", "loading", "demo", "bench", "identify", "identify_commands"}
-NOT_AT_IMPORT = ("cli", "config_commands", "demo", "bench", "assets", "patches", "plots", "identify_commands")
+COMMANDS = ("cli", "config_commands", "identify_commands", "identify_prefill_commands")
+NOT_AT_IMPORT = (*COMMANDS, "demo", "bench", "assets", "patches", "plots")
 
 
 def unit(file: Path) -> str:

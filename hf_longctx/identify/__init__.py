@@ -76,10 +76,10 @@ def identify(
     """
     chosen: Method = build("identify", {"method": method, **options}, "method", "identify")
     _check(chosen, method, retrieval_fraction, target_drop, measure_tokens, text, work, seed)
-    plain = _plain(model, sink, recent)
+    plain = all_retrieval(model, sink, recent)
     with modes_kept(model), patched(model, plain):
         model.eval()
-        subject = _subject(model, tokenizer, text, seed, work, progress)
+        subject = subject_of(model, tokenizer, text, seed, work, progress)
         search = None if target_drop is None else ShareSearch(subject, measure_tokens, target_drop)
         scores = chosen.scores(subject)
         scores[list(subject.windowed)] = 0  # their heads keep the model's own window, whatever they score
@@ -117,7 +117,7 @@ def _check(
         raise ConfigError(f"work: {method} saves nothing on its way; leave it out.")
 
 
-def _plain(model: nn.Module, sink: int, recent: int) -> LongCtxConfig:
+def all_retrieval(model: nn.Module, sink: int = 64, recent: int = 256) -> LongCtxConfig:
     """All heads retrieval: dense, but observable."""
     described = LongCtxConfig.describe(unwrap(model).base_model.config)
     roles = ["R" * described["num_key_value_heads"]] * described["num_hidden_layers"]
@@ -125,7 +125,8 @@ def _plain(model: nn.Module, sink: int, recent: int) -> LongCtxConfig:
     return LongCtxConfig.from_dict({"model": described, "heads": {"roles": roles}, "stores": {"streaming": streaming}})
 
 
-def _subject(model: nn.Module, tokenizer: Any, text: Any, seed: int, work: Any, progress: bool) -> Subject:
+def subject_of(model: nn.Module, tokenizer: Any, text: Any, seed: int, work: Any, progress: bool) -> Subject:
+    """What is measured, of a model patched with ``all_retrieval``; errors as ``identify``."""
     inner = unwrap(model)
     hf_config, plans = inner.base_model.config, state_of(model).plans
     kv_heads = hf_config.num_key_value_heads

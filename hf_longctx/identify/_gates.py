@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..patch import observe, unwrap
+from ._work import check_settings, written_whole
 from .base import modes_kept
 
 FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -139,10 +139,8 @@ class Gates:
 
 def save(path: Path, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
     """Write a state whole or not at all: a run that is cut off leaves the file of before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    save_file(dict(state), unfinished, metadata={"settings": json.dumps(settings)})
-    os.replace(unfinished, path)
+    with written_whole(path) as unfinished:
+        save_file(dict(state), unfinished, metadata={"settings": json.dumps(settings)})
 
 
 def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Tensor] | None:
@@ -161,9 +159,5 @@ def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Tensor] | None:
         raise ConfigError(
             f"work: {path} is no state of a duo_gates run ({error}). Remove it, or give another folder."
         ) from None
-    wanted = json.loads(json.dumps(settings))
-    differ = sorted(name for name in {*told, *wanted} if told.get(name) != wanted.get(name))
-    if differ:
-        was = ", ".join(f"{name} (was {told.get(name)!r}, is {wanted.get(name)!r})" for name in differ)
-        raise ConfigError(f"work: {path} is of a run with other settings: {was}. Remove it, or give another folder.")
+    check_settings(path, told, settings)
     return state

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModeError
-from ..patch import state_of, unwrap
+from ..patch import state_of
 from ..registry import dump
 from ..tasks.documents import Document
 from ._gates import Gates, distance, frozen, load, save
 from ._processes import Processes
+from ._work import model_hash
 from .base import Method, Subject
 
 FILE = "duo_gates.safetensors"
@@ -136,7 +137,7 @@ class DuoGates(Method):
             "documents_per_step": documents,
             "seed": subject.seed,
             "streaming": dump(config.stores.streaming, "store"),
-            "model": _model_hash(subject),
+            "model": model_hash(subject),
             "documents": hashlib.sha256(self.document(subject, 0, 0, lengths).ids.tobytes()).hexdigest()[:16],
         }
 
@@ -172,13 +173,3 @@ class DuoGates(Method):
             "regularisation_loss": round(self.reg_weight * mean, 6),
             "mean_gate": round(mean, 4),
         }
-
-
-def _model_hash(subject: Subject) -> str:
-    """Of the names and shapes of all weights and the first values of each: reading all of them would take minutes."""
-    told = hashlib.sha256()
-    for name, weight in unwrap(subject.model).base_model.named_parameters():
-        told.update(f"{name}{tuple(weight.shape)}".encode())
-        if not weight.is_meta:
-            told.update(weight.detach().flatten()[:8].float().cpu().numpy().tobytes())
-    return told.hexdigest()[:16]

@@ -180,16 +180,21 @@ class BlockList:
     @property
     def reads(self) -> Tensor:
         """Key tokens read, summed over rows, heads and query blocks (int64, on the device); a listed block is whole."""
+        return self.reads_by_head.sum()
+
+    @property
+    def reads_by_head(self) -> Tensor:
+        """``reads`` head by head, ``[H]``."""
         batch, heads, query_blocks, _ = self.indices.shape
         j = torch.arange(self.key_blocks, device=self.indices.device)
         before = j < torch.arange(query_blocks, device=j.device)[:, None] + self.first // self.block
-        total = self.counts.sum() * self.block
+        total = self.counts.sum((0, 2)) * self.block
         step = max(1, TEMPORARY // (batch * max(query_blocks, self.block) * self.key_blocks))
         for low in range(0, heads if self.columns.shape[2] else 0, step):
             some = slice(low, low + step)
             columns = nn.functional.pad(self.column_mask(some), (0, -self.kv_len % self.block))
             per_block = columns.unflatten(-1, (-1, self.block)).sum(-1)[:, :, None]
-            total = total + per_block.masked_fill(self.block_mask(some) | ~before, 0).sum()
+            total[some] += per_block.masked_fill(self.block_mask(some) | ~before, 0).sum((0, 2, 3))
         return total
 
     @property
