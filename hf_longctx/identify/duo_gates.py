@@ -17,7 +17,7 @@ from ..registry import dump
 from ..tasks.documents import Document
 from ._gates import Gates, distance, frozen, load, save
 from ._processes import Processes
-from ._work import model_hash
+from ._work import model_hash, work_file
 from .base import Method, Subject
 
 FILE = "duo_gates.safetensors"
@@ -152,10 +152,7 @@ class DuoGates(Method):
         found = None
         if ranks.main:
             try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                found = load(file, settings)
-            except OSError as error:
-                found = ConfigError(f"work: {file.parent} cannot be made: {error}")
+                found = load(work_file(file.parent, FILE), settings)
             except ConfigError as error:
                 found = error
         found = ranks.share(found)
