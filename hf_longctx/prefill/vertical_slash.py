@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.layout import BlockList
+from ._blocks import pieces
 from .base import BLOCK, PatternSpec
 
 LAST_QUERIES = 64  # queries whose attention chooses
 LOCAL = 64  # offsets that are always kept; so is the first block (the sinks)
-TEMPORARY = 1 << 24  # scores held at a time
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,8 @@ def line_sums(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     late = torch.arange(kv_len, device=q.device) > torch.arange(kv_len - last, kv_len, device=q.device)[:, None]
     folded = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, n, G * L, D]: a group reads its keys once
-    step = max(1, TEMPORARY // (batch * heads // kv_heads * last * kv_len))
     columns, offsets = [], []
-    for low in range(0, kv_heads, step):
-        some = slice(low, low + step)
+    for some in pieces(kv_heads, batch * heads // kv_heads * last * kv_len):
         scores = folded[:, some].to(dtype) @ k[:, some].to(dtype).transpose(-1, -2) * scale
         scores = scores.unflatten(2, (-1, last)).flatten(1, 2)  # [B, heads of this step, L, S]
         weights = scores.masked_fill_(late, float("-inf")).softmax(-1)

@@ -7,6 +7,7 @@ import torch
 from slow_patterns import mask_of, pattern_mask, vertical_slash
 
 from hf_longctx.kernels import reference
+from hf_longctx.prefill import _blocks
 from hf_longctx.prefill import vertical_slash as module
 from hf_longctx.prefill.base import select
 from hf_longctx.prefill.vertical_slash import VerticalSlash
@@ -46,7 +47,7 @@ def test_selection_is_the_loop(q_len, kv_len, budget):
 @pytest.mark.parametrize(("kv_heads", "group"), [(3, 1), (2, 4), (1, 7)])
 @pytest.mark.parametrize("temporary", [1 << 24, 1])
 def test_budgets_differ_by_head(kv_heads, group, temporary, monkeypatch):
-    monkeypatch.setattr(module, "TEMPORARY", temporary)
+    monkeypatch.setattr(_blocks, "TEMPORARY", temporary)
     q, k = random_qk(131, 290, kv_heads, group, batch=2)
     budgets = [(1 + 9 * h, 1 + 2 * h) for h in range(kv_heads * group)]
     lists = select(tuple(VerticalSlash(*budget) for budget in budgets), q, k, 0.9)
