@@ -63,12 +63,13 @@ LAYERS = {
     "__main__": {"cli"},
     "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
     "bench": {"__init__", "errors", "config", "kernels", "cache", "patch", "loading", "report", "assets", "tasks"},
-    "config_commands": CONFIG,
+    "config_reference": CONFIG,
+    "config_commands": CONFIG | {"config_reference"},
     "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
     | {"identify_prefill_commands"},
 }
 TRANSFORMERS = {"cache", "attention", "hooks", "patch", "loading", "demo", "bench", "identify", "identify_commands"}
-COMMANDS = ("cli", "config_commands", "identify_commands", "identify_prefill_commands")
+COMMANDS = ("cli", "config_commands", "config_reference", "identify_commands", "identify_prefill_commands")
 NOT_AT_IMPORT = (*COMMANDS, "demo", "bench", "assets", "patches", "plots")
 
 
