@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_longctx.kernels import cpu, dispatch, triton
+from hf_longctx.kernels import _nvidia, cpu, dispatch, triton
 
 TESTS = Path(__file__).parents[1]
 CUDA = torch.device("cuda")
@@ -101,13 +101,13 @@ def test_older_and_other_devices_are_refused_by_what_they_can_do(hopper, monkeyp
 
 def test_without_triton_it_says_so_and_another_kernel_runs(hopper, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    triton._missing.cache_clear()
+    _nvidia._not_imported.cache_clear()
     try:
         assert "Triton cannot be imported" in triton.supports(CUDA, torch.bfloat16, 64, False)
         case = {"device": CUDA, "dtype": torch.bfloat16, "head_dim": 64, "needs_grad": False}
         assert dispatch.pick("auto", **case) is not triton
     finally:
-        triton._missing.cache_clear()
+        _nvidia._not_imported.cache_clear()
 
 
 def test_importing_the_word_imports_neither_triton_nor_the_kernels():
