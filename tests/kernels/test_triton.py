@@ -16,16 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import hf_longctx
 from hf_longctx.kernels import _nvidia, cpu, dispatch, triton
 
 TESTS = Path(__file__).parents[1]
 CUDA = torch.device("cuda")
-CASES = 37
+CASES = 38
 
 
 def run_script(name: str, folder: Path, **environment: str) -> dict:
     """What a script of the tests prints as JSON."""
-    environment |= {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    package = str(Path(hf_longctx.__file__).parents[1])  # the one that is tested, wherever it was imported from
+    environment |= {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": package}
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     done = subprocess.run(
         [sys.executable, str(TESTS / name)], capture_output=True, text=True, check=False, env=inherited | environment
