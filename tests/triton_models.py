@@ -1,7 +1,8 @@
-"""Patched models whose decoding runs by the Triton kernels, and how often those are launched. For any device."""
+"""Patched models and the benchmark of GPUs, run by the Triton kernels, and how often those are launched. Any device."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from contextlib import contextmanager
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from tiny import config_for, left_padded, tiny_model
 
-from hf_longctx import LongCtxCache, patch_model, report
+from hf_longctx import LongCtxCache, LongCtxError, patch_model, report
+from hf_longctx.bench import gpu, gpu_clock
+from hf_longctx.bench.gpu_settings import GpuSettings
 from hf_longctx.kernels import _triton_decode, triton
 
-LAYERS, STEPS = 3, 3
+LAYERS, STEPS = 2, 2
 KERNELS = ("decode_kernel", "merge_kernel")
 
 
@@ -59,7 +62,7 @@ def one_launch_per_layer(device, dtype):
     """As right as the cpu kernel, one launch per layer and token, padded rows included."""
     model, exact = (tiny_model("llama", one, layers=LAYERS).to(device) for one in (dtype, torch.float64))
     exact.load_state_dict(model.state_dict())
-    for lengths in ([40], [40, 23, 1]):
+    for lengths in ([20], [20, 11, 1]):
 
         def run(*args, lengths=lengths, **kwargs):
             torch.manual_seed(0)
@@ -77,3 +80,32 @@ def one_launch_per_layer(device, dtype):
             by_role, counts = run(model, "triton")
         assert counts == dict.fromkeys(KERNELS, 2 * LAYERS * STEPS), "a control: role by role"
         assert (by_role - want).abs().max() <= allowed
+
+
+def benchmark(device, dtype):
+    """`bench gpu` checks and times our kernels against the dense attention of the device, and notices a wrong one."""
+    if device.type == "cuda":
+        clock = gpu_clock.DeviceClock(device)
+        assert gpu_clock.bandwidth(clock, clock.buffer) > 0
+    else:
+        clock = stopwatch
+    word = "fp32" if dtype == torch.float32 else "bf16"
+    shape = {"heads": 8, "kv_heads": 4, "head_dim": 16, "sink": 4, "recent": 16, "rounds": 1, "dtypes": (word,)}
+    settings = GpuSettings(tokens=(130,), decode_tokens=(70,), densities=(40,), kernels=("triton",), **shape)
+    with launches() as counts:
+        prefill, decode = gpu.run(settings, device, clock)
+    assert {"SDPA flash", "triton streaming", "triton blocks 40%"} <= set(prefill["columns"])
+    ours = {f"triton {percent}% retrieval" for percent in (25, 50, 100)}
+    assert ours | {"SDPA flash, group folded"} <= set(decode["columns"])
+    assert counts == dict.fromkeys(KERNELS, 2 * len(ours)), "one launch for the check and one for the clock"
+    with pytest.MonkeyPatch.context() as patch:
+        right = triton.decode_layer
+        patch.setattr(triton, "decode_layer", lambda *args: right(*args).roll(1, 1))
+        with pytest.raises(LongCtxError, match="triton 100% retrieval differs"):
+            gpu._decode(settings, word, 70, device, clock)
+
+
+def stopwatch(work):
+    begin = time.perf_counter()
+    work()
+    return 1000 * (time.perf_counter() - begin)
