@@ -1,4 +1,4 @@
-"""The commands ``hf-longctx bench decode | prefill | e2e``."""
+"""The commands ``hf-longctx bench decode | prefill | e2e | gpu``."""
 
 from __future__ import annotations
 
@@ -73,6 +73,42 @@ def prefill(
 
 
 @app.command()
+def gpu(
+    tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "16384,32768,65536,131072",
+    decode_tokens: Annotated[str, typer.Option(help="Lengths of the filled caches.")] = "32768,131072,524288,1048576",
+    densities: Annotated[str, typer.Option(help="Percents of the blocks that block lists read.")] = "5,10,20",
+    retrieval: Annotated[str, typer.Option(help="Percents of the KV heads that keep all, in decoding.")] = "25,50",
+    kernels: Annotated[str, typer.Option(help="Kernels; the first is held to the goals.")] = "triton,flash,cpu",
+    heads: Heads = 32,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    head_dim: HeadDim = 128,
+    sink: Sink = 64,
+    recent: Recent = 256,
+    rounds: Rounds = 10,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """The kernels on a CUDA GPU: prompts and decoding, of one layer, against the best dense attention there."""
+    given = locals()
+    _check_folder(given.pop("json"))
+    for name in ("tokens", "decode_tokens", "densities", "retrieval"):
+        given[name] = _numbers(given[name], f"--{name.replace('_', '-')}", "numbers such as 25,50")
+    given["kernels"] = tuple(word.strip() for word in kernels.split(",") if word.strip())
+
+    from .gpu import bench
+    from .gpu_settings import GpuSettings
+    from .gpu_show import as_json, show
+    from .show import save
+
+    settings = GpuSettings(**given)
+    with Console(stderr=True).status(f"bench gpu: {rounds} rounds, which takes minutes at full size"):
+        data = as_json(settings, *bench(settings))
+    show(Console(), data)
+    if json is not None:
+        save(json, data)
+
+
+@app.command()
 def e2e(
     tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "512,1024",
     dtype: Dtypes = "fp32,bf16",
@@ -100,8 +136,7 @@ def _bench(benchmark: str, given: dict[str, Any]) -> None:
         given["densities"] = _numbers(given["densities"], "--densities", "percents such as 10,20,30")
     lengths = _numbers(given.pop("tokens"), "--tokens", "lengths such as 8192,32768")
     settings = Settings(lengths, words, **given)
-    if path is not None and not path.parent.is_dir():
-        raise typer.BadParameter(f"{path.parent} is not a folder", param_hint="--json")
+    _check_folder(path)
     if tuned:
         retune()
     import torch  # here, so that --help does not wait for it
@@ -117,6 +152,11 @@ def _bench(benchmark: str, given: dict[str, Any]) -> None:
     show(Console(), data)
     if path is not None:
         save(path, data)
+
+
+def _check_folder(path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"{path.parent} is not a folder", param_hint="--json")
 
 
 def _numbers(text: str, option: str, example: str) -> tuple[int, ...]:
