@@ -1,7 +1,8 @@
 """Every snippet of the README and of docs/ runs, or says in a comment why it does not.
 
 A page's Python snippets run one after the other in one namespace and one empty folder, where its commands run as well.
-``name``, ``model``, ``tokenizer`` and ``inputs`` are given: the embedded tiny-llama and a short prompt. The comment
+``name``, ``model``, ``tokenizer``, ``inputs``, ``prompt`` and ``prompt.txt`` are given: the embedded tiny-llama and a
+short prompt. The comment
 ``model: NAME`` above a snippet gives it a model of that checkpoint's sizes, without weights.
 """
 
@@ -32,7 +33,7 @@ MODEL = "hf-longctx/tiny-llama"
 PROGRAM = ("hf-longctx", ".venv/bin/hf-longctx")
 MAKE = "a target of the Makefile, which sets up and calls what the other tests call"
 # Snippets that no test runs, by page. A new one needs a reason on the page and a number here.
-NOT_RUN = Counter({"README.md": 2, "CONTRIBUTING.md": 3, "benchmarks.md": 5, "heads.md": 2})
+NOT_RUN = Counter({"README.md": 2, "CONTRIBUTING.md": 3, "benchmarks.md": 7, "heads.md": 2})
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,14 @@ def given():
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     inputs = {"input_ids": torch.arange(4, 104)[None]}
-    return {"name": str(folder), "model": model, "tokenizer": tokenizer, "inputs": inputs}
+    prompt = tokenizer.decode(inputs["input_ids"][0])
+    return {"name": str(folder), "model": model, "tokenizer": tokenizer, "inputs": inputs, "prompt": prompt}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_snippet_of_a_page_runs(page, given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("prompt.txt").write_text(given["prompt"], "utf-8")
     names = {**given, "model": copy.deepcopy(given["model"])}
     for snippet in snippets(page):
         where = f"{page.name}:{snippet.line}"

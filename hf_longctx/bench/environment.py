@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -60,6 +61,20 @@ class Busy:
             return None
         busy, own, wall = (b - a for a, b in zip(self.start, now, strict=True))
         return max(0.0, busy - own) / (max(wall, 1e-9) * (os.cpu_count() or 1))
+
+
+def free_memory() -> int | None:
+    """Bytes this process can still get, by the machine and by its control group; None where neither is known."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    bounds = [1024 * int(found[1])] if found else []
+    for limit, used in (
+        ("memory.max", "memory.current"),  # cgroup v2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        numbers = [_read(f"/sys/fs/cgroup/{name}").strip() for name in (limit, used)]
+        if all(number.isdigit() for number in numbers):
+            bounds.append(max(0, int(numbers[0]) - int(numbers[1])))
+    return min(bounds, default=None)
 
 
 def environment() -> dict[str, str | int]:
