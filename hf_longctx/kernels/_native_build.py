@@ -2,25 +2,32 @@
 
 The library is made for this CPU (``-march=native``): one plain source instead of a version per instruction set, and the
 compiler may use all the CPU has. So its name holds a hash of the sources, the command and every macro the compiler
-defines for it, which are its own version and the CPU features it found: a home that machines share holds one library
-for each kind. The name also holds a hash of the library itself, so a damaged file is seen before it is loaded.
+defines for it, which are its own version and the CPU features it found, asked anew by every process: a home that
+machines share, or a folder that moved, holds one library for each kind of CPU. The name also holds a hash of the
+library itself, so a damaged file is seen before it is loaded.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where `library` declines
+    fcntl = None
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +50,8 @@ def library() -> Path:
     Raises:
         BuildError: no compiler, no safe cache folder, or the compiler failed.
     """
+    if fcntl is None:
+        raise BuildError(f"it is compiled on Linux and macOS only, not on {sys.platform}")
     command, macros = _compiler()
     folder = cache_folder()
     parts = [path.name.encode() + b"\0" + path.read_bytes() for path in sorted(SOURCES.iterdir())]
@@ -60,17 +69,24 @@ def cache_folder() -> Path:
     Raises:
         BuildError: it cannot be made, belongs to somebody else, or others could have put a library there.
     """
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_longctx"
+        folder = (asked if asked.is_absolute() else Path.home() / ".cache") / "hf_longctx"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        if not _own(status):
+        # A link that somebody else made may lead to any folder of one's own; who can write above can rename.
+        mine = _own(folder.stat()) and folder.lstat().st_uid == os.getuid()
+        if not mine or any(_open_to_all(above.stat()) for above in folder.resolve().parents):
             raise BuildError(f"others can write to {folder}: remove it, or set XDG_CACHE_HOME to a folder of your own")
-        if stat.S_IMODE(status.st_mode) != 0o700:
+        if stat.S_IMODE(folder.stat().st_mode) != 0o700:
             folder.chmod(0o700)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         raise BuildError(f"the cache folder cannot be used ({error}): set XDG_CACHE_HOME to another one") from error
     return folder
+
+
+def _open_to_all(status: os.stat_result) -> bool:
+    """Whether everybody may rename what lies in this folder, as in none with the sticky bit."""
+    return bool(status.st_mode & stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
 
 
 def _own(status: os.stat_result) -> bool:
@@ -79,7 +95,10 @@ def _own(status: os.stat_result) -> bool:
 
 def _compiler() -> tuple[list[str], bytes]:
     """The command without files, and the macros it defines for this CPU."""
-    asked = shlex.split(os.environ.get("CXX", ""))
+    try:
+        asked = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"CXX cannot be read ({error})") from error
     names = [asked[0]] if asked else COMPILERS
     found = next((path for name in names if (path := shutil.which(name))), None)
     if found is None:
@@ -97,7 +116,7 @@ def _compile(command: list[str], folder: Path, key: str) -> Path:
     try:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made = Path(place) / "library.so"
-            done = _run([*command, str(SOURCES / "native.cpp"), "-o", str(made)])
+            done = _run([*command, f"-DHF_LONGCTX_KEY={key}", str(SOURCES / "native.cpp"), "-o", str(made)])
             if done.returncode:
                 raise BuildError(f"{command[0]} failed: {_last_line(done)}")
             made.chmod(0o700)
@@ -142,10 +161,18 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+    """In a session of its own, so that what a wrapper started ends with it when it takes too long."""
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
-        return subprocess.run(command, capture_output=True, check=False, timeout=PATIENCE, stdin=subprocess.DEVNULL)
+        with subprocess.Popen(command, start_new_session=True, **streams) as process:
+            try:
+                out, error = process.communicate(timeout=PATIENCE)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} failed: {error}") from error
+    return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
 def _last_line(done: subprocess.CompletedProcess[bytes]) -> str:

@@ -1,7 +1,7 @@
 """The native kernel against the reference in float64.
 
 The rule: its largest error in a tensor is at most twice that of torch's own attention (SDPA) in the same precision.
-Both are judged on 512 queries or more: the largest of a few errors is chance, and any two right kernels differ threefold.
+Both are judged on 512 queries or more: the largest of a few errors is chance, and two right kernels differ threefold.
 """
 
 from __future__ import annotations
@@ -245,8 +245,8 @@ def test_the_rule_fails_what_is_wrong(check, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_rule_fails_what_is_wrong_in_decode(dtype):
-    got, (q, k, v), visible = check_decode(SHAPES[0], 500, (7,), dtype)
-    for key in (0, 6, 7, 499):
+    got, (q, k, v), visible = check_decode(SHAPES[0], 200, (7,), dtype)
+    for key in (0, 7, 199):
         other = visible.clone()
         other[0, key] = False
         assert not holds(got, q, k, v, other)

@@ -7,6 +7,8 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,10 +102,103 @@ def test_a_library_or_folder_that_others_can_write_is_not_used(tiny, monkeypatch
     with pytest.raises(build.BuildError, match="others can write"):
         build.library()
     path.parent.chmod(0o700)
+    above = path.parent.parent
+    above.chmod(0o777)
+    with pytest.raises(build.BuildError, match="others can write"):
+        build.library()
+    above.chmod(0o1777)
+    assert build.library().parent == path.parent, "with the sticky bit only its owner can rename the folder"
     owner = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: owner)
     with pytest.raises(build.BuildError, match="others can write"):
         build.library()
+
+
+def test_a_folder_elsewhere_is_used_through_a_link_of_ones_own_only(tiny, tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "disk").mkdir(mode=0o755)
+    (tmp_path / "cache" / "hf_longctx").symlink_to(tmp_path / "disk")
+    assert build.library().resolve().parent == tmp_path / "disk"
+    lstat = Path.lstat
+    monkeypatch.setattr(Path, "lstat", lambda path: SimpleNamespace(st_uid=lstat(path).st_uid + 1))
+    with pytest.raises(build.BuildError, match="others can write"):
+        build.library()
+
+
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
+def test_no_place_to_write_is_a_reason(tiny, variable, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
+    monkeypatch.setenv(variable, str(tmp_path / "file"))
+    with pytest.raises(build.BuildError, match="cannot be used.*set XDG_CACHE_HOME"):
+        build.library()
+    assert not (Path.cwd() / "relative").exists()
+
+
+def test_there_is_no_home(tiny, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(build.BuildError, match="determine home"):
+        build.library()
+
+
+def test_a_full_or_read_only_folder_is_a_reason_but_what_lies_there_is_used(tiny, monkeypatch):
+    path = build.library()
+
+    real = os.open
+
+    def refuse(name, *args, **kwargs):
+        if str(name).startswith(str(path.parent)):
+            raise OSError(30, "Read-only file system")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert build.library() == path
+    (tiny / "native.cpp").write_text(TINY.replace("42", "43"))
+    with pytest.raises(build.BuildError, match="cannot be written.*Read-only"):
+        build.library()
+
+
+def test_a_wrapper_and_arguments_in_cxx(tiny, tmp_path, monkeypatch):
+    """As ``CXX="ccache g++ -O1"``; what is not a command is a reason."""
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text('#!/bin/sh\necho "$@" >> "$(dirname "$0")/said"\nexec "$@"\n')
+    wrapper.chmod(0o700)
+    monkeypatch.setenv("CXX", f"{wrapper} c++ -O1")
+    key = build.library().name.split("-")[1]
+    said = (tmp_path / "said").read_text().splitlines()
+    assert len(said) == 2 and all(line.startswith("c++ -O1 -O3") for line in said)
+    assert f"-DHF_LONGCTX_KEY={key}" in said[1]
+    monkeypatch.setenv("CXX", "g++ 'never closed")
+    with pytest.raises(build.BuildError, match="CXX cannot be read"):
+        build.library()
+
+
+def test_a_compiler_that_hangs_is_given_up_with_all_it_started(tiny, tmp_path, monkeypatch):
+    hangs = tmp_path / "hangs"
+    hangs.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {tmp_path}/pid\nwait\n")
+    hangs.chmod(0o700)
+    monkeypatch.setenv("CXX", str(hangs))
+    monkeypatch.setattr(build, "PATIENCE", 2)
+    with pytest.raises(build.BuildError, match="timed out after 2"):
+        build.library()
+    child = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    assert not child.exists() or child.read_text().split()[2] in "ZX", "sleep still runs"
+
+
+def test_windows_declines_with_a_reason(fresh, monkeypatch):
+    monkeypatch.setattr(build, "fcntl", None)
+    monkeypatch.delattr(os, "getuid")
+    assert "Linux and macOS only" in native.supports(*CASE.values())
+    assert dispatch.pick("auto", **CASE) is cpu
+    code = (
+        "import os, sys; sys.modules['fcntl'] = None; del os.getuid; from hf_longctx.kernels import _native_build;"
+        "assert _native_build.fcntl is None"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_two_processes_at_once_make_one_library(tiny, tmp_path):

@@ -23,3 +23,8 @@ ENTRY(dense)
 ENTRY(decode)
 ENTRY(streaming)
 ENTRY(sparse)
+
+// In the text, so that a cache of the compiler's (ccache) that machines share never gives the object for another CPU.
+#define AS_TEXT(x) #x
+#define TEXT(x) AS_TEXT(x)
+extern "C" const char* hf_longctx_key() { return TEXT(HF_LONGCTX_KEY); }
