@@ -15,8 +15,8 @@ from ..errors import ConfigError
 from ..kernels._pieces import pieces
 from .base import BLOCK, PatternSpec
 
-# Numbers per temporary of a selection. The least a pattern can do with: a query block of all heads, the last 64 queries
-# of one head (64 * S numbers), the tokens of one head (S * D), and for flexprefill the pairs of blocks of one head.
+# Numbers per temporary of a selection, where these least steps do not need more: a number per head and key (H * S), the
+# last 64 queries of a head (64 * S), the tokens of a head (S * D), for flexprefill the pairs of blocks of a head.
 TEMPORARY = 1 << 20
 
 

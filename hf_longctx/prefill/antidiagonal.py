@@ -53,10 +53,11 @@ class Antidiagonal(BlockPattern):
         def parts() -> Iterator[tuple[slice, slice, Tensor]]:
             runs = groupby(range(len(heads)), lambda h: (h // group, heads[h].stride))
             for (kv_head, stride), run in [(key, list(run)) for key, run in runs]:
-                mine = slice(run[0], run[-1] + 1)
-                for rows, sums in block_sums(q[:, mine], k[:, kv_head], scale, stride):
-                    share = shares(heads[mine], "threshold", sums)[:, None]
-                    yield mine, rows, cover(sums, share) | always_read(*sums.shape[2:], q.device)
+                for some in pieces(len(run), q.shape[0] * kv_len * BLOCK // stride**2, _blocks.TEMPORARY):
+                    mine = slice(run[some][0], run[some][-1] + 1)
+                    for rows, sums in block_sums(q[:, mine], k[:, kv_head], scale, stride):
+                        share = shares(heads[mine], "threshold", sums)[:, None]
+                        yield mine, rows, cover(sums, share) | always_read(*sums.shape[2:], q.device)
 
         shape = (q.shape[0], len(heads))
         return BlockList.from_parts(parts(), shape=shape, block=BLOCK, first=first, kv_len=kv_len)

@@ -59,21 +59,15 @@ class Flexprefill(BlockPattern):
         bands_kept, budgets = cover(bands, gamma), [-(-budget // BLOCK) for budget in budgets]
 
         def parts() -> Iterator[tuple[slice, slice, Tensor]]:
-            # Sorting all pairs of blocks is dear: one read of the device tells which heads need it.
-            for some_aware, run in groupby(range(len(heads)), aware.any(0).tolist().__getitem__):
-                run = list(run)
-                for mine in (slice(h, h + 1) for h in run) if some_aware else [slice(run[0], run[-1] + 1)]:
-                    pairs = None
-                    if some_aware:
-                        queries, of = mean_pool(q[:, mine], first), keys[:, mine.start // group][:, None]
-                        scores = pooled_scores(queries, of, scale)
-                        pairs = cover(scores.softmax(-1).flatten(2), gamma[mine]).view_as(scores)
-                        pairs |= best(scores, budgets[mine])
-                    for rows, seen in query_pieces(q[:, mine], k):
-                        listed = on_bands(bands[:, mine, :seen], bands_kept[:, mine, :seen], budgets[mine], rows)
-                        if pairs is not None:
-                            listed = pairs[:, :, rows, :seen].where(aware[:, mine, None, None], listed)
-                        yield mine, rows, listed | always_read(*listed.shape[2:], q.device)
+            for some_aware, mine in _runs(aware.any(0).tolist()):
+                where = aware[:, mine, None, None]
+                if some_aware:
+                    queries, own_keys = mean_pool(q[:, mine], first), keys[:, mine.start // group, None]
+                    pairs = best_pairs(pooled_scores(queries, own_keys, scale), gamma[mine], budgets[mine])
+                for rows, seen in query_pieces(q[:, mine], k):
+                    listed = on_bands(bands[:, mine, :seen], bands_kept[:, mine, :seen], budgets[mine], rows)
+                    listed = pairs[:, :, rows, :seen].where(where, listed) if some_aware else listed
+                    yield mine, rows, listed | always_read(*listed.shape[2:], q.device)
 
         shape = (q.shape[0], len(heads))
         return BlockList.from_parts(parts(), columns, shape=shape, block=BLOCK, first=first, kv_len=kv_len)
@@ -92,6 +86,11 @@ def distance(by_column: Tensor, q: Tensor, keys: Tensor, scale: float) -> Tensor
     return (sum(parts) / 2).clamp(min=0).sqrt()
 
 
+def best_pairs(scores: Tensor, gamma: Tensor, budgets: Sequence[int]) -> Tensor:
+    """Bool ``[B, H, NQ, NK]``: the best pairs of scores of that shape, and the best key blocks of each query block."""
+    return cover(scores.softmax(-1).flatten(2), gamma).view_as(scores) | best(scores, budgets)
+
+
 def on_bands(bands: Tensor, kept: Tensor, budgets: Sequence[int], rows: slice) -> Tensor:
     """Bool ``[B, H, N, NK]``: the key blocks on the kept bands of offsets, and on the best ones of each query block.
 
@@ -104,3 +103,10 @@ def on_bands(bands: Tensor, kept: Tensor, budgets: Sequence[int], rows: slice) -
     chosen = kept[:, :, None] | best(near, budgets)
     chosen[..., 1:] |= chosen[..., :-1].clone()  # band a leads from block i into blocks i - a and i - a - 1
     return chosen.gather(-1, (i - j).clamp(min=0).expand_as(chosen))
+
+
+def _runs(aware: list[bool]) -> Iterator[tuple[bool, slice]]:
+    """Neighbouring heads none of which is query-aware together; query-aware ones alone, their pairs take memory."""
+    for some, run in groupby(range(len(aware)), aware.__getitem__):
+        heads = list(run)
+        yield from ((True, slice(h, h + 1)) for h in heads) if some else [(False, slice(heads[0], heads[-1] + 1))]
