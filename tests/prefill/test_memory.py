@@ -79,10 +79,10 @@ def test_attention_copies_no_layer(word, monkeypatch):
 @functools.cache
 def model_of(tokens: int) -> LlamaModel:
     config = LlamaConfig(
-        hidden_size=128,
+        hidden_size=512,
         intermediate_size=32,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=8,
         num_key_value_heads=2,
         vocab_size=32,
         max_position_embeddings=tokens,
@@ -105,7 +105,7 @@ def stock_peak(tokens: int) -> int:
     return peak(model_of(tokens), tokens, DynamicCache(config=model_of(tokens).config))
 
 
-@pytest.mark.parametrize("tokens", [16384, pytest.param(32768, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [8192, pytest.param(32768, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("word", RETRIEVAL)
 def test_a_patched_model_needs_no_more_than_stock(word, tokens, monkeypatch):
     """But for the room in which its cache grows; of shorter prompts the fixed temporaries are a larger part."""
