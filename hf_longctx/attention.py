@@ -231,9 +231,12 @@ class LayerCall:
         k, v = (torch.cat(parts, 2) if len(parts) > 1 else parts[0] for parts in zip(*kept, strict=True))
         pads, q, k, v = q.shape[2] - brought, q[:, :, :brought], k[:, :, :seen], v[:, :, :seen]
         blocks = select(prefill.patterns, q, k, self.scale)
+        reads, causal, group = blocks.reads, blocks.causal, q.shape[1] // k.shape[1]
         if prefill.share_groups:
-            blocks = blocks.share_groups(q.shape[1] // k.shape[1])
-        self.rows.prefill.add(blocks.reads, blocks.causal, q.shape[0])
+            blocks = blocks.share_groups(group)
+            self.rows.prefill.add(blocks.reads * group, reads, causal, q.shape[0])
+        else:
+            self.rows.prefill.add(reads, reads, causal, q.shape[0])
         kernel = self.kernel(q, k, v, function="sparse_prefill")
         if kernel.NAME == "reference" and self.plan.kernel != "reference":
             why = "with gradients" if needs_grad(q, k, v) else f"in {q.dtype} on {q.device.type}"

@@ -52,7 +52,7 @@ LAYERS = {
     "loading": {"errors", "config", "patch"},
     "report": {"errors", "cache", "patch"},
     "tasks": {"errors"},
-    "identify": {"errors", "registry", "config", "config_find", "patch", "tasks"},
+    "identify": {"errors", "registry", "config", "config_find", "kernels", "patch", "tasks"},
     "identify_prefill": CONFIG | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"},
     "evaluate": {"errors", "config", "cache", "patch", "report", "identify"},
     "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"},
