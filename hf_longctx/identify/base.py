@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..tasks.answer import input_device
 from ..tasks.documents import Documents
 
 T = TypeVar("T")
@@ -57,9 +58,7 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """Where the model takes its input ids."""
-        embeddings = self.model.get_input_embeddings()
-        hook = getattr(embeddings, "_hf_hook", None)  # accelerate's, where weights are offloaded
-        return torch.device(getattr(hook, "execution_device", None) or embeddings.weight.device)
+        return input_device(self.model)
 
     def rng(self, *stream: int) -> np.random.Generator:
         """A generator that depends on the seed and ``stream`` alone."""
