@@ -64,12 +64,13 @@ LAYERS = {
     "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
     "bench": {"__init__", "errors", "config", "kernels", "cache", "patch", "loading", "report", "assets", "tasks"},
     "config_commands": CONFIG,
+    "evaluate": {"__init__", "errors", "registry", "config", "patch", "report", "assets"},
     "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
-    | {"identify_prefill_commands"},
+    | {"identify_prefill_commands", "evaluate"},
 }
 TRANSFORMERS = {"cache", "attention", "hooks", "patch", "loading", "demo", "bench", "identify", "identify_commands"}
 COMMANDS = ("cli", "config_commands", "identify_commands", "identify_prefill_commands")
-NOT_AT_IMPORT = (*COMMANDS, "demo", "bench", "assets", "patches", "plots")
+NOT_AT_IMPORT = (*COMMANDS, "demo", "bench", "assets", "patches", "plots", "evaluate")
 
 
 def unit(file: Path) -> str:

@@ -1,0 +1,1 @@
+"""Dense against patched, on the tasks people compare models with."""
