@@ -54,7 +54,7 @@ LAYERS = {
     "tasks": {"errors", "registry"},
     "identify": {"errors", "registry", "config", "config_find", "kernels", "patch", "tasks"},
     "identify_prefill": CONFIG | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"},
-    "evaluate": {"errors", "config", "cache", "patch", "report", "identify"},
+    "evaluate": {"errors", "registry", "config", "cache", "patch", "report", "identify", "assets"},
     "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"},
     # What stands on the public names, which it may also take from the files that define them.
     "assets": {"errors"},
@@ -68,7 +68,7 @@ LAYERS = {
     "config_reference": CONFIG,
     "config_commands": CONFIG | {"config_reference"},
     "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
-    | {"identify_prefill_commands", "compare_commands"},
+    | {"identify_prefill_commands", "compare_commands", "evaluate"},
 }
 TRANSFORMERS = {"cache", "attention", "hooks", "patch", "loading", "demo", "bench", "identify", "identify_commands"}
 COMMANDS = ("cli", "compare_commands", "config_commands", "config_reference", "identify_commands")
