@@ -54,7 +54,7 @@ LAYERS = {
     "tasks": {"errors", "registry"},
     "identify": {"errors", "registry", "config", "config_find", "kernels", "patch", "tasks"},
     "identify_prefill": CONFIG | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"},
-    "evaluate": {"errors", "registry", "config", "cache", "patch", "report", "identify", "assets"},
+    "evaluate": {"errors", "registry", "config", "cache", "patch", "report", "tasks", "identify", "assets"},
     "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"},
     # What stands on the public names, which it may also take from the files that define them.
     "assets": {"errors"},
