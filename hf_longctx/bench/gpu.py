@@ -249,12 +249,12 @@ def _measure(
         size = want[way.reads].abs().amax(-1, keepdim=True).clamp_min(1e-30)
         error = max(error, check_same(f"the output of {name}", got / size, want[way.reads] / size, word))
         found[name] = way
-    samples = {name: Samples() for name in found}
-    for _, name in turns(found, settings.rounds):
-        samples[name].ms.append(clock(found[name].work))
     dense = [name for name, way in found.items() if way.kernel is None]
     if not dense:
         raise LongCtxError(f"no dense attention could be measured here: {missing}. Please report this.")
+    samples = {name: Samples() for name in found}
+    for _, name in turns(found, settings.rounds):
+        samples[name].ms.append(clock(found[name].work))
     figures = {name: _figures(way, samples[name]) for name, way in found.items()}
     best = min(dense, key=lambda name: samples[name].median)
     return {"error": error, "best_dense": best, "columns": figures, "not_measured": missing}

@@ -3,7 +3,8 @@
 A kernel is a module of this folder with the functions of `reference.py` and
 
 - ``NAME: str``, its word in a config (the file name),
-- ``PREFERENCE: int``, higher is tried first by ``auto`` (reference 0, cpu 10, native 20; leave room between),
+- ``PREFERENCE: int``, higher is tried first by ``auto`` (reference 0, cpu 10, native 20; leave room between;
+  below 0: by name alone),
 - ``supports(device, dtype, head_dim, needs_grad) -> str | None``, None or the reason why not;
   where a function does less than the others, ``supports_<function>`` of the same form answers for it.
 

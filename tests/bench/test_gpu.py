@@ -134,7 +134,7 @@ def test_without_any_dense_attention_nothing_is_compared(monkeypatch):
 
     monkeypatch.setattr(gpu, "sdpa_kernel", refuse)
     with pytest.raises(LongCtxError, match="no dense attention could be measured.*No available kernel"):
-        gpu.run(TINY, CPU, stopwatch)
+        gpu.run(TINY, CPU, never)
 
 
 def test_what_does_not_fit_is_named(monkeypatch):
