@@ -33,6 +33,7 @@ PREFERENCE = 20
 
 SWITCH = "HF_LONGCTX_NATIVE"
 HEAD_DIM = 256  # at most, and a multiple of 16
+WIDTH = 8  # float32 numbers of a vector, at least: with 4 (measured without AVX) torch is up to twice as fast
 
 
 def supports(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
@@ -67,6 +68,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     except (_native_build.BuildError, OSError) as error:
         log.warning("no native CPU kernel, the slower cpu kernel (torch) runs instead: %s", error)
         return None, f"could not be built: {error}"
+    if library.hf_longctx_width() < WIDTH:
+        return None, "is slower than kernel cpu where there are neither AVX2 nor AVX-512 instructions"
     for name in ("decode", "dense", "streaming", "sparse"):
         getattr(library, f"hf_longctx_{name}").argtypes = (c_int, c_double, c_void_p)
     return library, None

@@ -28,3 +28,4 @@ ENTRY(sparse)
 #define AS_TEXT(x) #x
 #define TEXT(x) AS_TEXT(x)
 extern "C" const char* hf_longctx_key() { return TEXT(HF_LONGCTX_KEY); }
+extern "C" int hf_longctx_width() { return W; }

@@ -17,7 +17,7 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define AVX512 1
 constexpr int W = 16;  // floats of a vector
-#elif defined(__AVX__)
+#elif defined(__AVX2__) && defined(__FMA__)
 #define AVX512 0
 #define AVX 1
 constexpr int W = 8;
