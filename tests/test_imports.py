@@ -62,7 +62,8 @@ LAYERS = {
     "identify_prefill_commands": {"registry", "config", "assets", "identify_commands", "identify_prefill"},
     "__main__": {"cli"},
     "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
-    "bench": {"__init__", "errors", "config", "kernels", "cache", "patch", "loading", "report", "assets", "tasks"},
+    "bench": {"__init__", "errors", "registry", "config", "kernels", "prefill", "layer_plan", "cache", "patch"}
+    | {"loading", "report", "assets", "tasks"},
     "config_commands": CONFIG,
     "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
     | {"identify_prefill_commands"},
