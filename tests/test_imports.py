@@ -64,7 +64,20 @@ LAYERS = {
     "compare_commands": {"__init__", "errors", "registry", "assets", "bench", "identify_commands"},
     "__main__": {"cli"},
     "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
-    "bench": CONFIG | {"__init__", "family", "kernels", "cache", "patch", "loading", "report", "assets", "tasks"},
+    "bench": CONFIG
+    | {
+        "__init__",
+        "family",
+        "kernels",
+        "prefill",
+        "layer_plan",
+        "cache",
+        "patch",
+        "loading",
+        "report",
+        "assets",
+        "tasks",
+    },
     "config_reference": CONFIG,
     "config_commands": CONFIG | {"config_reference"},
     "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
