@@ -65,15 +65,18 @@ def subject(
     """
     if min(settings.tokens) < FEWEST:
         raise ConfigError(f"tokens: patterns run for at least {FEWEST} tokens, given {min(settings.tokens)}.")
+    read = LongCtxConfig.from_yaml if (config or "").lower().endswith((".yaml", ".yml")) else load_shipped
+    own = None if config is None else read(config)
+    if kernel == ("auto" if own is None else own.kernel):
+        kernel = None  # nothing to override
     given = _given(config, pattern, table, kernel)
     settings = replace(settings, layers=1, patterns=(), densities=())
-    if config is None:
+    if own is None:
         kv_heads = max(1, settings.kv_heads // 2)
         heads = kv_heads * (settings.heads // settings.kv_heads)
         one = replace(settings, heads=heads, kv_heads=kv_heads, kernel=kernel or "auto")
         return Subject(one, {"min_tokens": 0, **given["prefill"]}, None, given)
-    read = LongCtxConfig.from_yaml if config.lower().endswith((".yaml", ".yml")) else load_shipped
-    found = read(config).override(**given)
+    found = own.override(**given)
     kv_heads, prefill = _drawn(found, settings.seed, config)
     heads = kv_heads * (found.model.num_attention_heads // found.model.num_key_value_heads)
     one = replace(settings, heads=heads, kv_heads=kv_heads, head_dim=found.model.head_dim, kernel=found.kernel)

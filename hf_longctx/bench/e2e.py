@@ -88,7 +88,8 @@ def _case(settings: Settings, word: str, model: Any, tokens: int) -> dict:
         logits, ran[name] = _turn(settings, model, columns[name], ids, prefill[name], decode[name])
         if number == 0:
             first[name] = logits
-    error = max(error, _same(f"the logits of {RETRIEVAL}", first[RETRIEVAL], first[STOCK], word))
+            if name in (STOCK, RETRIEVAL) and {STOCK, RETRIEVAL} <= first.keys():
+                error = max(error, _same(f"the logits of {RETRIEVAL}", first[RETRIEVAL], first[STOCK], word))
     total = {name: Samples([a + b for a, b in zip(prefill[name].ms, decode[name].ms, strict=True)]) for name in columns}
     parts = {"prefill": prefill, "decode": decode, "total": total}
     figures = {

@@ -47,7 +47,7 @@ def _case(settings: Settings, word: str, tokens: int, patterns: Mapping[str, Cho
     outs = {name: attend(column, short, Samples(), Samples()) for name, column in columns.items()}
     _check(settings, word, short, columns, outs)  # before minutes are spent, and to warm up
     for pattern in patterns.values():
-        pattern.choose(*(x[:, :, :WARM] for x in local))
+        pattern.choose(*local)
     times, updates, outs = ({name: Samples() for name in (*columns, *patterns)} for _ in range(3))
     densities = {}
     for number, name in turns({**columns, **patterns}, settings.rounds):

@@ -102,6 +102,7 @@ def test_without_a_config_half_of_the_kv_heads_are_measured_with_a_default_patte
     assert (one.settings.heads, one.settings.kv_heads, one.settings.layers) == (4, 2, 1)
     assert one.prefill == {"min_tokens": 0, "retrieval": {"pattern": "vertical_slash"}} and one.config is None
     assert crossover.override(one, 512)["python"].endswith("'retrieval': {'pattern': 'vertical_slash'}})")
+    assert "kernel" not in crossover.subject(TINY, kernel="auto").given
 
 
 def test_a_config_gives_shape_roles_patterns_and_kernel(tmp_path):
@@ -131,6 +132,7 @@ def test_a_config_gives_shape_roles_patterns_and_kernel(tmp_path):
     other = crossover.subject(TINY, config=str(path), pattern=PATTERN, kernel="reference")
     assert other.settings.kernel == "reference" and other.prefill["retrieval"]["top_k"] == 1
     assert other.prefill["tables"] == {} and set(other.given) == {"kernel", "prefill"}
+    assert crossover.subject(TINY, config=str(path), kernel="cpu").given == {}
 
 
 def test_a_shipped_config_and_one_of_its_tables():
