@@ -18,7 +18,7 @@ from hf_longctx.bench import block_lists, columns, decode, e2e, environment, pre
 from hf_longctx.bench.measure import Samples, paired_ratio, turns
 from hf_longctx.bench.settings import Settings
 from hf_longctx.cli import app
-from hf_longctx.kernels import native
+from hf_longctx.kernels import cpu
 
 SHAPE = {"layers": 2, "heads": 8, "kv_heads": 4, "head_dim": 16, "sink": 4, "recent": 16, "rounds": 2}
 TINY = Settings((65, 150), **SHAPE)
@@ -28,7 +28,7 @@ NAMES = {
     "prefill": ["stock", "all retrieval", "all streaming", "blocks 10%", "blocks 20%", "blocks 30%"],
     "e2e": ["stock", "all retrieval", "half streaming", "all streaming"],
 }
-sparse_prefill, list_answer = native.sparse_prefill, block_lists.list_answer
+sparse_prefill, list_answer = cpu.sparse_prefill, block_lists.list_answer
 RAW = {  # benchmark -> (figures with raw times, samples per column)
     "decode": (["ms_per_layer", "sum_ms_per_layer"], 2 * 3),
     "prefill": (["ms", "update_ms"], 2),
@@ -133,7 +133,7 @@ def test_a_wrong_retrieval_column_is_caught(run, monkeypatch):
 def test_a_wrong_block_list_is_caught_before_anything_is_timed(wrong, monkeypatch):
     other = block_lists.random_list(300, 4, 0.8, seed=9)
     if wrong == "attend":
-        monkeypatch.setattr(native, "sparse_prefill", lambda q, k, v, _, scale: sparse_prefill(q, k, v, other, scale))
+        monkeypatch.setattr(cpu, "sparse_prefill", lambda q, k, v, _, scale: sparse_prefill(q, k, v, other, scale))
     else:
         monkeypatch.setattr(prefill, "list_answer", lambda q, k, v, at, _: list_answer(q, k, v, at, other))
     monkeypatch.setattr(prefill, "turns", lambda *args: pytest.fail("timed columns that differ"))
@@ -158,7 +158,7 @@ def test_prefill_without_block_lists_and_with_their_density():
     result = prefill.run(replace(TINY, tokens=(300,), dtypes=("fp32",), densities=(60,), kernel="cpu"))[0]
     column = result["columns"]["blocks 60%"]
     assert column["density"] == block_lists.random_list(300, 4, 0.6, TINY.seed).density < 1
-    assert column["kernel"] == "native"
+    assert column["kernel"] == "cpu"
     printed = io.StringIO()
     show.show(Console(width=250, file=printed), show.as_json("prefill", TINY, [result]))
     share = column["density"] * result["columns"]["stock"]["ms"]["median_ms"] / column["ms"]["median_ms"]
