@@ -3,6 +3,7 @@
 from .cache import LongCtxCache
 from .config import LongCtxConfig
 from .errors import CacheError, ConfigError, LongCtxError, UnsupportedModeError, UnsupportedModelError
+from .evaluate.compare import compare
 from .identify import identify
 from .identify_prefill import identify_prefill
 from .loading import AutoModelForCausalLM, install, uninstall
@@ -20,6 +21,7 @@ __all__ = [
     "LongCtxError",
     "UnsupportedModeError",
     "UnsupportedModelError",
+    "compare",
     "identify",
     "identify_prefill",
     "install",

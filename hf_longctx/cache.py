@@ -329,6 +329,17 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of memory that a cache really holds, a ``LongCtxCache`` or a dense one of Transformers.
+
+    A dense sliding layer whose keys are a view of the whole prompt's holds all of them.
+    """
+    if isinstance(cache, LongCtxCache):
+        return cache.nbytes
+    filled = (layer for layer in cache.layers if getattr(layer, "is_initialized", False))
+    return storage_bytes(tensor for layer in filled for tensor in (layer.keys, layer.values))
+
+
 def _length(query_length) -> int:
     """Transformers before 5.4 gives the positions of the new tokens instead of their number."""
     return query_length if isinstance(query_length, int) else query_length.shape[0]

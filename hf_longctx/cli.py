@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from . import config_commands
 from .bench import commands as bench
+from .compare_commands import command as compare
 from .errors import LongCtxError
 from .identify_commands import command as identify
 from .identify_prefill_commands import command as identify_prefill
@@ -33,6 +34,7 @@ app = typer.Typer(
     help="Head-classified KV caches and sparse prefill for Hugging Face Transformers.",
 )
 app.add_typer(bench.app, name="bench")
+app.command("compare")(compare)
 app.command("identify")(identify)
 app.command("identify-prefill")(identify_prefill)
 app.add_typer(config_commands.app, name="configs")

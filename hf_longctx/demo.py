@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Cache
+from transformers import AutoTokenizer
 
 from .assets import asset
-from .cache import LongCtxCache
+from .cache import cache_bytes
 from .config import LongCtxConfig
 from .loading import AutoModelForCausalLM
 from .patch import patch_model, state_of, unpatch_model
@@ -81,13 +81,6 @@ def ask(model: nn.Module, way: Way, text: Tensor, questions: Tensor, answers: Te
     out = model.generate(prompt, past_key_values=cache, max_new_tokens=ANSWER, do_sample=False)
     way.decode.append((time.perf_counter() - start) / ANSWER)
     way.hits += (out[:, -ANSWER:] == answers).all(-1).tolist()
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of keys and values a cache holds, ours or Transformers' own."""
-    if isinstance(cache, LongCtxCache):
-        return cache.nbytes
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def run(

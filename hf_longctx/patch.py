@@ -1,4 +1,4 @@
-"""patch_model, unpatch_model, patched, observe: switch one model over, and back."""
+"""patch_model, unpatch_model, patched, unpatched, observe: switch one model over, and back."""
 
 from __future__ import annotations
 
@@ -135,15 +135,33 @@ def patched(
         UnsupportedModelError: as ``patch_model``.
         ConfigError: as ``patch_model``.
     """
-    before = state_of(model)
+    with _patch_kept(model):
+        yield patch_model(model, config, **sections)
+
+
+@contextmanager
+def unpatched(model: nn.Module) -> Iterator[nn.Module]:
+    """``with unpatched(model): ...``: the model is dense inside, and gets its patch back on exit as with ``patched``.
+
+    Raises:
+        UnsupportedModelError: this is no Transformers model.
+    """
+    with _patch_kept(model):
+        yield unpatch_model(model)
+
+
+@contextmanager
+def _patch_kept(model: nn.Module) -> Iterator[None]:
+    """On exit the model is patched as it was, or not at all, also after an exception."""
+    before, whole = state_of(model), _patched_as(model)
     attention = None if before is None else unwrap(model).base_model.config._attn_implementation
     try:
-        yield patch_model(model, config, **sections)
+        yield
     finally:
         if before is None:
             unpatch_model(model)
         else:
-            _apply(_patched_as(model), before.config)
+            _apply(whole, before.config)
             state_of(model).go_on_from(before)
             unwrap(model).base_model.config._attn_implementation = attention
 

@@ -57,9 +57,7 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """Where the model takes its input ids."""
-        embeddings = self.model.get_input_embeddings()
-        hook = getattr(embeddings, "_hf_hook", None)  # accelerate's, where weights are offloaded
-        return torch.device(getattr(hook, "execution_device", None) or embeddings.weight.device)
+        return input_device(self.model)
 
     def rng(self, *stream: int) -> np.random.Generator:
         """A generator that depends on the seed and ``stream`` alone."""
@@ -92,6 +90,13 @@ class Subject:
         if given is not None and given > self.longest:
             logger.warning("%s: %d tokens are more than the %d the model was made for", name, given, self.longest)
         return min(default, self.longest) if given is None else given
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its input ids."""
+    embeddings = model.get_input_embeddings()
+    hook = getattr(embeddings, "_hf_hook", None)  # accelerate's, where weights are offloaded
+    return torch.device(getattr(hook, "execution_device", None) or embeddings.weight.device)
 
 
 @contextmanager

@@ -1,0 +1,68 @@
+"""The command ``hf-longctx compare``."""
+
+from __future__ import annotations
+
+import json as to_json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from . import compare
+from .assets import embedded
+from .bench.environment import environment
+from .errors import ConfigError
+from .identify_commands import DTYPES, check_output, device_of, load_model
+from .registry import check_word
+
+Config = Annotated[str, typer.Option(help="Shipped config or YAML; default: the one made for the model.")]
+Chat = Annotated[bool, typer.Option("--chat", help="The file is a user's message: the chat template goes around it.")]
+Positions = Annotated[int, typer.Option(help="Tokens at the end of the prompt whose prediction is compared.", min=0)]
+Chunk = Annotated[int | None, typer.Option(help="Tokens of the prompt per forward [default: all].", min=1)]
+Json = Annotated[Path | None, typer.Option("--json", help="Write everything, the tokens too, and the versions here.")]
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, or an embedded model (hf-longctx/tiny-llama).")],
+    prompt_file: Annotated[Path, typer.Option(help="The prompt, a UTF-8 text.", dir_okay=False)],
+    config: Config = "auto",
+    chat: Chat = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)] = 64,
+    prompt_positions: Positions = 256,
+    rounds: Annotated[int, typer.Option(help="Timed runs of either way; 0 measures no times.", min=0)] = 3,
+    prefill_chunk_size: Chunk = None,
+    json: Json = None,
+    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Default: the accelerator if there is one, else the CPU.")] = None,
+) -> None:
+    """Dense against patched on a prompt of yours: where the answers part, agreement, KL, KV bytes and times."""
+    check_word(dtype, DTYPES, "--dtype")
+    if json is not None:
+        check_output(json, (".json",), "--json")
+    text = _read(prompt_file)
+    loaded, tokenizer = load_model(embedded(model), dtype, device_of(device))
+    with Console(stderr=True).status("compare: dense and patched in turns"):
+        found = compare(
+            loaded,
+            [{"role": "user", "content": text}] if chat else text,
+            config=config,
+            tokenizer=tokenizer,
+            max_new_tokens=max_new_tokens,
+            prompt_positions=prompt_positions,
+            rounds=rounds,
+            prefill_chunk_size=prefill_chunk_size,
+        )
+    Console().print(str(found), markup=False, highlight=False, soft_wrap=True)
+    if json is not None:
+        json.write_text(to_json.dumps({"environment": environment(), **found.as_dict()}, indent=1) + "\n", "utf-8")
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompt-file: {path} cannot be read: {error}") from None
+    if not text.strip():
+        raise ConfigError(f"--prompt-file: {path} is empty.")
+    return text

@@ -1,0 +1,148 @@
+"""What evaluation makes a model do, dense or patched alike: answer, predict along a given text, read a long text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..cache import cache_bytes
+from ..errors import ConfigError, UnsupportedModelError
+from ..identify.base import input_device
+from ..patch import unwrap
+from .measures import LOGITS, Perplexity
+
+STEP = 64  # tokens of a given answer per forward: too few for a prefill pattern, so they are read as in decoding
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one greedy generation gave.
+
+    Attributes:
+        tokens: the new tokens, the one that ended the answer included.
+        cache_bytes: bytes the cache really held once the prompt was read.
+        prefill_s: seconds until the first token was known.
+        decode_ms: milliseconds for each token after it; None where there is none.
+    """
+
+    tokens: tuple[int, ...]
+    cache_bytes: int
+    prefill_s: float
+    decode_ms: float | None
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, ids: Tensor, most: int, stop: Collection[int] = (), chunk: int | None = None) -> Answer:
+    """Answer a prompt with the most likely token each time, whatever the generation_config says.
+
+    Args:
+        ids: the prompt ``[1, T]``.
+        most: new tokens at most.
+        stop: tokens that end the answer.
+        chunk: tokens of the prompt per forward; None for all of them at once.
+    """
+    cache, start = None, _now(ids.device)
+    for piece in ids.split(chunk or ids.shape[1], 1):
+        out = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+    tokens = [int(out.logits[0, -1].argmax())]
+    read, held = _now(ids.device), cache_bytes(cache)
+    first = time.perf_counter()
+    while len(tokens) < most and tokens[-1] not in stop:
+        out = model(input_ids=ids.new_tensor([tokens[-1:]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        tokens.append(int(out.logits[0, -1].argmax()))
+    decoded = 1000 * (_now(ids.device) - first) / (len(tokens) - 1) if len(tokens) > 1 else None
+    return Answer(tuple(tokens), held, read - start, decoded)
+
+
+@torch.no_grad()
+def forced(model: nn.Module, ids: Tensor, answer: Tensor, last: int, chunk: int | None = None) -> Tensor:
+    """Hidden states ``[last + A, D]`` that predict the prompt's last ``last`` tokens, then the ``answer [A]``.
+
+    The prompt ``ids [1, T]`` (``last < T``) is read as ``greedy`` reads it, and the answer from the cache.
+    """
+    base, cache, tail = unwrap(model).base_model, None, None
+    for piece in ids.split(chunk or ids.shape[1], 1):
+        out = base(input_ids=piece, past_key_values=cache, use_cache=True)
+        cache, hidden = out.past_key_values, out.last_hidden_state[0]
+        tail = (hidden if tail is None else torch.cat([tail, hidden]))[-last - 1 :].clone()
+    states = [tail]
+    given = answer[:-1]
+    for at in range(0, len(given), STEP):
+        out = base(input_ids=given[None, at : at + STEP], past_key_values=cache, use_cache=True)
+        states.append(out.last_hidden_state[0])
+    return torch.cat(states)
+
+
+@torch.no_grad()
+def output_head(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What makes logits ``[n, V]`` of the base model's hidden states ``[n, D]``.
+
+    Raises:
+        UnsupportedModelError: the model makes its logits in another way as well (scaled, capped, a learned prefix).
+    """
+    head = model.get_output_embeddings()
+    few = torch.arange(min(8, unwrap(model).config.vocab_size), device=input_device(model))[None]
+    want = model(input_ids=few, use_cache=False).logits[0]
+    got = None if head is None else head(unwrap(model).base_model(input_ids=few, use_cache=False).last_hidden_state[0])
+    if got is None or not torch.allclose(got.float(), want.float(), rtol=1e-2, atol=1e-3 * want.abs().max().item()):
+        raise UnsupportedModelError(
+            f"the logits of {type(model).__name__} are not its output embedding of the base model's hidden states, "
+            "which next-token agreement, KL and perplexity are computed from. Compare generated tokens instead."
+        )
+    return head
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, ids: Tensor, *, window: int | None = None, context: int | None = None) -> Perplexity:
+    """Perplexity of a text, read in windows that overlap, every token but the first scored once.
+
+    Args:
+        ids: the text ``[T]``, special tokens included.
+        window: tokens per forward; default: what the model was made for, or the text's length.
+        context: tokens of its window before each scored token, at least, or all the text has before it; default: half
+            the window. With ``window - context`` tokens scored per forward, a longer context takes more forwards.
+
+    Raises:
+        ConfigError: the text has no token to score, or window and context do not fit each other.
+        UnsupportedModelError: as ``output_head``.
+
+    As in Transformers' page on the perplexity of fixed-length models, whose stride is ``window - context``.
+    """
+    if ids.dim() != 1 or len(ids) < 2:
+        raise ConfigError(f"text: got token ids of shape {tuple(ids.shape)}, expected [T] with at least 2 tokens.")
+    if window is None:
+        window = min(len(ids), getattr(unwrap(model).config, "max_position_embeddings", len(ids)))
+    context = window // 2 if context is None else context
+    if not 1 <= context < window:
+        raise ConfigError(f"context must be at least 1 and less than window={window} tokens, given {context}.")
+    base, head, ids = unwrap(model).base_model, output_head(model), ids.to(input_device(model))
+    nll, tokens, rows = 0.0, 0, max(1, LOGITS // unwrap(model).config.vocab_size)
+    for begin, scored, end in windows(len(ids), window, context):
+        hidden = base(input_ids=ids[None, begin:end], use_cache=False).last_hidden_state[0, scored - begin - 1 : -1]
+        for states, right in zip(hidden.split(rows), ids[scored:end].split(rows), strict=True):
+            logits = head(states).float()
+            nll += cross_entropy(logits, right.to(logits.device), reduction="sum").item()
+        tokens += end - scored
+    return Perplexity(nll, tokens)
+
+
+def windows(tokens: int, window: int, context: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, first scored, end) of every window of a text, as token positions."""
+    begin, scored = 0, 1
+    while scored < tokens:
+        end = min(begin + window, tokens)
+        yield begin, scored, end
+        begin, scored = begin + window - context, end
+
+
+def _now(device: torch.device) -> float:
+    """The clock, once the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,148 @@
+"""What is computed from the outputs of two ways of running a model: no model, no prompt, no clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from ..errors import ConfigError
+
+LOGITS = 1 << 24  # logits computed at once: 64 MB in float32
+DRAWS = 1 << 22  # indices drawn at once
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """How two ways of running a model predict the next token, at the same positions of the same text.
+
+    Attributes:
+        positions: how many were compared.
+        agreement: share of them whose most likely token is the same.
+        kl: mean of KL(dense || patched), in nats; ``kl_max`` is the largest.
+    """
+
+    positions: int
+    agreement: float
+    kl: float
+    kl_max: float
+
+
+def next_token(dense: Tensor, patched: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> NextToken:
+    """Agreement and KL of the next token.
+
+    Args:
+        dense, patched: logits ``[T, V]`` at the positions to compare, or with ``head`` hidden states ``[T, D]``.
+        head: hidden states ``[n, D]`` to logits ``[n, V]``. It is called for a few rows at a time, so that no more than
+            ``LOGITS`` logits of each side are ever in memory, whatever T.
+
+    Raises:
+        ConfigError: the shapes differ, or there is no position.
+    """
+    if dense.dim() != 2 or dense.shape != patched.shape or not len(dense):
+        raise ConfigError(
+            f"got shapes {tuple(dense.shape)} and {tuple(patched.shape)}, expected [positions, width] twice, the same."
+        )
+    head = head if head is not None else lambda states: states
+    rows = max(1, LOGITS // head(dense[:1]).shape[-1])
+    same, divergences = 0, []
+    for a, b in zip(dense.split(rows), patched.split(rows), strict=True):
+        a, b = head(a), head(b)
+        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        a, b = log_softmax(a, -1, dtype=torch.float32), log_softmax(b, -1, dtype=torch.float32)
+        divergences.append(kl_div(b, a, reduction="none", log_target=True).sum(-1).clamp_min(0))  # rounding, below 0
+    kl = torch.cat(divergences).double()
+    return NextToken(len(dense), same / len(dense), kl.mean().item(), kl.max().item())
+
+
+@dataclass(frozen=True)
+class SameTokens:
+    """How far two generated answers are the same.
+
+    Attributes:
+        compared: tokens of the longer one.
+        prefix: tokens they have in common from the start on; where it is ``compared``, the answers are equal.
+        equal: share of the positions of the longer one where both have the same token.
+    """
+
+    compared: int
+    prefix: int
+    equal: float
+
+
+def same_tokens(dense: Sequence[int], patched: Sequence[int]) -> SameTokens:
+    """Compare two answers position by position; what only one of them has counts as different."""
+    compared, same = max(len(dense), len(patched)), [a == b for a, b in zip(dense, patched, strict=False)]
+    prefix = same.index(False) if False in same else len(same)
+    return SameTokens(compared, prefix, sum(same) / compared if compared else 1.0)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference of two means over ``pairs`` questions, and its confidence interval.
+
+    ``low`` and ``high`` are None for a single pair, of which resampling learns nothing.
+    """
+
+    difference: float
+    low: float | None
+    high: float | None
+    pairs: int
+    confidence: float
+
+
+def paired_bootstrap(
+    dense: Sequence[float],
+    patched: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """The percentile interval of mean(patched) - mean(dense), by drawing questions with replacement.
+
+    Both answered the same questions, so pairs are drawn: what makes a question hard for both does not widen the
+    interval. Where every pair differs by the same amount the interval has no width, however few pairs there are.
+
+    Args:
+        dense, patched: one number per question, in the same order; hits (bool) for accuracies.
+        seed: the same seed and pairs give the same interval.
+
+    Raises:
+        ConfigError: no pairs, a different number of either, or numbers out of bounds.
+
+    Paper: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
+    if len(dense) != len(patched) or not len(dense):
+        raise ConfigError(f"got {len(dense)} dense and {len(patched)} patched results, expected as many of both.")
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ConfigError(f"confidence must lie between 0 and 1 and resamples be >= 1: {confidence}, {resamples}.")
+    pairs = np.asarray(patched, np.float64) - np.asarray(dense, np.float64)
+    n, rng = len(pairs), np.random.default_rng(seed)
+    if n == 1:
+        return Interval(float(pairs[0]), None, None, 1, confidence)
+    means, rows = np.empty(resamples), max(1, DRAWS // n)
+    for done in range(0, resamples, rows):
+        drawn = rng.integers(n, size=(min(rows, resamples - done), n))
+        means[done : done + rows] = pairs[drawn].mean(1)
+    low, high = np.percentile(means, [50 * (1 - confidence), 50 * (1 + confidence)])
+    return Interval(float(pairs.mean()), float(low), float(high), n, confidence)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a text was predicted: the sum of its tokens' negative log-likelihoods, in nats."""
+
+    nll: float
+    tokens: int
+
+    @property
+    def value(self) -> float:
+        """exp of the mean negative log-likelihood; infinite where that is too large for a float."""
+        mean = self.nll / self.tokens
+        return math.exp(mean) if mean < 700 else math.inf
