@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +17,7 @@ from .errors import ConfigError
 from .identify import identify, methods
 from .identify._processes import Processes
 from .identify.base import Method
-from .registry import build, check_word
+from .registry import build, check_word, read_fields
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PICTURES = (".png", ".pdf", ".svg")
@@ -53,7 +52,7 @@ def command(
     duo_gates trains on several processes: `accelerate launch --num_processes 2 -m hf_longctx identify ...`, with
     `--multi_gpu` also where there are no GPUs.
     """
-    given = _options(options or [])
+    given = read_fields(options or [], "--set", "--set steps=500")
     chosen: Method = build("identify", {"method": method, **given}, "method", "identify")
     check_word(dtype, DTYPES, "--dtype")
     check_output(out, (".yaml", ".yml"), "--out")
@@ -80,20 +79,6 @@ def command(
     if processes.main:
         _write(config, out, plot)
         show(Console(), config, out)
-
-
-def _options(pairs: list[str]) -> dict[str, Any]:
-    """``["steps=500"]`` as ``{"steps": 500}``, values as YAML reads them."""
-    given = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        try:
-            given[name.strip().replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
-        if not equals:
-            raise ConfigError(f"--set: got {pair!r}, expected NAME=VALUE, e.g. --set steps=500.")
-    return given
 
 
 def check_output(path: Path, endings: tuple[str, ...], option: str) -> None:

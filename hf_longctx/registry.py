@@ -20,6 +20,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import yaml
+
 from .errors import ConfigError
 
 NOT_WORDS = {"base"}
@@ -30,10 +32,14 @@ _short.maxstring = _short.maxother = 80
 
 
 def words(folder: str) -> tuple[str, ...]:
-    """The words of ``hf_longctx/<folder>``: its file names, sorted, without ``base`` and underscore names."""
+    """The words of ``hf_longctx/<folder>``: its file names, sorted, without ``base`` and underscore names.
+
+    A folder with other files that are no words names them in its own ``NOT_WORDS``.
+    """
     package = importlib.import_module(f"hf_longctx.{folder}")
+    left_out = NOT_WORDS | getattr(package, "NOT_WORDS", set())
     names = (module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
-    return tuple(sorted(name for name in names if name not in NOT_WORDS and not name.startswith("_")))
+    return tuple(sorted(name for name in names if name not in left_out and not name.startswith("_")))
 
 
 def load(folder: str, word: object, where: str = "") -> type:
@@ -140,6 +146,24 @@ def convert(value: object, hint: Any, where: str, metadata: Mapping[str, Any]) -
     if dataclasses.is_dataclass(hint):
         return make(hint, value, where)
     return _convert_scalar(value, hint, where, metadata)
+
+
+def read_fields(pairs: Iterable[str], where: str, example: str) -> dict[str, Any]:
+    """``["steps=500"]`` as ``{"steps": 500}``, values as YAML reads them; how fields are given on a command line.
+
+    Raises:
+        ConfigError: a pair that is none; the message starts with ``where`` and shows ``example``.
+    """
+    given: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            given[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise ConfigError(f"{where}: got {pair!r}, expected NAME=VALUE, e.g. {example}.")
+    return given
 
 
 def check_mapping(value: object, where: str) -> dict[str, Any]:

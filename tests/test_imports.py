@@ -51,7 +51,7 @@ LAYERS = {
     | {"patch_state", "hooks"},
     "loading": {"errors", "config", "patch"},
     "report": {"errors", "cache", "patch"},
-    "tasks": {"errors"},
+    "tasks": {"errors", "registry"},
     "identify": {"errors", "registry", "config", "config_find", "patch", "tasks"},
     "identify_prefill": CONFIG | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"},
     "evaluate": {"errors", "config", "cache", "patch", "report", "identify"},

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..tasks.answer import input_device
 from ..tasks.documents import Documents
 
 T = TypeVar("T")

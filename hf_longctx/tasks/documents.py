@@ -15,7 +15,16 @@ import numpy as np
 
 from ..errors import ConfigError
 from . import tiny_language
-from .haystack import Haystack, TextHaystack, TinyFiller, TokenNoise, is_tiny_language, ordinary_tokens, word_tokens
+from .haystack import (
+    Haystack,
+    TextHaystack,
+    TinyFiller,
+    TokenNoise,
+    is_tiny_language,
+    ordinary_tokens,
+    weave,
+    word_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -143,12 +152,10 @@ class PasskeyDocuments(Documents):
         used = sum(map(len, told)) + sum(map(len, back)) + len(self._bos)
         before = place(rng, length - used, count, depth)
         filler = self.haystack.sample(rng, length - used)
-        ids, needles = list(self._bos), np.empty((count, self.words), dtype=np.int64)
-        for i, (begin, end) in enumerate(zip([0, *before], [*before, len(filler)], strict=True)):
-            ids.extend(filler[begin:end])
-            if i < count:
-                needles[i] = len(ids) + len(self._intro[i]) + np.arange(self.words)
-                ids.extend(told[i])
+        woven, starts = weave(filler, before, told)
+        ids = [*self._bos, *woven]
+        intros = [len(self._bos) + len(self._intro[i]) for i in range(count)]
+        needles = (np.asarray(starts) + intros)[:, None] + np.arange(self.words)
         answers = []
         for i, tokens in zip(asked, back, strict=True):
             answers.append(len(ids) + len(self._intro[i]) + np.arange(self.words))

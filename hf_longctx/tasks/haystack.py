@@ -1,16 +1,17 @@
-"""Text to hide things in: a user's files, the embedded models' own language, or random tokens of any tokenizer."""
+"""Text to hide things in: a user's files, sentences, random tokens of any tokenizer, or the embedded models' filler."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import ConfigError
 from . import tiny_language
+from ._words import sentences
 
 
 class Haystack(ABC):
@@ -64,6 +65,24 @@ class TokenNoise(Haystack):
         return rng.choice(self.vocabulary, size=length)
 
 
+class Sentences(Haystack):
+    """Sentences about nothing, from the beginning of one on.
+
+    Args:
+        encode: text to token ids, as they are in the middle of a text.
+    """
+
+    def __init__(self, encode: Callable[[str], list[int]]):
+        self.encode = encode
+
+    def sample(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        ids: list[int] = []
+        while len(ids) < length:
+            more = sentences(rng, (length - len(ids)) // 8 + 2)
+            ids += self.encode("".join(f" {sentence}" for sentence in more))
+        return np.asarray(ids[:length], dtype=np.int64)
+
+
 class TinyFiller(Haystack):
     """The filler of the embedded models' language."""
 
@@ -72,6 +91,20 @@ class TinyFiller(Haystack):
 
     def sample(self, rng: np.random.Generator, length: int) -> np.ndarray:
         return self.filler.sample(rng, 1, length)[0]
+
+
+def weave(filler: Sequence[int], before: Sequence[int], pieces: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """(``filler`` with ``pieces`` in it, where each piece begins).
+
+    Args:
+        before: filler tokens before each piece, ascending.
+    """
+    ids, starts = list(filler[: before[0]] if len(before) else filler), []
+    for piece, begin, end in zip(pieces, before, [*before[1:], len(filler)], strict=True):
+        starts.append(len(ids))
+        ids.extend(piece)
+        ids.extend(filler[begin:end])
+    return ids, starts
 
 
 def ordinary_tokens(tokenizer) -> np.ndarray:
