@@ -93,13 +93,6 @@ class Subject:
         return min(default, self.longest) if given is None else given
 
 
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its input ids."""
-    embeddings = model.get_input_embeddings()
-    hook = getattr(embeddings, "_hf_hook", None)  # accelerate's, where weights are offloaded
-    return torch.device(getattr(hook, "execution_device", None) or embeddings.weight.device)
-
-
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """On exit every module is in the mode (train or eval) it was in, also after an exception."""
