@@ -98,7 +98,7 @@ def show(console: Console, summary: Summary, out: Path) -> None:
     """The figures per length, and where the report is."""
     table = Table(title="eval: all tasks together")
     for name in SHORT:
-        table.add_column(name, justify="left" if name == "variant" else "right")
+        table.add_column(name, justify="left" if name == "variant" else "right", overflow="fold")
     for row in summary.by_length:
         for name in row.cells:
             told = dict(zip(LINE, line(row, name), strict=True))

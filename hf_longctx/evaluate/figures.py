@@ -45,7 +45,7 @@ def heat_maps(task: str, rows: list[Row], variants: tuple[str, ...]) -> Figure:
     cells = {(row.length, row.depth): row.cells for row in rows}
     wide, high = min(len(variants), WIDE), -(-len(variants) // WIDE)
     figure = new_figure(1.6 + wide * max(2.4, 0.62 * len(lengths)), 0.8 + high * max(2.2, 1.2 + 0.34 * len(depths)))
-    every = figure.subplots(high, wide, squeeze=False, sharex=True, sharey=True).flat
+    every = figure.subplots(high, wide, squeeze=False).ravel().tolist()
     for axes, name in zip(every, variants, strict=False):
         values = [[cells[length, depth][name].accuracy for length in lengths] for depth in depths]
         image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
@@ -56,8 +56,8 @@ def heat_maps(task: str, rows: list[Row], variants: tuple[str, ...]) -> Figure:
             for x, value in enumerate(line):
                 colour = "white" if value < 0.6 else "black"
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-    for axes in list(every)[len(variants) :]:
-        axes.set_axis_off()
+    for axes in every[len(variants) :]:
+        axes.remove()
     figure.supxlabel("tokens of the prompt", fontsize=9)
     figure.supylabel("depth (0: beginning)", fontsize=9)
     figure.suptitle(task, fontsize=10)
@@ -81,7 +81,7 @@ def tradeoff(summary: Summary) -> Figure:
     axes.set_xlabel("KV cache, % of dense")
     axes.set_ylabel("accuracy")
     axes.set_ylim(-0.03, 1.05)
-    axes.set_xlim(0, 112)
+    axes.set_xlim(0, 106 * max(cell.cache_share for row in summary.by_length for cell in row.cells.values()))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
