@@ -64,7 +64,7 @@ LAYERS = {
     "compare_commands": {"__init__", "errors", "registry", "assets", "bench", "identify_commands"},
     "__main__": {"cli"},
     "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
-    "bench": {"__init__", "errors", "config", "kernels", "cache", "patch", "loading", "report", "assets", "tasks"},
+    "bench": CONFIG | {"__init__", "family", "kernels", "cache", "patch", "loading", "report", "assets", "tasks"},
     "config_commands": CONFIG,
     "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
     | {"identify_prefill_commands", "compare_commands"},

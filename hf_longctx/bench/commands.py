@@ -1,4 +1,4 @@
-"""The commands ``hf-longctx bench decode | prefill | e2e``."""
+"""The commands ``hf-longctx bench decode | prefill | e2e | memory``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import typer
 from rich.console import Console
 
 from .environment import Busy, retune
+from .memory_commands import command as memory
 from .settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Speed and memory, stock against patched, on this machine.")
+app.command("memory")(memory)
 
 Dtypes = Annotated[str, typer.Option("--dtype", help="fp32, bf16, or both.")]
 Layers = Annotated[int, typer.Option(help="Layers. The default shape is that of Llama-3.2-1B.")]

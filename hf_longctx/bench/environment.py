@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 
 from ..environment import environment as environment
 from ..environment import malloc as malloc
-from ..environment import read
+from ..environment import read as _read
 
 # Without these glibc maps fresh pages for every large tensor, and a growing torch.cat spends its time in page faults.
 TUNED = {
@@ -33,7 +34,7 @@ class Busy:
     @staticmethod
     def _now() -> tuple[float, float, float] | None:
         """Seconds all processors were busy, those of them that were ours, and the clock; None where it is not known."""
-        first = read("/proc/stat").partition("\n")[0].split()
+        first = _read("/proc/stat").partition("\n")[0].split()
         if first[:1] != ["cpu"]:
             return None
         user, nice, system, _, _, irq, softirq, steal = (float(field) for field in first[1:9])
@@ -48,3 +49,17 @@ class Busy:
             return None
         busy, own, wall = (b - a for a, b in zip(self.start, now, strict=True))
         return max(0.0, busy - own) / (max(wall, 1e-9) * (os.cpu_count() or 1))
+
+
+def free_memory() -> int | None:
+    """Bytes this process can still get, by the machine and by its control group; None where neither is known."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    bounds = [1024 * int(found[1])] if found else []
+    for limit, used in (
+        ("memory.max", "memory.current"),  # cgroup v2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        numbers = [_read(f"/sys/fs/cgroup/{name}").strip() for name in (limit, used)]
+        if all(number.isdigit() for number in numbers):
+            bounds.append(max(0, int(numbers[0]) - int(numbers[1])))
+    return min(bounds, default=None)

@@ -31,6 +31,10 @@ class StoreSpec(ABC):
     def kept(self, tokens: int) -> int:
         """Tokens one head keeps after ``tokens`` tokens."""
 
+    def slots(self, tokens: int, max_tokens: int | None = None) -> int:
+        """Slots of memory one head holds after a forward of ``tokens`` tokens, spare room included."""
+        return room(self.kept(tokens), max_tokens)
+
     @abstractmethod
     def span(self) -> tuple[int, int] | None:
         """(sink, recent) in tokens of the visibility rule, or None where every earlier token is visible."""
@@ -95,8 +99,7 @@ class Store(ABC):
     def grow(self, name: str, k: Tensor, v: Tensor, needed: int, limit: int | None = None) -> Segment:
         """The segment ``name`` with room for ``needed`` slots, at most ``limit``, and never for many more."""
         segment = self.segments.get(name)
-        capacity = needed + max(SPARE, needed // 8) if self.max_tokens is None else self.max_tokens
-        capacity = max(needed, capacity if limit is None else min(capacity, limit))
+        capacity = room(needed, self.max_tokens, limit)
         if segment is not None and needed <= segment.k.shape[2] <= capacity:
             return segment
         grown = self.new_segment(k, v, capacity)
@@ -110,3 +113,9 @@ class Store(ABC):
     def incoming(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """This store's heads of a forward's new keys and values, differentiable."""
         return self.heads.take(k), self.heads.take(v)
+
+
+def room(needed: int, max_tokens: int | None, limit: int | None = None) -> int:
+    """Slots of a new buffer: an eighth more than ``needed``, or what ``max_tokens`` reserves; at most ``limit``."""
+    capacity = needed + max(SPARE, needed // 8) if max_tokens is None else max_tokens
+    return max(needed, capacity if limit is None else min(capacity, limit))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CacheError
 from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
-from .base import SPARE, Store, StoreSpec
+from .base import SPARE, Store, StoreSpec, room
 
 SLACK = SPARE - 1  # tokens that can be taken back after they pushed others out of the window
 
@@ -37,6 +37,11 @@ class SinkRecent(StoreSpec):
 
     def kept(self, tokens: int) -> int:
         return min(tokens, self.sink + self.recent)
+
+    def slots(self, tokens: int, max_tokens: int | None = None) -> int:
+        window = self.sink + self.recent
+        history = SPARE if max(tokens, max_tokens or 0) > window else 0
+        return room(self.kept(tokens), max_tokens, window) + history
 
     def span(self) -> tuple[int, int]:
         return self.sink, self.recent

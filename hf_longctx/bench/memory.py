@@ -1,0 +1,245 @@
+"""``bench memory``: the longest context that fits into so much memory, dense and patched; a calculation in bytes.
+
+Weights + KV cache + the working memory of a prefill. The KV cache is counted slot by slot, spare room included, and
+``memory_check`` allocates it for real. The working memory is what one layer's forward of one chunk of the prompt holds:
+
+- its activations, in numbers per token: 4 hidden + 3 intermediate + 2 head_dim in the MLP, or
+  3 hidden + 2 query heads x head_dim + 2 KV heads x head_dim + 2 head_dim in the attention, whichever needs more;
+- dense, from the second chunk on: Transformers' sdpa takes a mask of chunk x context (one byte each, and once more in
+  the dtype for every row) and, with grouped query heads, copies of the keys and values for every query head;
+- patched: in place of these, while a layer's buffer grows, its old one, at most as large as the new one.
+
+On a CPU torch's profiler agrees with this (tests/bench). Kernels for GPUs may hold more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .. import ConfigError, LongCtxConfig, patch_model
+from ..assets import embedded
+from ..config import load_shipped
+from ..config_files import shipped
+from ..family import find_family
+from ..patch import state_of
+from ..registry import check_word
+from .columns import dtype_of
+
+MOST = 1 << 40  # tokens: what fits more than this has no limit
+DENSE, PATCHED, RESERVED = "dense", "patched", "patched, max_tokens"
+WAYS = (DENSE, PATCHED, RESERVED)
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What is asked.
+
+    Attributes:
+        memory: bytes in all.
+        dtype: word of ``settings.DTYPES``, of weights, cache and activations.
+        batch: rows of the same length.
+        chunk: tokens of the prompt per forward (``prefill_chunk_size``); 0 for all of them.
+        weights: bytes of the weights, None to count the parameters.
+    """
+
+    memory: int
+    dtype: str = "bf16"
+    batch: int = 1
+    chunk: int = 4096
+    weights: int | None = None
+    default_shape = False  # no goals are stated for it
+
+    def __post_init__(self) -> None:
+        if self.memory < 1 or self.batch < 1 or self.chunk < 0 or (self.weights or 0) < 0:
+            raise ConfigError(
+                "memory and batch must be at least 1, chunk and weights not negative, given "
+                f"{self.memory}, {self.batch}, {self.chunk} and {self.weights}."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one way needs for a context of ``tokens`` tokens in each row."""
+
+    tokens: int
+    weights: int
+    kv: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.working
+
+    def as_dict(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model without weights, patched, and what is to be counted of it.
+
+    Attributes:
+        model: on the ``meta`` device.
+        dense: the Transformers config, for a dense cache.
+        notes: what is not known of it, in words.
+    """
+
+    name: str
+    model: Any
+    dense: Any
+    settings: MemorySettings
+    notes: tuple[str, ...] = ()
+
+    @property
+    def plans(self) -> tuple:
+        return state_of(self.model).plans
+
+    @property
+    def kv_heads(self) -> int:
+        return len(self.plans[0].roles)
+
+    @property
+    def head_dim(self) -> int:
+        return LongCtxConfig.describe(self.dense)["head_dim"]
+
+    @property
+    def number(self) -> int:
+        """Bytes of one number."""
+        return dtype_of(self.settings.dtype).itemsize
+
+    @cached_property
+    def weights(self) -> int:
+        if self.settings.weights is not None:
+            return self.settings.weights
+        return sum(parameter.numel() for parameter in self.model.parameters()) * self.number
+
+    def need(self, way: str, tokens: int) -> Need:
+        """What ``way`` needs for ``tokens`` tokens."""
+        return Need(tokens, self.weights, self.kv(way, tokens), self._working(way, tokens))
+
+    def kv(self, way: str, tokens: int) -> int:
+        """Bytes of the KV cache of all rows. With several chunks a growing buffer may have less spare room."""
+        return sum(self.layer_slots(plan, way, tokens) for plan in self.plans) * self._slot
+
+    def layer_slots(self, plan: Any, way: str, tokens: int) -> int:
+        """Slots (a key and a value each) of all KV heads of a layer, of one row."""
+        if way == DENSE:
+            window = plan.stores["streaming"].recent if plan.sliding else None
+            return len(plan.roles) * (tokens if window is None else self._windowed(tokens, window))
+        reserved = tokens if way == RESERVED else None
+        return sum(len(heads.kv_heads) * plan.stores[heads.role].slots(tokens, reserved) for heads in plan.heads)
+
+    @property
+    def _slot(self) -> int:
+        """Bytes of one slot of one KV head, in all rows."""
+        return 2 * self.head_dim * self.number * self.settings.batch
+
+    def chunk(self, tokens: int) -> int:
+        """Tokens per forward of a prompt."""
+        return min(tokens, self.settings.chunk or tokens)
+
+    def _windowed(self, tokens: int, window: int) -> int:
+        """Most slots of a dense sliding layer: what it kept before a chunk, and the chunk, of which it keeps a view."""
+        chunk = self.chunk(tokens)
+        full, last = max(0, tokens // chunk - 1) * chunk, (tokens - 1) // chunk * chunk
+        return max(min(past, window - 1) + min(chunk, tokens - past) for past in (0, full, last))
+
+    def _working(self, way: str, tokens: int) -> int:
+        config, chunk = self.dense, self.chunk(tokens)
+        hidden, heads, width = config.hidden_size, config.num_attention_heads, self.head_dim
+        mlp = 4 * hidden + 3 * config.intermediate_size + 2 * width
+        attention = 3 * hidden + 2 * (heads + self.kv_heads + 1) * width
+        mlp, attention = (chunk * part * self.number * self.settings.batch for part in (mlp, attention))
+        if way == DENSE and chunk < tokens:
+            mask = chunk * tokens
+            mlp, attention = mlp + mask, attention + mask * (1 + self.number * self.settings.batch)
+            if heads > self.kv_heads:
+                attention += tokens * heads * self._slot
+        grown = max(self.layer_slots(plan, way, tokens) for plan in self.plans) * self._slot if way == PATCHED else 0
+        return max(mlp, attention, grown)
+
+
+def longest(subject: Subject, way: str) -> int | None:
+    """Tokens of the longest context whose need fits into the memory; 0 for none, None where there is no limit."""
+
+    def fits(tokens: int) -> bool:
+        return subject.need(way, tokens).total <= subject.settings.memory
+
+    if fits(MOST):
+        return None
+    low, high = 0, 1  # low fits, high does not
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def find(name: str, settings: MemorySettings, config: str | None = None) -> Subject:
+    """A model by a shipped config, a YAML, a local folder or a hub id (of which only config.json is read).
+
+    Args:
+        config: for a folder or hub id, what to patch with: a shipped name or a YAML; None: "auto".
+
+    Raises:
+        ConfigError: there is no such model, no config fits it, or a YAML does not say how large the model is.
+        UnsupportedModelError: its family cannot be patched.
+    """
+    named = load_shipped(name) if name in shipped() else None
+    if name.lower().endswith((".yaml", ".yml")):
+        named = LongCtxConfig.from_yaml(name)
+    if named is not None and config is not None:
+        raise ConfigError(
+            f"--config: {name} is a config itself. Name a model's folder or hub id, or leave --config out."
+        )
+    dense = _read(name) if named is None else _described(name, named)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dense, dtype=dtype_of(settings.dtype))
+    if named is None:
+        patch_model(model, config or "auto")
+        return Subject(name, model, dense, settings)
+    patch_model(model, {**named.to_dict(), "model": LongCtxConfig.describe(dense)})
+    shared = dense.vocab_size * dense.hidden_size * dtype_of(settings.dtype).itemsize
+    note = (
+        f"{name} is a config: it does not say whether the output layer shares the embeddings (counted as if not; "
+        f"{shared / 1e9:.2f} GB less if it does), or that layers have sliding windows of their own (none are counted). "
+        "A model's folder or hub id does."
+    )
+    return Subject(name, model, dense, settings, (note,) if settings.weights is None else ())
+
+
+def _read(name: str) -> Any:
+    """The Transformers config of a folder or a hub id."""
+    path = embedded(name)
+    if "/" not in name and not Path(name).exists():
+        check_word(name, shipped(), "MODEL (with no / in it, a shipped config)")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name!r} is no shipped config (hf-longctx configs lists them), no YAML, and its config.json cannot be "
+            f"read as a folder's or hub id's: {error}"
+        ) from None
+
+
+def _described(name: str, named: LongCtxConfig) -> Any:
+    """A Transformers config with the sizes of a config of ours. Where a token is rotated to costs no memory."""
+    model, finger = named.model, named.model.fingerprint
+    sizes = {key: getattr(finger, key) for key in ("hidden_size", "intermediate_size", "vocab_size")}
+    missing = [key for key, value in sizes.items() if value is None]
+    if missing:
+        raise ConfigError(f"{name}: model.fingerprint lacks {', '.join(missing)}. Name the model's folder or hub id.")
+    heads = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    sizes |= {key: getattr(model, key) for key in heads}
+    find_family(model.model_type)
+    return AutoConfig.for_model(model.model_type, **sizes, sliding_window=None, tie_word_embeddings=False)

@@ -1,0 +1,60 @@
+"""``bench memory --check``: the KV caches that were calculated, allocated for real and counted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from .. import LongCtxCache, LongCtxError
+from ..cache import cache_bytes
+from .columns import dtype_of
+from .environment import free_memory
+from .memory import DENSE, RESERVED, Subject
+
+MARGIN = 0.05  # of the free memory, left to everybody else
+
+
+@torch.no_grad()
+def check(subject: Subject, way: str, tokens: int) -> int:
+    """Bytes really allocated by a cache that was filled layer by layer with ``tokens`` tokens in each row.
+
+    Raises:
+        LongCtxError: the machine has less memory free than that, or they are not the bytes that were calculated.
+    """
+    wanted, free = subject.kv(way, tokens), free_memory()
+    if free is not None and wanted > (1 - MARGIN) * free:
+        raise LongCtxError(
+            f"--check: the {way} cache of {tokens} tokens takes {wanted / 1e9:.2f} GB, this machine has "
+            f"{free / 1e9:.2f} GB free. Check a shorter context with --check-tokens, or on a larger machine."
+        )
+    counted = fill(subject, way, tokens)
+    if counted != wanted:
+        raise LongCtxError(
+            f"the {way} cache of {tokens} tokens was calculated as {wanted} bytes and takes {counted}: the table is "
+            "wrong. Please report this with your versions."
+        )
+    return counted
+
+
+def fill(subject: Subject, way: str, tokens: int) -> int:
+    """Most bytes that the layers of a new cache hold while they are filled with zeros."""
+    if way == DENSE:
+        cache: Cache = DynamicCache(config=subject.dense)
+    else:
+        cache = LongCtxCache(subject.model, max_tokens=tokens if way == RESERVED else None)
+    most = 0
+    for index, plan in enumerate(subject.plans):
+        step = subject.chunk(tokens) if way == DENSE and plan.sliding else tokens
+        before, largest = cache_bytes(cache), 0
+        for past in range(0, tokens, step):
+            cache.update(*_zeros(subject, len(plan.roles), min(step, tokens - past)), index)
+            largest = max(largest, cache_bytes(cache) - before)
+        most += largest
+    return most
+
+
+def _zeros(subject: Subject, heads: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[B, H_kv, T, D]`` of a layer, behind which there is one number each."""
+    shape = (subject.settings.batch, heads, tokens, subject.head_dim)
+    return tuple(torch.zeros(1, dtype=dtype_of(subject.settings.dtype)).expand(shape) for _ in "kv")

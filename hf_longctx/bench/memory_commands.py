@@ -1,0 +1,125 @@
+"""The command ``hf-longctx bench memory``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .settings import DTYPES
+
+if TYPE_CHECKING:
+    from .memory import Subject
+
+UNITS = {"GB": 10**9, "MB": 10**6, "TB": 10**12, "GiB": 2**30, "MiB": 2**20, "TiB": 2**40}
+
+Memory = Annotated[str, typer.Option(help="In all, e.g. 24GB (10^9 bytes each) or 24GiB.")]
+Batch = Annotated[int, typer.Option(help="Rows of that length.", min=1)]
+Chunk = Annotated[int, typer.Option(help="Tokens of the prompt per forward (prefill_chunk_size); 0 for all.", min=0)]
+Weights = Annotated[str | None, typer.Option(help="Size of the weights, e.g. 5.7GB of quantised ones.")]
+Config = Annotated[str | None, typer.Option(help="What to patch a folder or hub id with [default: auto].")]
+Check = Annotated[bool, typer.Option("--check", help="Also allocate the KV caches and count their bytes.")]
+CheckTokens = Annotated[int | None, typer.Option(help="Check so many tokens instead of the longest context.", min=1)]
+Json = Annotated[Path | None, typer.Option("--json", help="Write versions, settings and every figure here.")]
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Shipped config, YAML, local folder, or hub id.")],
+    memory: Memory,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16 (fp16 takes as much).")] = "bf16",
+    batch: Batch = 1,
+    chunk: Chunk = 4096,
+    weights: Weights = None,
+    config: Config = None,
+    check: Check = False,
+    check_tokens: CheckTokens = None,
+    json: Json = None,
+) -> None:
+    """The longest context that fits into so much memory, dense and patched: calculated, and checked by allocating."""
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype!r} is not known; known: {', '.join(DTYPES)}", param_hint="--dtype")
+    if json is not None and not json.parent.is_dir():
+        raise typer.BadParameter(f"{json.parent} is not a folder", param_hint="--json")
+    size = None if weights is None else parse(weights, "--weights")
+    from .memory import MemorySettings, find
+    from .show import as_json, save
+
+    settings = MemorySettings(parse(memory, "--memory"), dtype, batch, chunk, size)
+    subject = find(model, settings, config)
+    results = measure(subject, check or check_tokens is not None, check_tokens)
+    show(Console(), subject, results)
+    if json is not None:
+        save(json, {**as_json("memory", settings, results), "model": model, "notes": list(subject.notes)})
+
+
+def parse(text: str, option: str) -> int:
+    """Bytes of a size with its unit."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    units = {name.lower(): factor for name, factor in UNITS.items()}
+    if found is None or found[2].lower() not in units:
+        raise typer.BadParameter(f"{text!r} is no size such as 24GB; units: {', '.join(UNITS)}", param_hint=option)
+    return round(float(found[1]) * units[found[2].lower()])
+
+
+def measure(subject: Subject, check: bool, check_tokens: int | None) -> list[dict[str, Any]]:
+    """For every way the longest context, its need, and where asked for, the bytes that were really allocated.
+
+    Raises:
+        LongCtxError: as ``memory_check.check``.
+    """
+    from . import memory_check
+    from .memory import WAYS, longest
+
+    results = []
+    for way in WAYS:
+        tokens = longest(subject, way)
+        result = {"way": way, "longest": tokens, "need": None, "checked": None}
+        if tokens:
+            result["need"] = subject.need(way, tokens).as_dict()
+        count = check_tokens if check_tokens is not None else tokens
+        if check and count:
+            result["checked"] = {"tokens": count, "bytes": memory_check.check(subject, way, count)}
+        results.append(result)
+    return results
+
+
+def show(console: Console, subject: Subject, results: list[dict[str, Any]]) -> None:
+    """The table, how it was counted, and what is not known."""
+    s, made_for = subject.settings, getattr(subject.dense, "max_position_embeddings", None)
+    table = Table(title=f"bench memory: longest context in {s.memory / 1e9:.2f} GB, {subject.name}")
+    table.add_column("", no_wrap=True)
+    for name in ("tokens", "of dense", "weights GB", "KV GB", "working GB", "KV allocated"):
+        table.add_column(name, justify="right")
+    for result in results:
+        table.add_row(*_line(result, results[0]["longest"]))
+    console.print(table)
+    roles = "".join(plan.roles for plan in subject.plans)
+    rows = f"{s.batch} row{'s' if s.batch > 1 else ''}"
+    read = f"read in chunks of {s.chunk} tokens (prefill_chunk_size={s.chunk})" if s.chunk else "read in one forward"
+    lines = [
+        f"{s.dtype}, {rows} of prompt and answer together, the prompt {read}; patched, {roles.count('R')} of "
+        f"{len(roles)} KV heads keep every token. GB are 10^9 bytes.",
+        "patched: as generate() makes the cache, with the spare room of growing buffers. patched, max_tokens: "
+        "LongCtxCache(model, max_tokens=...), which never grows. working: what a prefill needs beside weights and KV; "
+        "a calculation (docs/benchmarks.md has the rule), attention kernels for GPUs may need more.",
+        *subject.notes,
+    ]
+    if not subject.notes and made_for:
+        lines.append(f"The model was made for {made_for} tokens.")
+    if any(result["longest"] == 0 for result in results):
+        lines.append(f"The weights alone take {subject.weights / 1e9:.2f} GB.")
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def _line(result: dict[str, Any], dense: int | None) -> list[str]:
+    tokens, need, checked = result["longest"], result["need"], result["checked"]
+    line = [result["way"], "no limit" if tokens is None else f"{tokens}" if tokens else "none"]
+    line.append(f"{tokens / dense:.2f}x" if tokens and dense else "")
+    line += [f"{need[part] / 1e9:.2f}" if need else "" for part in ("weights", "kv", "working")]
+    said = "" if checked is None else f"{checked['bytes'] / 1e9:.3f} GB at {checked['tokens']}, as calculated"
+    return [*line, said]

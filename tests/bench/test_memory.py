@@ -1,0 +1,298 @@
+"""``hf-longctx bench memory``: what is calculated is what is allocated, byte for byte, and the longest fits just so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import config_for, tiny_config, tiny_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from hf_longctx import ConfigError, LongCtxConfig, LongCtxError, patch_model
+from hf_longctx.bench import environment, memory, memory_check
+from hf_longctx.bench.memory import DENSE, MOST, PATCHED, RESERVED, WAYS, MemorySettings, Subject, find, longest
+from hf_longctx.bench.memory_check import check, fill
+from hf_longctx.cli import app
+from hf_longctx.config import load_shipped
+from hf_longctx.registry import words
+from hf_longctx.stores.base import SPARE, StoreSpec
+
+SETTINGS = MemorySettings(10**9, "fp32", 1, 64)
+
+
+def invoke(*args: object):
+    done = CliRunner().invoke(app, ["bench", "memory", *map(str, args)], env={"COLUMNS": "200"})
+    assert "Traceback" not in done.output
+    return done
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Makes a model folder with nothing but a config.json, and the YAML that fits it."""
+
+    def make(family="llama", roles="mixed", sink=4, recent=16, **kwargs):
+        config = tiny_config(family, **kwargs)
+        config.save_pretrained(tmp_path / family)
+        model = tiny_model(family, **kwargs)
+        config_for(model, roles, sink, recent).to_yaml(tmp_path / f"{family}.yaml")
+        return str(tmp_path / family), str(tmp_path / f"{family}.yaml")
+
+    return make
+
+
+# Calculated is allocated.
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 20, 21, 277, 1000, 3000])
+@pytest.mark.parametrize("roles", ["retrieval", "streaming", "by layer"])
+@pytest.mark.parametrize(("word", "batch"), [("fp32", 1), ("bf16", 3)])
+def test_the_calculation_is_what_is_allocated(tokens, roles, word, batch, folder):
+    path, config = folder(roles=roles)
+    subject = find(path, replace(SETTINGS, dtype=word, batch=batch), config)
+    number = {"fp32": 4, "bf16": 2}[word]
+    head = 2 * 8 * number * batch  # bytes of a slot of one head: k and v, head_dim 8
+    letters = "".join(plan.roles for plan in subject.plans)
+    r, s = letters.count("R"), letters.count("S")
+    history = 256 if tokens > 20 else 0
+    want = {
+        DENSE: 12 * tokens * head,
+        PATCHED: (r * (tokens + max(256, tokens // 8)) + s * (min(20, tokens + 256) + history)) * head,
+        RESERVED: (r * tokens + s * (min(20, tokens) + history)) * head,
+    }
+    assert len(letters) == 12 and list(want) == list(WAYS)
+    for way in WAYS:
+        assert subject.kv(way, tokens) == want[way] == fill(subject, way, tokens) == check(subject, way, tokens)
+
+
+@pytest.mark.parametrize("chunk", [0, 5, 7, 64])
+@pytest.mark.parametrize("tokens", [3, 8, 9, 40, 63, 64, 65, 300])
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_windows_of_the_model_s_own_are_counted(family, tokens, chunk, folder):
+    path, config = folder(family, sliding=8)
+    subject = find(path, replace(SETTINGS, chunk=chunk), config)
+    sliding = [plan.sliding for plan in subject.plans]
+    assert sliding == ([True] * 3 if family == "mistral" else [False, True, False])
+    for way in WAYS:
+        assert subject.kv(way, tokens) == fill(subject, way, tokens)
+    if chunk == 5 and tokens == 300:
+        head = 2 * 8 * 4 * 4
+        windows = sum(sliding)
+        assert subject.kv(DENSE, tokens) == (windows * (7 + 5) + (3 - windows) * 300) * head
+
+
+def test_every_store_knows_its_slots():
+    assert words("stores") == ("full", "sink_recent"), "a new store is checked above"
+
+    class Twice(StoreSpec):
+        def new(self, heads, max_tokens): ...
+
+        def span(self): ...
+
+        def kept(self, tokens):
+            return 2 * tokens
+
+    assert Twice().slots(100) == 200 + SPARE and Twice().slots(10_000) == 22_500 and Twice().slots(100, 500) == 500
+
+
+def test_a_wrong_calculation_is_an_error(folder, monkeypatch):
+    path, config = folder()
+    subject = find(path, SETTINGS, config)
+    for way in WAYS:
+        check(subject, way, 1000)
+    slots = Subject.layer_slots
+    monkeypatch.setattr(Subject, "layer_slots", lambda *args: slots(*args) + 1)
+    for way in WAYS:
+        with pytest.raises(LongCtxError, match="was calculated as \\d+ bytes and takes \\d+: the table is wrong"):
+            check(subject, way, 1000)
+
+
+def test_nothing_is_allocated_that_the_machine_does_not_have(folder, monkeypatch):
+    path, config = folder()
+    subject = find(path, SETTINGS, config)
+    monkeypatch.setattr(memory_check, "fill", lambda *args: pytest.fail("allocated"))
+    need = subject.kv(PATCHED, 10**6)
+    monkeypatch.setattr(memory_check, "free_memory", lambda: need)
+    with pytest.raises(LongCtxError, match="this machine has .* GB free. Check a shorter context with --check-tokens"):
+        check(subject, PATCHED, 10**6)
+    with pytest.raises(LongCtxError, match="takes 140737.49 GB"):
+        monkeypatch.undo()
+        check(find("llama-3.1-8b-instruct", MemorySettings(1)), DENSE, 2**30)
+
+
+def test_free_memory_is_the_smaller_of_machine_and_group(monkeypatch):
+    files = {
+        "/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    1000 kB\n",
+        "/sys/fs/cgroup/memory.max": "500000\n",
+        "/sys/fs/cgroup/memory.current": "200000\n",
+    }
+    monkeypatch.setattr(environment, "_read", lambda path: files.get(path, ""))
+    assert environment.free_memory() == 300000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert environment.free_memory() == 1024000
+    files.clear()
+    assert environment.free_memory() is None
+
+
+# The working memory of a prefill, against torch's own record of what was allocated.
+
+
+def peak(model, ids, chunk: int) -> int:
+    """Most bytes allocated at once while the prompt is read."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, torch.no_grad():
+        cache = None
+        for piece in ids.split(chunk, 1):
+            cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    held = most = 0
+    events = (event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("chunk", [0, 256])
+@pytest.mark.parametrize(("word", "batch"), [("fp32", 1), ("bf16", 2)])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_the_rule_for_working_memory_is_what_a_prefill_takes(chunk, word, batch, kv_heads, monkeypatch):
+    monkeypatch.undo()  # memory that is filled with NaN is allocated twice
+    sizes = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = AutoConfig.for_model("llama", vocab_size=64, num_key_value_heads=kv_heads, head_dim=32, **sizes)
+    settings, tokens = MemorySettings(1, word, batch, chunk), 2048
+    model = memory.AutoModelForCausalLM.from_config(config, dtype=memory.dtype_of(word)).eval()
+    roles = ["RS" * (kv_heads // 2)] * 2
+    stores = {"streaming": {"store": "sink_recent", "sink": 4, "recent": 64}}
+    ours = {"model": LongCtxConfig.describe(config), "heads": {"roles": roles}, "stores": stores}
+    with torch.device("meta"):
+        counted = memory.AutoModelForCausalLM.from_config(config, dtype=memory.dtype_of(word))
+    subject = Subject("", patch_model(counted, ours), config, settings)
+    ids = torch.randint(64, (batch, tokens))
+    for way in (DENSE, PATCHED):
+        if way == PATCHED:
+            patch_model(model, ours)
+        need = subject.need(way, tokens)
+        got, want = peak(model, ids, chunk or tokens), need.kv + need.working
+        assert 0.93 * want < got <= 1.01 * want, (way, got, want)
+
+
+# The longest context.
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("chunk", [0, 64])
+def test_the_longest_context_fits_and_one_token_more_does_not(way, chunk, folder):
+    path, config = folder(roles="by layer")
+    for size in (10**6, 3 * 10**6, 10**8):
+        subject = find(path, MemorySettings(size, "bf16", 2, chunk), config)
+        tokens = longest(subject, way)
+        assert subject.need(way, tokens).total <= size < subject.need(way, tokens + 1).total
+        assert all(subject.need(way, n).total <= size for n in range(1, tokens, max(1, tokens // 50)))
+    assert longest(replace(subject, settings=MemorySettings(1)), way) == 0
+
+
+def test_heads_that_all_stream_have_no_limit(folder):
+    path, config = folder(roles="streaming")
+    subject = find(path, SETTINGS, config)
+    assert longest(subject, PATCHED) is None and subject.need(PATCHED, MOST).total < 10**9
+    assert 0 < longest(subject, DENSE) < 10**9
+    done = invoke(path, "--config", config, "--memory", "1GB")
+    assert done.exit_code == 0 and "no limit" in done.output
+
+
+def test_weights_are_counted_by_the_parameters(folder):
+    path, config = folder("qwen3")
+    model = tiny_model("qwen3")
+    count = sum(p.numel() for p in model.parameters())
+    for word, number in (("fp32", 4), ("bf16", 2)):
+        assert find(path, replace(SETTINGS, dtype=word), config).weights == count * number
+    assert find(path, replace(SETTINGS, weights=5), config).weights == 5
+    counts = []
+    for tie in (True, False):
+        path, config = folder(tie_word_embeddings=tie)
+        counts.append(find(path, SETTINGS, config).weights)
+    tied, apart = counts
+    assert apart - tied == 97 * 32 * 4
+
+
+def test_shipped_configs_say_what_a_config_cannot():
+    eight = find("llama-3.1-8b-instruct", MemorySettings(24 * 10**9))
+    assert eight.weights == 2 * 8_030_261_248  # as Meta's checkpoint
+    dense, kept = load_shipped("llama-3.1-8b-instruct").kv_bytes(32768)
+    history = 128 * 256 * 2 * 128 * 2  # what kv_bytes leaves out: 256 slots of every streaming head
+    assert (eight.kv(DENSE, 32768), eight.kv(RESERVED, 32768)) == (dense, kept + history)
+    assert "shares the embeddings" in eight.notes[0] and "1.05 GB" in eight.notes[0]
+    assert find("hf-longctx/tiny-llama", SETTINGS).notes == ()
+    assert find("tiny-llama", SETTINGS).plans == find("hf-longctx/tiny-llama", SETTINGS).plans
+
+
+def test_a_yaml_that_does_not_say_how_large_the_model_is(folder, tmp_path):
+    path, config = folder()
+    assert find(config, SETTINGS).kv(PATCHED, 500) == find(path, SETTINGS, config).kv(PATCHED, 500)
+    data = LongCtxConfig.from_yaml(config).to_dict()
+    del data["model"]["fingerprint"]
+    LongCtxConfig.from_dict(data).to_yaml(tmp_path / "bare.yaml")
+    with pytest.raises(ConfigError, match="lacks hidden_size, intermediate_size, vocab_size"):
+        find(str(tmp_path / "bare.yaml"), SETTINGS)
+
+
+# The command.
+
+
+def test_the_command_prints_a_table_and_writes_json(folder, tmp_path):
+    path, config = folder()
+    out = tmp_path / "out.json"
+    args = ("--memory", "2MB", "--dtype", "fp32", "--batch", 2, "--chunk", 64, "--check", "--json", out)
+    done = invoke(path, "--config", config, *args)
+    assert done.exit_code == 0, done.output
+    data = json.loads(out.read_text())
+    assert data["benchmark"] == "memory" and data["goals"] == [] and data["environment"]["torch"] == torch.__version__
+    assert data["settings"] == {"memory": 2 * 10**6, "dtype": "fp32", "batch": 2, "chunk": 64, "weights": None}
+    subject = find(path, MemorySettings(2 * 10**6, "fp32", 2, 64), config)
+    assert [result["way"] for result in data["results"]] == list(WAYS)
+    for result in data["results"]:
+        tokens = longest(subject, result["way"])
+        assert tokens > 0 and result["longest"] == tokens and str(tokens) in done.output
+        assert result["need"] == subject.need(result["way"], tokens).as_dict()
+        assert result["checked"] == {"tokens": tokens, "bytes": result["need"]["kv"]}
+    assert "as calculated" in done.output and "6 of 12 KV heads" in done.output and "4096 tokens" in done.output
+    short = json.loads(invoke_json(tmp_path, path, "--config", config, "--memory", "2MB", "--check-tokens", 100))
+    assert {result["checked"]["tokens"] for result in short["results"]} == {100}
+    unchecked = json.loads(invoke_json(tmp_path, path, "--config", config, "--memory", "2MB", "--weights", "1MiB"))
+    assert {result["checked"] for result in unchecked["results"]} == {None}
+    assert unchecked["settings"]["weights"] == 2**20 and unchecked["results"][0]["need"]["weights"] == 2**20
+
+
+def invoke_json(tmp_path, *args: object) -> str:
+    done = invoke(*args, "--json", tmp_path / "more.json")
+    assert done.exit_code == 0, done.output
+    return (tmp_path / "more.json").read_text()
+
+
+def test_weights_that_do_not_fit_are_said(folder):
+    path, config = folder()
+    done = invoke(path, "--config", config, "--memory", "1GB", "--weights", "2GB")
+    assert done.exit_code == 0 and done.output.count("none") == 3
+    assert "The weights alone take 2.00 GB." in done.output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("llama-3.1-8b-instrct", "--memory", "1GB"), "Did you mean 'llama-3.1-8b-instruct'?"),
+        (("no/such-model", "--memory", "1GB"), "config.json cannot be read"),
+        (("hf-longctx/none", "--memory", "1GB"), "no embedded model 'none'"),
+        (("tiny-llama", "--memory", "1GB", "--config", "tiny-llama"), "tiny-llama is a config itself"),
+        (("tiny-llama", "--memory", "0GB"), "memory and batch must be at least 1"),
+        (("tiny-llama", "--memory", "24"), "is no size such as 24GB"),
+        (("tiny-llama", "--memory", "24QB"), "is no size such as 24GB"),
+        (("tiny-llama", "--memory", "1GB", "--weights", "x"), "is no size such as 24GB"),
+        (("tiny-llama", "--memory", "1GB", "--dtype", "fp8"), "'fp8' is not known; known: fp32, bf16"),
+        (("tiny-llama", "--memory", "1GB", "--json", "/no/such/folder/x.json"), "is not a folder"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(args, message):
+    done = invoke(*args)
+    assert done.exit_code == 2 and message in done.output.replace("\n", " "), done.output
