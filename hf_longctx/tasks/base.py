@@ -130,8 +130,7 @@ class Task(ABC):
     def make(self, language: Language, length: int, depth: float | None = None, seed: int = 0) -> Sample:
         """A sample whose context and longest question have exactly ``length`` tokens; the answer comes after them.
 
-        It depends on the arguments and the fields alone. The same seed gives the same facts at every depth, and the
-        room for an answer is not part of the length.
+        It depends on the arguments and the fields alone. The room for an answer is not part of the length.
 
         Args:
             language: of the model's tokenizer, from ``language_for``.

@@ -11,7 +11,7 @@ from .base import Draft, Task
 from .language import Wording
 
 WORDING = Wording(
-    intro="Below is a list of words. Some of them appear more often than the others.\n\n",
+    intro="Below is a list of words. Some of them appear more often than the others.\n\nList:",
     tell="{key}",
     ask="What are the {key} most common words of the list?",
     lead="The {key} most common words of the list are",

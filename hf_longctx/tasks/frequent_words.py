@@ -13,7 +13,7 @@ from .base import Draft, Task
 from .language import Wording
 
 WORDING = Wording(
-    intro="Below is a text in code. The dots mean nothing, the words are counted.\n\n",
+    intro="Below is a text in code. The dots mean nothing, the words are counted.\n\nText:",
     tell="{key}",
     ask="What are the {key} most frequent words of the text, the dots left out?",
     lead="The {key} most frequent words of the text are",

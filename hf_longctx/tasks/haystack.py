@@ -99,11 +99,13 @@ def weave(filler: Sequence[int], before: Sequence[int], pieces: Sequence[Sequenc
     Args:
         before: filler tokens before each piece, ascending.
     """
-    ids, starts = list(filler[: before[0]] if len(before) else filler), []
-    for piece, begin, end in zip(pieces, before, [*before[1:], len(filler)], strict=True):
+    ids, starts, done = [], [], 0
+    for piece, at in zip(pieces, before, strict=True):
+        ids.extend(filler[done:at])
         starts.append(len(ids))
         ids.extend(piece)
-        ids.extend(filler[begin:end])
+        done = at
+    ids.extend(filler[done:])
     return ids, starts
 
 

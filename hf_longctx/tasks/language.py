@@ -17,7 +17,7 @@ from ._words import Words, ids, names
 from .haystack import Haystack, Sentences, TextHaystack, TinyFiller, TokenNoise, is_tiny_language, ordinary_tokens
 
 HAYSTACKS = ("sentences", "noise")
-REACH = 64  # tokens that a fact moves towards the beginning, to stand between two sentences
+REACH = 128  # tokens that a fact moves towards the beginning, to stand between two sentences
 SAID = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -131,6 +131,7 @@ class TextLanguage(Language):
         chat: bool = False,
     ):
         self.tokenizer = tokenizer
+        self._ends: dict[int, bool] = {}
         self._anchor = self._plain(".")
         self._check()
         self.apart = tuple(self.encode("\n\n"))
@@ -174,11 +175,15 @@ class TextLanguage(Language):
         return 2 * len(self.encode(" " + ", ".join(answers))) + 16
 
     def seams(self, filler, before):
-        tokens = np.unique(filler)
-        ends = [self.tokenizer.decode([i]).rstrip(" ").endswith((".", "!", "?", "\n")) for i in tokens.tolist()]
-        breaks = np.concatenate([[0], 1 + np.flatnonzero(np.isin(filler, tokens[np.asarray(ends, dtype=bool)]))])
+        ends = [i for i in np.unique(filler).tolist() if self._ends_sentence(i)]
+        breaks = np.concatenate([[0], 1 + np.flatnonzero(np.isin(filler, ends))])
         moved = breaks[np.searchsorted(breaks, before, side="right") - 1]
         return np.where(before - moved <= REACH, moved, before)
+
+    def _ends_sentence(self, token: int) -> bool:
+        if token not in self._ends:
+            self._ends[token] = self.tokenizer.decode([token]).rstrip(" ").endswith((".", "!", "?", "\n"))
+        return self._ends[token]
 
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -14,7 +14,7 @@ from .language import Wording
 
 VARIANTS = ("single", "multi_key", "multi_value", "multi_query")
 ONE = Wording(
-    intro="Codes are hidden in the text below. Remember them, you will be asked for them.\n\n",
+    intro="Codes are hidden in the text below. Remember them, you will be asked for them.\n\nText:",
     tell=" The code of the {key} is {value}.",
     ask="What is the code of the {key} in the text?",
     lead="The code of the {key} is",

@@ -10,7 +10,7 @@ from .documents import place
 from .language import Wording
 
 WORDING = Wording(
-    intro="A pass key is hidden in the text below. Remember it, you will be asked for it.\n\n",
+    intro="A pass key is hidden in the text below. Remember it, you will be asked for it.\n\nText:",
     tell=" The pass key is {value}. Remember it.",
     ask="What is the pass key in the text?",
     lead="The pass key is",

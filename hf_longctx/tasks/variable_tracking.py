@@ -11,7 +11,7 @@ from .base import Draft, Task, chain
 from .language import Wording
 
 WORDING = Wording(
-    intro="Variables are assigned in the text below. Keep track of their values.\n\n",
+    intro="Variables are assigned in the text below. Keep track of their values.\n\nText:",
     tell=" VAR {key} = {value}.",
     ask="Which variables hold the value {key}, assigned directly or through other variables?",
     lead="The variables that hold the value {key} are",
