@@ -83,7 +83,18 @@ LAYERS = {
     "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
     | {"identify_prefill_commands", "compare_commands", "eval_commands"},
 }
-TRANSFORMERS = {"cache", "attention", "hooks", "patch", "loading", "demo", "bench", "identify", "identify_commands"}
+TRANSFORMERS = {
+    "environment",
+    "cache",
+    "attention",
+    "hooks",
+    "patch",
+    "loading",
+    "demo",
+    "bench",
+    "identify",
+    "identify_commands",
+}
 COMMANDS = (
     "cli",
     "compare_commands",

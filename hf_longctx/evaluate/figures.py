@@ -76,7 +76,8 @@ def tradeoff(summary: Summary) -> Figure:
         axes.plot([100 * share for share in x], y, label=f"{_tokens(row.length)} tokens", **style, markersize=5)
         if number == len(summary.by_length) - 1:
             for share, accuracy, name in points:
-                said = {"textcoords": "offset points", "xytext": (0, -12), "ha": "center", "fontsize": 7}
+                side = "left" if share < 0.9 * x[-1] else "right"  # where the curve, which rises, leaves room
+                said = {"textcoords": "offset points", "xytext": (5, -11), "ha": side, "fontsize": 7}
                 axes.annotate(_said(summary, name), (100 * share, accuracy), **said)
     axes.set_xlabel("KV cache, % of dense")
     axes.set_ylabel("accuracy")
