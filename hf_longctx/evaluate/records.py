@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import ConfigError
 from ..identify._work import check_settings
@@ -39,10 +39,13 @@ class Records:
         """(headers, records) of all files; a last line that a kill cut off is left out.
 
         Raises:
-            ConfigError: a file is of a run with other settings, no such file, or has something twice.
+            ConfigError: a file is of a run with other settings, no such file, or has something twice; or a process is
+                still writing there.
         """
         headers, records = [], []
         for path in sorted(self.folder.glob(FILES)):
+            with path.open("rb") as file:
+                self._refuse(path, lock(file, alone=False))
             lines = [self._line(path, i, line) for i, line in enumerate(whole_lines(path))]
             if lines:
                 self._check(path, lines[0])
@@ -58,12 +61,19 @@ class Records:
     def open(self, rank: int) -> Writer:
         """Where this process appends; what a kill cut off there is removed."""
         path = self.folder / FILES.replace("*", str(rank))
-        if path.exists():
-            os.truncate(path, sum(map(len, whole_lines(path))))
         writer = Writer(path)
+        self._refuse(path, writer.alone)
+        os.truncate(path, sum(map(len, whole_lines(path))))
         if not path.stat().st_size:
             writer.append(self.header)
         return writer
+
+    def _refuse(self, path: Path, alone: bool) -> None:
+        if not alone:
+            raise ConfigError(
+                f"out: another process is writing to {path}. Wait for it, or end it (a launcher that was "
+                "killed can leave its processes behind)."
+            )
 
     def _line(self, path: Path, number: int, line: bytes) -> Record:
         try:
@@ -80,10 +90,11 @@ class Records:
 
 
 class Writer:
-    """Appends lines; what ``append`` has returned from is on the disk."""
+    """Appends lines; what ``append`` has returned from is on the disk. ``alone``: no other process writes there."""
 
     def __init__(self, path: Path):
         self.file = path.open("ab")
+        self.alone = lock(self.file, alone=True)
 
     def append(self, record: Mapping[str, Any]) -> None:
         self.file.write(json.dumps(record).encode() + b"\n")
@@ -95,6 +106,21 @@ class Writer:
 
     def __exit__(self, *_) -> None:
         self.file.close()
+
+
+def lock(file: IO, alone: bool) -> bool:
+    """Whether nobody else has the file open to write; ``alone``: nobody has from now on. It ends with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: what two runs write twice is still refused
+        return True
+    return True
 
 
 def whole_lines(path: Path) -> list[bytes]:

@@ -81,6 +81,16 @@ def test_a_result_that_is_there_twice_is_refused(tmp_path):
         Records(tmp_path, HEADER).read()
 
 
+def test_a_file_that_a_process_still_writes_to_is_refused(tmp_path):
+    with Records(tmp_path, HEADER).open(0) as writer:
+        writer.append(LINES[0])
+        for refused in (Records(tmp_path, HEADER).read, lambda: Records(tmp_path, HEADER).open(0)):
+            with pytest.raises(ConfigError, match="another process is writing"):
+                refused()
+        Records(tmp_path, HEADER).open(1).__exit__()
+    assert Records(tmp_path, HEADER).read()[1] == LINES[:1]
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="^out: .*cannot be made"):
