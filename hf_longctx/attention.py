@@ -122,6 +122,8 @@ class LayerCall:
         """Attention ``[B, H, T, D]`` over what a LongCtxCache kept."""
         group = query.shape[1] // parts[0].heads.total
         dtype, outs = query.dtype, []
+        if (layer := self._in_one_call(query, parts)) is not None:
+            return layer.to(dtype)
         for part in parts:
             # A cache filled in another dtype (autocast, model.to) is read in its own.
             q = part.heads.take(query, group).to(part.segments[0].k.dtype)
@@ -133,6 +135,15 @@ class LayerCall:
             else:
                 outs.append(self._rowwise(q, part, prefill))
         return join([part.heads for part in parts], outs, group).to(dtype)
+
+    def _in_one_call(self, query: Tensor, parts: list[HeadKV]) -> Tensor | None:
+        """One decoded token by a kernel that has `decode_layer`, all roles at once; None where it is role by role."""
+        dtypes = {part.segments[0].k.dtype for part in parts}  # two, where autocast was on while one of them grew
+        if self.rows.new > 1 or len(dtypes) > 1 or any(map(self._stock, parts)):
+            return None
+        query = query.to(*dtypes)
+        kernel = self.kernel(query)
+        return kernel.decode_layer(query, parts, self.scale) if hasattr(kernel, "decode_layer") else None
 
     def plain(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The same attention over the keys and values ``[B, H_kv, S, D]`` of all tokens."""
@@ -220,9 +231,12 @@ class LayerCall:
         k, v = (torch.cat(parts, 2) if len(parts) > 1 else parts[0] for parts in zip(*kept, strict=True))
         pads, q, k, v = q.shape[2] - brought, q[:, :, :brought], k[:, :, :seen], v[:, :, :seen]
         blocks = select(prefill.patterns, q, k, self.scale)
+        reads, causal, group = blocks.reads, blocks.causal, q.shape[1] // k.shape[1]
         if prefill.share_groups:
-            blocks = blocks.share_groups(q.shape[1] // k.shape[1])
-        self.rows.prefill.add(blocks.reads, blocks.causal, q.shape[0])
+            blocks = blocks.share_groups(group)
+            self.rows.prefill.add(blocks.reads * group, reads, causal, q.shape[0])
+        else:
+            self.rows.prefill.add(reads, reads, causal, q.shape[0])
         kernel = self.kernel(q, k, v, function="sparse_prefill")
         if kernel.NAME == "reference" and self.plan.kernel != "reference":
             why = "with gradients" if needs_grad(q, k, v) else f"in {q.dtype} on {q.device.type}"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from . import config_commands
 from .bench import commands as bench
@@ -26,6 +26,14 @@ class Commands(TyperGroup):
         except LongCtxError as error:
             Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
             raise typer.Exit(2) from None
+
+
+class Verbatim(TyperCommand):
+    """Hands all its arguments on: none is an option of ours, nor is --help."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        ctx.args = list(args)
+        return []
 
 
 app = typer.Typer(
@@ -53,6 +61,14 @@ def demo(
     from .demo import run
 
     run(length, notes, prompts, seed, Console())
+
+
+@app.command("lm-eval", cls=Verbatim)
+def lm_eval(ctx: typer.Context) -> None:
+    """lm-evaluation-harness with the model 'hf-longctx'. Every argument, --help too, goes to lm-eval's own command."""
+    from .evaluate.lm_eval import command_line
+
+    command_line(ctx.args)
 
 
 def main() -> None:

@@ -29,7 +29,15 @@ NOT_KERNELS = {"layout", "dispatch"}
 
 @dataclass(frozen=True)
 class LongCtxConfig:
-    """One checkpoint's config. ``docs/configuration.md`` has every key; the sections have their meaning.
+    """One checkpoint's config; ``docs/reference.md`` lists every key.
+
+    Attributes:
+        model: what it fits.
+        heads: which KV heads need the whole context.
+        stores: what the heads of each role keep.
+        prefill: which keys a query block reads while a prompt is read.
+        decode: which kept keys a decoded token reads.
+        kernel: how attention is computed, never what.
 
     Raises:
         ConfigError: the sections do not fit each other.

@@ -44,6 +44,14 @@ def show(
     _head_map(console, config)
 
 
+@app.command()
+def reference() -> None:
+    """Every key of a config, its bounds, default and meaning, as Markdown: docs/reference.md."""
+    from .config_reference import reference as text
+
+    typer.echo(text(), nl=False)
+
+
 def _list(console: Console) -> None:
     title = "KV MB of one row: dense -> patched, 2 bytes per number"
     table = Table(title=title, box=box.HORIZONTALS, show_lines=True, show_edge=False, pad_edge=False)

@@ -18,7 +18,15 @@ SHARE = {"min": 0.0, "max": 1.0}
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Numbers that tell checkpoints with the same head dimensions apart; what is None is not checked."""
+    """Numbers that tell checkpoints with the same head dimensions apart; what is absent is not checked.
+
+    Attributes:
+        hidden_size: as in the model's own config, like the others.
+        intermediate_size: of the MLP.
+        vocab_size: rows of the embedding.
+        rope_theta: base of the rotary positions.
+        rope_type: how they are scaled, ``default`` for not at all.
+    """
 
     hidden_size: int | None = field(default=None, metadata=COUNT)
     intermediate_size: int | None = field(default=None, metadata=COUNT)
@@ -32,7 +40,13 @@ class ModelSection:
     """What a config fits.
 
     Attributes:
-        ids: names of the checkpoints, as on the hub.
+        model_type: as in the model's own config, like the four numbers.
+        num_hidden_layers: layers.
+        num_attention_heads: query heads of a layer.
+        num_key_value_heads: KV heads of a layer.
+        head_dim: numbers of a key.
+        ids: names of the checkpoints, as on the hub; ``auto`` finds the config by them.
+        fingerprint: tells checkpoints of equal dimensions apart.
     """
 
     model_type: str
@@ -82,7 +96,13 @@ def model_facts(hf_config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another head map for the same model, by another method."""
+    """Another head map for the same model, by another method.
+
+    Attributes:
+        source: where the numbers come from; free of meaning for the run.
+        scores: ``[layers][KV heads]``, higher = more retrieval.
+        roles: instead of ``scores``, one text per layer, a letter R or S per KV head.
+    """
 
     source: dict = field(default_factory=dict)
     scores: tuple[tuple[float, ...], ...] | None = None
@@ -99,15 +119,17 @@ class HeadsSection(Alternative):
     """Which KV heads need the whole context.
 
     Attributes:
-        source: where the numbers come from; free of meaning for the run, as is ``measured``.
-        scores: ``[layers][KV heads]``, higher = more retrieval.
-        roles: one text per layer, a letter R or S per KV head.
-        retrieval_fraction: share of all KV heads; 0.5 where neither it nor ``kv_budget`` is given with scores.
-        kv_budget: share of a dense cache's bytes at ``kv_budget_tokens`` tokens.
+        retrieval_fraction: share of all KV heads, best scores first; 0.5 where neither it nor ``kv_budget`` is given
+            with scores.
+        kv_budget: instead of it, share of a dense cache's bytes at ``kv_budget_tokens`` tokens.
+        kv_budget_tokens: length at which ``kv_budget`` is counted.
         dense_layers: layers whose heads are all retrieval.
-        balance: each of that many slices of a layer's KV heads gets equally many retrieval heads.
+        balance: each of that many slices of a layer's KV heads gets equally many retrieval heads (tensor parallel).
+        granularity: ``layer`` makes all heads of a layer retrieval or streaming, by their mean score.
+        alternatives: other head maps for the same model.
         use: the alternative that stands in for scores, roles and source.
         confidence: ``none`` means that equal scores say nothing, so no cut may fall among them.
+        measured: what identification measured; free of meaning for the run.
     """
 
     retrieval_fraction: float | None = field(default=None, metadata=SHARE)
@@ -170,7 +192,12 @@ class HeadsSection(Alternative):
 
 @dataclass(frozen=True)
 class StoresSection:
-    """What the heads of each role keep."""
+    """What the heads of each role keep.
+
+    Attributes:
+        retrieval: of the heads that need the whole context.
+        streaming: of all others.
+    """
 
     retrieval: Any = word("stores", "store", "retrieval", "full")
     streaming: Any = word("stores", "store", "streaming", "sink_recent")
@@ -178,7 +205,11 @@ class StoresSection:
 
 @dataclass(frozen=True)
 class TableUse:
-    """Reads the pattern of every query head from a named table."""
+    """Reads the pattern of every query head from a named table.
+
+    Attributes:
+        table: its name.
+    """
 
     table: str
 
@@ -188,6 +219,8 @@ class PrefillTable:
     """A pattern per query head.
 
     Attributes:
+        budgets: patterns with their fields.
+        source: where the numbers come from; free of meaning for the run.
         map: ``[layers][query heads]``, indices into ``budgets``; entries under streaming KV heads are ignored.
     """
 
@@ -208,8 +241,10 @@ class PrefillSection:
 
     Attributes:
         min_tokens: shorter rows are read densely by retrieval heads.
-        retrieval: a pattern, or a ``TableUse``.
+        retrieval: one pattern for all query heads, or a table with one for each.
+        tables: patterns per query head, by name.
         share_groups: one list per KV group, the union of its query heads' lists.
+        streaming: the store's own rule, the only word there is.
     """
 
     min_tokens: int = field(default=4096, metadata={**TOKENS, "min": 0})
@@ -230,7 +265,11 @@ class PrefillSection:
 
 @dataclass(frozen=True)
 class DecodeSection:
-    """Which kept keys a decoded token reads."""
+    """Which kept keys a decoded token reads.
+
+    Attributes:
+        retrieval: of the heads that need the whole context.
+    """
 
     retrieval: Any = word("decode", "select", "retrieval", "dense")
 

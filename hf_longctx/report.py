@@ -26,6 +26,8 @@ class Report:
         notes: what ran slower or otherwise than asked for.
         sparse, dense: rows times layers whose prefill pattern ran, and whose rows were too short for it.
         density: share of the causal key blocks that the sparse ones read; None before the first.
+        own_density: what it would be if each query head read its own list: less than ``density`` with
+            ``share_groups``, else the same.
     """
 
     kv_heads: int
@@ -37,6 +39,7 @@ class Report:
     sparse: int = 0
     dense: int = 0
     density: float | None = None
+    own_density: float | None = None
     seen: int | None = None
     nbytes: int | None = None
     nbytes_dense: int | None = None
@@ -52,6 +55,8 @@ class Report:
             lines.append(f"own window    layers {', '.join(map(str, self.window_layers))}")
         if self.sparse or self.dense:
             read = "" if self.density is None else f", reading {self.density:.1%} of the causal blocks"
+            if self.own_density != self.density:
+                read += f" (each query head its own list: {self.own_density:.1%})"
             lines.append(f"prefill       {self.sparse} times sparse{read}, {self.dense} times dense (rows x layers)")
         if self.nbytes is not None and self.nbytes_dense:
             share = self.nbytes / self.nbytes_dense
@@ -88,6 +93,7 @@ def report(model: nn.Module) -> Report:
         sparse=state.prefill.sparse,
         dense=state.prefill.dense,
         density=state.prefill.density,
+        own_density=state.prefill.own_density,
         **kept,
     )
 

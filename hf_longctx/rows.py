@@ -20,23 +20,35 @@ class PrefillCounts:
 
     Attributes:
         sparse, dense: rows times layers in which the patterns ran, or were too short for them.
-        reads, causal: key tokens read by the sparse ones (per device, so that nothing waits), and by dense attention.
+        reads: key tokens read by the query heads of the sparse ones (per device, so that nothing waits).
+        own_reads: what they would read if each query head read its own list; as ``reads`` without ``share_groups``.
+        causal: what dense attention would read.
     """
 
     sparse: int = 0
     dense: int = 0
     reads: dict[torch.device, Tensor] = field(default_factory=dict)
+    own_reads: dict[torch.device, Tensor] = field(default_factory=dict)
     causal: int = 0
 
-    def add(self, reads: Tensor, causal: int, rows: int) -> None:
+    def add(self, reads: Tensor, own_reads: Tensor, causal: int, rows: int) -> None:
         self.sparse += rows
         self.causal += causal
-        self.reads[reads.device] = reads + self.reads.get(reads.device, 0)
+        for total, more in ((self.reads, reads), (self.own_reads, own_reads)):
+            total[more.device] = more + total.get(more.device, 0)
 
     @property
     def density(self) -> float | None:
         """Share of the causal key blocks that was read; None before any sparse prefill. Reads the device."""
-        return sum(reads.item() for reads in self.reads.values()) / self.causal if self.causal else None
+        return self._share(self.reads)
+
+    @property
+    def own_density(self) -> float | None:
+        """``density`` if each query head read its own list. Reads the device."""
+        return self._share(self.own_reads)
+
+    def _share(self, reads: dict[torch.device, Tensor]) -> float | None:
+        return sum(part.item() for part in reads.values()) / self.causal if self.causal else None
 
 
 @dataclass

@@ -8,6 +8,8 @@ from table import FACTORS, Case, every_pair, pairs, pairwise, product
 from tiny import config_for, left_padded, tiny_model
 
 from hf_longctx import LongCtxCache, patch_model
+from hf_longctx.attention import join
+from hf_longctx.kernels import reference
 
 CASES = pairwise()
 DECODED = 3  # tokens decoded one by one after the prompt
@@ -77,3 +79,39 @@ def test_a_window_off_by_one_is_seen(shadow):
     watch = shadow(config, recent_off_by=1)
     run(model, case)
     assert watch.error > 1e-4
+
+
+@pytest.mark.parametrize(("kernel", "padded"), [("reference", False), ("reference", True), ("stock", False)])
+def test_a_kernel_that_can_decode_all_roles_of_a_layer_at_once_does(kernel, padded, monkeypatch):
+    """Once per layer and token, but for Transformers' own calls and roles that were kept in two dtypes."""
+    model = tiny_model("llama", torch.float64)
+    ids, mask = left_padded([23, 12] if padded else [23, 23])
+    patch_model(model, config_for(model, kernel=kernel))
+    calls = []
+
+    def decode_layer(q, parts, scale):
+        calls.append([part.heads.role for part in parts])
+        outs = [reference.decode(part.heads.take(q, 2), part.segments, scale) for part in parts]
+        return join([part.heads for part in parts], outs, 2)
+
+    def decode(change=None):
+        calls.clear()
+        cache, outs = LongCtxCache(model), []
+        for columns in (slice(0, 20), slice(20, 21), slice(21, 22), slice(22, 23)):
+            seen = mask[:, : columns.stop] if padded else None
+            outs.append(model(ids[:, columns], attention_mask=seen, past_key_values=cache).logits[:, -1])
+            if change is not None and columns.start == 0:
+                for layer in cache.layers:
+                    kept = layer.stores[0].segments["kept"]
+                    kept.k, kept.v = kept.k.to(change), kept.v.to(change)
+        return torch.stack(outs)
+
+    with torch.no_grad():
+        want = decode()
+        assert not calls
+        monkeypatch.setattr(reference, "decode_layer", decode_layer, raising=False)
+        got = decode()
+        assert calls == ([["retrieval", "streaming"]] * 3 * 3 if kernel == "reference" else [])
+        assert torch.allclose(got, want, rtol=0, atol=1e-9)
+        assert decode(torch.float32).isfinite().all()
+        assert not calls, "roles kept in two dtypes"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -9,7 +13,10 @@ from hf_longctx.cli import app
 from hf_longctx.config import load_shipped
 from hf_longctx.config_commands import SHADES, _shades
 from hf_longctx.config_files import shipped
+from hf_longctx.config_reference import FOLDERS, _section, meanings, reference
+from hf_longctx.registry import words
 
+ROOT = Path(__file__).parents[1]
 SHOWN = ("llama-3.1-8b-instruct", "llama-3.1-70b-instruct", "llama-2-7b-32k-instruct")  # 8B, 70B, no groups
 
 
@@ -89,3 +96,39 @@ def test_wrong_names_are_one_line_with_the_nearest():
 def test_colours_follow_the_rank():
     assert _shades(((0.9, 0.1), (0.5, 0.2))) == [[SHADES[0], SHADES[3]], [SHADES[1], SHADES[2]]]
     assert _shades(((0.0, 0.0), (0.0, 0.0))) == [[SHADES[0]] * 2] * 2
+
+
+def test_the_reference_is_in_step_with_the_code():
+    done = invoke("reference")
+    assert done.exit_code == 0, done.output
+    written = (ROOT / "docs" / "reference.md").read_text("utf-8")
+    assert written == done.output, "run: hf-longctx configs reference > docs/reference.md"
+
+
+def test_the_reference_says_something_of_every_key():
+    text, silent = reference(), [line for line in reference().splitlines() if re.search(r"\|\s*\|$", line)]
+    assert not silent
+    keys = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    assert {"retrieval_fraction", "kv_budget", "sink", "recent", "vertical", "map", "cpu", "stock"} <= keys
+    titles = re.findall(r"^## `(\w+: \w+)`", text, re.MULTILINE)
+    wanted = [f"{key}: {word}" for folder, key in FOLDERS.items() for word in words(folder)]
+    assert sorted(titles) == sorted(wanted)
+    assert len(titles) >= 9
+
+
+def test_a_key_without_a_meaning_fails_the_reference():
+    @dataclass(frozen=True)
+    class Silent:
+        """A spec.
+
+        Attributes:
+            known: what it is,
+                in two lines.
+        """
+
+        known: int = 1
+        unknown: int = 2
+
+    assert meanings(Silent) == {"known": "what it is, in two lines."}
+    with pytest.raises(KeyError, match="unknown"):
+        _section("Silent", Silent)

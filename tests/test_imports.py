@@ -52,7 +52,7 @@ LAYERS = {
     "loading": {"errors", "config", "patch"},
     "report": {"errors", "cache", "patch"},
     "tasks": {"errors", "registry"},
-    "identify": {"errors", "registry", "config", "config_find", "patch", "tasks"},
+    "identify": {"errors", "registry", "config", "config_find", "kernels", "patch", "tasks"},
     "identify_prefill": CONFIG | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"},
     "evaluate": {
         "errors",
@@ -63,9 +63,10 @@ LAYERS = {
         "report",
         "tasks",
         "identify",
+        "assets",
         "environment",
-        "plots",
-    },
+    }
+    | {"plots"},
     "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"},
     "environment": set(),
     "plots": {"errors", "config"},
@@ -78,31 +79,29 @@ LAYERS = {
     "__main__": {"cli"},
     "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
     "bench": CONFIG
-    | {"__init__", "environment", "family", "kernels", "cache", "patch", "loading", "report", "assets", "tasks"},
-    "config_commands": CONFIG,
+    | {
+        "__init__",
+        "environment",
+        "family",
+        "kernels",
+        "prefill",
+        "layer_plan",
+        "cache",
+        "patch",
+        "loading",
+        "report",
+        "assets",
+        "tasks",
+    },
+    "config_reference": CONFIG,
+    "config_commands": CONFIG | {"config_reference"},
     "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
-    | {"identify_prefill_commands", "compare_commands", "eval_commands"},
+    | {"identify_prefill_commands", "compare_commands", "eval_commands", "evaluate"},
 }
-TRANSFORMERS = {
-    "environment",
-    "cache",
-    "attention",
-    "hooks",
-    "patch",
-    "loading",
-    "demo",
-    "bench",
-    "identify",
-    "identify_commands",
-}
-COMMANDS = (
-    "cli",
-    "compare_commands",
-    "config_commands",
-    "eval_commands",
-    "identify_commands",
-    "identify_prefill_commands",
-)
+TRANSFORMERS = {"cache", "attention", "hooks", "patch", "loading", "demo", "bench", "identify", "identify_commands"}
+TRANSFORMERS |= {"environment"}
+COMMANDS = ("cli", "compare_commands", "config_commands", "config_reference", "eval_commands")
+COMMANDS += ("identify_commands", "identify_prefill_commands")
 NOT_AT_IMPORT = (*COMMANDS, "demo", "bench", "assets", "patches", "plots")
 
 

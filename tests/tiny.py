@@ -15,7 +15,15 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DENSE_MASK = "dense_mask_reference"
 
 
-def tiny_config(family: str, kv_heads: int = 4, group: int = 2, layers: int = 3, sliding: int | None = None, **extra):
+def tiny_config(
+    family: str,
+    kv_heads: int = 4,
+    group: int = 2,
+    layers: int = 3,
+    sliding: int | None = None,
+    head_dim: int = 8,
+    **extra,
+):
     """A config of 3 small layers; ``sliding`` gives every layer (Mistral) or every second one (Qwen) a window."""
     if family == "mistral":
         extra["sliding_window"] = sliding
@@ -30,7 +38,7 @@ def tiny_config(family: str, kv_heads: int = 4, group: int = 2, layers: int = 3,
         num_hidden_layers=layers,
         num_attention_heads=kv_heads * group,
         num_key_value_heads=kv_heads,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=4096,
         bos_token_id=1,
         eos_token_id=2,

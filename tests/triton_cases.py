@@ -12,6 +12,7 @@ import traceback
 
 import pytest
 import torch
+from triton_models import benchmark, one_launch_per_layer
 
 from hf_longctx.kernels import reference, triton
 from hf_longctx.kernels.layout import BlockList, HeadKV, RoleHeads, Segment
@@ -292,7 +293,7 @@ def cases(dtypes):
         add(decode, shape, kv_len, cuts, dtype=wide)
     for function in (sparse_control, sparse_rows_alone, streaming_control, decode_control, decode_lengths):
         add(function, dtype=wide)
-    for function in (decode_layer, empties, refusals):
+    for function in (decode_layer, empties, refusals, one_launch_per_layer, benchmark):
         add(function, dtype=wide)
     return found
 
@@ -329,5 +330,6 @@ def widen_bfloat16():
 
 if __name__ == "__main__":
     widen_bfloat16()
+    triton.supports = lambda *case: None  # the interpreter is a device that it computes on
     torch.set_num_threads(1)
     json.dump(failures(torch.device("cpu"), cases((torch.float32, *LOW))), sys.stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,10 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from .. import LongCtxCache
 from ..kernels import dispatch
 from ..kernels.layout import BlockList
+from ..prefill.base import BLOCK
 from .columns import Column, kept_buffers, make_model, patch
 from .settings import Settings
-
-BLOCK = 64  # tokens of a block, as in every pattern of the library
 
 
 def name_of(density: int) -> str:
@@ -28,9 +28,11 @@ class ListColumn(Column):
 
     Attributes:
         lists: by the tokens of the prompt.
+        ran: the kernel of the last ``attend``.
     """
 
     lists: dict[int, BlockList] = field(default_factory=dict)
+    ran: ModuleType | None = None
 
     @classmethod
     def of_density(cls, settings: Settings, dtype: torch.dtype, density: int, lengths: tuple[int, ...]) -> ListColumn:
@@ -42,14 +44,20 @@ class ListColumn(Column):
     def attend(self, layer: int, q: Tensor, kept: tuple) -> Tensor:
         """``[B, T, H, D]``"""
         k, v = kept_buffers(kept)
-        kernel = self.kernel(q)
-        scale = self.model.model.layers[layer].self_attn.scaling
-        return kernel.sparse_prefill(q, k, v, self.lists[q.shape[2]], scale).transpose(1, 2)
+        module = self.model.model.layers[layer].self_attn
+        self.ran = self._pick(module.longctx_plan.kernel, q)
+        return self.ran.sparse_prefill(q, k, v, self.lists[q.shape[2]], module.scaling).transpose(1, 2)
 
-    def kernel(self, q: Tensor):
-        """The kernel that ``kernel: auto`` takes."""
+    @property
+    def kernel(self) -> str:
+        """The kernel that ran in the last ``attend``."""
+        return self.ran.NAME
+
+    @staticmethod
+    def _pick(word: str, q: Tensor) -> ModuleType:
+        """The kernel that a pattern's lists are given to under ``kernel: word``."""
         return dispatch.pick(
-            "auto",
+            dispatch.AUTO if word == "stock" else word,
             device=q.device,
             dtype=q.dtype,
             head_dim=q.shape[3],
@@ -73,7 +81,11 @@ def random_list(tokens: int, heads: int, density: float, seed: int) -> BlockList
 
 
 def list_answer(q: Tensor, k: Tensor, v: Tensor, at: Tensor, blocks: BlockList) -> Tensor:
-    """``[B, T, H, D]`` in float32, of queries at the positions ``at [T]`` over all keys, from the list's mask."""
+    """``[B, T, H, D]`` in float32, of queries at the positions ``at [T]`` over all keys, from the list's mask.
+
+    The list is one per query head, or one per KV head.
+    """
     mask = torch.cat([blocks.visible(i, i + 1) for i in at.tolist()], 2)
+    mask = mask.repeat_interleave(q.shape[1] // mask.shape[1], 1)
     q, k, v = q.float(), k.float(), v.float()
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)

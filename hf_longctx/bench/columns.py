@@ -14,6 +14,7 @@ from .. import LongCtxCache, LongCtxConfig, LongCtxError, patch_model
 from .settings import DTYPES, VOCABULARY, Settings
 
 STOCK, RETRIEVAL, HALF, STREAMING = "stock", "all retrieval", "half streaming", "all streaming"
+SDPA = "sdpa"  # what the stock column calls
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # largest error, relative to the largest value
 
 
@@ -37,14 +38,24 @@ def make_model(settings: Settings, dtype: torch.dtype, device: str) -> Any:
     )
     torch.manual_seed(settings.seed)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=SDPA).eval()
 
 
-def patch(model: Any, settings: Settings, roles: list[str]) -> Any:
-    """Patch ``model`` with these roles and the benchmark's streaming store."""
-    streaming = {"store": "sink_recent", "sink": settings.sink, "recent": settings.recent}
-    described = LongCtxConfig.describe(model.config)
-    return patch_model(model, {"model": described, "heads": {"roles": roles}, "stores": {"streaming": streaming}})
+def sparse_name(density: int) -> str:
+    """The column whose retrieval heads read ``density`` percent of the causal blocks of a prompt."""
+    return f"{HALF} + sparse {density}%"
+
+
+def patch(model: Any, settings: Settings, roles: list[str], prefill: dict | None = None) -> Any:
+    """Patch ``model`` with these roles, the benchmark's streaming store and kernel, and this ``prefill`` section."""
+    config = {
+        "model": LongCtxConfig.describe(model.config),
+        "heads": {"roles": roles},
+        "stores": {"streaming": {"store": "sink_recent", "sink": settings.sink, "recent": settings.recent}},
+        "prefill": prefill or {},
+        "kernel": settings.kernel,
+    }
+    return patch_model(model, config)
 
 
 @dataclass
@@ -52,19 +63,28 @@ class Column:
     """One way of keeping and reading K/V: a model's attention modules and a cache.
 
     ``update`` and ``attend`` are the two calls that an attention module's forward makes between its projections.
+
+    Attributes:
+        rows: what the last ``attend`` of a patched model noted down.
     """
 
     model: Any
     cache: Cache
     functions: AttentionInterface = field(default_factory=AttentionInterface)
+    rows: Any = None
 
     @classmethod
-    def of(cls, settings: Settings, dtype: torch.dtype, roles: list[str] | None) -> Column:
-        """Stock Transformers for ``roles`` None, otherwise a model patched with them."""
+    def of(cls, settings: Settings, dtype: torch.dtype, roles: list[str] | None, prefill: dict | None = None) -> Column:
+        """Stock Transformers for ``roles`` None, otherwise a model patched with them and this ``prefill`` section."""
         model = make_model(settings, dtype, "meta")
         if roles is None:
             return cls(model, DynamicCache(config=model.config))
-        return cls(model, LongCtxCache(patch(model, settings, roles)))
+        return cls(model, LongCtxCache(patch(model, settings, roles, prefill)))
+
+    @property
+    def kernel(self) -> str:
+        """The kernels that ran in the last ``attend``."""
+        return SDPA if self.rows is None else "+".join(sorted(self.rows.used))
 
     def forget(self) -> None:
         """Go on with an empty cache."""
@@ -77,6 +97,7 @@ class Column:
     def attend(self, layer: int, q: Tensor, kept: tuple[Any, Any]) -> Tensor:
         """``[B, T, H, D]``"""
         module = self.model.model.layers[layer].self_attn
+        self.rows = getattr(kept[0], "rows", None)
         function = self.functions[module.config._attn_implementation]
         return function(module, q, *kept, None, dropout=0.0, scaling=module.scaling)[0]
 

@@ -1,4 +1,4 @@
-"""The commands ``hf-longctx bench decode | prefill | e2e | memory``."""
+"""The commands ``hf-longctx bench decode | prefill | e2e | crossover | memory | gpu``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from .environment import Busy, retune
 from .memory_commands import command as memory
-from .settings import Settings
+from .settings import Settings, default_layers
 
 app = typer.Typer(no_args_is_help=True, help="Speed and memory, stock against patched, on this machine.")
 app.command("memory")(memory)
@@ -23,6 +23,7 @@ KVHeads = Annotated[int, typer.Option(help="KV heads; half of them are streaming
 HeadDim = Annotated[int, typer.Option(help="Dimension of a head.")]
 Sink = Annotated[int, typer.Option(help="First tokens that streaming heads keep.")]
 Recent = Annotated[int, typer.Option(help="Latest tokens that streaming heads keep.")]
+Kernel = Annotated[str, typer.Option(help="Of the patched columns: auto, stock, cpu, native, ...")]
 Rounds = Annotated[int, typer.Option(help="How often every column takes its turn.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of torch; default: torch's own choice.")]
 Seed = Annotated[int, typer.Option(help="Of the random tensors, and of which heads are streaming.")]
@@ -42,6 +43,7 @@ def decode(
     head_dim: HeadDim = 64,
     sink: Sink = 64,
     recent: Recent = 256,
+    kernel: Kernel = "auto",
     rounds: Rounds = 7,
     steps: Annotated[int, typer.Option(help="Tokens decoded per column and round.")] = 3,
     threads: Threads = None,
@@ -63,27 +65,73 @@ def prefill(
     head_dim: HeadDim = 64,
     sink: Sink = 64,
     recent: Recent = 256,
+    kernel: Kernel = "auto",
     densities: Annotated[str, typer.Option(help="Percents of the blocks that block lists read.")] = "10,20,30",
+    patterns: Annotated[
+        str, typer.Option(help="Patterns whose choosing is timed, each WORD or WORD:field=value:field=value.")
+    ] = "vertical_slash,block_topk",
     rounds: Rounds = 3,
     threads: Threads = None,
     seed: Seed = 0,
     json: Json = None,
     tuned_malloc: Malloc = False,
 ) -> None:
-    """Attention over a prompt, of streaming heads and by block lists, against dense attention. Takes minutes."""
+    """Attention over a prompt, of streaming heads and by block lists, against dense attention; choosing the blocks."""
     _bench("prefill", locals())
+
+
+@app.command()
+def gpu(
+    tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "16384,32768,65536,131072",
+    decode_tokens: Annotated[str, typer.Option(help="Lengths of the filled caches.")] = "32768,131072,524288,1048576",
+    densities: Annotated[str, typer.Option(help="Percents of the blocks that block lists read.")] = "5,10,20",
+    retrieval: Annotated[str, typer.Option(help="Percents of the KV heads that keep all, in decoding.")] = "25,50",
+    kernels: Annotated[str, typer.Option(help="Kernels; the first is held to the goals.")] = "triton,flash,cpu",
+    heads: Heads = 32,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    head_dim: HeadDim = 128,
+    sink: Sink = 64,
+    recent: Recent = 256,
+    rounds: Rounds = 10,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """The kernels on a CUDA GPU: prompts and decoding, of one layer, against the best dense attention there."""
+    given = locals()
+    _check_folder(given.pop("json"))
+    for name in ("tokens", "decode_tokens", "densities", "retrieval"):
+        given[name] = _numbers(given[name], f"--{name.replace('_', '-')}", "numbers such as 25,50")
+    given["kernels"] = tuple(word.strip() for word in kernels.split(",") if word.strip())
+
+    from .gpu import bench
+    from .gpu_settings import GpuSettings
+    from .gpu_show import as_json, show
+    from .show import save
+
+    settings = GpuSettings(**given)
+    with Console(stderr=True).status(f"bench gpu: {rounds} rounds, which takes minutes at full size"):
+        data = as_json(settings, *bench(settings))
+    show(Console(), data)
+    if json is not None:
+        save(json, data)
 
 
 @app.command()
 def e2e(
     tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "512,1024",
     dtype: Dtypes = "fp32,bf16",
-    layers: Layers = 4,
+    layers: Annotated[
+        int | None, typer.Option(help="Layers [default: 4, or 8 with a prompt of 32768 tokens or more].")
+    ] = None,
     heads: Heads = 32,
     kv_heads: KVHeads = 8,
     head_dim: HeadDim = 64,
     sink: Sink = 64,
     recent: Recent = 256,
+    kernel: Kernel = "auto",
+    density: Annotated[
+        int | None, typer.Option(help="One more column: half streaming, the other heads read this percent of blocks.")
+    ] = None,
     rounds: Rounds = 5,
     threads: Threads = None,
     seed: Seed = 0,
@@ -94,16 +142,42 @@ def e2e(
     _bench("e2e", locals())
 
 
-def _bench(benchmark: str, given: dict[str, Any]) -> None:
-    """Run one benchmark, print its table and goals, and write the JSON."""
+@app.command()
+def crossover(
+    tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "512,1024,2048,4096,8192,16384,32768",
+    dtype: Dtypes = "fp32",
+    config: Annotated[
+        str | None, typer.Option(help="Take shape, roles and patterns from this shipped config or .yaml.")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="WORD or WORD:field=value:field=value [default: the config's].")
+    ] = None,
+    table: Annotated[str | None, typer.Option(help="One of the config's tables of patterns.")] = None,
+    kernel: Annotated[str | None, typer.Option(help="auto, cpu, native, ... [default: the config's].")] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads, without --config [default: 32].")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="KV heads, half of them measured [default: 8].")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Dimension of a head [default: 64].")] = None,
+    rounds: Rounds = 5,
+    threads: Threads = None,
+    seed: Seed = 0,
+    json: Json = None,
+    tuned_malloc: Malloc = False,
+) -> None:
+    """The prompt length from which sparse prefill wins on this machine, and the override that says so."""
+    given = locals()
+    what = {name: given.pop(name) for name in ("config", "pattern", "table", "kernel")}
+    shape = [name for name in ("heads", "kv_heads", "head_dim") if given[name] is not None]
+    if config is not None and shape:
+        flag = f"--{shape[0].replace('_', '-')}"
+        raise typer.BadParameter("the shape is the config's; give one or the other", param_hint=flag)
+    _bench("crossover", given, what)
+
+
+def _bench(benchmark: str, given: dict[str, Any], what: dict[str, str | None] | None = None) -> None:
+    """Run one benchmark, print its table and goals, and write the JSON; ``what``: arguments of its ``subject``."""
     path, tuned = given.pop("json"), given.pop("tuned_malloc")
-    words = tuple(word.strip() for word in given.pop("dtype").split(",") if word.strip())
-    if "densities" in given:
-        given["densities"] = _numbers(given["densities"], "--densities", "percents such as 10,20,30")
-    lengths = _numbers(given.pop("tokens"), "--tokens", "lengths such as 8192,32768")
-    settings = Settings(lengths, words, **given)
-    if path is not None and not path.parent.is_dir():
-        raise typer.BadParameter(f"{path.parent} is not a folder", param_hint="--json")
+    settings = _settings(benchmark, given)
+    _check_folder(path)
     if tuned:
         retune()
     import torch  # here, so that --help does not wait for it
@@ -112,17 +186,43 @@ def _bench(benchmark: str, given: dict[str, Any]) -> None:
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    module = importlib.import_module(f"{__package__}.{benchmark}")
+    subject = settings if what is None else module.subject(settings, **what)
     busy = Busy()
     with Console(stderr=True).status(f"bench {benchmark}: {settings.rounds} rounds, which takes minutes at full size"):
-        results = importlib.import_module(f"{__package__}.{benchmark}").run(settings)
-    data = as_json(benchmark, settings, results, busy.others())
+        results = module.run(subject)
+    if what is None:
+        data = as_json(benchmark, settings, results, busy.others())
+    else:
+        data = as_json(benchmark, subject.settings, results, busy.others(), module.facts(subject, results))
     show(Console(), data)
     if path is not None:
         save(path, data)
 
 
+def _check_folder(path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"{path.parent} is not a folder", param_hint="--json")
+
+
+def _settings(benchmark: str, given: dict[str, Any]) -> Settings:
+    """The settings that the options mean; an option that is None has its default."""
+    given["dtypes"] = _words(given.pop("dtype"))
+    given["tokens"] = _numbers(given["tokens"], "--tokens", "lengths such as 8192,32768")
+    if "densities" in given:
+        given["densities"] = _numbers(given["densities"], "--densities", "percents such as 10,20,30")
+        given["patterns"] = _words(given["patterns"])
+    if given.get("layers", 0) is None:
+        given["layers"] = default_layers(benchmark, given["tokens"])
+    return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 def _numbers(text: str, option: str, example: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        return tuple(int(part) for part in _words(text))
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a list of {example}", param_hint=option) from None

@@ -19,8 +19,6 @@ from .columns import (
 from .measure import Samples, turns
 from .settings import Settings
 
-TOKENS = (8192, 32768)
-
 
 @torch.no_grad()
 def run(settings: Settings) -> list[dict]:
@@ -46,7 +44,10 @@ def _case(settings: Settings, word: str, tokens: int) -> dict:
             kept[name] = times[name].time(lambda: _step(columns[name], token), settings.layers)  # noqa: B023
         for _ in range(settings.steps):
             sums[name].time(lambda: _read(kept[name]), settings.layers)  # noqa: B023
-    figures = {name: _figures(settings, kept[name], times[name], sums[name]) for name in columns}
+    figures = {
+        name: {"kernel": column.kernel, **_figures(settings, kept[name], times[name], sums[name])}
+        for name, column in columns.items()
+    }
     return {"dtype": word, "tokens": tokens, "roles": roles[HALF], "error": error, "columns": figures}
 
 

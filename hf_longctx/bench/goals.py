@@ -6,16 +6,25 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from .block_lists import name_of
-from .columns import HALF, RETRIEVAL, STOCK, STREAMING
-from .settings import Settings
+from .columns import HALF, RETRIEVAL, STOCK, STREAMING, sparse_name
+from .settings import LONG, Settings, default_layers
 
-LONG = 32768  # tokens the goals of decode are stated for
+TORCH, NATIVE = "cpu", "native"  # the kernels that goals are stated for
 FASTER = {"fp32": 3.0, "bf16": 6.0}  # decode, all retrieval against stock
 PURE = 1.7  # decode, half streaming against all retrieval
-SHARE = {"fp32": 0.22, "bf16": 0.18}  # decode, speed of reading as a share of the speed of summing
+SHARE = {  # decode, speed of reading as a share of the speed of summing
+    TORCH: {"fp32": 0.22, "bf16": 0.18},
+    NATIVE: {"fp32": 0.35, "bf16": 0.35},
+}
 PREFILL = {8192: 7.0, LONG: 20.0}  # streaming heads against dense
-LISTS = 0.65  # prefill in float32, block lists against dense, as a share of 1 / density
-WHOLE = 1.05  # whole model, time against stock
+LISTS = {TORCH: {"fp32": 0.65}, NATIVE: {"fp32": 0.95, "bf16": 1.5}}  # block lists, as a share of 1 / density
+CHOOSING = {  # choosing with a pattern's defaults, time against stock's dense attention
+    "vertical_slash": {8192: 0.045, LONG: 0.017},
+    "block_topk": {8192: 0.03, LONG: 0.015},
+}
+WHOLE = 1.05  # whole model, short prompts, time against stock
+SPARSE = 20  # percent of the blocks for which the next line is stated
+WHOLE_LONG = {TORCH: {"fp32": 1.6, "bf16": 2.4}, NATIVE: {"fp32": 1.8, "bf16": 2.7}}  # whole model, long prompt
 
 
 @dataclass(frozen=True)
@@ -59,42 +68,69 @@ class Goal:
 
 
 def goals(benchmark: str, settings: Settings, results: list[dict]) -> list[Goal]:
-    """The goals that these results speak to; none where the shape is not the default one."""
-    if not settings.default_shape:
+    """The goals that these results speak to; none for another shape, or where a kernel without goals ran."""
+    makers = {"decode": _decode, "prefill": _prefill, "e2e": _whole}
+    if benchmark not in makers or not settings.default_shape(default_layers(benchmark, settings.tokens)):
         return []
-    make = {"decode": _decode, "prefill": _prefill, "e2e": _whole}[benchmark]
-    return [goal for result in results for goal in make(result)]
+    return [goal for result in results for goal in makers[benchmark](result)]
+
+
+def _where(benchmark: str, result: dict, column: str) -> str:
+    """Benchmark, dtype, length, and the kernel of the column the goal is about."""
+    return f"{benchmark} {result['dtype']} at {result['tokens']}, kernel {_kernel(result, column)}"
+
+
+def _kernel(result: dict, column: str) -> str:
+    return result["columns"][column]["kernel"]
 
 
 def _decode(result: dict) -> Iterator[Goal]:
-    word, tokens, columns = result["dtype"], result["tokens"], result["columns"]
-    if tokens != LONG:
+    word, columns = result["dtype"], result["columns"]
+    share = SHARE.get(_kernel(result, RETRIEVAL))
+    if result["tokens"] != LONG or share is None:
         return
     ms = {name: column["ms_per_layer"]["median_ms"] for name, column in columns.items()}
-    where = f"decode {word} at {tokens}"
+    where = _where("decode", result, RETRIEVAL)
     yield Goal(f"{where}: {RETRIEVAL} faster than stock", FASTER[word], ms[STOCK] / ms[RETRIEVAL])
     yield Goal(f"{where}: {HALF} faster than {RETRIEVAL}", PURE, ms[RETRIEVAL] / ms[HALF])
     for name in (RETRIEVAL, HALF):
-        share = 100 * columns[name]["share_of_sum"]
-        yield Goal(f"{where}: {name} reads at a share of the summing speed", 100 * SHARE[word], share, "%")
+        measured = 100 * columns[name]["share_of_sum"]
+        yield Goal(f"{where}: {name} reads at a share of the summing speed", 100 * share[word], measured, "%")
 
 
 def _prefill(result: dict) -> Iterator[Goal]:
-    if result["tokens"] in PREFILL:
-        ms = {name: column["ms"]["median_ms"] for name, column in result["columns"].items()}
-        text = f"prefill {result['dtype']} at {result['tokens']}: streaming heads faster than stock's dense"
-        yield Goal(text, PREFILL[result["tokens"]], ms[STOCK] / ms[STREAMING])
-    if result["tokens"] in PREFILL and result["dtype"] == "fp32":
-        for name in map(name_of, Settings.densities):
-            if name in ms:
-                text = f"prefill fp32 at {result['tokens']}: {name} faster than stock's dense"
-                share = 100 * result["columns"][name]["density"] * ms[STOCK] / ms[name]
-                yield Goal(text, 100 * LISTS, share, "% of 1/density")
+    word, tokens, columns = result["dtype"], result["tokens"], result["columns"]
+    ms = {name: column["ms"]["median_ms"] for name, column in columns.items()}
+    if tokens not in PREFILL:
+        return
+    if _kernel(result, STREAMING) in (TORCH, NATIVE):
+        text = f"{_where('prefill', result, STREAMING)}: streaming heads faster than stock's dense"
+        yield Goal(text, PREFILL[tokens], ms[STOCK] / ms[STREAMING])
+    for name in map(name_of, Settings.densities):
+        goal = LISTS.get(_kernel(result, name), {}).get(word) if name in columns else None
+        if goal is not None:
+            text = f"{_where('prefill', result, name)}: {name} faster than stock's dense"
+            yield Goal(text, 100 * goal, 100 * columns[name]["density"] * ms[STOCK] / ms[name], "% of 1/density")
+    for name, pattern in result["patterns"].items():
+        goal = CHOOSING.get(name, {}).get(tokens)
+        if goal is not None:
+            text = f"prefill {word} at {tokens}: choosing with {name}"
+            measured = 100 * pattern["share_of_stock"]
+            yield Goal(text, 100 * goal, measured, "% of stock's dense time", at_most=True)
 
 
 def _whole(result: dict) -> Iterator[Goal]:
+    columns = result["columns"]
     if result["tokens"] in (512, 1024):
         for name in (RETRIEVAL, HALF, STREAMING):
-            text = f"whole model {result['dtype']} at {result['tokens']}: {name}, prompt to logits and one token"
-            ratio = 100 * result["columns"][name]["total_ratio"]
-            yield Goal(text, 100 * WHOLE, ratio, "% of stock's time", at_most=True)
+            if _kernel(result, name) in (TORCH, NATIVE):
+                text = f"{_where('whole model', result, name)}: {name}, prompt to logits and one token"
+                yield Goal(text, 100 * WHOLE, 100 * columns[name]["total_ratio"], "% of stock's time", at_most=True)
+    name = sparse_name(SPARSE)
+    if result["tokens"] == LONG and name in columns:
+        goal = WHOLE_LONG.get(_kernel(result, name), {}).get(result["dtype"])
+        if goal is not None:
+            text = (
+                f"{_where('whole model', result, name)}: {name} (read {columns[name]['density']:.1%}), prompt to logits"
+            )
+            yield Goal(f"{text}, faster than stock", goal, 1 / columns[name]["prefill_ratio"])

@@ -205,6 +205,7 @@ def find(name: str, settings: MemorySettings, config: str | None = None) -> Subj
     dense = _read(name) if named is None else _described(name, named)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(dense, dtype=dtype_of(settings.dtype))
+    model.tie_weights()  # Transformers 5.0 leaves that out on the meta device
     if named is None:
         patch_model(model, config or "auto")
         return Subject(name, model, dense, settings)

@@ -1,7 +1,11 @@
-"""``bench prefill``: attention of some heads of one layer over a prompt: dense, streaming, and by block lists."""
+"""``bench prefill``: attention of some heads of one layer over a prompt: dense, streaming, and by block lists.
+
+And what comes before a block list: the time in which a pattern chooses it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -10,11 +14,13 @@ from torch import Tensor
 from .block_lists import ListColumn, list_answer, name_of
 from .columns import RETRIEVAL, STOCK, STREAMING, Column, check_same, dtype_of, random_heads, streaming_answer
 from .measure import Samples, turns
+from .patterns import Chooser, choosers, local_heads
 from .settings import Settings
 
-TOKENS = (8192, 32768)
 WARM = 1024  # tokens of the first, untimed prompt
-CHECKED = 64  # queries, spread over the prompt, whose streaming answer is checked
+CHECKED = 64  # queries, spread over the prompt, whose answer is checked
+
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -23,10 +29,11 @@ def run(settings: Settings) -> list[dict]:
     streaming = settings.half_streaming()[0].count("S")
     group = settings.heads // settings.kv_heads
     half = replace(settings, layers=1, heads=streaming * group, kv_heads=streaming)
-    return [_case(half, word, tokens) for word in settings.dtypes for tokens in settings.tokens]
+    patterns = {one.name: one for one in choosers(settings.patterns)}
+    return [_case(half, word, tokens, patterns) for word in settings.dtypes for tokens in settings.tokens]
 
 
-def _case(settings: Settings, word: str, tokens: int) -> dict:
+def _case(settings: Settings, word: str, tokens: int, patterns: Mapping[str, Chooser]) -> dict:
     dtype = dtype_of(word)
     roles = {STOCK: None, RETRIEVAL: settings.all_heads("R"), STREAMING: settings.all_heads("S")}
     columns = {name: Column.of(settings, dtype, role) for name, role in roles.items()}
@@ -34,26 +41,38 @@ def _case(settings: Settings, word: str, tokens: int) -> dict:
     for density in settings.densities:
         columns[name_of(density)] = ListColumn.of_density(settings, dtype, density, lengths)
     torch.manual_seed(settings.seed)
-    q, k, v = (random_heads(n, tokens, settings, dtype) for n in (settings.heads, *[settings.kv_heads] * 2))
-    short = tuple(x[:, :, :WARM] for x in (q, k, v))
-    outs = {name: _attend(column, short, Samples(), Samples()) for name, column in columns.items()}
+    qkv = tuple(random_heads(n, tokens, settings, dtype) for n in (settings.heads, *[settings.kv_heads] * 2))
+    local = tuple(local_heads(n, tokens, settings, dtype) for n in (settings.heads, settings.kv_heads))
+    short = tuple(x[:, :, :WARM] for x in qkv)
+    outs = {name: attend(column, short, Samples(), Samples()) for name, column in columns.items()}
     _check(settings, word, short, columns, outs)  # before minutes are spent, and to warm up
-    times, updates, outs = ({name: Samples() for name in columns} for _ in range(3))
-    for number, name in turns(columns, settings.rounds):
-        out = _attend(columns[name], (q, k, v), times[name], updates[name])
+    for pattern in patterns.values():
+        pattern.choose(*local)
+    times, updates, outs = ({name: Samples() for name in (*columns, *patterns)} for _ in range(3))
+    densities = {}
+    for number, name in turns({**columns, **patterns}, settings.rounds):
+        if name in patterns:
+            densities[name] = times[name].time(lambda: patterns[name].choose(*local)).density  # noqa: B023
+            continue
+        out = attend(columns[name], qkv, times[name], updates[name])
         outs[name] = out if number == 0 else None
-        if number == 0 and all(isinstance(done, Tensor) for done in outs.values()):
-            error = _check(settings, word, (q, k, v), columns, outs)
-    figures = {name: {"ms": times[name].as_dict(), "update_ms": updates[name].as_dict()} for name in columns}
-    for density in settings.densities:
-        lists = columns[name_of(density)].lists[tokens]
-        figures[name_of(density)] |= {"density": lists.density, "kernel": columns[name_of(density)].kernel(q).NAME}
+        if number == 0 and all(isinstance(outs[name], Tensor) for name in columns):
+            error = _check(settings, word, qkv, columns, outs)
+    figures = {name: _figures(column, times[name], updates[name], tokens) for name, column in columns.items()}
+    chosen = {
+        name: {
+            "ms": times[name].as_dict(),
+            "share_of_stock": times[name].median / times[STOCK].median,
+            "density": densities[name],
+        }
+        for name in patterns
+    }
     heads = {"heads": settings.heads, "kv_heads": settings.kv_heads}
-    return {"dtype": word, "tokens": tokens, **heads, "error": error, "columns": figures}
+    return {"dtype": word, "tokens": tokens, **heads, "error": error, "columns": figures, "patterns": chosen}
 
 
-def _attend(column: Column, qkv: tuple[Tensor, Tensor, Tensor], times: Samples, updates: Samples) -> Tensor:
-    """Update an empty cache and attend, timed apart."""
+def attend(column: Column, qkv: QKV, times: Samples, updates: Samples) -> Tensor:
+    """Update an empty cache and attend, timed apart: ``[B, T, H, D]``."""
     q, k, v = qkv
     column.forget()
     kept = updates.time(lambda: column.update(0, k, v))
@@ -62,21 +81,44 @@ def _attend(column: Column, qkv: tuple[Tensor, Tensor, Tensor], times: Samples, 
     return out
 
 
-def _check(
-    settings: Settings,
-    word: str,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    columns: dict[str, Column],
-    outs: dict[str, Tensor],
-) -> float:
+def spread(tokens: int) -> Tensor:
+    """The positions of the queries whose answer is checked."""
+    return torch.linspace(0, tokens - 1, min(CHECKED, tokens)).long()
+
+
+def check_lists(column: ListColumn, qkv: QKV, name: str, out: Tensor, word: str) -> float:
+    """The error of a column's output at ``CHECKED`` queries, against the mask of its list; too large a one raises."""
+    q, k, v = qkv
+    at = spread(q.shape[2])
+    answer = list_answer(q[:, :, at], k, v, at, column.lists[q.shape[2]])
+    return check_same(f"the output of {name}", out[:, at], answer, word)
+
+
+def check_kernel(settings: Settings, word: str, tokens: int, density: int = 50) -> float:
+    """The error of the kernel's block lists, for random heads and random lists of ``density`` percent."""
+    dtype = dtype_of(word)
+    column = ListColumn.of_density(settings, dtype, density, (tokens,))
+    qkv = tuple(random_heads(n, tokens, settings, dtype) for n in (settings.heads, *[settings.kv_heads] * 2))
+    out = attend(column, qkv, Samples(), Samples())
+    return check_lists(column, qkv, f"kernel {column.kernel} for block lists", out, word)
+
+
+def _figures(column: Column, times: Samples, updates: Samples, tokens: int) -> dict:
+    figures = {"ms": times.as_dict(), "update_ms": updates.as_dict(), "kernel": column.kernel}
+    return figures | ({"density": column.lists[tokens].density} if isinstance(column, ListColumn) else {})
+
+
+def _check(settings: Settings, word: str, qkv: QKV, columns: dict[str, Column], outs: dict[str, Tensor]) -> float:
     """All retrieval equals stock; streaming equals its rule, and a list its mask, at ``CHECKED`` queries."""
     q, k, v = qkv
-    at = torch.linspace(0, q.shape[2] - 1, min(CHECKED, q.shape[2])).long()
-    want = {STREAMING: streaming_answer(q[:, :, at], k, v, at, settings)}
-    for name, column in columns.items():
-        if isinstance(column, ListColumn):
-            want[name] = list_answer(q[:, :, at], k, v, at, column.lists[q.shape[2]])
+    at = spread(q.shape[2])
+    answer = streaming_answer(q[:, :, at], k, v, at, settings)
     return max(
         check_same(f"the output of {RETRIEVAL}", outs[RETRIEVAL], outs[STOCK], word),
-        *(check_same(f"the output of {name}", outs[name][:, at], answer, word) for name, answer in want.items()),
+        check_same(f"the output of {STREAMING}", outs[STREAMING][:, at], answer, word),
+        *(
+            check_lists(column, qkv, name, outs[name], word)
+            for name, column in columns.items()
+            if isinstance(column, ListColumn)
+        ),
     )

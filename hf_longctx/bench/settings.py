@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import asdict, dataclass
 
+from ..config import kernel_words
 from ..errors import ConfigError
+from ..registry import check_word
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # word of the command line -> name in torch
+LONG = 32768  # tokens of a long prompt, which most goals are stated for
 VOCABULARY = 1024  # small, so that lm_head dominates neither the memory nor the time of a 4-layer model
 
 
@@ -22,6 +25,9 @@ class Settings:
         rounds: how often every column is measured; the columns take turns.
         steps: decoded tokens per column and round.
         densities: percent of the causal blocks that block lists read in prefill, one column each.
+        patterns: prefill patterns (``WORD:field=value:...``) whose choosing is timed.
+        density: percent of the causal blocks that retrieval heads read in one more column of e2e.
+        kernel: the ``kernel`` word of the patched columns.
         threads: threads of torch, None for torch's own choice.
         seed: of the random tensors and of which KV heads are streaming.
     """
@@ -37,6 +43,9 @@ class Settings:
     rounds: int = 7
     steps: int = 3
     densities: tuple[int, ...] = (10, 20, 30)
+    patterns: tuple[str, ...] = ("vertical_slash", "block_topk")
+    density: int | None = None
+    kernel: str = "auto"
     threads: int | None = None
     seed: int = 0
 
@@ -48,6 +57,9 @@ class Settings:
             raise ConfigError(f"sink must be >= 0 and threads >= 1, given {self.sink} and {self.threads}.")
         if any(not 1 <= density <= 100 for density in self.densities):
             raise ConfigError(f"densities must be percents from 1 to 100, given {list(self.densities)}.")
+        if self.density is not None and not 1 <= self.density <= 100:
+            raise ConfigError(f"density must be a percent from 1 to 100, given {self.density}.")
+        check_word(self.kernel, kernel_words(), "kernel")
         if self.heads % self.kv_heads:
             raise ConfigError(f"kv_heads must divide heads, given {self.kv_heads} of {self.heads} heads.")
         if not self.tokens or min(self.tokens) < 2:
@@ -60,10 +72,9 @@ class Settings:
     def hidden(self) -> int:
         return self.heads * self.head_dim
 
-    @property
-    def default_shape(self) -> bool:
-        """Whether the goals, which are stated for the default sizes, can be compared with the figures."""
-        own = Settings(self.tokens)
+    def default_shape(self, layers: int) -> bool:
+        """Whether the goals, stated for the default sizes and this many layers, can be compared with the figures."""
+        own = Settings(self.tokens, layers=layers)
         names = ("layers", "heads", "kv_heads", "head_dim", "sink", "recent")
         return all(getattr(self, name) == getattr(own, name) for name in names)
 
@@ -86,3 +97,8 @@ class Settings:
             streaming = rng.sample(range(self.kv_heads), self.kv_heads // 2)
             roles.append("".join("S" if head in streaming else "R" for head in range(self.kv_heads)))
         return roles
+
+
+def default_layers(benchmark: str, tokens: tuple[int, ...]) -> int:
+    """4, but 8 for the whole model where a prompt is ``LONG``: there the goal is stated for 8."""
+    return 8 if benchmark == "e2e" and max(tokens, default=0) >= LONG else 4

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from ..cache import cache_bytes
 from ..errors import ConfigError, UnsupportedModelError
-from ..identify.base import input_device
 from ..patch import unwrap
+from ..tasks.answer import input_device
 from .measures import LOGITS, Perplexity
 
 STEP = 64  # tokens of a given answer per forward: too few for a prefill pattern, so they are read as in decoding

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..identify.base import input_device
 from ..patch import unwrap
+from ..tasks.answer import input_device
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | Tensor
 

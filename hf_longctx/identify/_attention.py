@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..kernels._pieces import pieces
+
 ENTRIES = 2**24  # weights computed at once; 64 MiB in float32
 
 
@@ -22,7 +24,8 @@ def weights(q: Tensor, k: Tensor, scaling: float, queries: Tensor) -> Iterator[t
     dtype = torch.promote_types(q.dtype, torch.float32)
     slots = torch.arange(total, device=q.device)
     keys = k[0].to(dtype).transpose(1, 2)  # [H_kv, D, S]
-    for positions in queries.split(max(1, ENTRIES // (heads * total))):
+    for piece in pieces(len(queries), heads * total, ENTRIES):
+        positions = queries[piece]
         some = q[0, :, positions - (total - new)].to(dtype).unflatten(0, (kv_heads, heads // kv_heads))
         scores = (some.flatten(1, 2) @ keys * scaling).view(heads, len(positions), total)
         scores = scores.masked_fill_(slots > positions[:, None], float("-inf"))

@@ -3,11 +3,13 @@
 A kernel is a module of this folder with the functions of `reference.py` and
 
 - ``NAME: str``, its word in a config (the file name),
-- ``PREFERENCE: int``, higher is tried first by ``auto`` (reference 0, cpu 10; leave room between),
+- ``PREFERENCE: int``, higher is tried first by ``auto`` (reference 0, cpu 10, native 20; leave room between;
+  below 0: by name alone),
 - ``supports(device, dtype, head_dim, needs_grad) -> str | None``, None or the reason why not;
   where a function does less than the others, ``supports_<function>`` of the same form answers for it.
 
-Of these functions only `sparse_prefill` may be missing: whoever needs it asks `pick` for a kernel that has it. A kernel
+Of these functions only `sparse_prefill` may be missing: whoever needs it asks `pick` for a kernel that has it. One more
+is for kernels that decode all roles of a layer at once: ``decode_layer(q, parts: list[HeadKV], scale)``. A kernel
 must import on every machine, or fail with ImportError: `pick` then reports that as the reason. Nothing lists kernels by
 hand.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import sys
 from functools import cache
 from types import ModuleType
 
@@ -96,8 +99,9 @@ def _candidates(words: tuple[str, ...] | list[str]) -> list[tuple[str, ModuleTyp
     """(name, module, why it cannot be imported) of these kernels, preferred ones first."""
     found = []
     for name in words:
-        try:
-            found.append((name, importlib.import_module(f"{__package__}.{name}"), None))
+        full = f"{__package__}.{name}"
+        try:  # import_module takes a lock even for what is there, and this runs per layer and token
+            found.append((name, sys.modules.get(full) or importlib.import_module(full), None))
         except ImportError as error:
             found.append((name, None, f"cannot be imported ({error})"))
     return sorted(found, key=lambda entry: -(entry[1].PREFERENCE if entry[1] else 0))

@@ -6,13 +6,16 @@ tokens kept, ``D`` head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-TEMPORARY = 1 << 22  # numbers per temporary of a BlockList's methods
+from ._pieces import pieces
+
+TEMPORARY = 1 << 20  # numbers per temporary of a BlockList's methods; a query block of all heads may take more
 
 
 @dataclass(frozen=True)
@@ -140,15 +143,43 @@ class BlockList:
     ) -> BlockList:
         """The list of what is True in ``block_mask [B, H, NQ, NK]`` and ``column_mask [B, H, kv_len]`` (None: nothing).
 
-        Key blocks that lie after their query block are left out. Costs one read of the device, for the two widths.
+        Key blocks that lie after their query block are left out.
         """
-        i = torch.arange(first // block, first // block + block_mask.shape[2], device=block_mask.device)[:, None]
-        block_mask = block_mask & (torch.arange(block_mask.shape[3], device=block_mask.device) <= i)
-        if column_mask is None:
-            column_mask = block_mask.new_zeros(*block_mask.shape[:2], kv_len)
-        counts, column_counts = (mask.sum(-1, dtype=torch.int32) for mask in (block_mask, column_mask))
-        widths = torch.stack([counts.max(), column_counts.max()]).tolist()
-        indices, columns = (_places(mask, n) for mask, n in zip((block_mask, column_mask), widths, strict=True))
+        batch, heads, query_blocks, key_blocks = block_mask.shape
+        cut = pieces(query_blocks, batch * heads * key_blocks, TEMPORARY)
+        parts = ((slice(0, heads), rows, block_mask[:, :, rows]) for rows in cut)
+        return cls.from_parts(parts, column_mask, shape=(batch, heads), block=block, first=first, kv_len=kv_len)
+
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Iterable[tuple[slice, slice, Tensor]],
+        column_mask: Tensor | None = None,
+        *,
+        shape: tuple[int, int],
+        block: int,
+        first: int,
+        kv_len: int,
+    ) -> BlockList:
+        """`from_mask` of a mask that never exists as a whole.
+
+        Each part is (heads, query blocks of the chunk, block mask ``[B, h, N, NK]`` or the first of its key blocks);
+        together they hold every head and query block of ``shape (B, H)`` once, in any order. Costs one read of the
+        device per part, for its width.
+        """
+        found, query_blocks = [], -(-kv_len // block) - first // block
+        for heads, rows, mask in parts:
+            own = torch.arange(rows.start, rows.stop, device=mask.device)[:, None] + first // block
+            mask = mask & (torch.arange(mask.shape[3], device=mask.device) <= own)
+            found.append((heads, rows, *_places(mask)))
+        like = found[0][2]
+        indices = like.new_zeros(*shape, query_blocks, max(places.shape[3] for _, _, places, _ in found))
+        counts = like.new_zeros(*shape, query_blocks)
+        while found:
+            heads, rows, places, count = found.pop()
+            indices[:, heads, rows, : places.shape[3]], counts[:, heads, rows] = places, count
+        none = (like.new_zeros(*shape, 0), like.new_zeros(shape))
+        columns, column_counts = none if column_mask is None else _places(column_mask)
         return cls(block, first, kv_len, indices, counts, columns, column_counts)
 
     @property
@@ -185,17 +216,21 @@ class BlockList:
     @property
     def reads_by_head(self) -> Tensor:
         """``reads`` head by head, ``[H]``."""
-        batch, heads, query_blocks, _ = self.indices.shape
-        j = torch.arange(self.key_blocks, device=self.indices.device)
-        before = j < torch.arange(query_blocks, device=j.device)[:, None] + self.first // self.block
-        total = self.counts.sum((0, 2)) * self.block
-        step = max(1, TEMPORARY // (batch * max(query_blocks, self.block) * self.key_blocks))
-        for low in range(0, heads if self.columns.shape[2] else 0, step):
-            some = slice(low, low + step)
-            columns = nn.functional.pad(self.column_mask(some), (0, -self.kv_len % self.block))
-            per_block = columns.unflatten(-1, (-1, self.block)).sum(-1)[:, :, None]
-            total[some] += per_block.masked_fill(self.block_mask(some) | ~before, 0).sum((0, 2, 3))
-        return total
+        total, (batch, heads, query_blocks, width) = self.counts.sum((0, 2)) * self.block, self.indices.shape
+        if not self.columns.shape[2]:
+            return total
+        # A column is read by every query block that begins after it, but for those that list its block.
+        ordered = self.columns.masked_fill(~_given(self.columns, self.column_counts), self.kv_len)
+        begins = torch.arange(self.key_blocks + 1, device=ordered.device, dtype=ordered.dtype) * self.block
+        before = torch.searchsorted(ordered, begins.expand(batch, heads, -1).contiguous())
+        past = torch.arange(query_blocks, device=ordered.device) + self.first // self.block
+        per_block = before.diff()
+        for rows in pieces(query_blocks, batch * heads * width, TEMPORARY):
+            indices = self.indices[:, :, rows]
+            listed = _given(indices, self.counts[:, :, rows]) & (indices < past[rows, None])
+            inside = per_block.gather(2, indices.flatten(2).long()).view_as(indices)
+            total -= inside.masked_fill_(~listed, 0).sum((0, 2, 3))
+        return total + before[..., past].sum((0, 2))
 
     @property
     def causal(self) -> int:
@@ -211,28 +246,41 @@ class BlockList:
 
     def share_groups(self, group: int) -> BlockList:
         """One list per ``group`` neighbouring heads, ``[B, H / group, ...]``: the union of theirs."""
-        blocks, columns = (mask.unflatten(1, (-1, group)).any(2) for mask in (self.block_mask(), self.column_mask()))
-        return self.from_mask(blocks, columns, block=self.block, first=self.first, kv_len=self.kv_len)
+        batch, heads, query_blocks, _ = self.indices.shape
+        cut = pieces(query_blocks, batch * heads * self.key_blocks, TEMPORARY)
+        masks = ((rows, self.block_mask(query_blocks=rows)) for rows in cut)
+        parts = ((slice(0, heads // group), rows, mask.unflatten(1, (-1, group)).any(2)) for rows, mask in masks)
+        columns = self.column_mask().unflatten(1, (-1, group)).any(2) if self.columns.shape[2] else None
+        sizes = {"block": self.block, "first": self.first, "kv_len": self.kv_len}
+        return self.from_parts(parts, columns, shape=(batch, heads // group), **sizes)
 
 
-def _places(mask: Tensor, width: int) -> Tensor:
-    """Where ``mask [..., N]`` is True, ascending: int32 ``[..., width]``, 0 after the last."""
-    flat, places = mask.flatten(0, -2), torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where ``mask [..., N]`` is True, ascending, and how often: int32 ``[..., most]``, 0 after the last, ``[...]``.
+
+    Reads the device once.
+    """
+    counts = mask.sum(-1, dtype=torch.int32)
+    width, flat = int(counts.max()), mask.flatten(0, -2)
+    places = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
     out = torch.zeros(flat.shape[0], width, dtype=torch.int32, device=mask.device)
-    step = max(1, TEMPORARY // mask.shape[-1])
-    for low in range(0, flat.shape[0], step):
-        piece = flat[low : low + step]
-        slots = (piece.cumsum(-1) - 1).masked_fill(~piece, width)  # one more slot takes what is False
-        room = out.new_zeros(piece.shape[0], width + 1).scatter_(1, slots, places.expand_as(piece))
-        out[low : low + step] = room[:, :width]
-    return out.unflatten(0, mask.shape[:-1])
+    for rows in pieces(flat.shape[0], mask.shape[-1], TEMPORARY):
+        piece = flat[rows]
+        slots = (piece.cumsum(-1, dtype=torch.int32) - 1).masked_fill_(~piece, width)  # one more takes what is False
+        room = out.new_zeros(piece.shape[0], width + 1).scatter_(1, slots.long(), places.expand_as(piece))
+        out[rows] = room[:, :width]
+    return out.unflatten(0, mask.shape[:-1]), counts
+
+
+def _given(places: Tensor, counts: Tensor) -> Tensor:
+    """Bool like ``places [..., M]``: what stands before ``counts [...]``."""
+    return torch.arange(places.shape[-1], device=places.device) < counts[..., None]
 
 
 def _mask_of(places: Tensor, counts: Tensor, size: int) -> Tensor:
     """The inverse of ``_places``: bool ``[..., size]``."""
-    given = torch.arange(places.shape[-1], device=places.device) < counts[..., None]
     mask = torch.zeros(*places.shape[:-1], size + 1, dtype=torch.bool, device=places.device)
-    return mask.scatter_(-1, places.long().masked_fill(~given, size), True)[..., :size]
+    return mask.scatter_(-1, places.long().masked_fill_(~_given(places, counts), size), True)[..., :size]
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

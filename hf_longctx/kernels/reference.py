@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._pieces import pieces
 from .layout import BlockList, Segment
 
 NAME = "reference"
@@ -135,18 +136,17 @@ def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: fl
     KV head by KV head and in pieces of queries, so that no mask holds more than ``PIECE * S`` entries per row.
     """
     group, lists = q.shape[1] // k.shape[1], blocks.counts.shape[1]
-    step = max(1, PIECE // group)
     outs = []
     for head in range(k.shape[1]):
-        own, pieces = slice(head * group, (head + 1) * group), []
+        own, parts = slice(head * group, (head + 1) * group), []
         listed = slice(head * lists // k.shape[1], (head + 1) * lists // k.shape[1])
-        for low in range(0, q.shape[2], step):
-            high = min(low + step, q.shape[2])
+        for some in pieces(q.shape[2], group, PIECE):
+            low, high = some.start, some.stop
             seen = blocks.first + high
             visible = blocks.visible(low, high, listed)[..., :seen]
             visible = visible.repeat_interleave(group // visible.shape[1], 1)
             keys, values = k[:, head : head + 1, :seen], v[:, head : head + 1, :seen]
             with torch.autocast(q.device.type, enabled=False):  # it would round the scores
-                pieces.append(attention(q[:, own, low:high], keys, values, visible, scale)[0])
-        outs.append(torch.cat(pieces, 2))
+                parts.append(attention(q[:, own, low:high], keys, values, visible, scale)[0])
+        outs.append(torch.cat(parts, 2))
     return torch.cat(outs, 1)

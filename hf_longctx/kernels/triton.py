@@ -8,57 +8,27 @@ Shapes: ``B`` batch, ``H`` query heads, ``n`` KV heads, ``T`` query tokens, ``S`
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModeError
-from . import cpu
+from . import _nvidia, cpu
 from .layout import BlockList, HeadKV, Segment
 
 NAME = "triton"
 # Below cpu's: until it has been timed on a device, `auto` takes it for block lists alone, where it beats a definition.
 PREFERENCE = 5
 
-CAPABILITY = (8, 0)  # Ampere: the first with bfloat16 matrix instructions and asynchronous copies
 HEAD_DIM = 256  # at most; wider tiles do not fit the shared memory
 BLOCKS = (16, 32, 64, 128)  # tokens of a block
 
 
 def supports(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
     """None when this kernel computes the case, otherwise why it does not."""
-    if device.type != "cuda":
-        return f"needs a CUDA device, not {device.type}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        # float32 is computed right, but without matrix instructions: minutes to compile, slow to run.
-        return f"takes bfloat16 and float16, not {dtype}"
     if head_dim > HEAD_DIM:
         return f"takes head_dim up to {HEAD_DIM}, not {head_dim}"
-    if needs_grad:
-        return "computes no gradients"
-    return _missing() or _incapable(device)
-
-
-@cache
-def _missing() -> str | None:
-    """Why Triton cannot be imported."""
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
-    return None
-
-
-def _incapable(device: torch.device) -> str | None:
-    """What this device lacks."""
-    if not torch.cuda.is_available():
-        return "needs a CUDA device, and there is none"
-    if torch.version.hip is not None:
-        return "was written for NVIDIA devices"
-    capability = torch.cuda.get_device_capability(device)
-    return None if capability >= CAPABILITY else f"needs compute capability {CAPABILITY}, the device has {capability}"
+    # float32 is computed right, but without matrix instructions: minutes to compile, slow to run.
+    return _nvidia.refusal(device, needs_grad) or _nvidia.half_only(dtype) or _nvidia.no_triton(device)
 
 
 def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
@@ -95,11 +65,9 @@ def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: fl
 def streaming_prefill(
     q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
 ) -> Tensor:
-    """StreamingLLM attention (arXiv:2309.17453) ``[B, H, T, D]`` in O(T * (s + recent)) time, without copies.
+    """StreamingLLM attention (arXiv:2309.17453) as `reference.streaming_prefill` defines it, ``[B, H, T, D]``.
 
-    sink_k, sink_v ``[B, n, s, D]`` are the row positions 0..s-1, k, v ``[B, n, N, D]`` the positions first..first+N-1,
-    first >= s; the queries are the last T row positions. Query i reads the sinks r <= i and, of the band, the
-    positions j <= i with i - j < recent (recent >= 1).
+    In O(T * (s + recent)) time, and without copies.
     """
     _check(q, k, v)
     _check(q, sink_k, sink_v)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..kernels._pieces import pieces
 from ..kernels.layout import BlockList
-from ._blocks import BlockPattern, always_read, cover, pieces, shares, to_blocks
+from . import _blocks
+from ._blocks import BlockPattern, always_read, cover, shares, to_blocks
 from .base import BLOCK
 
 
@@ -47,14 +49,18 @@ class Antidiagonal(BlockPattern):
     @classmethod
     def select(cls, heads: Sequence[Antidiagonal], q: Tensor, k: Tensor, scale: float) -> BlockList:
         kv_len, first, group = k.shape[2], k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
-        listed = always_read(q, k)
-        runs = groupby(range(len(heads)), lambda h: (h // group, heads[h].stride))
-        for (kv_head, stride), run in [(key, list(run)) for key, run in runs]:
-            mine = slice(run[0], run[-1] + 1)
-            for rows, sums in block_sums(q[:, mine], k[:, kv_head], scale, stride):
-                share = shares(heads[mine], "threshold", sums)[:, None]
-                listed[:, mine, rows, : sums.shape[-1]] |= cover(sums, share)
-        return BlockList.from_mask(listed, block=BLOCK, first=first, kv_len=kv_len)
+
+        def parts() -> Iterator[tuple[slice, slice, Tensor]]:
+            runs = groupby(range(len(heads)), lambda h: (h // group, heads[h].stride))
+            for (kv_head, stride), run in [(key, list(run)) for key, run in runs]:
+                for some in pieces(len(run), q.shape[0] * kv_len * BLOCK // stride**2, _blocks.TEMPORARY):
+                    mine = slice(run[some][0], run[some][-1] + 1)
+                    for rows, sums in block_sums(q[:, mine], k[:, kv_head], scale, stride):
+                        share = shares(heads[mine], "threshold", sums)[:, None]
+                        yield mine, rows, cover(sums, share) | always_read(*sums.shape[2:], q.device)
+
+        shape = (q.shape[0], len(heads))
+        return BlockList.from_parts(parts(), shape=shape, block=BLOCK, first=first, kv_len=kv_len)
 
 
 def block_sums(q: Tensor, k: Tensor, scale: float, stride: int) -> Iterator[tuple[slice, Tensor]]:
@@ -63,16 +69,22 @@ def block_sums(q: Tensor, k: Tensor, scale: float, stride: int) -> Iterator[tupl
     q ``[B, G, T, D]`` are query heads of one KV head, the last T of its keys k ``[B, S, D]``. Float32 or wider.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    kv_len, first, cells = k.shape[1], k.shape[1] - q.shape[2], BLOCK // stride
-    blocks, k_cells = to_blocks(q, first), to_blocks(k[:, None].to(dtype))[:, 0]
-    k_cells = k_cells.unflatten(2, (cells, stride)).flatten(3)  # [B, NK, cells, stride * D]
-    for rows in pieces(blocks.shape[2], q.shape[0] * q.shape[1] * cells * cells * k_cells.shape[1]):
-        low, high = (first // BLOCK + end for end in (rows.start, rows.stop))
+    (batch, heads, q_len, dim), kv_len = q.shape, k.shape[1]
+    first, cells, key_blocks = kv_len - q_len, BLOCK // stride, -(-kv_len // BLOCK)
+    k_cells = to_blocks(k[:, None].to(dtype)).view(batch, key_blocks * cells, stride * dim)
+    past, cut = first // BLOCK, batch * heads * cells * cells * key_blocks
+    for rows in pieces(key_blocks - past, cut, _blocks.TEMPORARY):
+        low, high = past + rows.start, past + rows.stop
         own = torch.arange(low * cells, high * cells, device=q.device)
         queries = ((own + 1) * stride).clamp(max=kv_len) - (own * stride).clamp(min=first)  # below 1: there is none
-        reversed_q = blocks[:, :, rows].to(dtype).unflatten(3, (cells, stride)).flip(4).flatten(4).flatten(2, 3)
-        scores = reversed_q.flatten(1, 2) @ k_cells[:, :high].flatten(1, 2).transpose(-1, -2)
-        scores = scores.unflatten(1, (q.shape[1], -1)) * (scale / queries.clamp(min=1)[:, None])
-        later = torch.arange(high * cells, device=q.device) > own[:, None]
-        weights = scores.masked_fill_(later, float("-inf")).softmax(-1).masked_fill_(queries[:, None] < 1, 0)
-        yield rows, weights.unflatten(3, (high, cells)).unflatten(2, (-1, cells)).sum((3, 5))
+        begin = max(0, low * BLOCK - first)
+        some = to_blocks(q[:, :, begin : high * BLOCK - first].to(dtype), first + begin)
+        reversed_q = some.unflatten(3, (cells, stride)).flip(4).flatten(4).flatten(2, 3)
+        reversed_q *= (scale / queries.clamp(min=1))[:, None]
+        scores = reversed_q.flatten(1, 2) @ k_cells[:, : high * cells].transpose(-1, -2)
+        scores = scores.unflatten(1, (heads, -1))
+        scores[..., low * cells :].masked_fill_(own > own[:, None], float("-inf"))
+        weights = scores.softmax(-1)
+        if low * BLOCK < first or high * BLOCK > kv_len:
+            weights.masked_fill_(queries[:, None] < 1, 0)
+        yield rows, weights.unflatten(3, (high, cells)).sum(4).unflatten(2, (-1, cells)).sum(3)

@@ -47,11 +47,6 @@ class PatternSpec:
         """
         raise UnsupportedModeError(f"{cls.__name__} makes no block list: its heads run their store's own rule.")
 
-    @classmethod
-    def budgets(cls, heads: Sequence[PatternSpec], name: str, most: int, device: torch.device) -> Tensor:
-        """The field ``name`` of every head, at most ``most``, as int64 ``[H, 1]``."""
-        return torch.tensor([min(getattr(head, name), most) for head in heads], device=device)[:, None]
-
 
 @torch.no_grad()
 def select(heads: Sequence[PatternSpec], q: Tensor, k: Tensor, scale: float) -> BlockList:

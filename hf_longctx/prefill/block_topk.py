@@ -5,15 +5,14 @@ MInference's block-sparse pattern, arXiv:2407.02490.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ..kernels.layout import BlockList
-from ._blocks import BlockPattern, always_read, mean_pool, pieces, pooled_scores
+from ._blocks import BlockPattern, always_read, best, mean_pool, pooled_scores, query_pieces
 from .base import BLOCK
-from .vertical_slash import best
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,12 @@ class BlockTopk(BlockPattern):
     @classmethod
     def select(cls, heads: Sequence[BlockTopk], q: Tensor, k: Tensor, scale: float) -> BlockList:
         kv_len, first = k.shape[2], k.shape[2] - q.shape[2]
-        listed, queries, keys = always_read(q, k), mean_pool(q, first), mean_pool(k)
-        batch, total, query_blocks, key_blocks = listed.shape
-        budgets = cls.budgets(heads, "top_k", key_blocks, q.device)[:, None]
-        for rows in pieces(query_blocks, batch * total * key_blocks):
-            scores = pooled_scores(queries[:, :, rows], keys, scale, first // BLOCK + rows.start)
-            listed[:, :, rows] |= best(scores, budgets)
-        return BlockList.from_mask(listed, block=BLOCK, first=first, kv_len=kv_len)
+        queries, keys = mean_pool(q, first), mean_pool(k)
+        budgets = [head.top_k for head in heads]
+
+        def parts() -> Iterator[tuple[slice, slice, Tensor]]:
+            for rows, seen in query_pieces(q, k):
+                scores = pooled_scores(queries[:, :, rows], keys[:, :, :seen], scale)
+                yield slice(0, len(heads)), rows, best(scores, budgets) | always_read(*scores.shape[2:], q.device)
+
+        return BlockList.from_parts(parts(), shape=queries.shape[:2], block=BLOCK, first=first, kv_len=kv_len)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.layout import BlockList
+from ._blocks import query_pieces
 from .base import BLOCK, PatternSpec
 
 
@@ -21,8 +22,14 @@ class Dense(PatternSpec):
 
     @classmethod
     def select(cls, heads: Sequence[Dense], q: Tensor, k: Tensor, scale: float) -> BlockList:
-        (batch, _, q_len, _), kv_len = q.shape, k.shape[2]
-        first, key_blocks = kv_len - q_len, -(-kv_len // BLOCK)
-        shape = (batch, len(heads), key_blocks - first // BLOCK, key_blocks)
-        every = torch.ones(shape, dtype=torch.bool, device=q.device)
-        return BlockList.from_mask(every, block=BLOCK, first=first, kv_len=kv_len)
+        shape, device = (q.shape[0], len(heads)), q.device
+        parts = (
+            (
+                slice(0, len(heads)),
+                rows,
+                torch.ones(*shape, rows.stop - rows.start, seen, dtype=torch.bool, device=device),
+            )
+            for rows, seen in query_pieces(q, k)
+        )
+        kv_len = k.shape[2]
+        return BlockList.from_parts(parts, shape=shape, block=BLOCK, first=kv_len - q.shape[2], kv_len=kv_len)

@@ -5,16 +5,17 @@ FlexPrefill, arXiv:2502.20766.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.layout import BlockList
-from ._blocks import BlockPattern, always_read, cover, mean_pool, pieces, pooled_scores, shares
+from ._blocks import BlockPattern, always_read, best, cover, mean_pool, pooled_scores, query_pieces, shares
 from .base import BLOCK
-from .vertical_slash import LAST_QUERIES, best, line_sums
+from .vertical_slash import LAST_QUERIES, line_sums
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,27 @@ class Flexprefill(BlockPattern):
         kv_len, group = k.shape[2], q.shape[1] // k.shape[1]
         first, keys, last = kv_len - q.shape[2], mean_pool(k), q[:, :, -LAST_QUERIES:]
         by_column, by_offset = line_sums(last, k, scale)
-        gamma, budgets = shares(heads, "gamma", by_column), cls.budgets(heads, "min_budget", kv_len, q.device)
+        gamma, budgets = shares(heads, "gamma", by_column), [head.min_budget for head in heads]
         columns = cover(by_column, gamma) | best(by_column, budgets)
         columns[..., :BLOCK] = False  # every query block lists the sink block
         aware = distance(by_column, last, keys, scale) < shares(heads, "tau", by_column)[:, 0]
-        budgets = -(-budgets[:, None] // BLOCK)  # in blocks, [H, 1, 1]
-        listed = on_bands(by_offset, gamma, budgets, first) | always_read(q, k)
         columns &= ~aware[..., None]
-        # Sorting all pairs of blocks is dear: one read of the device tells which heads need it.
-        for head in aware.any(0).nonzero()[:, 0].tolist():
-            some = slice(head, head + 1)
-            keys_of = keys[:, head // group][:, None]
-            scores = pooled_scores(mean_pool(q[:, some], first), keys_of, scale, first // BLOCK)
-            pairs = cover(scores.softmax(-1).flatten(2), gamma[head]).view_as(scores)
-            own = pairs | best(scores, budgets[head]) | always_read(q[:, some], k)
-            listed[:, some] = own.where(aware[:, some, None, None], listed[:, some])
-        return BlockList.from_mask(listed, columns, block=BLOCK, first=first, kv_len=kv_len)
+        bands = nn.functional.pad(by_offset, (0, -kv_len % BLOCK)).unflatten(2, (-1, BLOCK)).sum(-1)
+        bands_kept, budgets = cover(bands, gamma), [-(-budget // BLOCK) for budget in budgets]
+
+        def parts() -> Iterator[tuple[slice, slice, Tensor]]:
+            for some_aware, mine in _runs(aware.any(0).tolist()):
+                where = aware[:, mine, None, None]
+                if some_aware:
+                    queries, own_keys = mean_pool(q[:, mine], first), keys[:, mine.start // group, None]
+                    pairs = best_pairs(pooled_scores(queries, own_keys, scale), gamma[mine], budgets[mine])
+                for rows, seen in query_pieces(q[:, mine], k):
+                    listed = on_bands(bands[:, mine, :seen], bands_kept[:, mine, :seen], budgets[mine], rows)
+                    listed = pairs[:, :, rows, :seen].where(where, listed) if some_aware else listed
+                    yield mine, rows, listed | always_read(*listed.shape[2:], q.device)
+
+        shape = (q.shape[0], len(heads))
+        return BlockList.from_parts(parts(), columns, shape=shape, block=BLOCK, first=first, kv_len=kv_len)
 
 
 def distance(by_column: Tensor, q: Tensor, keys: Tensor, scale: float) -> Tensor:
@@ -73,23 +79,34 @@ def distance(by_column: Tensor, q: Tensor, keys: Tensor, scale: float) -> Tensor
     by_column ``[B, H, S]`` are the sums of the true weights of q ``[B, H, L, D]``; keys ``[B, n, NK, D]`` are means.
     """
     means = q.mean(2, keepdim=True, dtype=keys.dtype)
-    guess = pooled_scores(means, keys, scale, keys.shape[2] - 1)[:, :, 0].softmax(-1)
+    guess = pooled_scores(means, keys, scale)[:, :, 0].softmax(-1)
     true = nn.functional.pad(by_column, (0, -by_column.shape[2] % BLOCK)).unflatten(2, (-1, BLOCK)).sum(-1) / q.shape[2]
     middle = ((true + guess) / 2).clamp(min=torch.finfo(true.dtype).tiny)  # not 0 where both underflow
     parts = (torch.special.xlogy(p, p / middle).sum(-1) for p in (true, guess))
     return (sum(parts) / 2).clamp(min=0).sqrt()
 
 
-def on_bands(by_offset: Tensor, gamma: Tensor, budgets: Tensor, first: int) -> Tensor:
-    """Bool ``[B, H, NQ, NK]``: the key blocks on the chosen bands of offsets; by_offset is ``[B, H, S]``."""
-    bands = nn.functional.pad(by_offset, (0, -by_offset.shape[2] % BLOCK)).unflatten(2, (-1, BLOCK)).sum(-1)
-    kept, (batch, total, key_blocks) = cover(bands, gamma)[:, :, None], bands.shape
+def best_pairs(scores: Tensor, gamma: Tensor, budgets: Sequence[int]) -> Tensor:
+    """Bool ``[B, H, NQ, NK]``: the best pairs of scores of that shape, and the best key blocks of each query block."""
+    return cover(scores.softmax(-1).flatten(2), gamma).view_as(scores) | best(scores, budgets)
+
+
+def on_bands(bands: Tensor, kept: Tensor, budgets: Sequence[int], rows: slice) -> Tensor:
+    """Bool ``[B, H, N, NK]``: the key blocks on the kept bands of offsets, and on the best ones of each query block.
+
+    bands and kept are ``[B, H, NK]``; the query blocks ``rows`` are the last N of the NK blocks.
+    """
+    key_blocks = bands.shape[2]
+    i = torch.arange(key_blocks - (rows.stop - rows.start), key_blocks, device=bands.device)[:, None]
     j = torch.arange(key_blocks, device=bands.device)
-    out = []
-    for rows in pieces(key_blocks - first // BLOCK, batch * total * key_blocks):
-        i = torch.arange(rows.start, rows.stop, device=bands.device)[:, None] + first // BLOCK
-        near = bands[:, :, None].masked_fill(j > i, float("-inf"))  # the other bands begin before the prompt
-        chosen = kept | best(near, budgets)
-        chosen[..., 1:] |= chosen[..., :-1].clone()  # band a leads from block i into blocks i - a and i - a - 1
-        out.append(chosen.gather(-1, (i - j).clamp(min=0).expand_as(chosen)))
-    return torch.cat(out, 2)
+    near = bands[:, :, None].masked_fill(j > i, float("-inf"))  # the other bands begin before the prompt
+    chosen = kept[:, :, None] | best(near, budgets)
+    chosen[..., 1:] |= chosen[..., :-1].clone()  # band a leads from block i into blocks i - a and i - a - 1
+    return chosen.gather(-1, (i - j).clamp(min=0).expand_as(chosen))
+
+
+def _runs(aware: list[bool]) -> Iterator[tuple[bool, slice]]:
+    """Neighbouring heads none of which is query-aware together; query-aware ones alone, their pairs take memory."""
+    for some, run in groupby(range(len(aware)), aware.__getitem__):
+        heads = list(run)
+        yield from ((True, slice(h, h + 1)) for h in heads) if some else [(False, slice(heads[0], heads[-1] + 1))]

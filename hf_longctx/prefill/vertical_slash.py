@@ -5,14 +5,17 @@ MInference, arXiv:2407.02490.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels._pieces import pieces
 from ..kernels.layout import BlockList
-from ._blocks import pieces
+from . import _blocks
+from ._blocks import best, query_pieces
 from .base import BLOCK, PatternSpec
 
 LAST_QUERIES = 64  # queries whose attention chooses
@@ -50,18 +53,24 @@ class VerticalSlash(PatternSpec):
         kv_len, device = k.shape[2], q.device
         first, key_blocks = kv_len - q.shape[2], -(-kv_len // BLOCK)
         by_column, by_offset = line_sums(q[:, :, -LAST_QUERIES:], k, scale)
-        columns = best(by_column, cls.budgets(heads, "vertical", kv_len, device))
+        columns = best(by_column, [head.vertical for head in heads])
         columns[..., :BLOCK] = False  # every query block lists the sink block
-        offsets = best(by_offset, cls.budgets(heads, "slash", kv_len, device))
+        offsets = best(by_offset, [head.slash for head in heads])
         offsets[..., :LOCAL] = True
         # An offset of a * BLOCK + b leads from block i into block i - a, and for b > 0 into block i - a - 1 as well.
         kept = nn.functional.pad(offsets, (0, -kv_len % BLOCK)).unflatten(-1, (key_blocks, BLOCK))
         back = kept.any(-1)  # [B, H, NK], by the number of blocks to go back
         back[..., 1:] |= kept[..., :-1, 1:].any(-1)
-        i = torch.arange(first // BLOCK, key_blocks, device=device)[:, None]
-        listed = back[..., (i - torch.arange(key_blocks, device=device)).clamp(min=0)]
-        listed[..., 0] = True
-        return BlockList.from_mask(listed, columns, block=BLOCK, first=first, kv_len=kv_len)
+
+        def parts() -> Iterator[tuple[slice, slice, Tensor]]:
+            for rows, seen in query_pieces(q, k):
+                i = torch.arange(rows.start, rows.stop, device=device)[:, None] + first // BLOCK
+                listed = back[..., (i - torch.arange(seen, device=device)).clamp(min=0)]
+                listed[..., 0] = True
+                yield slice(0, len(heads)), rows, listed
+
+        shape = (q.shape[0], len(heads))
+        return BlockList.from_parts(parts(), columns, shape=shape, block=BLOCK, first=first, kv_len=kv_len)
 
 
 def line_sums(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -69,24 +78,22 @@ def line_sums(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
     Both ``[B, H, S]``, float32 or wider.
     """
-    (batch, heads, last, _), (kv_heads, kv_len) = q.shape, k.shape[1:3]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    late = torch.arange(kv_len, device=q.device) > torch.arange(kv_len - last, kv_len, device=q.device)[:, None]
-    folded = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, n, G * L, D]: a group reads its keys once
-    columns, offsets = [], []
-    for some in pieces(kv_heads, batch * heads // kv_heads * last * kv_len):
-        scores = folded[:, some].to(dtype) @ k[:, some].to(dtype).transpose(-1, -2) * scale
-        scores = scores.unflatten(2, (-1, last)).flatten(1, 2)  # [B, heads of this step, L, S]
-        weights = scores.masked_fill_(late, float("-inf")).softmax(-1)
-        columns.append(weights.sum(-2))
-        # Reversed, and each row moved one slot further than the row above, diagonals become columns.
-        sheared = nn.functional.pad(weights.flip(-1), (0, last)).flatten(-2)[..., :-last]
-        offsets.append(sheared.unflatten(-1, (last, -1)).sum(-2)[..., last - 1 :])
-    return torch.cat(columns, 1), torch.cat(offsets, 1)
-
-
-def best(sums: Tensor, budgets: Tensor) -> Tensor:
-    """Bool ``[B, H, S]``: the largest ``budgets [H, 1]`` of sums ``[B, H, S]``, equal ones from the lowest index."""
-    order = torch.sort(sums, dim=-1, descending=True, stable=True).indices
-    chosen = torch.arange(sums.shape[-1], device=sums.device) < budgets
-    return torch.zeros_like(sums, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
+    (batch, heads, last, dim), (kv_heads, kv_len) = q.shape, k.shape[1:3]
+    group, width = heads // kv_heads, last + kv_len
+    queries = q.to(torch.promote_types(q.dtype, torch.float32)) * scale
+    late = torch.ones(last, last, dtype=torch.bool, device=q.device).triu(1)  # among the last keys
+    columns, offsets = (queries.new_empty(batch, heads, kv_len) for _ in range(2))
+    keys = queries.new_zeros(width, dim)
+    for row, kv_head in product(range(batch), range(kv_heads)):
+        keys[last:] = k[row, kv_head]
+        for some in pieces(group, last * width, _blocks.TEMPORARY):
+            some = slice(kv_head * group + some.start, kv_head * group + some.stop)
+            scores = (queries[row, some].flatten(0, 1) @ keys.T).unflatten(0, (-1, last))  # [g, L, L + S]
+            scores[..., :last] = float("-inf")
+            scores[..., -last:].masked_fill_(late, float("-inf"))
+            weights = scores.softmax(-1)
+            columns[row, some] = weights[..., last:].sum(1)
+            # Each row one place to the left of the row above: diagonals become columns, the longest offset first.
+            diagonals = weights.as_strided((len(weights), last, kv_len), (last * width, width + 1, 1), 1)
+            offsets[row, some] = diagonals.sum(1).flip(-1)
+    return columns, offsets

@@ -25,6 +25,10 @@ class SinkRecent(StoreSpec):
     """Keep the first ``sink`` and the latest ``recent`` tokens of each row.
 
     A query at row position ``i`` sees key ``j`` when ``j <= i and (j < sink or i - j < recent)``.
+
+    Attributes:
+        sink: first tokens of a row.
+        recent: latest tokens, the query's own among them.
     """
 
     roles = ("streaming",)

@@ -120,7 +120,8 @@ class TextLanguage(Language):
         chat: put the tokenizer's chat template around every question.
 
     Raises:
-        ConfigError: the text cannot be read, the tokenizer cannot say letters and digits, or has no chat template.
+        ConfigError: an unknown haystack, or one beside ``text``; the text cannot be read; the tokenizer cannot say
+            letters and digits, or has no chat template.
     """
 
     def __init__(
@@ -130,6 +131,10 @@ class TextLanguage(Language):
         text: str | os.PathLike | None = None,
         chat: bool = False,
     ):
+        if haystack is not None:
+            check_word(haystack, HAYSTACKS, "haystack")
+            if text is not None:
+                raise ConfigError(f"haystack: {haystack!r} and a text were given; the filler comes from one of them.")
         self.tokenizer = tokenizer
         self._ends: dict[int, bool] = {}
         self._anchor = self._plain(".")
@@ -275,13 +280,8 @@ def language_for(
     """The language of a tokenizer: the embedded models' own, else text; arguments as ``TextLanguage``.
 
     Raises:
-        ConfigError: an unknown haystack, or one beside ``text``; what the embedded models' language has not; errors as
-            ``TextLanguage``.
+        ConfigError: ``haystack`` or ``chat`` for the embedded models' language; errors as ``TextLanguage``.
     """
-    if haystack is not None:
-        check_word(haystack, HAYSTACKS, "haystack")
-        if text is not None:
-            raise ConfigError(f"haystack: {haystack!r} and a text were given; the filler comes from one of them.")
     if not is_tiny_language(tokenizer):
         return TextLanguage(tokenizer, haystack, text, chat)
     if haystack is not None or chat:

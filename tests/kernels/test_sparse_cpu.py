@@ -208,7 +208,8 @@ def test_gradients_and_other_devices_are_refused():
         wants.requires_grad_(False)
     case = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 64, "needs_grad": False}
     asked = {"function": "sparse_prefill"}
-    assert dispatch.pick("auto", **case, **asked) is dispatch.pick("cpu", **case, **asked) is cpu
+    assert dispatch.pick("cpu", **case, **asked) is cpu
+    assert dispatch.pick("auto", **{**case, "dtype": torch.float64}, **asked) is cpu
     for change in ({"needs_grad": True}, {"device": torch.device("meta")}):
         other = {**case, **change}
         assert dispatch.pick("auto", **other, **asked) is reference

@@ -16,16 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_longctx.kernels import cpu, dispatch, triton
+import hf_longctx
+from hf_longctx.kernels import _nvidia, cpu, dispatch, triton
 
 TESTS = Path(__file__).parents[1]
 CUDA = torch.device("cuda")
-CASES = 37
+CASES = 39
 
 
 def run_script(name: str, folder: Path, **environment: str) -> dict:
     """What a script of the tests prints as JSON."""
-    environment |= {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    package = str(Path(hf_longctx.__file__).parents[1])  # the one that is tested, wherever it was imported from
+    environment |= {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": package}
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     done = subprocess.run(
         [sys.executable, str(TESTS / name)], capture_output=True, text=True, check=False, env=inherited | environment
@@ -101,13 +103,13 @@ def test_older_and_other_devices_are_refused_by_what_they_can_do(hopper, monkeyp
 
 def test_without_triton_it_says_so_and_another_kernel_runs(hopper, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    triton._missing.cache_clear()
+    _nvidia._not_imported.cache_clear()
     try:
         assert "Triton cannot be imported" in triton.supports(CUDA, torch.bfloat16, 64, False)
         case = {"device": CUDA, "dtype": torch.bfloat16, "head_dim": 64, "needs_grad": False}
         assert dispatch.pick("auto", **case) is not triton
     finally:
-        triton._missing.cache_clear()
+        _nvidia._not_imported.cache_clear()
 
 
 def test_importing_the_word_imports_neither_triton_nor_the_kernels():

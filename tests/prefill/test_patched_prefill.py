@@ -11,8 +11,9 @@ from slow_patterns import PatternMask
 from tiny import config_for, left_padded, tiny_model
 from transformers import DynamicCache
 
-from hf_longctx import LongCtxCache, UnsupportedModeError, observe, patch, patch_model, patched, report
+from hf_longctx import LongCtxCache, UnsupportedModeError, attention, observe, patch, patch_model, patched, report
 from hf_longctx.kernels.layout import Segment
+from hf_longctx.prefill.base import select
 from hf_longctx.prefill.vertical_slash import VerticalSlash
 from hf_longctx.rows import Rows
 from hf_longctx.stores.full import FullStore
@@ -98,6 +99,27 @@ def test_sharing_a_group_equals_the_union_of_masks():
     config = settings(model, share_groups=True)
     assert logits_error(model, config, share=True) <= 1e-6
     assert logits_error(model, config, share=False) > 1e-4, "a control"
+
+
+@torch.no_grad()
+def test_the_report_says_what_sharing_costs(monkeypatch):
+    model = tiny_model("llama", torch.float64, kv_heads=2, group=4, layers=1)
+    ids, mask = left_padded([300, 200])
+    lists = []
+    monkeypatch.setattr(attention, "select", lambda *args: lists.append(select(*args)) or lists[-1])
+    asked = {"input_ids": ids, "attention_mask": mask}
+    with patched(model, settings(model, "retrieval")):
+        model(**asked)
+        alone = report(model)
+        assert alone.own_density == alone.density and "its own list" not in str(alone)
+    with patched(model, settings(model, "retrieval", share_groups=True)):
+        model(**asked)
+        shared = report(model)
+    union = [own.share_groups(4) for own in lists[2:]]
+    assert shared.density == sum(int(one.reads) for one in union) / sum(one.causal for one in union)
+    assert shared.own_density == alone.density < shared.density
+    said = f"reading {shared.density:.1%} of the causal blocks (each query head its own list: {alone.density:.1%})"
+    assert said in str(shared)
 
 
 def test_a_table_gives_every_query_head_its_own():

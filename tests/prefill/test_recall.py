@@ -8,6 +8,7 @@ import pytest
 import torch
 from recall import a_shape, attention, blocks_read, kept_mass, retrieval_heads, topics, worst
 
+from hf_longctx.assets import assets
 from hf_longctx.kernels.layout import BlockList
 from hf_longctx.prefill.antidiagonal import Antidiagonal
 from hf_longctx.prefill.base import select
@@ -16,13 +17,17 @@ from hf_longctx.prefill.flexprefill import Flexprefill
 from hf_longctx.prefill.vertical_slash import VerticalSlash
 from hf_longctx.registry import load, words
 
-# The heads of tiny-llama that retrieve look for single tokens. The mean key of a block says little about those, so
-# block_topk, and flexprefill where it is forced to be query-aware, are held to it on blocks with a topic.
+MODELS = ("tiny-llama", "tiny-mistral", "tiny-qwen3")
+# Heads that retrieve look for single tokens. The mean key of a block says little about those in tiny-llama and
+# tiny-mistral: there block_topk keeps up to 0.11 and 0.03 less than the A-shape, so it is held to it in tiny-qwen3 and,
+# like flexprefill where it is forced to be query-aware, on blocks with a topic. In tiny-qwen3 flexprefill by lines and
+# the A-shape are level (within 0.01, one document either way), so it is not held to it there.
 TOKENS = {
     "antidiagonal": (Antidiagonal(8, 0.5), Antidiagonal(4, 0.8)),
     "flexprefill": (Flexprefill(0.5, 0.1, 64), Flexprefill(0.8, 0.1, 64)),
     "vertical_slash": (VerticalSlash(200, 8), VerticalSlash(400, 4)),
 }
+MEANS = {"block_topk": (BlockTopk(4),)}
 TOPICS = {
     "antidiagonal": (Antidiagonal(8, 0.9),),
     "block_topk": (BlockTopk(8), BlockTopk(12)),
@@ -35,8 +40,9 @@ def specs(table):
 
 
 @functools.cache
-def documents():
-    return [layer for seed in (0, 1) for layer in retrieval_heads(2048, seed)]
+def documents(name="tiny-llama"):
+    seeds = (0, 1) if name == "tiny-llama" else (0,)
+    return [layer for seed in seeds for layer in retrieval_heads(2048, seed, name)]
 
 
 def masses(spec, layers) -> tuple[float, float, float]:
@@ -53,13 +59,21 @@ def masses(spec, layers) -> tuple[float, float, float]:
 
 def test_every_dynamic_pattern_is_here():
     dynamic = {word for word in words("prefill") if "retrieval" in load("prefill", word).roles}
-    assert set(TOKENS) | set(TOPICS) == dynamic - {"dense"}
-    assert len(documents()) >= 2
+    assert set(TOKENS) | set(MEANS) == set(TOKENS) | set(TOPICS) == dynamic - {"dense"}
+    assert list(MODELS) == assets()
+    assert all(documents(name) for name in MODELS)
 
 
-@pytest.mark.parametrize("spec", specs(TOKENS))
-def test_retrieval_heads_keep_more_than_an_a_shape(spec):
-    ours, local, least = masses(spec, documents())
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [(spec, MODELS[0]) for some in TOKENS.values() for spec in some]
+    + [(some[0], "tiny-mistral") for some in TOKENS.values()]
+    + [(TOKENS[word][0], "tiny-qwen3") for word in ("antidiagonal", "vertical_slash")]
+    + [(some[0], "tiny-qwen3") for some in MEANS.values()],
+    ids=str,
+)
+def test_retrieval_heads_keep_more_than_an_a_shape(spec, name):
+    ours, local, least = masses(spec, documents(name))
     assert ours >= local
     assert least < local, "a control: another choice of as many blocks would not pass"
 

@@ -1,0 +1,110 @@
+"""The table of ``bench gpu``, its goals, and the JSON that holds everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .environment import environment
+from .goals import Goal
+from .gpu import STREAMING
+from .gpu_settings import GpuSettings
+from .show import _ms
+
+LONG = 65536  # tokens from which on the goal of prompts holds
+OF_IDEAL = 80.0  # % of 1 / density, and of the ratio of the bytes kept
+OF_BANDWIDTH = 60.0  # %, decoding
+PACKAGES = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4")
+HEADER = ("case", "tokens", "", "ms", "vs best dense", "of ideal", "GB/s", "of bandwidth")
+
+
+def as_json(settings: GpuSettings, results: list[dict], gb_per_s: float) -> dict:
+    """Versions, settings, every figure and raw time, and the goals; ``gb_per_s`` is the device's bandwidth."""
+    return {
+        "benchmark": "gpu",
+        "environment": {**environment(), **_device(), "gb_per_s": gb_per_s},
+        "settings": settings.as_dict(),
+        "results": results,
+        "goals": [goal.as_dict() for goal in goals(settings, results, gb_per_s)],
+    }
+
+
+def _device() -> dict:
+    """The GPU and what was installed for it; nothing of what is not there."""
+    found = {}
+    if torch.cuda.is_available():
+        about = torch.cuda.get_device_properties(0)
+        found = {"gpu": about.name, "gpu_gb": about.total_memory / 1e9, "capability": [about.major, about.minor]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {**found, "cuda": torch.version.cuda}
+
+
+def goals(settings: GpuSettings, results: list[dict], gb_per_s: float) -> list[Goal]:
+    """The goals that these results speak to; none where the shape is not the default one."""
+    if not settings.stated:
+        return []
+    return [goal for result in results for goal in goals_of(result, settings.kernels[0], gb_per_s)]
+
+
+def goals_of(result: dict, kernel: str, gb_per_s: float) -> Iterator[Goal]:
+    """The goals of one result, for what reads less than everything by this kernel."""
+    best = result["columns"][result["best_dense"]]["ms"]["median_ms"]
+    where = f"{result['case']} {result['dtype']} at {result['tokens']}"
+    for name, column in result["columns"].items():
+        if column["kernel"] != kernel or column["density"] == 1 or column["reads"] == STREAMING:
+            continue
+        share = 100 * column["density"] * best / column["ms"]["median_ms"]
+        text = f"{where}: {name} faster than {result['best_dense']}"
+        if result["case"] == "decode":
+            yield Goal(text, OF_IDEAL, share, "% of the ratio of bytes")
+            text = f"{where}: {name} reads at a share of the bandwidth"
+            yield Goal(text, OF_BANDWIDTH, 100 * column["gb_per_s"] / gb_per_s, "%")
+        elif result["tokens"] >= LONG:
+            yield Goal(text, OF_IDEAL, share, "% of 1/density")
+
+
+def show(console: Console, data: dict) -> None:
+    """Print `as_json`: a table, what it ran on, what could not be measured, and each goal."""
+    e, s = data["environment"], data["settings"]
+    table = Table(title="bench gpu: attention of one layer, time on the device")
+    for name in HEADER:
+        table.add_column(name, justify="left" if name in ("case", "") else "right")
+    for result in data["results"]:
+        for line in _lines(result, e["gb_per_s"]):
+            table.add_row(*line)
+    console.print(table)
+    console.print(
+        f"{s['heads']} query heads, {s['kv_heads']} KV heads, head_dim {s['head_dim']}, {', '.join(s['dtypes'])}; "
+        f"streaming heads keep sink {s['sink']} + recent {s['recent']}; {s['rounds']} rounds, in turns; median (10th "
+        "to 90th percentile). Best dense = the fastest of SDPA's flash and cuDNN kernels and flash-attn. Of ideal = vs "
+        "best dense, times the share of the causal keys (prefill) or of the bytes (decode) that is read, in "
+        f"parentheses. Of bandwidth: of {e['gb_per_s']:.0f} GB/s, a sum or a copy of a large buffer in the same run. "
+        "blocks N% = random block lists; choosing them is not timed."
+    )
+    installed = ", ".join(f"{name} {e[name]}" for name in PACKAGES if name in e)
+    console.print(
+        f"{e.get('gpu', 'no GPU')}, CUDA {e['cuda']}, {installed}; torch {e['torch']}, transformers "
+        f"{e['transformers']}, Python {e['python']}, hf_longctx {e['hf_longctx']}."
+    )
+    reasons = {(what, why) for result in data["results"] for what, why in result["not_measured"].items()}
+    for what, why in sorted(reasons):
+        console.print(f"Not measured: {what}: {why}", style="yellow", markup=False)
+    for goal in data["goals"]:
+        console.print(f"  {goal['text']}: {goal['verdict']}", style="green" if goal["reached"] else "yellow")
+
+
+def _lines(result: dict, gb_per_s: float) -> Iterator[list[str]]:
+    best = result["columns"][result["best_dense"]]["ms"]["median_ms"]
+    for name, column in result["columns"].items():
+        faster, rate = best / column["ms"]["median_ms"], column.get("gb_per_s")
+        ideal = "" if column["density"] == 1 else f"{column['density'] * faster:.0%} ({column['density']:.1%})"
+        speed = ["", ""] if rate is None else [f"{rate:.0f}", f"{rate / gb_per_s:.0%}"]
+        yield [result["case"], str(result["tokens"]), name, _ms(column["ms"]), f"{faster:.2f}x", ideal, *speed]

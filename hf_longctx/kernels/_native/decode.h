@@ -1,0 +1,200 @@
+// Decode: one query per head, all heads of a group together, over SPLIT keys of one segment per item.
+//
+// Scores come with a head per quarter of a vector and four keys in it, [keys / 4][head][4]: no sum across more than such
+// a quarter is needed, and the softmax has few idle lanes.
+#pragma once
+#include "vectors.h"
+
+constexpr int SPLIT = 512;          // keys of an item
+constexpr int64_t GRAIN = 1 << 21;  // bytes of keys and values that are worth a thread: making one takes 50 us
+
+template <bool BF16> class Token {
+    static constexpr bool Pair = BF16 && PAIRS;
+    static constexpr int HEADS = W / 4;
+    const int dim, group, parties, steps;  // parties of HEADS query heads; steps of 16 bytes of a key
+    const float scale;
+    const Unit unit{LOG2E};
+    Room room;
+    float *const q, *const score, *const keys, *const bias, *const weight;
+
+    const char* next = nullptr;
+    int64_t next_stride = 0;
+
+  public:
+    Token(const Shape& s, float scale)
+        : dim(int(s.dim)), group(int(s.heads / s.kv_heads)), parties((group + HEADS - 1) / HEADS),
+          steps(Pair ? dim / 8 : dim / 4), scale(scale),
+          room(parties * dim * 4 + TILE * (W + dim) + TILE), q(room.take(parties * steps * W)),
+          score(room.take(TILE / 4 * W)), keys(room.take(TILE * dim)), bias(room.take(TILE / 4 * W)), weight(room.take(W)) {}
+
+    // Writes per query head of the group: sum over keys of weight * value, [dim], the maximum and the sum of weights.
+    void run(const Heads& from, int64_t b, int64_t n, const Segment& segment, int64_t low, int64_t high, float* part) {
+        memset(q, 0, sizeof(float) * parties * steps * W);
+        for (int g = 0; g < group; ++g)
+            for (int u = 0; u < 4 * steps; ++u) {
+                float* into = q + (g / HEADS * steps + u / 4) * W + g % HEADS * 4 + u % 4;
+                const char* p = from.at(b, n * group + g);
+                if constexpr (Pair) memcpy(into, p + 4 * u, 4);
+                else *into = number<BF16>(p, u);
+            }
+        for (int g = 0; g < group; ++g) {
+            memset(part + g * (dim + 2), 0, sizeof(float) * (dim + 2));
+            part[g * (dim + 2) + dim] = LOWEST;
+        }
+        for (int64_t pos = low; pos < high; pos += TILE) {
+            int count = int(std::min<int64_t>(TILE, high - pos));
+            if (segment.bias) spread_bias(segment, b, n, pos, count);
+            const char *k = segment.k.at(b, n, pos), *v = segment.v.at(b, n, pos);
+            int64_t k_stride = segment.k.token;
+            if constexpr (BF16 && !Pair) {
+                for (int j = 0; j < count; ++j)
+                    for (int d = 0; d < dim; d += W) store(keys + j * dim + d, widen(k + j * k_stride + 2 * d));
+                k = (const char*)keys, k_stride = 4 * dim;
+            }
+            for (int party = 0; party < parties; ++party) {
+                int heads = std::min(HEADS, group - party * HEADS);
+                float* own = part + party * HEADS * (dim + 2);
+                multiply_keys(k, k_stride, count, q + party * steps * W, party ? nullptr : v, segment.v.token);
+                soften(count, heads, segment.bias != nullptr, own);
+                next = party + 1 == parties ? segment.k.at(b, n, pos + TILE) : nullptr, next_stride = segment.k.token;
+                if (heads == 4) add_values<4>(v, segment.v.token, count, own);
+                else if (heads == 3) add_values<3>(v, segment.v.token, count, own);
+                else if (heads == 2) add_values<2>(v, segment.v.token, count, own);
+                else add_values<1>(v, segment.v.token, count, own);
+            }
+        }
+    }
+
+  private:
+    void spread_bias(const Segment& segment, int64_t b, int64_t n, int64_t pos, int count) {
+        const float* p = segment.bias + b * segment.bias_batch + n * segment.bias_head + pos * segment.bias_key;
+        for (int j = 0; j < count; ++j)
+            for (int g = 0; g < HEADS; ++g) bias[j / 4 * W + 4 * g + j % 4] = p[j * segment.bias_key];
+    }
+
+    // Asks for rows before they are needed: the CPU's own prefetching stops at every page. One that is not there is no harm.
+    void fetch(const char* p, int64_t stride, int count) {
+        for (int j = 0; j < count; ++j)
+            for (int byte = 0; byte < dim * (BF16 ? 2 : 4); byte += 64) __builtin_prefetch(p + j * stride + byte);
+    }
+
+    void multiply_keys(const char* k, int64_t stride, int count, const float* x, const char* next, int64_t next_stride) {
+        for (int j = 0; j < count; j += 8) {
+            const char* row[8];
+            if (next) fetch(next + j * next_stride, next_stride, 8);
+            for (int r = 0; r < 8; ++r) row[r] = k + std::min(j + r, count - 1) * stride;
+            vf sum[8] = {};
+            for (int u = 0; u < steps; ++u) {
+                vf y = load(x + u * W);
+                for (int r = 0; r < 8; ++r) sum[r] = multiply_add_four<Pair>(row[r] + 16 * u, y, sum[r]);
+            }
+            store(score + j / 4 * W, sum_fours(sum[0], sum[1], sum[2], sum[3]));
+            store(score + (j / 4 + 1) * W, sum_fours(sum[4], sum[5], sum[6], sum[7]));
+        }
+    }
+
+    // Scores to weights, and what is known of each head's softmax; values added before fade by ``weight``.
+    void soften(int count, int heads, bool biased, float* part) {
+        int quads = (count + 3) / 4;
+        vf most = splat(LOWEST), old = most, total = {};
+        for (int i = 0; i < quads; ++i) {
+            float* s = score + i * W;
+            vf x = load(s) * scale;
+            if (biased) x += load(bias + i * W);
+            if (4 * i + 4 > count)
+                for (int l = 0; l < W; ++l)
+                    if (4 * i + l % 4 >= count) x[l] = -__builtin_inff();
+            store(s, x);
+            most = larger(x, most);
+        }
+        for (int g = 0; g < W / 4; ++g) {
+            float before = g < heads ? part[g * (dim + 2) + dim] : LOWEST;
+            float now = std::max({before, most[4 * g], most[4 * g + 1], most[4 * g + 2], most[4 * g + 3]});
+            for (int l = 4 * g; l < 4 * g + 4; ++l) old[l] = before, most[l] = now;
+        }
+        for (int i = 0; i < quads; ++i) {
+            vf x = power(load(score + i * W) - most, unit);
+            total += x;
+            store(score + i * W, x);
+        }
+        vf fade = power(old - most, unit);
+        store(weight, fade);
+        for (int g = 0; g < heads; ++g) {
+            float *top = part + g * (dim + 2) + dim, *sum = top + 1;
+            *top = most[4 * g];
+            *sum = *sum * fade[4 * g] + total[4 * g] + total[4 * g + 1] + total[4 * g + 2] + total[4 * g + 3];
+        }
+    }
+
+    template <int N> void add_values(const char* v, int64_t stride, int count, float* part) {
+        int d = 0;
+        for (; d + LANES * W <= dim; d += LANES * W) add_some_values<N, LANES>(v, stride, count, d, part);
+        for (; d < dim; d += W) add_some_values<N, 1>(v, stride, count, d, part);
+    }
+
+    template <int N, int V> void add_some_values(const char* v, int64_t stride, int count, int d, float* part) {
+        if constexpr (N <= HEADS) {
+            vf sum[N][V] = {};
+            for (int j = 0; j < count; ++j) {
+                if (d == 0 && next) fetch(next + j * next_stride, next_stride, 1);
+                const char* p = v + j * stride + d * (BF16 ? 2 : 4);
+                const float* x = score + j / 4 * W + j % 4;
+                vf y[V];
+                for (int e = 0; e < V; ++e) y[e] = load_as_float<BF16>(p + e * W * (BF16 ? 2 : 4));
+                for (int g = 0; g < N; ++g)
+                    for (int e = 0; e < V; ++e) sum[g][e] += x[4 * g] * y[e];
+            }
+            for (int g = 0; g < N; ++g)
+                for (int e = 0; e < V; ++e) {
+                    float* into = part + g * (dim + 2) + d + e * W;
+                    store(into, load(into) * weight[4 * g] + sum[g][e]);
+                }
+        }
+    }
+};
+
+// Every SPLIT keys of a KV head are an item, whatever the number of threads, so that it does not change the answer.
+template <bool BF16> static int decode(const Call& call, float scale, const int64_t* packed) {
+    const Shape& s = call.shape;
+    const Segment *segments = (const Segment*)(packed + 1), *end_segment = segments + packed[0];
+    struct Item { int64_t b, n; const Segment* segment; int64_t low, high; };
+    std::vector<Item> items;
+    std::vector<int64_t> begin{0};
+    int64_t bytes = 0, group = s.heads / s.kv_heads, size = group * (s.dim + 2);
+    for (int64_t b = 0; b < s.batch; ++b)
+        for (int64_t n = 0; n < s.kv_heads; ++n) {
+            for (const Segment* segment = segments; segment != end_segment; ++segment)
+                for (int64_t low = 0, end = segment->of(b); low < end; low += SPLIT) {
+                    items.push_back({b, n, segment, low, std::min<int64_t>(low + SPLIT, end)});
+                    bytes += (items.back().high - low) * s.dim * (BF16 ? 4 : 8);
+                }
+            begin.push_back(int64_t(items.size()));
+        }
+    std::vector<float> parts(items.size() * size);
+    std::deque<Token<BF16>> team;
+    int64_t threads = std::max<int64_t>(1, std::min({s.threads, int64_t(items.size()), bytes / GRAIN}));
+    for (int64_t i = 0; i < threads; ++i) team.emplace_back(s, scale);
+    int used = parallel(int64_t(items.size()), threads, [&](int64_t i, int64_t worker) {
+        const Item& item = items[i];
+        team[worker].run(call.q, item.b, item.n, *item.segment, item.low, item.high, parts.data() + i * size);
+    });
+    std::vector<float> total(s.dim);
+    for (int64_t head = 0; head < s.batch * s.heads; ++head) {
+        int64_t b = head / s.heads, h = head % s.heads, pair = b * s.kv_heads + h / group;
+        const float* part = parts.data() + h % group * (s.dim + 2);
+        float top = LOWEST, sum = 0;
+        std::fill(total.begin(), total.end(), 0.0f);
+        for (int64_t i = begin[pair]; i < begin[pair + 1]; ++i) top = std::max(top, part[i * size + s.dim]);
+        for (int64_t i = begin[pair]; i < begin[pair + 1]; ++i) {
+            float weight = std::exp(part[i * size + s.dim] - top);
+            sum += weight * part[i * size + s.dim + 1];
+            for (int64_t d = 0; d < s.dim; ++d) total[d] += weight * part[i * size + d];
+        }
+        for (int64_t d = 0; d < s.dim; ++d) {
+            float x = sum < 0.5f ? 0 : total[d] / sum;
+            if constexpr (BF16) ((uint16_t*)call.out.at(b, h))[d] = to_bf16(x);
+            else ((float*)call.out.at(b, h))[d] = x;
+        }
+    }
+    return used;
+}

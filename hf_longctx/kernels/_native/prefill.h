@@ -1,0 +1,275 @@
+// Prefill: tiles of 64 queries over the rows of keys and values that each of them reads.
+#pragma once
+#include "vectors.h"
+
+constexpr int ROWS = 4;                   // rows of a register block
+constexpr int64_t WORK = 1 << 22;         // multiplications that are worth a thread: making one takes 50 us
+constexpr int FEW = 8;                    // queries, for fewer of which libraries sum more exactly, and so is done here
+constexpr int64_t EARLIER = INT_MIN / 2;  // position of keys that every query sees
+
+// out[row][query] = row . query. Sums run over ``run`` numbers, and then sums are summed: less rounding error.
+template <bool Pair>
+static void scores(const char* const* rows, int count, const float* q, int units, int run, float* out) {
+    for (int begin = 0; begin < units; begin += run)
+        for (int lane = 0; lane < TILE; lane += LANES * W)
+            for (int row = 0; row < count; row += ROWS) {
+                const char* p[ROWS] = {rows[row], rows[row + 1], rows[row + 2], rows[row + 3]};
+                vf sum[ROWS][LANES] = {};
+                for (int u = begin; u < std::min(begin + run, units); ++u) {
+                    vf x[LANES];
+                    for (int l = 0; l < LANES; ++l) x[l] = load(q + u * TILE + lane + l * W);
+                    for (int r = 0; r < ROWS; ++r)
+                        for (int l = 0; l < LANES; ++l) sum[r][l] = multiply_add<Pair>(p[r] + 4 * u, x[l], sum[r][l]);
+                }
+                for (int r = 0; r < ROWS; ++r)
+                    for (int l = 0; l < LANES; ++l) {
+                        float* into = out + (row + r) * TILE + lane + l * W;
+                        store(into, begin ? load(into) + sum[r][l] : sum[r][l]);
+                    }
+            }
+}
+
+// out[d][query] = out[d][query] * decay[query] + sum over rows of row[d] * weight[row][query].
+template <bool Pair>
+static void values(const char* const* rows, int count, const float* weight, const float* decay, int dim, float* out) {
+    for (int lane = 0; lane < TILE; lane += LANES * W)
+        for (int d = 0; d < dim; d += ROWS) {
+            vf sum[ROWS][LANES] = {};
+            for (int row = 0; row < count; ++row) {
+                vf x[LANES];
+                for (int l = 0; l < LANES; ++l) x[l] = load(weight + row * TILE + lane + l * W);
+                const char* p = rows[row] + 4 * d;
+                for (int r = 0; r < ROWS; ++r)
+                    for (int l = 0; l < LANES; ++l) sum[r][l] = multiply_add<Pair>(p + 4 * r, x[l], sum[r][l]);
+            }
+            for (int r = 0; r < ROWS; ++r)
+                for (int l = 0; l < LANES; ++l) {
+                    float* into = out + (d + r) * TILE + lane + l * W;
+                    store(into, load(into) * load(decay + lane + l * W) + sum[r][l]);
+                }
+        }
+}
+
+// Attention of up to 64 queries, at consecutive positions, over the rows it is given one after the other.
+template <bool BF16> class Queries {
+    static constexpr bool Pair = BF16 && PAIRS;
+    static constexpr bool Convert = BF16 && !PAIRS;
+    const int dim, units;
+    const Unit unit;  // of a score, in powers of two; a scaled q would be rounded once more
+    Room room;
+    float *const q, *const out, *const score, *const keys, *const vals, *const top, *const sum, *const decay;
+    alignas(64) int32_t position[TILE];
+    const char *k_row[TILE], *v_row[TILE], *v_unit[TILE];
+    int32_t from[TILE], until[TILE];  // positions of the queries that see a row
+    int queries = 0, count = 0;
+    bool edge = false;
+
+  public:
+    Queries(const Shape& shape, double scale)
+        : dim(shape.dim), units(Pair ? dim / 2 : dim), unit(scale * LOG2E),
+          room(TILE * (4 * dim + TILE + 3)), q(room.take(TILE * dim)), out(room.take(TILE * dim)),
+          score(room.take(TILE * TILE)), keys(room.take(TILE * dim)), vals(room.take(TILE * dim)),
+          top(room.take(TILE)), sum(room.take(TILE)), decay(room.take(TILE)) {}
+
+    void begin(const char* from_q, int64_t stride, int how_many, int32_t first) {
+        queries = how_many;
+        count = 0, edge = false;
+        if (how_many < TILE) memset(q, 0, sizeof(float) * TILE * dim);
+        for (int i = 0; i < how_many; ++i)
+            for (int u = 0; u < units; ++u) {
+                const char* p = from_q + i * stride;
+                if constexpr (Pair) memcpy(q + u * TILE + i, p + 4 * u, 4);
+                else q[u * TILE + i] = number<BF16>(p, u);
+            }
+        memset(out, 0, sizeof(float) * TILE * dim);
+        for (int i = 0; i < TILE; ++i) top[i] = LOWEST, sum[i] = 0, position[i] = first + std::min(i, how_many - 1);
+    }
+
+    // Rows ``pos .. pos + n`` with keys from k on; a query sees those at most ``window - 1`` before itself.
+    void add(const char* k, int64_t k_stride, const char* v, int64_t v_stride, int64_t pos, int64_t n,
+             int64_t window = INT_MAX) {
+        for (int64_t j = 0; j < n; ++j) {
+            k_row[count] = k + j * k_stride, v_row[count] = v + j * v_stride;
+            from[count] = int32_t(pos + j);
+            until[count] = int32_t(std::min<int64_t>(INT_MAX, pos + j + window - 1));
+            edge |= from[count] > position[0] || until[count] < position[TILE - 1];
+            if (++count == TILE) flush();
+        }
+    }
+
+    void end(char* into, int64_t stride) {
+        flush();
+        for (int i = 0; i < TILE; ++i)
+            if (sum[i] < 0.5f) sum[i] = __builtin_inff();  // it saw no key (what does has a sum of 1 or more): zeros
+        for (int d = 0; d < dim; ++d)
+            for (int l = 0; l < TILE; l += W) store(out + d * TILE + l, load(out + d * TILE + l) / load(sum + l));
+        for (int i = 0; i < queries; ++i)
+            for (int d = 0; d < dim; ++d) {
+                float x = out[d * TILE + i];
+                if constexpr (BF16) ((uint16_t*)(into + i * stride))[d] = to_bf16(x);
+                else ((float*)(into + i * stride))[d] = x;
+            }
+    }
+
+  private:
+    void flush() {
+        if (!count) return;
+        int whole = (count + ROWS - 1) / ROWS * ROWS;
+        for (int j = count; j < whole; ++j) k_row[j] = k_row[count - 1], v_row[j] = v_row[count - 1];
+        if constexpr (Convert) {
+            widen_rows(k_row, keys, whole);
+            widen_rows(v_row, vals, whole);
+        }
+        scores<Pair>(k_row, whole, q, units, queries < FEW ? TILE / 4 : TILE, score);
+        if (edge) hide();
+        soften(whole);
+        if constexpr (Pair) {
+            pair_values(whole);
+            values<true>(v_unit, whole / 2, score, decay, dim, out);
+        } else {
+            values<false>(v_row, count, score, decay, dim, out);
+        }
+        count = 0, edge = false;
+    }
+
+    void widen_rows(const char** rows, float* into, int n) {
+        for (int j = 0; j < n; ++j, into += dim) {
+            for (int d = 0; d < dim; d += W) store(into + d, widen(rows[j] + 2 * d));
+            rows[j] = (const char*)into;
+        }
+    }
+
+    void hide() {
+        const float infinite = __builtin_inff();
+        for (int j = 0; j < count; ++j) {
+            if (from[j] <= position[0] && until[j] >= position[TILE - 1]) continue;
+            for (int l = 0; l < TILE; l += W) {
+                vi at = *(const vi*)(position + l), seen = (at >= splat(from[j])) & (at <= splat(until[j]));
+                store(score + j * TILE + l, seen ? load(score + j * TILE + l) : splat(-infinite));
+            }
+        }
+    }
+
+    // Scores to weights, two rows to a row of pairs where values are multiplied in pairs.
+    void soften(int whole) {
+        for (int l = 0; l < TILE; l += W) {
+            vf most = load(score + l), old = load(top + l), total = {};
+            for (int j = 1; j < count; ++j) most = larger(load(score + j * TILE + l), most);
+            most = larger(most, old);
+            for (int j = 0; j < whole; j += 2) {
+                vf x[2] = {};
+                for (int r = 0; r < 2 && j + r < count; ++r) {
+                    x[r] = power(load(score + (j + r) * TILE + l) - most, unit);
+                    total += x[r];
+                }
+                if constexpr (Pair) store(score + j / 2 * TILE + l, pair(x[0], x[1]));
+                else store(score + j * TILE + l, x[0]), store(score + (j + 1) * TILE + l, x[1]);
+            }
+            vf fade = power(old - most, unit);
+            store(decay + l, fade);
+            store(top + l, most);
+            store(sum + l, load(sum + l) * fade + total);
+        }
+    }
+
+    static vf pair(vf a, vf b) {
+#if AVX512_BF16
+        alignas(64) static const uint16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+        return (vf)_mm512_permutexvar_epi16(_mm512_load_si512(ORDER), both);
+#else
+        return a + b;  // not reached
+#endif
+    }
+
+    void pair_values(int n) {
+        for (int j = 0; j < n; j += 2) {
+            float* into = vals + j / 2 * dim;
+            for (int d = 0; d < dim; d += W) {
+                vi low = (vi)widen(v_row[j] + 2 * d) >> 16, high = (vi)widen(v_row[j + 1] + 2 * d);
+                store(into + d, (vf)((low & 0xffff) | high));
+            }
+            v_unit[j / 2] = (const char*)into;
+        }
+    }
+};
+
+// A tile of queries per item, the last and longest ones first; items that follow one another share a KV head. ``keys``
+// is about how many a query reads.
+template <bool BF16, class Tile>
+static int prefill(const Shape& s, float scale, int64_t tiles, int64_t keys, Tile tile) {
+    int64_t group = s.heads / s.kv_heads, items = s.batch * s.heads * tiles;
+    int64_t worth = int64_t(double(items) * keys * std::min<int64_t>(s.q_len, TILE) * s.dim / WORK);
+    std::deque<Queries<BF16>> team;
+    for (int64_t i = 0; i < std::max<int64_t>(1, std::min({s.threads, items, worth})); ++i) team.emplace_back(s, scale);
+    return parallel(items, int64_t(team.size()), [&](int64_t item, int64_t worker) {
+        int64_t t = tiles - 1 - item / group % tiles, head = item / group / tiles;
+        tile(team[worker], head / s.kv_heads, head % s.kv_heads, head % s.kv_heads * group + item % group, t);
+    });
+}
+
+template <bool BF16> static int dense(const Call& call, float scale, const int64_t* packed) {
+    const Shape& s = call.shape;
+    const Segment *segments = (const Segment*)(packed + 1), &own = segments[packed[0] - 1];
+    int64_t tiles = (s.q_len + TILE - 1) / TILE, keys = 0;
+    for (const Segment* segment = segments; segment <= &own; ++segment) keys += segment->length;
+    return prefill<BF16>(s, scale, tiles, keys, [&](Queries<BF16>& tile, int64_t b, int64_t n, int64_t h, int64_t t) {
+        int64_t low = t * TILE, high = std::min(low + TILE, s.q_len);
+        int64_t first = own.of(b) - s.q_len;  // slot of the first query; negative where a row is shorter
+        tile.begin(call.q.at(b, h, low), call.q.token, int(high - low), int32_t(first + low));
+        for (const Segment* past = segments; past != &own; ++past)
+            tile.add(past->k.at(b, n), past->k.token, past->v.at(b, n), past->v.token, EARLIER, past->of(b));
+        tile.add(own.k.at(b, n), own.k.token, own.v.at(b, n), own.v.token, 0, first + high);
+        tile.end(call.out.at(b, h, low), call.out.token);
+    });
+}
+
+template <bool BF16> static int streaming(const Call& call, float scale, const int64_t* packed) {
+    const Shape& s = call.shape;
+    const int64_t first = packed[0], recent = packed[1];
+    const Segment &sinks = *(const Segment*)(packed + 2), &band = *(&sinks + 1);
+    int64_t start = first + band.length - s.q_len;  // position of the first query
+    int64_t tiles = (s.q_len + TILE - 1) / TILE, keys = sinks.length + std::min(recent + TILE, band.length);
+    return prefill<BF16>(s, scale, tiles, keys, [&](Queries<BF16>& tile, int64_t b, int64_t n, int64_t h, int64_t t) {
+        int64_t low = t * TILE, high = std::min(low + TILE, s.q_len);
+        tile.begin(call.q.at(b, h, low), call.q.token, int(high - low), int32_t(start + low));
+        tile.add(sinks.k.at(b, n), sinks.k.token, sinks.v.at(b, n), sinks.v.token, 0,
+                 std::min(sinks.length, start + high));
+        int64_t oldest = std::max(first, start + low - recent + 1), skip = oldest - first;
+        tile.add(band.k.at(b, n, skip), band.k.token, band.v.at(b, n, skip), band.v.token, oldest,
+                 start + high - oldest, recent);
+        tile.end(call.out.at(b, h, low), call.out.token);
+    });
+}
+
+template <bool BF16> static int sparse(const Call& call, float scale, const int64_t* packed) {
+    const Shape& s = call.shape;
+    const Heads &k = *(const Heads*)packed, &v = *(&k + 1);
+    const Lists& list = *(const Lists*)(&v + 1);
+    int64_t cuts = (list.block + TILE - 1) / TILE;  // tiles of a query block
+    int64_t tiles = list.query_blocks * cuts, keys = std::min(list.kv_len, list.width * list.block + list.columns_width);
+    return prefill<BF16>(s, scale, tiles, keys, [&](Queries<BF16>& tile, int64_t b, int64_t n, int64_t h, int64_t t) {
+        int64_t row = t / cuts, own = list.first / list.block + row, begin = own * list.block;
+        int64_t low = std::max(list.first, begin + t % cuts * TILE);
+        int64_t high = std::min({list.kv_len, begin + list.block, begin + (t % cuts + 1) * TILE});
+        if (low >= high) return;
+        int64_t at = b * list.heads + h * list.heads / s.heads, line = at * list.query_blocks + row;
+        const int32_t *blocks = list.indices + line * list.width, *last = blocks + list.counts[line];
+        const int32_t *column = list.columns + at * list.columns_width, *end = column + list.column_counts[at];
+        auto add = [&](int64_t pos, int64_t count) {
+            tile.add(k.at(b, n, pos), k.token, v.at(b, n, pos), v.token, pos, count);
+        };
+        tile.begin(call.q.at(b, h, low - list.first), call.q.token, int(high - low), int32_t(low));
+        const int32_t* listed = blocks;
+        for (; column < end && *column < begin; ++column) {
+            while (listed < last && *listed < *column / list.block) ++listed;
+            if (listed == last || *listed != *column / list.block) add(*column, 1);
+        }
+        for (; blocks < last; ++blocks) {
+            int64_t pos = *blocks * list.block;
+            add(pos, std::max<int64_t>(0, std::min(pos + list.block, high) - pos));
+        }
+        tile.end(call.out.at(b, h, low - list.first), call.out.token);
+    });
+}

@@ -1,0 +1,200 @@
+// Vectors of float32, as wide as this CPU's, and what prefill.h and decode.h need of them; the interface with native.py.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <thread>
+#include <vector>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define AVX512 1
+constexpr int W = 16;  // floats of a vector
+#elif defined(__AVX2__) && defined(__FMA__)
+#define AVX512 0
+#define AVX 1
+constexpr int W = 8;
+#else
+#define AVX512 0
+constexpr int W = 4;
+#endif
+#if AVX512 && defined(__AVX512BF16__)
+#define AVX512_BF16 1
+constexpr bool PAIRS = true;  // of bfloat16 are multiplied and summed in one step
+#else
+constexpr bool PAIRS = false;
+#endif
+constexpr int TILE = 64;               // queries of a tile, and keys
+constexpr int LANES = W == 8 ? 2 : 4;  // vectors of a row of a register block: 16 registers hold 4 x 2, 32 hold 4 x 4
+constexpr float LOWEST = -1e30f;       // maximum of no scores: finite, because -inf - -inf is NaN
+constexpr double LOG2E = 1.44269504088896341;
+
+typedef float vf __attribute__((vector_size(4 * W), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * W), may_alias));
+typedef uint16_t vh __attribute__((vector_size(2 * W), may_alias));
+
+struct Heads {  // a tensor [B, heads, tokens, D], strides in bytes
+    char* data;
+    int64_t batch, head, token;
+    char* at(int64_t b, int64_t h, int64_t t = 0) const { return data + b * batch + h * head + t * token; }
+};
+struct Shape {  // of the queries; threads: at most
+    int64_t batch, heads, kv_heads, q_len, dim, threads;
+};
+struct Call {  // what every entry point begins with
+    Shape shape;
+    Heads q, out;
+};
+struct Segment {  // as in layout.py; ``lengths`` [B] overrides ``length``; strides of the bias in numbers
+    Heads k, v;
+    int64_t length;
+    const int64_t* lengths;
+    const float* bias;
+    int64_t bias_batch, bias_head, bias_key;
+    int64_t of(int64_t b) const { return lengths ? std::max<int64_t>(0, std::min(length, lengths[b])) : length; }
+};
+struct Lists {  // a BlockList of layout.py, contiguous
+    int64_t block, first, kv_len, heads, query_blocks, width, columns_width;
+    const int32_t *indices, *counts, *columns, *column_counts;
+};
+static_assert(sizeof(Call) == 14 * 8 && sizeof(Segment) == 14 * 8 && sizeof(Lists) == 11 * 8, "native.py packs int64");
+
+static inline vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
+static inline void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
+static inline vf splat(float x) { return x - vf{}; }
+static inline vi splat(int32_t x) { return x - vi{}; }
+static inline vf widen(const char* p) { vh x; memcpy(&x, p, sizeof x); return (vf)(__builtin_convertvector(x, vi) << 16); }
+template <bool BF16> static inline vf load_as_float(const char* p) { return BF16 ? widen(p) : load((const float*)p); }
+
+template <bool BF16> static inline float number(const char* p, int64_t i) {
+    if constexpr (!BF16) return ((const float*)p)[i];
+    uint32_t bits = uint32_t(((const uint16_t*)p)[i]) << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+static inline uint16_t to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+static inline vf larger(vf a, vf b) {
+#if AVX512
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// A factor of exponents in two parts, because rounded to one it would be wrong by 1e-7 of an exponent that may be 100.
+struct Unit {
+    float high, low, least;  // ``least`` times the factor is the exponent below which 2^ is taken as if there
+    explicit Unit(double factor)
+        : high(float(factor)), low(float(factor - high)), least(float((AVX512 ? -200 : -126) / factor)) {}
+};
+
+// 2^(x * unit) for x <= 0, relative error 1e-7; below the range of float32 zero, or with the portable code 1e-38.
+static inline vf power(vf x, const Unit& unit) {
+    x = larger(splat(unit.least), x);  // a NaN comes through
+#if AVX512
+    vf n = (vf)_mm512_roundscale_ps((__m512)(x * unit.high), 8);
+#else
+    vf n = (x * unit.high + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
+#endif
+    vf f = x * unit.high - n + x * unit.low, y = f * 1.534593611e-4f + 1.339999028e-3f;
+    y = y * f + 9.618489072e-3f;
+    y = y * f + 5.550328642e-2f;
+    y = y * f + 0.2402264625f;
+    y = y * f + 0.6931471825f;
+    y = y * f + 1.0f;
+#if AVX512
+    return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+    vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
+    return y * (vf)exponent;
+#endif
+}
+
+// sum + a * b, where a is the number at p in all lanes; ``Pair``: a pair of bfloat16 with those in the lanes of b.
+template <bool Pair> static inline vf multiply_add(const char* p, vf b, vf sum) {
+#if AVX512_BF16
+    if constexpr (Pair) {
+        int32_t a;
+        memcpy(&a, p, 4);
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+    }
+#endif
+    float a;
+    memcpy(&a, p, 4);
+    return sum + a * b;
+}
+
+// The same with the 16 bytes at p in every quarter of 16 bytes.
+template <bool Pair> static inline vf multiply_add_four(const char* p, vf b, vf sum) {
+#if AVX512
+    __m512 a = _mm512_broadcast_f32x4(_mm_loadu_ps((const float*)p));
+#if AVX512_BF16
+    if constexpr (Pair) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+    return sum + (vf)a * b;
+#elif AVX
+    return sum + (vf)_mm256_broadcast_ps((const __m128*)p) * b;
+#else
+    return sum + load((const float*)p) * b;
+#endif
+}
+
+// In every quarter of four lanes: the sum of that quarter of a, of b, of c and of d.
+static inline vf sum_fours(vf a, vf b, vf c, vf d) {
+#if AVX512
+    __m512 x = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
+    __m512 y = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
+    return (vf)_mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+#elif AVX
+    __m256 x = _mm256_add_ps(_mm256_unpacklo_ps((__m256)a, (__m256)b), _mm256_unpackhi_ps((__m256)a, (__m256)b));
+    __m256 y = _mm256_add_ps(_mm256_unpacklo_ps((__m256)c, (__m256)d), _mm256_unpackhi_ps((__m256)c, (__m256)d));
+    return (vf)_mm256_add_ps(_mm256_shuffle_ps(x, y, 0x44), _mm256_shuffle_ps(x, y, 0xee));
+#else
+    return vf{a[0] + a[1] + a[2] + a[3], b[0] + b[1] + b[2] + b[3], c[0] + c[1] + c[2] + c[3],
+              d[0] + d[1] + d[2] + d[3]};
+#endif
+}
+
+// Numbers aligned to a cache line, in one piece of memory per thread.
+class Room {
+    std::vector<float> memory;
+    size_t used = 0;
+
+  public:
+    explicit Room(size_t size) : memory(size + 16) {}
+    float* take(size_t size) {
+        float* start = memory.data() + (16 - (uintptr_t(memory.data()) / 4) % 16) % 16 + used;
+        used += (size + 15) / 16 * 16;
+        return start;
+    }
+};
+
+// Runs work(item, worker) for every item, on as many threads as were asked for or the system gives; returns how many.
+// They live for one call, so a fork finds none.
+template <class Work> static int parallel(int64_t items, int64_t threads, Work work) {
+    std::atomic<int64_t> next{0};
+    auto run = [&](int64_t worker) {
+        for (int64_t item; (item = next.fetch_add(1)) < items;) work(item, worker);
+    };
+    std::vector<std::thread> team;
+    try {
+        for (int64_t worker = 1; worker < threads; ++worker) team.emplace_back(run, worker);
+    } catch (const std::exception&) {
+    }
+    run(0);
+    for (auto& thread : team) thread.join();
+    return int(team.size()) + 1;
+}

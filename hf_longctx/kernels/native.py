@@ -1,0 +1,202 @@
+"""Attention on the CPU in C++, compiled at the first use: decode, sparse, streaming and dense prefill. No gradients.
+
+Keys and values are read where they lie, in float32 or bfloat16; the softmax and its sums are float32. Threads, as many
+as `torch.set_num_threads` says, live for one call, so a process may fork at any time. What a function here does not
+compute (a gradient that only keys need, a score bias over several queries) it hands to the cpu kernel, and ``auto``
+takes that kernel where there is no compiler. ``HF_LONGCTX_NATIVE=0`` turns this one off.
+
+Shapes as in `cpu.py`: ``B`` batch, ``H`` query heads, ``n`` KV heads of one role, ``G = H // n``, ``T`` query tokens,
+``S`` key tokens, ``D`` head_dim.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from array import array
+from collections.abc import Iterable
+from ctypes import c_double, c_int, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, UnsupportedModeError
+from . import _native_build, cpu, reference
+from .layout import BlockList, Segment, needs_grad
+
+log = logging.getLogger(__name__)
+
+NAME = "native"
+PREFERENCE = 20
+
+SWITCH = "HF_LONGCTX_NATIVE"
+HEAD_DIM = 256  # at most, and a multiple of 16
+WIDTH = 8  # float32 numbers of a vector, at least: with 4 (measured without AVX) torch is up to twice as fast
+
+
+def supports(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+    """None when this kernel computes the case, otherwise why it does not. Compiles it, the first time it would.
+
+    Raises:
+        ConfigError: ``HF_LONGCTX_NATIVE`` is neither 0 nor 1.
+    """
+    if device.type != "cpu":
+        return f"needs tensors on the CPU, not on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"takes float32 and bfloat16, not {dtype}"
+    if head_dim % 16 or not 0 < head_dim <= HEAD_DIM:
+        return f"takes a head_dim that is a multiple of 16 up to {HEAD_DIM}, not {head_dim}"
+    if needs_grad:
+        return "computes no gradients"
+    if torch.compiler.is_compiling():
+        return "cannot be traced by torch.compile"
+    return _load()[1]
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or None and why there is none, which is logged once; the environment is read here, once."""
+    switch = os.environ.get(SWITCH, "1")
+    if switch not in ("0", "1"):
+        raise ConfigError(f"{SWITCH} is 0 (off) or 1 (on, the default), given {switch!r}.")
+    if switch == "0":
+        return None, f"is turned off by {SWITCH}=0"
+    try:
+        library = ctypes.CDLL(str(_native_build.library()))
+    except (_native_build.BuildError, OSError) as error:
+        log.warning("no native CPU kernel, the slower cpu kernel (torch) runs instead: %s", error)
+        return None, f"could not be built: {error}"
+    if library.hf_longctx_width() < WIDTH:
+        return None, "is slower than kernel cpu where there are neither AVX2 nor AVX-512 instructions"
+    for name in ("decode", "dense", "streaming", "sparse"):
+        getattr(library, f"hf_longctx_{name}").argtypes = (c_int, c_double, c_void_p)
+    return library, None
+
+
+class _Call:
+    """One call into the library: its arguments as the int64 numbers of the structures in ``_native/vectors.h``.
+
+    Built from ctypes structures they would take longer than a decoded token over a short window. Holds the tensors.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[Tensor] = []
+
+    def pointer(self, x: Tensor) -> int:
+        self.held.append(x)
+        return x.data_ptr()
+
+    def heads(self, x: Tensor) -> tuple[int, ...]:
+        """``Heads``: where ``x [B, heads, tokens, D]`` is, and its strides in bytes."""
+        x, size = x if x.stride(-1) == 1 else x.contiguous(), x.element_size()
+        batch, head, token, _ = x.stride()
+        return self.pointer(x), size * batch, size * head, size * token
+
+    def segment(self, segment: Segment) -> tuple[int, ...]:
+        """``Segment``; where rows differ, the length is the capacity, which bounds what is read."""
+        lengths, bias, strides = 0, 0, (0, 0, 0)
+        if isinstance(segment.length, Tensor):
+            lengths = self.pointer(segment.length.to(torch.int64).contiguous())
+        if segment.bias is not None:
+            added = segment.bias.float()[(None,) * (4 - segment.bias.dim())]
+            added = added.expand(segment.k.shape[0], segment.k.shape[1], 1, segment.longest)
+            bias, strides = self.pointer(added), (added.stride(0), added.stride(1), added.stride(3))
+        length = min(segment.longest, segment.k.shape[2])
+        return *self.heads(segment.k), *self.heads(segment.v), length, lengths, bias, *strides
+
+    def segments(self, segments: list[Segment]) -> list[int]:
+        """How many, and each of them."""
+        return [len(segments), *(number for segment in segments for number in self.segment(segment))]
+
+    def run(self, name: str, q: Tensor, kv_heads: int, scale: float, arguments: Iterable[int]) -> Tensor:
+        """Attention ``[B, H, T, D]``, a view of ``[B, T, H, D]``, the layout that models want."""
+        batch, heads, q_len, dim = q.shape
+        out = q.new_empty(batch, q_len, heads, dim).transpose(1, 2)
+        shape = (batch, heads, kv_heads, q_len, dim, torch.get_num_threads())
+        packed = array("q", (*shape, *self.heads(q), *self.heads(out), *arguments))
+        function = getattr(_load()[0], f"hf_longctx_{name}")
+        if not function(q.dtype == torch.bfloat16, scale, packed.buffer_info()[0]):
+            raise MemoryError(f"kernel native: no memory for the temporaries of {name}")
+        return out
+
+
+def _computes(scale: float, q: Tensor, *kv: Tensor) -> bool:
+    """Whether the library takes the call; whoever was refused by `supports` may still ask for the answer."""
+    if supports(q.device, q.dtype, q.shape[3], needs_grad(q, *kv)) is not None:
+        return False
+    batch, kv_heads, dim = q.shape[0], kv[0].shape[1], q.shape[3]
+    for x in kv:
+        if x.dtype != q.dtype or x.device != q.device or (x.shape[0], x.shape[1], x.shape[3]) != (batch, kv_heads, dim):
+            return False
+    return q.numel() > 0 and 1e-30 < scale < 1e30
+
+
+def _of(segments: list[Segment]) -> list[Tensor]:
+    return [x for segment in segments for x in (segment.k, segment.v)]
+
+
+def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
+    """Attention ``[B, H, 1, D]`` of one token over every key of every segment, but for slots past a row's length."""
+    biased = [segment.bias for segment in segments]
+    if not _computes(scale, q, *_of(segments)) or needs_grad(*biased):
+        return cpu.decode(q, segments, scale)
+    call = _Call()
+    return call.run("decode", q, segments[0].k.shape[1], scale, call.segments(segments))
+
+
+def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
+    """Causal attention ``[B, H, T, D]`` whose queries are the last T tokens of the last segment; all see the others.
+
+    Where a length differs by row, the queries of that row are the last T tokens of its own length.
+    """
+    if q.shape[2] == 1:
+        return decode(q, segments, scale)
+    if not _computes(scale, q, *_of(segments)) or any(segment.bias is not None for segment in segments):
+        return cpu.dense_prefill_segments(q, segments, scale)
+    call = _Call()
+    return call.run("dense", q, segments[0].k.shape[1], scale, call.segments(segments))
+
+
+def dense_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention ``[B, H, T, D]``, the queries being the last T of the S >= T tokens of k, v ``[B, n, S, D]``."""
+    return dense_prefill_segments(q, [Segment(k, v, k.shape[2])], scale)
+
+
+def streaming_prefill(
+    q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
+) -> Tensor:
+    """StreamingLLM attention (arXiv:2309.17453), as `cpu.streaming_prefill` but without temporaries.
+
+    sink_k, sink_v ``[B, n, s, D]`` are the row positions 0..s-1, k, v ``[B, n, N, D]`` the positions first..first+N-1,
+    first >= s; the queries, ``[B, H, T, D]``, are the last T row positions up to first+N-1. Query i reads the sinks r
+    <= i and, of the band, the positions j <= i with i - j < recent (recent >= 1).
+    """
+    if not _computes(scale, q, sink_k, sink_v, k, v):
+        return cpu.streaming_prefill(q, sink_k, sink_v, k, v, recent=recent, first=first, scale=scale)
+    call = _Call()
+    sinks, band = (call.segment(Segment(*pair, pair[0].shape[2])) for pair in ((sink_k, sink_v), (k, v)))
+    return call.run("streaming", q, k.shape[1], scale, (first, recent, *sinks, *band))
+
+
+def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
+    """Attention ``[B, H, T, D]`` that reads what ``blocks`` lists, the queries being the last T of S tokens.
+
+    Raises:
+        UnsupportedModeError: the list is of other sizes than q and k.
+    """
+    queries, lists = blocks.kv_len - blocks.first, blocks.counts.shape[1]
+    if q.shape[2] != queries or k.shape[2] < blocks.kv_len or lists not in (q.shape[1], k.shape[1]):
+        raise UnsupportedModeError(
+            f"sparse prefill was given {q.shape[1]} heads of {q.shape[2]} queries, {k.shape[1]} of {k.shape[2]} keys, "
+            f"with {lists} lists for {queries} queries and {blocks.kv_len} keys. Make the BlockList for this q and k."
+        )
+    if not _computes(scale, q, k, v):
+        return (reference if needs_grad(q, k, v) else cpu).sparse_prefill(q, k, v, blocks, scale)
+    call = _Call()
+    tensors = (blocks.indices, blocks.counts, blocks.columns, blocks.column_counts)
+    sizes = (lists, blocks.indices.shape[2], blocks.indices.shape[3], blocks.columns.shape[2])
+    pointers = (call.pointer(x.to(torch.int32).contiguous()) for x in tensors)
+    made = (blocks.block, blocks.first, blocks.kv_len, *sizes, *pointers)
+    return call.run("sparse", q, k.shape[1], scale, (*call.heads(k), *call.heads(v), *made))

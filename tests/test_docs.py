@@ -1,0 +1,190 @@
+"""Every snippet of the README and of docs/ runs, or says in a comment why it does not.
+
+A page's Python snippets run one after the other in one namespace and one empty folder, where its commands run as well.
+``name``, ``model``, ``tokenizer``, ``inputs``, ``prompt`` and ``prompt.txt`` are given: the embedded tiny-llama and a
+short prompt. The comment
+``model: NAME`` above a snippet gives it a model of that checkpoint's sizes, without weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shlex
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from test_published_configs import model_of
+from typer.testing import CliRunner
+
+from hf_longctx import LongCtxConfig
+from hf_longctx.assets import embedded
+from hf_longctx.cli import app
+from hf_longctx.config import load_shipped
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+MODEL = "hf-longctx/tiny-llama"
+PROGRAM = ("hf-longctx", ".venv/bin/hf-longctx")
+MAKE = "a target of the Makefile, which sets up and calls what the other tests call"
+# Snippets that no test runs, by page. A new one needs a reason on the page and a number here.
+NOT_RUN = Counter({"README.md": 2, "CONTRIBUTING.md": 3, "benchmarks.md": 7, "heads.md": 2})
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A fenced block. ``line`` is that of the fence, ``comment`` what an HTML comment right above it says."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    comment: str
+
+    @property
+    def reason(self) -> str | None:
+        """Why the whole block is not run."""
+        return self.comment.partition("not run:")[2].strip() or None
+
+    @property
+    def commands(self) -> list[tuple[str, str | None]]:
+        """(command, why it is not run) of every line of a shell block. ``make`` is what CI and its users call."""
+        lines = re.sub(r"\s*\\\n\s*", " ", self.text).splitlines()
+        parts = [re.split(r"\s+# ", line.strip(), maxsplit=1) for line in lines if line.strip()]
+        reasons = [part[1].partition("not run:")[2].strip() if len(part) > 1 else "" for part in parts]
+        given = [(part[0], self.reason or reason or None) for part, reason in zip(parts, reasons, strict=True)]
+        return [(line, reason or (MAKE if line.startswith("make ") else None)) for line, reason in given]
+
+
+def snippets(page: Path, text: str | None = None) -> list[Snippet]:
+    lines = (page.read_text("utf-8") if text is None else text).splitlines()
+    found, start = [], None
+    for number, line in enumerate(lines):
+        if line.startswith("```") and start is None:
+            start = number
+        elif line.startswith("```"):
+            above = lines[start - 1] if start else ""
+            comment = re.fullmatch(r"<!-- (.*) -->", above.strip())
+            body = "\n".join(lines[start + 1 : number])
+            found.append(Snippet(page, start + 1, lines[start][3:].strip(), body, comment[1] if comment else ""))
+            start = None
+    assert start is None, f"{page.name}: the block of line {start} does not end"
+    return found
+
+
+def not_run(page: Path) -> list[str]:
+    found = []
+    for snippet in snippets(page):
+        if snippet.language == "sh":
+            found += [reason for _, reason in snippet.commands if reason]
+        elif snippet.reason:
+            found.append(snippet.reason)
+    return found
+
+
+def check_command(command: str) -> None:
+    program, *arguments = shlex.split(command)
+    assert program in PROGRAM, f"{command}: only hf-longctx runs here; say `# not run: why` behind another command"
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "100", "TERM": "dumb"})
+    assert done.exit_code == 0, f"{command}\n{done.output}\n{done.exception!r}"
+
+
+def check_yaml(snippet: Snippet) -> None:
+    """Every key is known and every value fits; lists that are cut short with ``...`` are filled up first."""
+    given = yaml.safe_load(snippet.text)
+    config = load_shipped("tiny-llama").to_dict() if "model" not in given else {}
+    model = {**config, **given}["model"]
+    layers, heads = model["num_hidden_layers"], model["num_attention_heads"]
+    kv_heads = model["num_key_value_heads"]
+    if cut_short(given.get("heads", {}).get("scores")):
+        given["heads"]["scores"] = [[layer * kv_heads + head for head in range(kv_heads)] for layer in range(layers)]
+    for table in given.get("prefill", {}).get("tables", {}).values():
+        if cut_short(table["map"]):
+            table["map"] = [[0] * heads] * layers
+    made = LongCtxConfig.from_dict(config).override(**given) if config else LongCtxConfig.from_dict(given)
+    assert made.to_dict() != config
+
+
+def cut_short(value: object) -> bool:
+    return value == "..." or isinstance(value, list) and any(map(cut_short, value))
+
+
+@pytest.fixture(scope="module")
+def given():
+    """The names that snippets may use without defining them."""
+    folder = embedded(MODEL)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = {"input_ids": torch.arange(4, 104)[None]}
+    prompt = tokenizer.decode(inputs["input_ids"][0])
+    return {"name": str(folder), "model": model, "tokenizer": tokenizer, "inputs": inputs, "prompt": prompt}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_snippet_of_a_page_runs(page, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompt.txt").write_text(given["prompt"], "utf-8")
+    names = {**given, "model": copy.deepcopy(given["model"])}
+    for snippet in snippets(page):
+        where = f"{page.name}:{snippet.line}"
+        if snippet.language == "sh":
+            for command, reason in snippet.commands:
+                if reason is None:
+                    check_command(command)
+        elif snippet.reason:
+            continue
+        elif snippet.language == "yaml":
+            check_yaml(snippet)
+        elif snippet.language == "python":
+            _, marked, checkpoint = snippet.comment.partition("model: ")
+            own = {**names, "model": copy.deepcopy(model_of(checkpoint))} if marked else names
+            exec(compile(snippet.text, where, "exec"), own)  # the snippets are this repository's own
+            names |= own if not marked else {**own, "model": names["model"]}
+        else:
+            assert snippet.language == "text", f"{where}: a block is python, sh, yaml or text"
+
+
+def test_every_page_was_found_and_what_is_not_run_is_counted():
+    assert {page.name for page in PAGES} >= {"README.md", "configuration.md", "heads.md", "benchmarks.md"}
+    assert sum(len(snippets(page)) for page in PAGES) >= 14
+    found = Counter({page.name: len(not_run(page)) for page in PAGES if not_run(page)})
+    assert found == NOT_RUN
+
+
+def test_every_make_target_is_there():
+    makefile, named = (ROOT / "Makefile").read_text("utf-8"), set()
+    for page in PAGES:
+        commands = [line for snippet in snippets(page) if snippet.language == "sh" for line, _ in snippet.commands]
+        named |= {word for line in commands if line.startswith("make ") for word in line.split()[1:] if "=" not in word}
+    assert named >= {"demo", "test", "lint", "test-slow"}
+    assert not [target for target in named if not re.search(rf"^{target}:", makefile, re.M)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_stand_in_fenced_blocks(page):
+    hidden = re.findall(
+        rf"^ {{4,}}(?:{'|'.join(map(re.escape, PROGRAM))}|pip|make|python) .*", page.read_text("utf-8"), re.M
+    )
+    assert not hidden, f"{page.name}: put these into ```sh blocks, so that they are run: {hidden}"
+
+
+def test_a_wrong_snippet_is_caught(tmp_path):
+    def one(language, text, comment=""):
+        return snippets(tmp_path, f"{comment}\n```{language}\n{text}\n```")[0]
+
+    with pytest.raises(AssertionError, match="only hf-longctx runs here"):
+        check_command("rm -r everything")
+    with pytest.raises(AssertionError, match="No such command"):
+        check_command("hf-longctx patch")
+    with pytest.raises(Exception, match="recnt"):
+        check_yaml(one("yaml", "stores: {streaming: {store: sink_recent, recnt: 3}}"))
+    block = one("sh", "./other  # not run: slow\nhf-longctx \\\n  configs  # lists\nmake test")
+    assert block.commands == [("./other", "slow"), ("hf-longctx configs", None), ("make test", MAKE)]
+    assert one("python", "1", "<!-- not run: needs a GPU -->").reason == "needs a GPU"
+    with pytest.raises(AssertionError, match="does not end"):
+        snippets(tmp_path, "```sh\nhf-longctx configs")
