@@ -103,7 +103,8 @@ def told(summary: Summary, headers: Sequence[Record]) -> list[str]:
         f"{on['python']}, on {on.get('gpu', on['cpu'])}, {on['threads']} threads of {on['cores']} cores.",
     ]
     for name, count in first["retrieval_heads"].items():
-        lines.append(f"{name}: {count[0]} of {count[1]} KV heads keep every token.")
+        kernels = ", ".join(summary.kernels.get(name, ()))
+        lines.append(f"{name}: {count[0]} of {count[1]} KV heads keep every token; kernels: {kernels}.")
     if max(header["processes"] for header in headers) > 1:
         lines.append("Several processes ran at once: times are only comparable between the variants.")
     return lines + [f"{name}: {note}." for name, notes in summary.notes.items() for note in notes]

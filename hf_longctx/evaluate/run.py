@@ -233,7 +233,7 @@ class Runner:
                     **asdict(costs),
                     **({} if told is None else asdict(next_token(base, states, self.head))),
                     "density": told and told.density,
-                    "kernels": told and told.kernels,
+                    "kernels": told.kernels if told else (),
                     "notes": told.notes if told else (),
                 }
 

@@ -60,6 +60,7 @@ class Summary:
         by_length: per length over all tasks; ``by_task`` per task and length; ``by_depth`` per task, length and depth.
         perplexity: of each variant on the same text; empty without one.
         notes: what ran slower or otherwise than asked for, per variant.
+        kernels: kernels that ran, per patched variant.
     """
 
     variants: tuple[str, ...]
@@ -70,6 +71,7 @@ class Summary:
     by_depth: tuple[Row, ...]
     perplexity: Mapping[str, float]
     notes: Mapping[str, tuple[str, ...]]
+    kernels: Mapping[str, tuple[str, ...]]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""
@@ -94,7 +96,11 @@ def summarize(plan: Plan, records: Iterable[Record]) -> Summary:
         return tuple(Row(*where, row_of(names, found, group)) for where, group in groups.items())
 
     order = list(dict.fromkeys(case.task.name for case in cases))
-    notes = {name: dict.fromkeys(note for case in cases for note in found[name, case.key]["notes"]) for name in names}
+
+    def told(field: str) -> dict[str, tuple[str, ...]]:
+        said = {name: dict.fromkeys(one for case in cases for one in found[name, case.key][field]) for name in names}
+        return {name: tuple(words) for name, words in said.items() if words}
+
     return Summary(
         variants=tuple(names),
         swept={variant.name: variant.swept for variant in plan.variants if variant.swept is not None},
@@ -103,7 +109,8 @@ def summarize(plan: Plan, records: Iterable[Record]) -> Summary:
         by_task=_sorted(rows(lambda case: (case.task.name, case.length, None)), order),
         by_depth=_sorted(rows(lambda case: (case.task.name, case.length, case.depth)), order),
         perplexity={name: value for name in names if (value := _perplexity(plan, found, name)) is not None},
-        notes={name: tuple(said) for name, said in notes.items() if said},
+        notes=told("notes"),
+        kernels=told("kernels"),
     )
 
 

@@ -54,7 +54,15 @@ def records_of(plan: Plan) -> list[dict]:
                     "prefill_s": case.length / (1 + v),
                     "decode_ms": 2.0 + v,
                 }
-                | {"positions": 5, "agreement": 0.8, "kl": 0.1 * v, "kl_max": 0.5, "density": None, "notes": [EVIL] * v}
+                | {
+                    "positions": 5,
+                    "agreement": 0.8,
+                    "kl": 0.1 * v,
+                    "kl_max": 0.5,
+                    "density": None,
+                    "kernels": ["cpu"],
+                    "notes": [EVIL] * v,
+                }
             )
     return found
 
