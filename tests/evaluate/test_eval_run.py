@@ -7,6 +7,8 @@ from statistics import mean, median
 
 import pytest
 import torch
+from tiny import config_for, tiny_model
+from tiny_tokenizer import byte_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -19,8 +21,9 @@ from hf_longctx.evaluate.measures import paired_bootstrap
 from hf_longctx.evaluate.records import Writer
 from hf_longctx.evaluate.run import evaluate
 from hf_longctx.patch import state_of
+from hf_longctx.registry import load, words
 from hf_longctx.tasks import task_from
-from hf_longctx.tasks.answer import answer
+from hf_longctx.tasks.answer import MODES, answer
 from hf_longctx.tasks.language import language_for
 from hf_longctx.tasks.tiny_language import VOCAB
 
@@ -291,3 +294,23 @@ def test_the_command_refuses_before_it_loads_the_model(tmp_path, monkeypatch, ar
     refused = command(*given)
     assert refused.exit_code == 2 and said in refused.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_task_runs_in_text(tmp_path, mode):
+    """A task that lands later is run here too; the model is random, so its answers are wrong, alike both ways."""
+    assert len(words("tasks")) == 7
+    model = tiny_model(layers=2)
+    model.resize_token_embeddings(700)
+    heads = config_for(model, roles="retrieval")
+    asked = {"lengths": [2400], "depths": [0.5], "samples": 1, "mode": mode, "prefill_chunk_size": 300}
+    summary = evaluate(model, byte_bpe(), tmp_path, tasks=",".join(words("tasks")), config=heads, **asked)
+    assert set(summary.tasks) == set(words("tasks"))
+    assert {row.task for row in summary.by_depth if row.depth is None} == {
+        word for word in words("tasks") if not load("tasks", word).deep
+    }
+    (header,), records = lines(tmp_path)
+    assert header["settings"]["prefill_chunk_size"] == 300 and len(records) == 2 * len(words("tasks"))
+    by_way = {way: {one["case"]: one["output_ids"] for one in records if one["variant"] == way} for way in VARIANTS[:2]}
+    assert by_way["dense"] == by_way["patched"], "all heads keep every token"
+    assert summary.overall.cells["patched"].kl_max < 1e-5
