@@ -12,6 +12,7 @@ from . import config_commands
 from .bench import commands as bench
 from .compare_commands import command as compare
 from .errors import LongCtxError
+from .eval_commands import command as evaluate
 from .identify_commands import command as identify
 from .identify_prefill_commands import command as identify_prefill
 
@@ -43,6 +44,7 @@ app = typer.Typer(
 )
 app.add_typer(bench.app, name="bench")
 app.command("compare")(compare)
+app.command("eval")(evaluate)
 app.command("identify")(identify)
 app.command("identify-prefill")(identify_prefill)
 app.add_typer(config_commands.app, name="configs")

@@ -12,7 +12,7 @@ from rich.console import Console
 from . import compare
 from .assets import embedded
 from .bench.environment import environment
-from .errors import ConfigError
+from .evaluate.prompts import read_text
 from .identify_commands import DTYPES, check_output, device_of, load_model
 from .registry import check_word
 
@@ -40,7 +40,7 @@ def command(
     check_word(dtype, DTYPES, "--dtype")
     if json is not None:
         check_output(json, (".json",), "--json")
-    text = _read(prompt_file)
+    text = read_text(prompt_file, "--prompt-file")
     loaded, tokenizer = load_model(embedded(model), dtype, device_of(device))
     with Console(stderr=True).status("compare: dense and patched in turns"):
         found = compare(
@@ -56,13 +56,3 @@ def command(
     Console().print(str(found), markup=False, highlight=False, soft_wrap=True)
     if json is not None:
         json.write_text(to_json.dumps({"environment": environment(), **found.as_dict()}, indent=1) + "\n", "utf-8")
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompt-file: {path} cannot be read: {error}") from None
-    if not text.strip():
-        raise ConfigError(f"--prompt-file: {path} is empty.")
-    return text

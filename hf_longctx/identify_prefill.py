@@ -210,7 +210,7 @@ class Search:
             "seed": self.subject.seed,
             "query_blocks": self.blocks,
             "prompt": hashlib.sha256(self.ids.tobytes()).hexdigest()[:16],
-            "model": model_hash(self.subject),
+            "model": model_hash(self.subject.model),
             "dtype": str(self.subject.model.dtype),
         }
 

@@ -54,19 +54,34 @@ LAYERS = {
     "tasks": {"errors", "registry"},
     "identify": {"errors", "registry", "config", "config_find", "kernels", "patch", "tasks"},
     "identify_prefill": CONFIG | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"},
-    "evaluate": {"errors", "registry", "config", "cache", "patch", "report", "tasks", "identify", "assets"},
+    "evaluate": {
+        "errors",
+        "registry",
+        "config",
+        "cache",
+        "patch",
+        "report",
+        "tasks",
+        "identify",
+        "assets",
+        "environment",
+    }
+    | {"plots"},
     "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"},
+    "environment": set(),
+    "plots": {"errors", "config"},
     # What stands on the public names, which it may also take from the files that define them.
     "assets": {"errors"},
-    "plots": {"errors", "config"},
     "identify_commands": {"errors", "registry", "config", "loading", "assets", "identify", "plots"},
     "identify_prefill_commands": {"registry", "config", "assets", "identify_commands", "identify_prefill"},
-    "compare_commands": {"__init__", "errors", "registry", "assets", "bench", "identify_commands"},
+    "compare_commands": {"__init__", "errors", "registry", "assets", "bench", "evaluate", "identify_commands"},
+    "eval_commands": {"registry", "assets", "identify", "identify_commands", "tasks", "evaluate"},
     "__main__": {"cli"},
     "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
     "bench": CONFIG
     | {
         "__init__",
+        "environment",
         "family",
         "kernels",
         "prefill",
@@ -81,11 +96,12 @@ LAYERS = {
     "config_reference": CONFIG,
     "config_commands": CONFIG | {"config_reference"},
     "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
-    | {"identify_prefill_commands", "compare_commands", "evaluate"},
+    | {"identify_prefill_commands", "compare_commands", "eval_commands", "evaluate"},
 }
 TRANSFORMERS = {"cache", "attention", "hooks", "patch", "loading", "demo", "bench", "identify", "identify_commands"}
-COMMANDS = ("cli", "compare_commands", "config_commands", "config_reference", "identify_commands")
-COMMANDS += ("identify_prefill_commands",)
+TRANSFORMERS |= {"environment"}
+COMMANDS = ("cli", "compare_commands", "config_commands", "config_reference", "eval_commands")
+COMMANDS += ("identify_commands", "identify_prefill_commands")
 NOT_AT_IMPORT = (*COMMANDS, "demo", "bench", "assets", "patches", "plots")
 
 

@@ -1,13 +1,15 @@
-"""On what a benchmark ran: versions, processor, threads, and whether malloc is tuned."""
+"""What a benchmark needs of its machine: a tuned malloc, and to know how busy it was; what it ran on."""
 
 from __future__ import annotations
 
 import os
-import platform
 import re
 import sys
 import time
-from pathlib import Path
+
+from ..environment import environment as environment
+from ..environment import malloc as malloc
+from ..environment import read as _read
 
 # Without these glibc maps fresh pages for every large tensor, and a growing torch.cat spends its time in page faults.
 TUNED = {
@@ -15,26 +17,12 @@ TUNED = {
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
 }
-ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 
 
 def retune() -> None:
     """Run this very command again with a tuned malloc, which glibc reads from the environment at start; once."""
     if any(os.environ.get(name) != value for name, value in TUNED.items()):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **TUNED})
-
-
-def malloc() -> str:
-    """In words: which allocator, and the variables that tune it."""
-    loaded = _read("/proc/self/maps")
-    other = [name for name in ALLOCATORS if name in loaded]
-    set_here = {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith(("MALLOC_", "THP_")) or (name == "GLIBC_TUNABLES" and "malloc" in value)
-    }
-    words = ", ".join([*(f"{name} loaded" for name in other), *(f"{name}={value}" for name, value in set_here.items())])
-    return f"tuned ({words})" if words else "not tuned"
 
 
 class Busy:
@@ -75,36 +63,3 @@ def free_memory() -> int | None:
         if all(number.isdigit() for number in numbers):
             bounds.append(max(0, int(numbers[0]) - int(numbers[1])))
     return min(bounds, default=None)
-
-
-def environment() -> dict[str, str | int]:
-    """Versions and machine, as plain data."""
-    import torch
-    import transformers
-
-    from .. import __version__
-
-    return {
-        "hf_longctx": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cpu": _processor(),
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "malloc": malloc(),
-    }
-
-
-def _processor() -> str:
-    for line in _read("/proc/cpuinfo").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:  # not Linux
-        return ""

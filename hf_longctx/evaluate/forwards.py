@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,17 +47,17 @@ def greedy(model: nn.Module, ids: Tensor, most: int, stop: Collection[int] = (),
         stop: tokens that end the answer.
         chunk: tokens of the prompt per forward; None for all of them at once.
     """
-    cache, start = None, _now(ids.device)
+    cache, start = None, now(ids.device)
     for piece in ids.split(chunk or ids.shape[1], 1):
         out = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
     tokens = [int(out.logits[0, -1].argmax())]
-    read, held = _now(ids.device), cache_bytes(cache)
+    read, held = now(ids.device), cache_bytes(cache)
     first = time.perf_counter()
     while len(tokens) < most and tokens[-1] not in stop:
         out = model(input_ids=ids.new_tensor([tokens[-1:]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
         tokens.append(int(out.logits[0, -1].argmax()))
-    decoded = 1000 * (_now(ids.device) - first) / (len(tokens) - 1) if len(tokens) > 1 else None
+    decoded = 1000 * (now(ids.device) - first) / (len(tokens) - 1) if len(tokens) > 1 else None
     return Answer(tuple(tokens), held, read - start, decoded)
 
 
@@ -71,12 +72,15 @@ def forced(model: nn.Module, ids: Tensor, answer: Tensor, last: int, chunk: int 
         out = base(input_ids=piece, past_key_values=cache, use_cache=True)
         cache, hidden = out.past_key_values, out.last_hidden_state[0]
         tail = (hidden if tail is None else torch.cat([tail, hidden]))[-last - 1 :].clone()
-    states = [tail]
-    given = answer[:-1]
-    for at in range(0, len(given), STEP):
-        out = base(input_ids=given[None, at : at + STEP], past_key_values=cache, use_cache=True)
-        states.append(out.last_hidden_state[0])
-    return torch.cat(states)
+    return torch.cat([tail, follow(model, cache, answer[:-1])]) if len(answer) > 1 else tail
+
+
+@torch.no_grad()
+def follow(model: nn.Module, cache: Any, ids: Tensor) -> Tensor:
+    """Hidden states ``[T, D]`` of tokens ``ids [T]`` that come after those in the cache, which grows."""
+    base = unwrap(model).base_model
+    pieces = (base(input_ids=piece[None], past_key_values=cache, use_cache=True) for piece in ids.split(STEP))
+    return torch.cat([out.last_hidden_state[0] for out in pieces])
 
 
 @torch.no_grad()
@@ -121,15 +125,26 @@ def perplexity(model: nn.Module, ids: Tensor, *, window: int | None = None, cont
     context = window // 2 if context is None else context
     if not 1 <= context < window:
         raise ConfigError(f"context must be at least 1 and less than window={window} tokens, given {context}.")
-    base, head, ids = unwrap(model).base_model, output_head(model), ids.to(input_device(model))
-    nll, tokens, rows = 0.0, 0, max(1, LOGITS // unwrap(model).config.vocab_size)
-    for begin, scored, end in windows(len(ids), window, context):
-        hidden = base(input_ids=ids[None, begin:end], use_cache=False).last_hidden_state[0, scored - begin - 1 : -1]
-        for states, right in zip(hidden.split(rows), ids[scored:end].split(rows), strict=True):
-            logits = head(states).float()
-            nll += cross_entropy(logits, right.to(logits.device), reduction="sum").item()
-        tokens += end - scored
-    return Perplexity(nll, tokens)
+    head, ids = output_head(model), ids.to(input_device(model))
+    nll = sum(window_nll(model, head, ids, *one) for one in windows(len(ids), window, context))
+    return Perplexity(nll, len(ids) - 1)
+
+
+@torch.no_grad()
+def window_nll(
+    model: nn.Module, head: Callable[[Tensor], Tensor], ids: Tensor, begin: int, scored: int, end: int
+) -> float:
+    """The sum of the negative log-likelihoods, in nats, of ``ids[scored:end]``, read from ``begin`` on.
+
+    ``head``: as ``output_head`` gives it.
+    """
+    rows = max(1, LOGITS // unwrap(model).config.vocab_size)
+    hidden = unwrap(model).base_model(input_ids=ids[None, begin:end], use_cache=False).last_hidden_state[0]
+    nll = 0.0
+    for states, right in zip(hidden[scored - begin - 1 : -1].split(rows), ids[scored:end].split(rows), strict=True):
+        logits = head(states).float()
+        nll += cross_entropy(logits, right.to(logits.device), reduction="sum").item()
+    return nll
 
 
 def windows(tokens: int, window: int, context: int) -> Iterator[tuple[int, int, int]]:
@@ -141,7 +156,7 @@ def windows(tokens: int, window: int, context: int) -> Iterator[tuple[int, int, 
         begin, scored = begin + window - context, end
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """The clock, once the device has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,21 @@ def token_ids(model: nn.Module, prompt: Prompt, tokenizer: Any = None) -> Tensor
     if ids.min() < 0 or ids.max() >= known:
         raise ConfigError(f"prompt: token ids from {ids.min()} to {ids.max()}, but the model knows 0 to {known - 1}.")
     return ids.long()[None].to(input_device(model))
+
+
+def read_text(path: str | Path, option: str) -> str:
+    """A UTF-8 text with something in it; ``option`` named its file.
+
+    Raises:
+        ConfigError: it cannot be read, or is empty.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option}: {path} cannot be read: {error}") from None
+    if not text.strip():
+        raise ConfigError(f"{option}: {path} is empty.")
+    return text
 
 
 def _read(prompt: Prompt, tokenizer: Any) -> Tensor:

@@ -54,6 +54,11 @@ class Processes:
 
         return reduce(tensor.to(self._state.device), "mean").to(tensor.device)
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self._state is not None:
+            self._state.wait_for_everyone()
+
     def share(self, thing: Any) -> Any:
         """What the main process gave, on every process; it is pickled."""
         if self._state is None:

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..errors import ConfigError
 from ..patch import unwrap
-from .base import Subject
 
 
 def work_file(work: Path | None, name: str) -> Path | None:
@@ -39,19 +40,21 @@ def written_whole(path: Path) -> Iterator[Path]:
     os.replace(unfinished, path)
 
 
-def check_settings(path: Path, told: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless the settings ``told`` in a file are those of this run."""
+def check_settings(path: Path, told: Mapping[str, Any], settings: Mapping[str, Any], option: str = "work") -> None:
+    """Raise ConfigError unless the settings ``told`` in a file are those of this run; ``option`` named its folder."""
     wanted = json.loads(json.dumps(settings))
     differ = sorted(name for name in {*told, *wanted} if told.get(name) != wanted.get(name))
     if differ:
         was = ", ".join(f"{name} (was {told.get(name)!r}, is {wanted.get(name)!r})" for name in differ)
-        raise ConfigError(f"work: {path} is of a run with other settings: {was}. Remove it, or give another folder.")
+        raise ConfigError(
+            f"{option}: {path} is of a run with other settings: {was}. Remove it, or give another folder."
+        )
 
 
-def model_hash(subject: Subject) -> str:
+def model_hash(model: nn.Module) -> str:
     """Of the names and shapes of all weights and the first values of each: reading all of them would take minutes."""
     told = hashlib.sha256()
-    for name, weight in unwrap(subject.model).base_model.named_parameters():
+    for name, weight in unwrap(model).base_model.named_parameters():
         told.update(f"{name}{tuple(weight.shape)}".encode())
         if not weight.is_meta:
             told.update(weight.detach().flatten()[:8].float().cpu().numpy().tobytes())

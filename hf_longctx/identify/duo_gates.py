@@ -137,7 +137,7 @@ class DuoGates(Method):
             "documents_per_step": documents,
             "seed": subject.seed,
             "streaming": dump(config.stores.streaming, "store"),
-            "model": model_hash(subject),
+            "model": model_hash(subject.model),
             "documents": hashlib.sha256(self.document(subject, 0, 0, lengths).ids.tobytes()).hexdigest()[:16],
         }
 

@@ -45,6 +45,11 @@ def answer(
         raise UnsupportedModeError("answer() needs the model in eval mode: call model.eval() first.")
     reader = Reader(model, sample.stop)
     reader.read(sample.context)
+    return ask_all(reader, sample, mode, max_new_tokens)
+
+
+def ask_all(reader: Reader, sample: Sample, mode: str, max_new_tokens: int | None = None) -> list[list[int]]:
+    """As ``answer``, of a reader that has read the context."""
     answers = []
     for i, question in enumerate(sample.questions):
         room = question.room if max_new_tokens is None else max_new_tokens
@@ -71,7 +76,7 @@ class Reader:
 
     def copy(self) -> Reader:
         """Another reader with a cache of its own."""
-        other = Reader(self.model, self.stop)
+        other = copy.copy(self)
         other.cache, other.unread = copy.deepcopy(self.cache), list(self.unread)
         return other
 

@@ -1,0 +1,112 @@
+"""The command ``hf-longctx eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .assets import embedded
+from .evaluate.plan import Options, listed, values_of
+from .evaluate.run import evaluate
+from .evaluate.summary import LINE, Summary, line
+from .identify._processes import Processes
+from .identify_commands import DTYPES, Device, device_of, load_model
+from .registry import check_word, make, words
+from .tasks import tasks_from
+from .tasks.answer import MODES
+from .tasks.language import HAYSTACKS
+
+TASKS = (
+    f"Commas between tasks, colons before fields (needle:variant=multi_key). There are: {', '.join(words('tasks'))}."
+)
+SHORT = ("tokens", "variant", "accuracy", "to dense", "95% interval", "KV of dense", "prefill s", "decode ms")
+SWEEP = "A field of the config and its values, one more variant each: retrieval_fraction=0.1,0.25."
+Depths = Annotated[str, typer.Option(help="Where the facts are, 0 to 1. Empty: anywhere.")]
+Sweep = Annotated[str | None, typer.Option(help=SWEEP)]
+Text = Annotated[Path | None, typer.Option(help="File or folder to take the prompts' filler from.")]
+Haystack = Annotated[str | None, typer.Option(help=f"Filler without a text: {', '.join(HAYSTACKS)}.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Put the tokenizer's chat template around every question.")]
+Ppl = Annotated[Path | None, typer.Option(help="A UTF-8 text whose perplexity is measured too.", dir_okay=False)]
+Window = Annotated[int | None, typer.Option(help="Tokens a token of it is predicted in [default: the longest length].")]
+Chunk = Annotated[int | None, typer.Option(help="Tokens of a context per forward [default: all].")]
+Mode = Annotated[str, typer.Option(help=f"How the questions about one context are asked: {', '.join(MODES)}.")]
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, or an embedded model (hf-longctx/tiny-llama).")],
+    out: Annotated[Path, typer.Option(help="Folder for the results and the report.", file_okay=False)],
+    tasks: Annotated[str, typer.Option(help=TASKS)],
+    lengths: Annotated[str, typer.Option(help="Tokens of a prompt, its question included: 512,2048.")],
+    depths: Depths = "0,0.25,0.5,0.75,1",
+    samples: Annotated[int, typer.Option(help="Prompts per task, length and depth.")] = 8,
+    config: Annotated[str, typer.Option(help="What to patch with: auto, a shipped name, or a .yaml.")] = "auto",
+    sweep: Sweep = None,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    mode: Mode = MODES[0],
+    text: Text = None,
+    haystack: Haystack = None,
+    chat: Chat = False,
+    perplexity: Ppl = None,
+    perplexity_window: Window = None,
+    prefill_chunk_size: Chunk = None,
+    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
+    device: Device = None,
+) -> None:
+    """Run tasks dense and patched on the same prompts: accuracy, agreement, KV memory, times, and a report to open.
+
+    Killed, it goes on where it was when the same command is run again. On several processes: `accelerate launch
+    --num_processes 2 -m hf_longctx eval ...`, with `--multi_gpu` also where there are no GPUs.
+    """
+    check_word(dtype, DTYPES, "--dtype")
+    options = {
+        "lengths": listed(lengths, "--lengths", "512,2048"),
+        "depths": listed(depths, "--depths", "0,0.5,1") if depths.strip() else [],
+        "samples": samples,
+        "seed": seed,
+        "mode": mode,
+        "prefill_chunk_size": prefill_chunk_size,
+        "perplexity_window": perplexity_window,
+    }
+    tasks_from(tasks), make(Options, options), sweep is not None and list(values_of(sweep))  # before the model loads
+    place = device_of(device)
+    main = Processes(place).main
+    loaded, tokenizer = load_model(embedded(model), dtype, place)
+    found = evaluate(
+        loaded,
+        tokenizer,
+        out,
+        tasks=tasks,
+        config=config,
+        sweep=sweep,
+        text=text,
+        haystack=haystack,
+        chat=chat,
+        perplexity=perplexity,
+        name=model,
+        progress=main,
+        **options,
+    )
+    if main:
+        show(Console(), found, out)
+
+
+def show(console: Console, summary: Summary, out: Path) -> None:
+    """The figures per length, and where the report is."""
+    table = Table(title="eval: all tasks together")
+    for name in SHORT:
+        table.add_column(name, justify="left" if name == "variant" else "right", overflow="fold")
+    for row in summary.by_length:
+        for name in row.cells:
+            told = dict(zip(LINE, line(row, name), strict=True))
+            table.add_row(*(told[column] for column in SHORT))
+    console.print(table)
+    for name, value in summary.perplexity.items():
+        console.print(f"perplexity, {name}: {value:.4g}", markup=False, highlight=False)
+    for name, notes in summary.notes.items():
+        for note in notes:
+            console.print(f"{name}: {note}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"The report: {out / 'report' / 'index.html'}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,83 @@
+"""What one variant does on one case: its answers, what they cost, and how it predicts along given answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..cache import cache_bytes
+from ..identify.base import input_device
+from ..tasks.answer import Reader, ask_all
+from ..tasks.base import Sample
+from .forwards import follow, now
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What answering a sample took.
+
+    Attributes:
+        cache_bytes: bytes that the cache really held once the context was read.
+        prefill_s: seconds to read the context and the first question, until the first token is known.
+        decode_ms: milliseconds per token after the first of each answer; None where there is none.
+    """
+
+    cache_bytes: int
+    prefill_s: float
+    decode_ms: float | None
+
+
+class Meter(Reader):
+    """A reader that notes how many tokens it was given at once and how long it took; copies note in the same list."""
+
+    def __init__(self, model: nn.Module, stop: Sequence[int], chunk: int | None):
+        super().__init__(model, stop)
+        self.chunk = chunk
+        self.noted: list[tuple[int, float]] = []
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> int:
+        device = input_device(self.model)
+        start, step = now(device), self.chunk or len(ids)
+        for begin in range(0, len(ids), step):
+            token = super().read(ids[begin : begin + step])
+        self.noted.append((len(ids), now(device) - start))
+        return token
+
+    def costs(self, held: int) -> Costs:
+        """Of a context, the first thing read, and all answers after it."""
+        decoded = [took for tokens, took in self.noted[2:] if tokens == 1]
+        prefill = sum(took for _, took in self.noted[:2])
+        return Costs(held, prefill, 1000 * sum(decoded) / len(decoded) if decoded else None)
+
+
+@torch.no_grad()
+def answers_of(
+    model: nn.Module, sample: Sample, mode: str, chunk: int | None, along: Sequence[Sequence[int]] | None = None
+) -> tuple[list[list[int]], Costs, Tensor]:
+    """(the answers, their costs, hidden states ``[P, D]`` that predict the answers ``along`` and what follows each).
+
+    The hidden states need a copy of the context's cache, so two of them are in memory for a while; of several
+    "requests" each is a copy anyway.
+
+    Args:
+        along: token ids of the answers that the hidden states follow; None: the model's own.
+    """
+    meter = Meter(model, sample.stop, chunk)
+    meter.read(sample.context)
+    held = cache_bytes(meter.cache)
+    once = mode == "turns" or len(sample.questions) == 1  # the questions are asked of the cache itself
+    spare = meter.copy() if once else meter
+    said = ask_all(meter, sample, mode)
+    if once:
+        meter.cache = None
+    states = []
+    for i, (question, answer) in enumerate(zip(sample.questions, said if along is None else along, strict=True)):
+        cache = spare.cache if once else spare.copy().cache
+        prompt = [*(sample.between if once and i else ()), *question.prompt.tolist()]
+        ids = torch.tensor([*prompt, *answer], device=input_device(model))
+        states.append(follow(model, cache, ids)[len(prompt) - 1 :])
+    return said, meter.costs(held), torch.cat(states)

@@ -1,0 +1,162 @@
+"""The report of an evaluation: pictures as PNG files, and one HTML page that holds everything."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..identify._work import written_whole
+from ..plots import new_figure, save
+from .figures import figures
+from .plan import DENSE
+from .records import Record
+from .summary import LINE, Summary, line
+
+SHOWN = 24  # raw outputs on the page
+CUT = 400  # characters of each
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
+table { border-collapse: collapse; font-size: 13px; } .wide { overflow-x: auto; }
+th, td { padding: 3px 9px; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
+th { background: #f4f4f4; } td.text, th.text { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; }
+figure { margin: 1em 0; } img { max-width: 100%; } figcaption { color: #555; }
+pre { background: #f4f4f4; padding: 1em; overflow-x: auto; font-size: 12px; } summary { cursor: pointer; }
+"""
+
+
+def check_plots() -> None:
+    """Raise ConfigError where matplotlib is not installed."""
+    new_figure(1, 1)
+
+
+def write_report(folder: Path, summary: Summary, headers: Sequence[Record], records: Iterable[Record]) -> None:
+    """``index.html``, which needs no other file, and its pictures beside it; an earlier report is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    shown = []
+    for name, caption, figure in figures(summary):
+        path = folder / f"{name}.png"
+        save(figure, path)
+        data = base64.b64encode(path.read_bytes()).decode()
+        said = escape(caption)
+        shown.append(
+            f'<figure><img alt="{said}" src="data:image/png;base64,{data}"><figcaption>{said}</figcaption></figure>'
+        )
+    with written_whole(folder / "index.html") as path:
+        path.write_text(page(summary, headers, list(records), shown), "utf-8")
+
+
+def page(summary: Summary, headers: Sequence[Record], records: Sequence[Record], shown: Sequence[str]) -> str:
+    """The page's HTML; ``shown``: its pictures, as HTML."""
+    title = f"hf-longctx eval: {headers[0]['model']}"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        *(f"<p>{escape(line)}</p>" for line in told(summary, headers)),
+        "<h2>By task and length</h2>",
+        table(LINE, [line(row, name) for row in summary.by_task for name in summary.variants], text=3),
+        "<h2>Over everything</h2>",
+        table(LINE, [line(summary.overall, name) for name in summary.variants], text=3),
+        *_perplexity(summary),
+        "<h2>Pictures</h2>",
+        *shown,
+        "<h2>By depth</h2>",
+        table(*by_depth(summary), text=1),
+        "<h2>What was said</h2>",
+        *_outputs(records),
+        "<h2>Settings and versions</h2>",
+        *(f"<details><summary>process {i}</summary>{_json(header)}</details>" for i, header in enumerate(headers)),
+    ]
+    head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+    return f"{head}<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+
+
+def by_depth(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Accuracy of every variant by task, length and depth."""
+    rows = [
+        [
+            row.task,
+            str(row.length),
+            "any" if row.depth is None else f"{row.depth:g}",
+            *(f"{row.cells[name].accuracy:.3f}" for name in summary.variants),
+        ]
+        for row in summary.by_depth
+    ]
+    return ["task", "tokens", "depth", *summary.variants], rows
+
+
+def told(summary: Summary, headers: Sequence[Record]) -> list[str]:
+    """What was run on what, and what went otherwise than asked for, in sentences."""
+    first = headers[0]
+    on, options = first["environment"], first["settings"]
+    lines = [
+        f"{summary.overall.cells[DENSE].cases} prompts per variant, {options['dtype']}, seed {options['seed']}; all "
+        "variants answered the same prompts in turns, greedily.",
+        "Same next token and KL(dense || variant): along dense's answers. KV MB: bytes really held once the context is "
+        "read. Prefill: until the first token; both times are medians over the prompts.",
+        f"hf_longctx {on['hf_longctx']}, torch {on['torch']}, transformers {on['transformers']}, Python "
+        f"{on['python']}, on {on.get('gpu', on['cpu'])}, {on['threads']} threads of {on['cores']} cores.",
+    ]
+    for name, count in first["retrieval_heads"].items():
+        kernels = ", ".join(summary.kernels.get(name, ()))
+        lines.append(f"{name}: {count[0]} of {count[1]} KV heads keep every token; kernels: {kernels}.")
+    if max(header["processes"] for header in headers) > 1:
+        lines.append("Several processes ran at once: times are only comparable between the variants.")
+    return lines + [f"{name}: {note}." for name, notes in summary.notes.items() for note in notes]
+
+
+def table(names: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> str:
+    """An HTML table of plain texts, the first ``text`` columns to the left."""
+
+    def cells(tag: str, values: Sequence[str]) -> str:
+        return "".join(
+            f'<{tag} class="text">{escape(value)}</{tag}>' if i < text else f"<{tag}>{escape(value)}</{tag}>"
+            for i, value in enumerate(values)
+        )
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in rows)
+    return f'<div class="wide"><table><tr>{cells("th", names)}</tr>\n{body}</table></div>'
+
+
+def _perplexity(summary: Summary) -> list[str]:
+    if not summary.perplexity:
+        return []
+    rows = [[name, f"{value:.4g}"] for name, value in summary.perplexity.items()]
+    return ["<h2>Perplexity of the text</h2>", table(["variant", "perplexity"], rows, text=1)]
+
+
+def _outputs(records: Sequence[Record]) -> list[str]:
+    """Raw answers, those first where a variant is worse than dense by the most."""
+    cases: dict[str, dict[str, Record]] = {}
+    for record in records:
+        if "outputs" in record:
+            cases.setdefault(record["case"], {})[record["variant"]] = record
+    worst = {case: min(one["score"] - of[DENSE]["score"] for one in of.values()) for case, of in cases.items()}
+    chosen = sorted(cases, key=lambda case: worst[case])[:SHOWN]
+    rows = []
+    for case in chosen:
+        for name, record in cases[case].items():
+            for asked, expected, said in zip(record["questions"], record["expected"], record["outputs"], strict=True):
+                rows.append([case, name, _tail(asked), ", ".join(expected), _head(said), f"{record['score']:.2f}"])
+    said = (
+        f"{len(chosen)} of {len(cases)} prompts, where variants lose the most to dense first. All are in the records."
+    )
+    names = ["prompt", "variant", "question", "expected", "answer", "score of the prompt"]
+    return [f"<p>{said}</p>", table(names, rows, text=5)]
+
+
+def _head(text: str) -> str:
+    return text if len(text) <= CUT else f"{text[:CUT]} ..."
+
+
+def _tail(text: str) -> str:
+    return text if len(text) <= CUT else f"... {text[-CUT:]}"
+
+
+def _json(data: Any) -> str:
+    return f"<pre>{escape(json.dumps(data, indent=1))}</pre>"

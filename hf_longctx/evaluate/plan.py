@@ -1,0 +1,245 @@
+"""What an evaluation runs: every variant on every case. All of it is checked before the first one runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import yaml
+from torch import Tensor, nn
+
+from ..config import LongCtxConfig
+from ..errors import ConfigError
+from ..patch import patched, state_of
+from ..registry import near
+from ..tasks.answer import MODES
+from ..tasks.base import DEPTH, LENGTH, SEED, Sample, Task
+from ..tasks.language import Language
+from .forwards import windows
+
+DENSE, PATCHED = "dense", "patched"
+FIXED = "model"  # the section that says which model a config fits
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is varied, and how often.
+
+    Attributes:
+        lengths: tokens of a prompt, its question included.
+        depths: where in the context the facts stand that are asked for, 0 the beginning; none: anywhere. Tasks that
+            count over the whole context have no depth and are run once per length and sample.
+        samples: prompts per task, length and depth.
+        seed: of everything drawn.
+        mode: how the questions about one context are asked, "requests" or "turns" as in ``tasks.answer``.
+        prefill_chunk_size: tokens of a context per forward; None: all of them at once.
+        perplexity_window: tokens that a token of the perplexity text is predicted in; None: the longest of ``lengths``.
+    """
+
+    lengths: tuple[int, ...] = field(metadata=LENGTH)
+    depths: tuple[float, ...] = field(default=(0.0, 0.25, 0.5, 0.75, 1.0), metadata=DEPTH)
+    samples: int = field(default=8, metadata={"min": 1, "max": 2**31})
+    seed: int = field(default=0, metadata=SEED)
+    mode: str = field(default="requests", metadata={"choices": MODES})
+    prefill_chunk_size: int | None = field(default=None, metadata=LENGTH)
+    perplexity_window: int | None = field(default=None, metadata={**LENGTH, "min": 2})
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise ConfigError("lengths: none given, expected tokens of a prompt, e.g. 512,2048.")
+        for name in ("lengths", "depths"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ConfigError(f"{name}: got {', '.join(map(str, given))}; one of them is given twice.")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of running the model: dense where ``config`` is None. ``swept`` is the value that a sweep gave it."""
+
+    name: str
+    config: LongCtxConfig | None = None
+    swept: Any = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt, which every variant answers."""
+
+    task: Task
+    length: int
+    depth: float | None
+    number: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """What it is called in the records."""
+        return f"{self.task.name} length={self.length} depth={self.depth} sample={self.number}"
+
+    def sample(self, language: Language) -> Sample:
+        """The prompt: its draw depends on the seed, the task, the length, the depth and the number alone."""
+        depth = 0 if self.depth is None else 1 + round(self.depth * 10**6)
+        draw = np.random.default_rng([self.seed, self.number, self.length, depth]).integers(SEED["max"])
+        return self.task.make(language, self.length, self.depth, int(draw))
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window of the perplexity text: tokens ``scored`` to ``end`` are predicted from those since ``begin``."""
+
+    begin: int
+    scored: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+        return self.end - self.begin
+
+    @property
+    def key(self) -> str:
+        """What it is called in the records."""
+        return f"text {self.begin}:{self.scored}:{self.end}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is run, short cases first, so that the first results are there early."""
+
+    variants: tuple[Variant, ...]
+    cases: tuple[Case | Window, ...]
+    options: Options
+    text: Tensor | None = None
+
+    def keys(self) -> set[tuple[str, str]]:
+        """(variant, case) of every record."""
+        return {(variant.name, case.key) for case in self.cases for variant in self.variants}
+
+
+def make_plan(
+    model: nn.Module,
+    language: Language,
+    tasks: Sequence[Task],
+    options: Options,
+    config: Any,
+    sweep: str | None = None,
+    text: Tensor | None = None,
+) -> Plan:
+    """The plan of a run; nothing is left that could turn out to be wrong after hours.
+
+    Args:
+        model: not patched; it is patched by every variant's config once, to see that it can be.
+        config: as for ``patch_model``.
+        sweep: ``FIELD=VALUE,VALUE``, a field of the config and what it is set to, one variant each.
+        text: token ids ``[T]`` of the perplexity text.
+
+    Raises:
+        ConfigError: the tasks cannot be said in this language or at these lengths and depths, a value or field of the
+            sweep does not fit, or the text is too short.
+        UnsupportedModelError, UnsupportedModeError: as ``patch_model``.
+    """
+    cases: list[Case | Window] = list(cases_of(tasks, options))
+    for case in {(case.task, case.depth): case for case in reversed(cases)}.values():  # the shortest has the least room
+        case.sample(language)
+    if text is not None:
+        if len(text) < 2:
+            raise ConfigError("perplexity: the text has fewer than 2 tokens; nothing in it can be predicted.")
+        size = min(options.perplexity_window or max(options.lengths), len(text))
+        cases += [Window(*one) for one in windows(len(text), size, size // 2)]
+    cases.sort(key=lambda case: case.length)
+    return Plan(variants_of(model, config, sweep), tuple(cases), options, text)
+
+
+def cases_of(tasks: Sequence[Task], options: Options) -> Iterator[Case]:
+    """Every prompt; all tasks and depths of a sample number before the next number."""
+    for length in sorted(options.lengths):
+        for number in range(options.samples):
+            for task in tasks:
+                for depth in (options.depths if task.deep else ()) or (None,):
+                    yield Case(task, length, depth, number, options.seed)
+
+
+def variants_of(model: nn.Module, config: Any, sweep: str | None) -> tuple[Variant, ...]:
+    """Dense, patched, and one variant per value of the sweep; patched is one of those where it has its value."""
+    own = _patchable(model, config)
+    found = [Variant(DENSE)]
+    for name, value, override in values_of(sweep) if sweep is not None else ():
+        swept = _patchable(model, own.override(**override))
+        if same := next((one.name for one in found if one.config == swept), None):
+            raise ConfigError(f"sweep: {name} gives the same config as {same}; leave one of them out.")
+        found.append(Variant(name, swept, value))
+    here = next((i for i, one in enumerate(found) if one.config == own), None)
+    patched_one = Variant(PATCHED, own, None if here is None else found.pop(here).swept)
+    return (found[0], patched_one, *found[1:])
+
+
+def _patchable(model: nn.Module, config: Any) -> LongCtxConfig:
+    with patched(model, config):
+        return state_of(model).config
+
+
+def values_of(sweep: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """(name, value, override) of every value of ``retrieval_fraction=0.1,0.25``; values are read as YAML reads them.
+
+    The field is a dotted path from a section on, or the name of a field that only one section has.
+
+    Raises:
+        ConfigError: it does not have that form, or no section has such a field.
+    """
+    field_name, _, said = sweep.partition("=")
+    values = listed(said, f"sweep: {field_name}", "retrieval_fraction=0.1,0.25")
+    path = _path(field_name.strip())
+    for value in values:
+        override = value
+        for part in reversed(path):
+            override = {part: override}
+        yield f"{field_name.strip()}={value}", value, override
+
+
+def _path(name: str) -> list[str]:
+    hints = {key: hint for key, hint in typing.get_type_hints(LongCtxConfig).items() if key != FIXED}
+    parts = name.split(".")
+    if parts[0] in hints:
+        return parts
+    fields = {key: [f.name for f in dataclasses.fields(hint)] for key, hint in hints.items() if hint is not str}
+    holding = [key for key, names in fields.items() if name in names]
+    if len(holding) == 1:
+        return [holding[0], name]
+    known = [one for names in fields.values() for one in names]
+    raise ConfigError(
+        f"sweep: {name!r} is {'in ' + ' and '.join(holding) if holding else 'no field of a section'}; give its path, "
+        f"e.g. stores.streaming.recent=64,256. Sections: {', '.join(hints)}.{'' if holding else near(name, known)}"
+    )
+
+
+def listed(text: str, where: str, example: str) -> list[Any]:
+    """The values of ``512,2048``, each read as YAML reads it.
+
+    Raises:
+        ConfigError: there are none, or this is no such list.
+    """
+    try:
+        values = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, list) or not values or any(value is None for value in values):
+        raise ConfigError(f"{where}: got {text!r}, expected values with commas between them, e.g. {example}.")
+    return values
+
+
+def fingerprint(plan: Plan, language: Language) -> str:
+    """Of the prompts and of the perplexity text: another tokenizer, filler or draw gives another one."""
+    told = hashlib.sha256()
+    for case in {case.task: case for case in reversed(plan.cases) if isinstance(case, Case)}.values():
+        sample = case.sample(language)
+        for ids in (sample.context, *(question.prompt for question in sample.questions)):
+            told.update(np.asarray(ids, dtype="<i8").tobytes())
+    if plan.text is not None:
+        told.update(plan.text.cpu().numpy().astype("<i8").tobytes())
+    return told.hexdigest()[:16]

@@ -1,0 +1,255 @@
+"""``evaluate``: tasks of many lengths and depths, dense and patched on the same prompts, written down case by case."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from ..config import LongCtxConfig
+from ..environment import environment
+from ..errors import ConfigError
+from ..identify._processes import Processes
+from ..identify._work import model_hash, written_whole
+from ..identify.base import input_device, modes_kept
+from ..patch import patched, state_of, unpatched, unwrap
+from ..registry import dump, make
+from ..report import report
+from ..tasks import tasks_from
+from ..tasks.answer import score
+from ..tasks.base import Sample
+from ..tasks.language import Language, language_for
+from .forwards import output_head, window_nll
+from .measures import next_token
+from .meter import answers_of
+from .page import check_plots, write_report
+from .plan import Case, Options, Plan, Variant, Window, fingerprint, make_plan
+from .prompts import read_text, token_ids
+from .records import Record, Records
+from .summary import Summary, summarize
+
+VERSIONS = ("hf_longctx", "torch", "transformers")
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    out: str | Path,
+    *,
+    tasks: str,
+    config: str | Path | dict | LongCtxConfig | None = None,
+    sweep: str | None = None,
+    text: str | Path | None = None,
+    haystack: str | None = None,
+    chat: bool = False,
+    perplexity: str | Path | None = None,
+    name: str | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Summary:
+    """Run tasks dense and patched on the same prompts; write records, a summary and a report into the folder ``out``.
+
+    The one model is patched and unpatched in turns, case by case. Afterwards it is as it was. Every result is on the
+    disk before the next one begins: the same call goes on where a killed one was, with any number of processes.
+
+    Args:
+        model: as for ``patch_model``; patched or not.
+        out: a folder; of several processes all must see the same.
+        tasks: words with their fields, ``"needle,key_value:questions=2"``.
+        config: what to patch with, as for ``patch_model``; None: what the model is patched with, or else "auto".
+        sweep: ``"retrieval_fraction=0.1,0.25"``: one more variant for each value of a field of the config.
+        text, haystack, chat: what the prompts are made of, as for ``tasks.language.language_for``.
+        perplexity: a UTF-8 text whose perplexity is measured too.
+        name: what to call the model in the report; None: what it was loaded from.
+        progress: show a bar on stderr.
+        options: the fields of ``Options``: ``lengths``, ``depths``, ``samples``, ``seed`` and so on.
+
+    Returns:
+        The summary, the same on every process; it is in ``out/summary.json`` as well, the report is
+        ``out/report/index.html``.
+
+    Raises:
+        ConfigError: an unknown task, field or value; a folder with another run's records; no matplotlib; or as
+            ``patch_model``. All of it is noticed before anything is run.
+        UnsupportedModelError, UnsupportedModeError: as ``patch_model`` and ``output_head``.
+    """
+    check_plots()
+    chosen, settings = tasks_from(tasks), make(Options, options)
+    language = language_for(tokenizer, haystack, text, chat)
+    read = None if perplexity is None else token_ids(model, read_text(perplexity, "perplexity"), tokenizer)[0]
+    state = state_of(model)
+    if config is None:
+        config = "auto" if state is None else state.config
+    with modes_kept(model), unpatched(model), torch.no_grad():
+        model.eval()
+        processes = Processes(input_device(model))
+        plan = make_plan(model, language, chosen, settings, config, sweep, read)
+        book = Records(Path(out), header_of(model, language, plan, sweep, name, processes.count))
+        runner = Runner(model, language, plan, output_head(model))
+        runner.run(book, processes, progress and processes.main)
+    processes.wait()
+    return processes.share(finish(book, plan) if processes.main else None)
+
+
+def finish(book: Records, plan: Plan) -> Summary:
+    """Write the summary and the report of a run all of whose records are there."""
+    headers, records = book.read()
+    if missing := plan.keys() - {(record["variant"], record["case"]) for record in records}:
+        raise ConfigError(
+            f"out: {book.folder} lacks {len(missing)} of {len(plan.keys())} results. Do all processes write to a "
+            "folder that all of them see?"
+        )
+    summary = summarize(plan, records)
+    with written_whole(book.folder / "summary.json") as path:
+        path.write_text(json.dumps({"header": headers[0], **summary.as_dict()}, indent=1) + "\n", "utf-8")
+    write_report(book.folder / "report", summary, headers, records)
+    return summary
+
+
+def header_of(
+    model: nn.Module, language: Language, plan: Plan, sweep: str | None, name: str | None, processes: int
+) -> dict[str, Any]:
+    """Everything the results depend on; what is under ``settings`` must not change when a run goes on."""
+    device, machine = input_device(model), environment()
+    configs = {variant.name: variant.config and variant.config.to_dict() for variant in plan.variants}
+    cases = [case for case in plan.cases if isinstance(case, Case)]
+    settings = {
+        "model": model_hash(model),
+        "dtype": str(unwrap(model).dtype).removeprefix("torch."),
+        "device": device.type,
+        "tasks": list(dict.fromkeys(case.task.name for case in cases)),
+        **dump(plan.options),
+        "prompts": fingerprint(plan, language),
+        **{f"config of {variant}": _digest(given) for variant, given in configs.items() if given is not None},
+        **{f"version of {library}": machine[library] for library in VERSIONS},
+    }
+    if device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return {
+        "model": name or getattr(unwrap(model).config, "_name_or_path", "") or type(unwrap(model)).__name__,
+        "settings": settings,
+        "sweep": sweep,
+        "environment": machine,
+        "processes": processes,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "retrieval_heads": {
+            variant.name: [roles.count("R"), len(roles)]
+            for variant in plan.variants
+            if variant.config is not None and (roles := "".join(variant.config.roles()))
+        },
+        "configs": configs,
+    }
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Runner:
+    """Runs cases. ``head`` makes logits of hidden states."""
+
+    model: nn.Module
+    language: Language
+    plan: Plan
+    head: Any
+
+    def run(self, book: Records, processes: Processes, progress: bool) -> None:
+        """This process's share of what is not there yet, appended to its file."""
+        done = processes.share({(r["variant"], r["case"]) for r in book.read()[1]} if processes.main else None)
+        missing = {
+            case: [one.name for one in self.plan.variants if (one.name, case.key) not in done]
+            for case in self.plan.cases
+        }
+        left = [case for case in self.plan.cases if missing[case]]
+        mine = left[processes.rank :: processes.count]
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        console = Console(stderr=True)
+        with (
+            book.open(processes.rank) as writer,
+            Progress(*columns, *times, console=console, disable=not progress, speed_estimate_period=3600) as bar,
+        ):
+            tokens = bar.add_task("eval", total=sum(case.length * len(missing[case]) for case in mine))
+            self.warm_up(mine)
+            for number, case in enumerate(mine):
+                for record in self.records(case, missing[case], number):
+                    writer.append(record)
+                    bar.advance(tokens, case.length)
+
+    def warm_up(self, cases: Sequence[Case | Window]) -> None:
+        """Every variant once, so that nothing is timed that happens only the first time."""
+        first = next((case for case in cases if isinstance(case, Case)), None)
+        if first is not None:
+            sample = first.sample(self.language)
+            for variant in self.plan.variants:
+                with self.way(variant):
+                    self.answers(sample, None)
+
+    def way(self, variant: Variant) -> AbstractContextManager:
+        return nullcontext() if variant.config is None else patched(self.model, variant.config)
+
+    def answers(self, sample: Sample, along: Any) -> tuple[list[list[int]], Any, Tensor]:
+        options = self.plan.options
+        return answers_of(self.model, sample, options.mode, options.prefill_chunk_size, along)
+
+    def records(self, case: Case | Window, missing: Collection[str], number: int) -> Iterator[Record]:
+        """The records of a case that are missing.
+
+        Dense goes first, because the others follow its answers, and is run again where its record is there already;
+        the others take turns in being the next.
+        """
+        dense, *others = self.plan.variants
+        turn = number % len(others)
+        order = (dense, *others[turn:], *others[:turn])
+        if isinstance(case, Window):
+            yield from (self.window(case, one) for one in order if one.name in missing)
+            return
+        sample, along, base = case.sample(self.language), None, None
+        for variant in order:
+            if variant is not dense and variant.name not in missing:
+                continue
+            with self.way(variant):
+                said, costs, states = self.answers(sample, along)
+                told = None if variant.config is None else report(self.model)
+            if variant is dense:
+                along, base = said, states
+            if variant.name in missing:
+                yield {
+                    "variant": variant.name,
+                    "case": case.key,
+                    **sample.metadata,
+                    **self.scored(sample, said),
+                    **asdict(costs),
+                    **({} if told is None else asdict(next_token(base, states, self.head))),
+                    "density": told and told.density,
+                    "kernels": told.kernels if told else (),
+                    "notes": told.notes if told else (),
+                }
+
+    def scored(self, sample: Sample, said: Sequence[Sequence[int]]) -> dict[str, Any]:
+        outputs = [self.language.decode(ids) for ids in said]
+        scores = score(sample.questions, outputs)
+        return {
+            "score": sum(scores) / len(scores),
+            "scores": scores,
+            "outputs": outputs,
+            "expected": [question.answers for question in sample.questions],
+            "questions": [self.language.decode(question.prompt) for question in sample.questions],
+            "output_ids": said,
+        }
+
+    def window(self, case: Window, variant: Variant) -> Record:
+        with self.way(variant):
+            nll = window_nll(self.model, self.head, self.plan.text, case.begin, case.scored, case.end)
+        return {"variant": variant.name, "case": case.key, "nll": nll, "tokens": case.end - case.scored}

@@ -1,0 +1,230 @@
+"""The report: pictures that show the summary's numbers, and a page that needs nothing else and trusts no answer."""
+
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from hf_longctx import ConfigError, plots
+from hf_longctx.config import load_shipped
+from hf_longctx.evaluate.figures import costs, figures, heat_maps, tradeoff
+from hf_longctx.evaluate.page import write_report
+from hf_longctx.evaluate.plan import Options, Plan, Variant, Window, cases_of
+from hf_longctx.evaluate.summary import summarize
+from hf_longctx.registry import make
+from hf_longctx.tasks import tasks_from
+
+EVIL = "<script>alert('said')</script><img src=x onerror=alert(1)>"
+CONFIG = load_shipped("tiny-llama")
+SWEPT = ("dense", "patched", "recent=16", "recent=32", "recent=128")
+
+
+def plan_of(names=("dense", "patched"), tasks="needle,key_value:questions=2,common_words", text=True) -> Plan:
+    variants = [Variant(names[0]), *(Variant(name, CONFIG, name.partition("=")[2] or None) for name in names[1:])]
+    options = make(Options, {"lengths": [512, 2048, 16384], "depths": [0, 0.5, 1], "samples": 2})
+    windows = [Window(0, 1, 40), Window(20, 40, 60)] if text else []
+    return Plan(tuple(variants), (*cases_of(tasks_from(tasks), options), *windows), options)
+
+
+def records_of(plan: Plan) -> list[dict]:
+    """Made-up records; variant number v and case number c decide every figure."""
+    found = []
+    for v, variant in enumerate(plan.variants):
+        for c, case in enumerate(plan.cases):
+            record = {"variant": variant.name, "case": case.key}
+            if isinstance(case, Window):
+                found.append(record | {"nll": 10.0 + v, "tokens": case.end - case.scored})
+                continue
+            score = max(0.0, 1 - 0.2 * v - 0.01 * (c % 7))
+            found.append(
+                record
+                | {
+                    "task": case.task.name,
+                    "length": case.length,
+                    "depth": case.depth,
+                    "score": score,
+                    "scores": [score],
+                }
+                | {"outputs": [EVIL], "expected": [["an & answer"]], "questions": [EVIL * 40], "output_ids": [[1]]}
+                | {
+                    "cache_bytes": 1000 * case.length // (1 + v),
+                    "prefill_s": case.length / (1 + v),
+                    "decode_ms": 2.0 + v,
+                }
+                | {
+                    "positions": 5,
+                    "agreement": 0.8,
+                    "kl": 0.1 * v,
+                    "kl_max": 0.5,
+                    "density": None,
+                    "kernels": ["cpu"],
+                    "notes": [EVIL] * v,
+                }
+            )
+    return found
+
+
+def headers_of(plan: Plan, processes=1) -> list[dict]:
+    on = {"hf_longctx": "1", "torch": "2", "transformers": "5", "python": "3", "cpu": "C", "threads": 1, "cores": 2}
+    settings = {"dtype": "float32", "seed": 0}
+    heads = {variant.name: [4, 16] for variant in plan.variants[1:]}
+    header = {"model": EVIL, "settings": settings, "environment": on, "retrieval_heads": heads, "processes": processes}
+    return [header] * processes
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; every tag must be closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, *one) for one in attributes]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(folder, summary, the page's text) of a report."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "depth-of-an-earlier-run.png").write_bytes(b"old")
+    plan = plan_of(SWEPT)
+    records = records_of(plan)
+    summary = summarize(plan, records)
+    write_report(folder, summary, headers_of(plan, processes=2), records)
+    return folder, summary, (folder / "index.html").read_text("utf-8")
+
+
+def test_the_pictures_are_there_and_in_the_page(written):
+    folder, _, text = written
+    names = {"depth-needle", "depth-key-value-questions-2", "accuracy-kv", "costs"}
+    assert {path.stem for path in folder.glob("*.png")} == names, "common_words has no depth, and nothing old is left"
+    inline = [base64.b64decode(one) for one in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
+    assert sorted(inline) == sorted(path.read_bytes() for path in folder.glob("*.png"))
+    assert all(data.startswith(b"\x89PNG") for data in inline)
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing(written):
+    page = Page(written[2])
+    assert not {"script", "link", "iframe", "object", "svg"} & set(page.tags)
+    assert all(value.startswith("data:image/png") for _, name, value in page.attributes if name in ("src", "href"))
+    assert {name for _, name, _ in page.attributes} == {"lang", "charset", "class", "src", "alt"}
+    assert "url(" not in written[2] and "@import" not in written[2]
+    said = "".join(page.text)
+    assert said.count(EVIL) > 10, "answers, the model's name and notes are shown as they are"
+    assert "an & answer" in said
+
+
+def test_the_tables_have_the_figures(written):
+    _, summary, text = written
+    rows = [re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", row) for row in text.split("<tr>")]
+    cell = summary.by_task[0].cells["patched"]
+    (found,) = (row for row in rows if row[:3] == ["needle", "512", "patched"])
+    lost = cell.difference
+    assert found[3:7] == [
+        "6",
+        f"{cell.accuracy:.3f}",
+        f"{lost.difference:+.3f}",
+        f"{lost.low:+.3f} to {lost.high:+.3f}",
+    ]
+    assert found[7:] == ["80.0%", "0.1", "0.26", "50%", "256", "3"]
+    assert ["dense", "1.404"] in rows, "exp(20 / 59) of the two windows"
+    assert sum(row[:1] == ["needle"] and len(row) == 3 + len(SWEPT) for row in rows) == 9, "by length and depth"
+    assert "Several processes ran at once" in text
+
+
+def test_a_heat_map_shows_the_accuracies(written):
+    _, summary, _ = written
+    rows = [row for row in summary.by_depth if row.task == "needle"]
+    figure = heat_maps("needle", rows, summary.variants)
+    maps = [axes for axes in figure.axes if axes.images and axes.get_title()]
+    assert [axes.get_title() for axes in maps] == list(SWEPT)
+    for axes in maps:
+        want = [[row.cells[axes.get_title()].accuracy for row in rows if row.depth == depth] for depth in (0, 0.5, 1)]
+        assert axes.images[0].get_array().tolist() == want
+        assert [text.get_text() for text in axes.texts] == [f"{value:.2f}" for line in want for value in line]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["512", "2048", "16k"]
+
+
+def test_the_trade_off_has_a_line_per_length_through_every_variant(written):
+    _, summary, _ = written
+    (axes,) = tradeoff(summary).axes
+    assert len(axes.lines) == 3
+    for line, row in zip(axes.lines, summary.by_length, strict=True):
+        want = sorted((100 * cell.cache_share, cell.accuracy) for cell in row.cells.values())
+        assert list(zip(*line.get_data(), strict=True)) == want
+    assert {text.get_text() for text in axes.texts} == {"dense", "patched", "16", "32", "128"}
+    assert axes.get_xlim()[1] > 100 and axes.get_ylim()[1] > 1
+
+
+def test_the_costs_are_those_of_the_lengths(written):
+    _, summary, _ = written
+    figure = costs(summary)
+    for axes, name in zip(figure.axes, ("cache_bytes", "prefill_s", "decode_ms"), strict=True):
+        scale = 1e-6 if name == "cache_bytes" else 1
+        for line, variant in zip(axes.lines, SWEPT, strict=True):
+            assert line.get_label() == variant
+            want = [scale * getattr(row.cells[variant], name) for row in summary.by_length]
+            assert list(line.get_ydata()) == pytest.approx(want)
+        assert axes.get_xscale() == "log", "512 to 16384 on a straight axis would hide the short ones"
+
+
+def test_nothing_overlaps(written):
+    """Titles, labels and legends of every picture stay inside it and apart."""
+    _, summary, _ = written
+    for name, _, figure in figures(summary):
+        figure.draw_without_rendering()
+        whole = figure.bbox
+        for axes in figure.axes:
+            boxes = [axes.title, axes.xaxis.label, axes.yaxis.label]
+            boxes = [one.get_window_extent() for one in boxes if one.get_text()]
+            assert all(whole.x0 <= box.x0 and box.x1 <= whole.x1 and box.y1 <= whole.y1 for box in boxes), name
+        inner = [axes.get_tightbbox() for axes in figure.axes]
+        apart = [a.overlaps(b) for i, a in enumerate(inner) for b in inner[:i]]
+        assert not any(apart), name
+
+
+def test_without_a_perplexity_text_or_a_depth(tmp_path):
+    plan = plan_of(tasks="common_words", text=False)
+    records = records_of(plan)
+    summary = summarize(plan, records)
+    assert summary.perplexity == {} and [row.depth for row in summary.by_depth] == [None] * 3
+    write_report(tmp_path, summary, headers_of(plan), records)
+    assert {path.name for path in tmp_path.iterdir()} == {"index.html", "accuracy-kv.png", "costs.png"}
+    text = (tmp_path / "index.html").read_text("utf-8")
+    assert "Perplexity of the text" not in text and "Several processes" not in text
+    Page(text)
+
+
+def test_answers_of_one_token_have_no_decode_time():
+    plan = plan_of(text=False)
+    records = [record | {"decode_ms": None} for record in records_of(plan)]
+    summary = summarize(plan, records)
+    assert summary.overall.cells["dense"].decode_ms is None
+    assert [len(axes.lines) for axes in costs(summary).axes] == [2, 2, 0]
+
+
+def test_no_matplotlib_is_said_at_the_start(tmp_path, monkeypatch):
+    from hf_longctx.evaluate.run import evaluate
+
+    def missing(*_):
+        raise ConfigError("plot: matplotlib is not installed")
+
+    monkeypatch.setattr("hf_longctx.evaluate.page.new_figure", missing)
+    with pytest.raises(ConfigError, match="matplotlib"):
+        evaluate(None, None, tmp_path / "out", tasks="needle", lengths=[128])
+    assert not (tmp_path / "out").exists() and plots.new_figure is not missing
