@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 from hf_longctx import LongCtxConfig
 from hf_longctx.errors import ConfigError
+from hf_longctx.head_map import usable_fraction
 
 ROOT = Path(__file__).parents[1]
 SHARE_MHA, SHARE_GQA = 0.25, 0.5  # the shares of retrieval heads that DuoAttention publishes, arXiv:2410.10819
@@ -126,7 +127,7 @@ def heads(ids: list[str], facts: Data, files: list[Data]) -> Data:
     else:
         scores = kv_scores(first, width)
         share = SHARE_MHA if width == facts["num_attention_heads"] else SHARE_GQA
-        made = {"source": source(first), "scores": scores, "retrieval_fraction": usable(scores, share)}
+        made = {"source": source(first), "scores": scores, "retrieval_fraction": usable_fraction(scores, share)}
         made["confidence"] = "low" if short(first) in LOW else "measured"
     others = {
         name: {"source": source(data), "scores": kv_scores(data, width)}
@@ -162,13 +163,6 @@ def set_scores(data: Data) -> list[list[float]]:
     for place, (layer, head) in enumerate(order):
         rows[layer][head] = round(1 - place / len(order), 4)
     return rows
-
-
-def usable(scores: list[Row], share: float) -> float:
-    """``share``, lowered to the heads that scored at all where the cut would fall among zeros."""
-    flat = sorted((score for row in scores for score in row), reverse=True)
-    wanted = math.floor(share * len(flat) + 0.5)  # a half head goes up, as in head_map
-    return share if flat[wanted - 1] > 0.0 else round(sum(score > 0.0 for score in flat) / len(flat), 6)
 
 
 def tables(ids: list[str], files: list[Data]) -> Data:

@@ -111,6 +111,20 @@ def heads_in_budget(kv_budget: float, total: int, tokens: int, streaming_tokens:
     return total if least == 1 else min(total, math.floor(room / (1 - least) * total))
 
 
+def usable_cuts(scores: Sequence[float]) -> list[int]:
+    """Numbers of best heads, 0 and all of them included, that leave no zero out beside one that is in."""
+    ranked = sorted(scores, reverse=True)
+    return [n for n in range(len(ranked) + 1) if n in (0, len(ranked)) or not _untold(*ranked[n - 1 : n + 1])]
+
+
+def usable_fraction(rows: Sequence[Sequence[float]], fraction: float) -> float:
+    """``fraction`` of the heads of scores ``rows``, lowered to a usable cut where its own would fall among zeros."""
+    scores = [score for row in rows for score in row]
+    wanted = _half_up(_exact(fraction) * len(scores))
+    cut = max(n for n in usable_cuts(scores) if n <= wanted)
+    return fraction if cut == wanted else round(cut / len(scores), 6)
+
+
 def slice_roles(roles: str, rank: int, size: int) -> str:
     """The roles of one layer's KV heads that process ``rank`` of ``size`` holds (tensor parallel): a slice.
 
@@ -150,11 +164,9 @@ def _units(row: Sequence[float], layer: int, balance: int, granularity: str) -> 
 
 def _check_cut(ranked: list[Unit], cut: int, always: int, total: int, confidence: str) -> None:
     """Refuse a cut that would pick among heads nobody told apart."""
-    if not 0 < cut < len(ranked) or ranked[cut - 1].score != ranked[cut].score:
+    if not 0 < cut < len(ranked) or not _untold(ranked[cut - 1].score, ranked[cut].score, confidence):
         return
     tied = ranked[cut].score
-    if tied != 0.0 and confidence != "none":
-        return
     size = len(ranked[0].heads)
     below = sum(unit.score > tied for unit in ranked)
     through = below + sum(unit.score == tied for unit in ranked)
@@ -163,6 +175,11 @@ def _check_cut(ranked: list[Unit], cut: int, always: int, total: int, confidence
         f"heads: {cut + always} of {always + len(ranked)} choices cut among {through - below} equal scores of {tied}, "
         f"which were not measured apart; largest usable retrieval_fraction: {usable} (or {beyond}, with all of them)."
     )
+
+
+def _untold(taken: float, left: float, confidence: str = "measured") -> bool:
+    """Whether nothing tells two heads apart: zeros were not measured, nor were equal scores of confidence none."""
+    return taken == left and (taken == 0.0 or confidence == "none")
 
 
 def _exact(number: float) -> Fraction:

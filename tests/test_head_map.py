@@ -8,7 +8,7 @@ import random
 import pytest
 
 from hf_longctx.errors import ConfigError
-from hf_longctx.head_map import assign, given, heads_in_budget, slice_roles
+from hf_longctx.head_map import assign, given, heads_in_budget, slice_roles, usable_cuts, usable_fraction
 
 
 def table(layers: int = 6, width: int = 8, seed: int = 0) -> list[list[float]]:
@@ -219,3 +219,15 @@ def test_slice_roles():
     refused(lambda: slice_roles("RSS", 0, 0), "size: got 0")
     refused(lambda: slice_roles("RSS", 3, 3), "rank: got 3", "0 to 2")
     refused(lambda: slice_roles("RSS", -1, 3), "rank: got -1")
+
+
+def test_no_cut_falls_among_heads_that_all_scored_zero():
+    assert usable_cuts([0.5, 0.0, 0.0, 0.2]) == [0, 1, 2, 4]
+    assert usable_cuts([0.5, 0.5, 0.1, 0.2]) == [0, 1, 2, 3, 4]
+    assert usable_fraction([[0.5, 0.0], [0.0, 0.2]], 0.75) == 0.5
+    assert usable_fraction([[0.5, 0.0, 0.0]], 0.7) == 0.333333
+    assert usable_fraction([[0.5, 0.0], [0.0, 0.2]], 0.5) == 0.5
+    assert usable_fraction([[0.5, 0.3], [0.0, 0.2]], 0.7) == 0.7
+    for fraction in (0.1, 0.3, 0.75, 0.9):
+        assert assign([[0.5, 0.0], [0.0, 0.2]], fraction=usable_fraction([[0.5, 0.0], [0.0, 0.2]], fraction))
+    refused(lambda: assign([[0.5, 0.0], [0.0, 0.2]], fraction=0.75), "largest usable retrieval_fraction: 0.5")

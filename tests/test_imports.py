@@ -52,21 +52,10 @@ LAYERS = {
     "loading": {"errors", "config", "patch"},
     "report": {"errors", "cache", "patch"},
     "tasks": {"errors", "registry"},
-    "identify": {"errors", "registry", "config", "config_find", "kernels", "patch", "tasks"},
+    "identify": {"errors", "registry", "head_map", "config", "config_find", "kernels", "patch", "tasks"},
     "identify_prefill": CONFIG | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"},
-    "evaluate": {
-        "errors",
-        "registry",
-        "config",
-        "cache",
-        "patch",
-        "report",
-        "tasks",
-        "identify",
-        "assets",
-        "environment",
-    }
-    | {"plots"},
+    "evaluate": {"errors", "environment", "registry", "config", "cache", "patch", "report", "tasks", "identify"}
+    | {"assets", "plots"},
     "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"},
     "environment": set(),
     "plots": {"errors", "config"},
@@ -79,20 +68,8 @@ LAYERS = {
     "__main__": {"cli"},
     "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
     "bench": CONFIG
-    | {
-        "__init__",
-        "environment",
-        "family",
-        "kernels",
-        "prefill",
-        "layer_plan",
-        "cache",
-        "patch",
-        "loading",
-        "report",
-        "assets",
-        "tasks",
-    },
+    | {"__init__", "environment", "family", "kernels", "prefill", "layer_plan", "cache", "patch", "loading", "report"}
+    | {"assets", "tasks"},
     "config_reference": CONFIG,
     "config_commands": CONFIG | {"config_reference"},
     "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}

@@ -7,17 +7,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..config import LongCtxConfig
 from ..config_find import checkpoint_name
 from ..errors import ConfigError, UnsupportedModeError, UnsupportedModelError
+from ..head_map import usable_fraction
 from ..patch import patched, state_of, unwrap
 from ..registry import build, convert, dump, words
 from ..tasks.documents import documents_for
-from ._share import ShareSearch, usable_cuts
+from ._share import ShareSearch
 from .base import Method, Subject, modes_kept
 
 SHARE = {"min": 0.0, "max": 1.0}
@@ -187,7 +187,5 @@ def _fraction(config: LongCtxConfig, wanted: float | None) -> float:
     """The share asked for, or the default one, lowered to one that the scores can carry."""
     if wanted is not None:
         return wanted
-    model, scores = config.model, np.array(config.heads.scores)
-    default = 0.25 if model.num_attention_heads == model.num_key_value_heads else 0.5
-    most = int(default * scores.size + 0.5)
-    return round(max(n for n in usable_cuts(scores) if n <= most) / scores.size, 6)
+    default = 0.25 if config.model.num_attention_heads == config.model.num_key_value_heads else 0.5
+    return usable_fraction(config.heads.scores, default)

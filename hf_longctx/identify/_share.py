@@ -11,6 +11,7 @@ import torch
 
 from ..config import LongCtxConfig
 from ..errors import ConfigError
+from ..head_map import usable_cuts
 from ..patch import patched
 from ..tasks.haystack import TextHaystack
 from .base import Subject
@@ -146,7 +147,7 @@ class ShareSearch:
             with patched(model, config, heads={"retrieval_fraction": round(heads / scores.size, 6)}):
                 return self.yardstick.measure(self.subject.model)
 
-        cuts = usable_cuts(scores)
+        cuts = usable_cuts(scores.ravel().tolist())
         steps = self.subject.track(range(math.ceil(math.log2(len(cuts)))), "share")
         found, curve = bisect(cuts, self.dense, measure, self.yardstick.drop, self.target, steps)
         return round(found / scores.size, 6), curve
@@ -186,12 +187,3 @@ def bisect(
 
 def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def usable_cuts(scores: np.ndarray) -> list[int]:
-    """Numbers of retrieval heads, 0 and all of them included, whose cut does not fall among scores of zero.
-
-    Heads that all scored zero were not told apart.
-    """
-    ranked = np.sort(scores.ravel())[::-1]
-    return [n for n in range(len(ranked) + 1) if n in (0, len(ranked)) or not ranked[n - 1] == ranked[n] == 0]

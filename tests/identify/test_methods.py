@@ -302,11 +302,6 @@ def test_a_model_that_answers_nothing_is_refused_before_anything_else():
         _share.ShareSearch(subject_of(tiny_model()), 60, 0.1)
 
 
-def test_no_cut_falls_among_heads_that_all_scored_zero():
-    assert _share.usable_cuts(np.array([[0.5, 0.0], [0.0, 0.2]])) == [0, 1, 2, 4]
-    assert _share.usable_cuts(np.array([[0.5, 0.5], [0.1, 0.2]])) == [0, 1, 2, 3, 4]
-
-
 def test_exact_match_counts_whole_answers():
     model = tiny_model(dtype=torch.float64)
     subject = subject_of(model)
