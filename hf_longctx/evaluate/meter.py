@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import cache_bytes
-from ..identify.base import input_device
-from ..tasks.answer import Reader, ask_all
+from ..tasks.answer import Reader, ask_all, input_device
 from ..tasks.base import Sample
 from .forwards import follow, now
 

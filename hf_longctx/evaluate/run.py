@@ -21,12 +21,12 @@ from ..environment import environment
 from ..errors import ConfigError
 from ..identify._processes import Processes
 from ..identify._work import model_hash, written_whole
-from ..identify.base import input_device, modes_kept
+from ..identify.base import modes_kept
 from ..patch import patched, state_of, unpatched, unwrap
 from ..registry import dump, make
 from ..report import report
 from ..tasks import tasks_from
-from ..tasks.answer import score
+from ..tasks.answer import input_device, score
 from ..tasks.base import Sample
 from ..tasks.language import Language, language_for
 from .forwards import output_head, window_nll
