@@ -167,9 +167,10 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
         with subprocess.Popen(command, start_new_session=True, **streams) as process:
             try:
                 out, error = process.communicate(timeout=PATIENCE)
-            finally:
-                if process.returncode is None:  # it takes too long, or somebody pressed Ctrl-C
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                with suppress(OSError):  # it has just ended by itself
                     os.killpg(process.pid, signal.SIGKILL)
+                raise
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} failed: {error}") from error
     return subprocess.CompletedProcess(command, process.returncode, out, error)
