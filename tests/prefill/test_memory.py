@@ -116,7 +116,7 @@ def test_a_patched_model_needs_no_more_than_stock(word, tokens, monkeypatch):
         bound = stock + cache.nbytes - cache.nbytes_dense + 4096
         assert ours <= bound
         assert report(model).sparse == (0 if RETRIEVAL[word].reads_all else 2)
-        if not RETRIEVAL[word].reads_all:
+        if not RETRIEVAL[word].reads_all and tokens < 32768:  # which takes minutes as it is
             square, held = (tokens, tokens), []
             monkeypatch.setattr(
                 attention, "select", lambda *args: held.append(torch.empty(square, dtype=torch.bool)) or select(*args)
