@@ -26,6 +26,7 @@ from hf_longctx import LongCtxConfig
 from hf_longctx.assets import embedded
 from hf_longctx.cli import app
 from hf_longctx.config import load_shipped
+from hf_longctx.config_files import shipped
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -170,6 +171,12 @@ def test_every_page_was_found_and_what_is_not_run_is_counted():
     assert sum(len(snippets(page)) for page in PAGES) >= 14
     found = Counter({page.name: len(not_run(page)) for page in PAGES if not_run(page)})
     assert found == NOT_RUN
+
+
+def test_the_published_configs_of_each_confidence_are_counted():
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \|", (ROOT / "docs" / "choosing.md").read_text("utf-8"), re.M)
+    names = [name for name in shipped() if not name.startswith("tiny-")]
+    assert {word: int(n) for word, n in rows} == Counter(load_shipped(name).heads.confidence for name in names)
 
 
 def test_every_make_target_is_there():
