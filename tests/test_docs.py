@@ -26,6 +26,7 @@ from hf_longctx import LongCtxConfig
 from hf_longctx.assets import embedded
 from hf_longctx.cli import app
 from hf_longctx.config import load_shipped
+from hf_longctx.config_files import shipped
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -34,6 +35,8 @@ PROGRAM = ("hf-longctx", ".venv/bin/hf-longctx")
 MAKE = "a target of the Makefile, which sets up and calls what the other tests call"
 # Snippets that no test runs, by page. A new one needs a reason on the page and a number here.
 NOT_RUN = Counter({"README.md": 2, "CONTRIBUTING.md": 3, "benchmarks.md": 15, "evaluation.md": 4, "heads.md": 2})
+
+BOX = r'(\w+)(?:\["([^"]+)"\])?'  # of a diagram: its name, and its text where it is drawn
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,18 @@ def check_yaml(snippet: Snippet) -> None:
     assert made.to_dict() != config
 
 
+def check_diagram(snippet: Snippet) -> None:
+    """A flowchart whose arrows join boxes that it draws, and whose files are there."""
+    kind, *lines = snippet.text.splitlines()
+    assert kind.split() == ["flowchart", "TD"]
+    arrows = [re.fullmatch(rf"{BOX} -->(?:\|\"[^\"]+\"\|)? {BOX}", line.strip()) for line in lines]
+    assert arrows and all(arrows), f"{snippet.page.name}: not an arrow: {lines[arrows.index(None)]}"
+    drawn = {name: text for arrow in arrows for name, text in (arrow.groups()[:2], arrow.groups()[2:]) if text}
+    assert drawn.keys() == {name for arrow in arrows for name in (arrow[1], arrow[3])}, "a box without a text"
+    named = {file for text in drawn.values() for file in re.findall(r"[\w/]+\.py", text)}
+    assert named and not [file for file in named if not (ROOT / "hf_longctx" / file).is_file()], named
+
+
 def cut_short(value: object) -> bool:
     return value == "..." or isinstance(value, list) and any(map(cut_short, value))
 
@@ -145,8 +160,10 @@ def test_every_snippet_of_a_page_runs(page, given, tmp_path, monkeypatch):
             own = {**names, "model": copy.deepcopy(model_of(checkpoint))} if marked else names
             exec(compile(snippet.text, where, "exec"), own)  # the snippets are this repository's own
             names |= own if not marked else {**own, "model": names["model"]}
+        elif snippet.language == "mermaid":
+            check_diagram(snippet)
         else:
-            assert snippet.language == "text", f"{where}: a block is python, sh, yaml or text"
+            assert snippet.language == "text", f"{where}: a block is python, sh, yaml, mermaid or text"
 
 
 def test_every_page_was_found_and_what_is_not_run_is_counted():
@@ -154,6 +171,12 @@ def test_every_page_was_found_and_what_is_not_run_is_counted():
     assert sum(len(snippets(page)) for page in PAGES) >= 14
     found = Counter({page.name: len(not_run(page)) for page in PAGES if not_run(page)})
     assert found == NOT_RUN
+
+
+def test_the_published_configs_of_each_confidence_are_counted():
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \|", (ROOT / "docs" / "choosing.md").read_text("utf-8"), re.M)
+    names = [name for name in shipped() if not name.startswith("tiny-")]
+    assert {word: int(n) for word, n in rows} == Counter(load_shipped(name).heads.confidence for name in names)
 
 
 def test_every_make_target_is_there():
@@ -183,6 +206,15 @@ def test_a_wrong_snippet_is_caught(tmp_path):
         check_command("hf-longctx patch")
     with pytest.raises(Exception, match="recnt"):
         check_yaml(one("yaml", "stores: {streaming: {store: sink_recent, recnt: 3}}"))
+    diagram = 'flowchart TD\n  a["{}: what"] --> b["other"]\n  b -->|"k, v"| {}'
+    check_diagram(one("mermaid", diagram.format("cache.py", "a")))
+    for wrong in (
+        diagram.format("cash.py", "a"),
+        diagram.format("cache.py", "c"),
+        diagram.format("cache.py", "a -> b"),
+    ):
+        with pytest.raises(AssertionError, match="cash.py|without a text|not an arrow"):
+            check_diagram(one("mermaid", wrong))
     block = one("sh", "./other  # not run: slow\nhf-longctx \\\n  configs  # lists\nmake test")
     assert block.commands == [("./other", "slow"), ("hf-longctx configs", None), ("make test", MAKE)]
     assert one("python", "1", "<!-- not run: needs a GPU -->").reason == "needs a GPU"
