@@ -69,7 +69,8 @@ def _times(data: dict) -> Figure:
 def _bars(result: dict, part: str) -> Iterator[Bar]:
     base = result["columns"][STOCK][part]["median_ms"]
     for name, column in result["columns"].items():
-        ratio = column.get(part.replace("_ms", "_ratio"), column[part]["median_ms"] / base)  # the table's own, if any
+        own = f"{part.removesuffix('_ms')}_ratio"  # the table's, of the same rounds, where it has one
+        ratio = column.get(own, column[part]["median_ms"] / base)
         faster = "" if name == STOCK else f"   {1 / ratio:.2f}x"
         yield _bar(name, column[part], faster, GREY if name in (STOCK, STATIC) else BLUE)
     for name, pattern in result.get("patterns", {}).items():
@@ -93,7 +94,7 @@ def _draw_bars(axes: Axes, bars: list[Bar]) -> None:
         axes.annotate(bar.said, at, xytext=(5, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_yticks(range(len(bars)), [bar.name for bar in bars], fontsize=8)
     axes.invert_yaxis()
-    most = max(max(bar.value, *(bar.spread or ())) if bar.spread else bar.value for bar in bars)
+    most = max(end for bar in bars for end in (bar.value, *(bar.spread or ())))
     axes.set_xlim(0, 1.45 * most or 1)  # room for the text
     _plain(axes, "x")
 
