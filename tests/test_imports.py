@@ -69,7 +69,7 @@ LAYERS = {
     "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
     "bench": CONFIG
     | {"__init__", "environment", "family", "kernels", "prefill", "layer_plan", "cache", "patch", "loading", "report"}
-    | {"assets", "tasks"},
+    | {"assets", "plots", "tasks"},
     "config_reference": CONFIG,
     "config_commands": CONFIG | {"config_reference"},
     "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}

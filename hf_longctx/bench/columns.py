@@ -13,7 +13,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, C
 from .. import LongCtxCache, LongCtxConfig, LongCtxError, patch_model
 from .settings import DTYPES, VOCABULARY, Settings
 
-STOCK, RETRIEVAL, HALF, STREAMING = "stock", "all retrieval", "half streaming", "all streaming"
+STOCK, STATIC = "stock", "stock static"
+RETRIEVAL, HALF, STREAMING = "all retrieval", "half streaming", "all streaming"
 SDPA = "sdpa"  # what the stock column calls
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # largest error, relative to the largest value
 
@@ -66,12 +67,14 @@ class Column:
 
     Attributes:
         rows: what the last ``attend`` of a patched model noted down.
+        mask: which keys are read, ``[1, 1, T, S]``, where a stock model would make a mask.
     """
 
     model: Any
     cache: Cache
     functions: AttentionInterface = field(default_factory=AttentionInterface)
     rows: Any = None
+    mask: Tensor | None = None
 
     @classmethod
     def of(cls, settings: Settings, dtype: torch.dtype, roles: list[str] | None, prefill: dict | None = None) -> Column:
@@ -99,7 +102,7 @@ class Column:
         module = self.model.model.layers[layer].self_attn
         self.rows = getattr(kept[0], "rows", None)
         function = self.functions[module.config._attn_implementation]
-        return function(module, q, *kept, None, dropout=0.0, scaling=module.scaling)[0]
+        return function(module, q, *kept, self.mask, dropout=0.0, scaling=module.scaling)[0]
 
 
 def kept_buffers(kept: tuple[Any, Any]) -> list[Tensor]:

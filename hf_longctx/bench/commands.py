@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from . import outputs
 from .environment import Busy, retune
 from .memory_commands import command as memory
+from .outputs import Json, Png
 from .settings import Settings, default_layers
 
 app = typer.Typer(no_args_is_help=True, help="Speed and memory, stock against patched, on this machine.")
@@ -27,7 +28,7 @@ Kernel = Annotated[str, typer.Option(help="Of the patched columns: auto, stock, 
 Rounds = Annotated[int, typer.Option(help="How often every column takes its turn.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of torch; default: torch's own choice.")]
 Seed = Annotated[int, typer.Option(help="Of the random tensors, and of which heads are streaming.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write versions, settings and every raw time here.")]
+Static = Annotated[bool, typer.Option("--static/--no-static", help="Also stock with Transformers' StaticCache.")]
 Malloc = Annotated[
     bool, typer.Option("--tuned-malloc", help="Run again with malloc variables that help stock's torch.cat.")
 ]
@@ -46,9 +47,11 @@ def decode(
     kernel: Kernel = "auto",
     rounds: Rounds = 7,
     steps: Annotated[int, typer.Option(help="Tokens decoded per column and round.")] = 3,
+    static: Static = True,
     threads: Threads = None,
     seed: Seed = 0,
     json: Json = None,
+    png: Png = None,
     tuned_malloc: Malloc = False,
 ) -> None:
     """Attention and cache update of one decoded token, per layer, over caches filled with random K/V."""
@@ -74,6 +77,7 @@ def prefill(
     threads: Threads = None,
     seed: Seed = 0,
     json: Json = None,
+    png: Png = None,
     tuned_malloc: Malloc = False,
 ) -> None:
     """Attention over a prompt, of streaming heads and by block lists, against dense attention; choosing the blocks."""
@@ -98,7 +102,7 @@ def gpu(
 ) -> None:
     """The kernels on a CUDA GPU: prompts and decoding, of one layer, against the best dense attention there."""
     given = locals()
-    _check_folder(given.pop("json"))
+    outputs.check(given.pop("json"))
     for name in ("tokens", "decode_tokens", "densities", "retrieval"):
         given[name] = _numbers(given[name], f"--{name.replace('_', '-')}", "numbers such as 25,50")
     given["kernels"] = tuple(word.strip() for word in kernels.split(",") if word.strip())
@@ -106,14 +110,12 @@ def gpu(
     from .gpu import bench
     from .gpu_settings import GpuSettings
     from .gpu_show import as_json, show
-    from .show import save
 
     settings = GpuSettings(**given)
     with Console(stderr=True).status(f"bench gpu: {rounds} rounds, which takes minutes at full size"):
         data = as_json(settings, *bench(settings))
     show(Console(), data)
-    if json is not None:
-        save(json, data)
+    outputs.write(json, None, data)
 
 
 @app.command()
@@ -132,10 +134,16 @@ def e2e(
     density: Annotated[
         int | None, typer.Option(help="One more column: half streaming, the other heads read this percent of blocks.")
     ] = None,
+    static: Static = True,
+    kvpress: Annotated[
+        str | None,
+        typer.Option(help="One more column: a press, e.g. 'KnormPress(compression_ratio=0.5)'; needs kvpress."),
+    ] = None,
     rounds: Rounds = 5,
     threads: Threads = None,
     seed: Seed = 0,
     json: Json = None,
+    png: Png = None,
     tuned_malloc: Malloc = False,
 ) -> None:
     """A whole model of random weights: prompt to logits and one decoded token, stock against patched."""
@@ -161,6 +169,7 @@ def crossover(
     threads: Threads = None,
     seed: Seed = 0,
     json: Json = None,
+    png: Png = None,
     tuned_malloc: Malloc = False,
 ) -> None:
     """The prompt length from which sparse prefill wins on this machine, and the override that says so."""
@@ -174,15 +183,15 @@ def crossover(
 
 
 def _bench(benchmark: str, given: dict[str, Any], what: dict[str, str | None] | None = None) -> None:
-    """Run one benchmark, print its table and goals, and write the JSON; ``what``: arguments of its ``subject``."""
-    path, tuned = given.pop("json"), given.pop("tuned_malloc")
+    """Run one benchmark, print its table, write JSON and picture; ``what``: arguments of its ``subject``."""
+    json, png, tuned = (given.pop(name) for name in ("json", "png", "tuned_malloc"))
     settings = _settings(benchmark, given)
-    _check_folder(path)
+    outputs.check(json, png)
     if tuned:
         retune()
     import torch  # here, so that --help does not wait for it
 
-    from .show import as_json, save, show
+    from .show import as_json, show
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -196,13 +205,7 @@ def _bench(benchmark: str, given: dict[str, Any], what: dict[str, str | None] | 
     else:
         data = as_json(benchmark, subject.settings, results, busy.others(), module.facts(subject, results))
     show(Console(), data)
-    if path is not None:
-        save(path, data)
-
-
-def _check_folder(path: Path | None) -> None:
-    if path is not None and not path.parent.is_dir():
-        raise typer.BadParameter(f"{path.parent} is not a folder", param_hint="--json")
+    outputs.write(json, png, data)
 
 
 def _settings(benchmark: str, given: dict[str, Any]) -> Settings:

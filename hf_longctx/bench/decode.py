@@ -8,6 +8,7 @@ from torch import Tensor
 from .columns import (
     HALF,
     RETRIEVAL,
+    STATIC,
     STOCK,
     Column,
     check_same,
@@ -18,6 +19,7 @@ from .columns import (
 )
 from .measure import Samples, turns
 from .settings import Settings
+from .static_cache import StaticColumn, refusal
 
 
 @torch.no_grad()
@@ -30,6 +32,11 @@ def _case(settings: Settings, word: str, tokens: int) -> dict:
     dtype = dtype_of(word)
     roles = {STOCK: None, RETRIEVAL: settings.all_heads("R"), HALF: settings.half_streaming()}
     columns = {name: Column.of(settings, dtype, role) for name, role in roles.items()}
+    why = refusal(lambda: _try_static(settings, dtype)) if settings.static else None
+    if settings.static and why is None:
+        capacity = tokens + 1 + settings.rounds * settings.steps
+        static = StaticColumn.of_capacity(settings, dtype, capacity)
+        columns = {STOCK: columns[STOCK], STATIC: static, **columns}
     torch.manual_seed(settings.seed)
     for layer in range(settings.layers):
         k, v = (random_heads(settings.kv_heads, tokens, settings, dtype) for _ in "kv")
@@ -48,7 +55,13 @@ def _case(settings: Settings, word: str, tokens: int) -> dict:
         name: {"kernel": column.kernel, **_figures(settings, kept[name], times[name], sums[name])}
         for name, column in columns.items()
     }
-    return {"dtype": word, "tokens": tokens, "roles": roles[HALF], "error": error, "columns": figures}
+    facts = {"roles": roles[HALF], "error": error, "not_measured": {STATIC: why} if why else {}}
+    return {"dtype": word, "tokens": tokens, **facts, "columns": figures}
+
+
+def _try_static(settings: Settings, dtype: torch.dtype) -> None:
+    """One token through every layer of a ``StaticCache`` for two."""
+    _step(StaticColumn.of_capacity(settings, dtype, 2), _token(settings, dtype))
 
 
 def _token(settings: Settings, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -94,6 +107,8 @@ def _first_token(settings: Settings, columns: dict[str, Column], half: list[str]
             check_same(f"{where}, {RETRIEVAL},", outs[RETRIEVAL][layer], outs[STOCK][layer], word),
             check_same(f"{where}, {HALF},", outs[HALF][layer], want, word),
         )
+        if STATIC in outs:
+            error = max(error, check_same(f"{where}, {STATIC},", outs[STATIC][layer], outs[STOCK][layer], word))
     return kept, error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from .columns import (
     HALF,
     RETRIEVAL,
     SDPA,
+    STATIC,
     STOCK,
     STREAMING,
     check_same,
@@ -25,9 +28,26 @@ from .columns import (
 )
 from .measure import Samples, paired_ratio, turns
 from .prefill import WARM, check_kernel
+from .presses import Press, find, kept_share
 from .settings import VOCABULARY, Settings
+from .static_cache import new_cache, refusal
 
 Logits = tuple[Tensor, Tensor]  # of the prompt, and of the token after it
+
+
+@dataclass(frozen=True)
+class How:
+    """How a column runs the stock model.
+
+    Attributes:
+        patch: what it is patched with.
+        static: whether it gets a ``StaticCache`` for prompt and token.
+        press: reads the prompt inside of it.
+    """
+
+    patch: dict | None = None
+    static: bool = False
+    press: Press | None = None
 
 
 @torch.no_grad()
@@ -35,17 +55,22 @@ def run(settings: Settings) -> list[dict]:
     """One result per dtype and length; every column is the same model, patched and unpatched between the turns.
 
     Raises:
-        ConfigError: ``density`` for a prompt that no pattern runs for.
+        ConfigError: ``density`` for a prompt that no pattern runs for, or a press that cannot be had.
     """
     if settings.density is not None and min(settings.tokens) < FEWEST:
         raise ConfigError(
             f"density: patterns run for prompts of at least {FEWEST} tokens, given {min(settings.tokens)}. Give longer "
             "prompts, or no density."
         )
+    press = None if settings.kvpress is None else find(settings.kvpress)
     results = []
     for word in settings.dtypes:
         model = make_model(settings, dtype_of(word), "cpu")
-        results += [_case(settings, word, model, tokens) for tokens in settings.tokens]
+        for tokens in settings.tokens:
+            columns = _columns(settings, tokens, press)
+            not_measured = _refused(settings, model, columns, min(tokens, WARM))
+            ran = {name: how for name, how in columns.items() if name not in not_measured}
+            results.append(_case(settings, word, model, tokens, ran) | {"not_measured": not_measured})
     return results
 
 
@@ -63,33 +88,45 @@ def top_k_for(density: int, tokens: int) -> int:
     return min(causal, key=lambda top_k: abs(reads(top_k) - density / 100 * sum(causal)))
 
 
-def _columns(settings: Settings, tokens: int) -> dict[str, dict | None]:
-    """What each column's model is patched with, None for stock."""
-    columns: dict[str, dict | None] = {
-        STOCK: None,
-        RETRIEVAL: {"roles": settings.all_heads("R")},
-        HALF: {"roles": settings.half_streaming()},
-        STREAMING: {"roles": settings.all_heads("S")},
+def _columns(settings: Settings, tokens: int, press: Press | None) -> dict[str, How]:
+    half = settings.half_streaming()
+    columns = {
+        STOCK: How(),
+        **({STATIC: How(static=True)} if settings.static else {}),
+        RETRIEVAL: How({"roles": settings.all_heads("R")}),
+        HALF: How({"roles": half}),
+        STREAMING: How({"roles": settings.all_heads("S")}),
     }
     if settings.density is not None:
         pattern = {"pattern": "block_topk", "top_k": top_k_for(settings.density, tokens)}
         prefill = {"min_tokens": 0, "retrieval": pattern}
-        columns[sparse_name(settings.density)] = {"roles": columns[HALF]["roles"], "prefill": prefill}
+        columns[sparse_name(settings.density)] = How({"roles": half, "prefill": prefill})
+    if press is not None:
+        columns[settings.kvpress] = How(press=press)
     return columns
 
 
-def _case(settings: Settings, word: str, model: Any, tokens: int) -> dict:
-    columns = _columns(settings, tokens)
+def _refused(settings: Settings, model: Any, columns: dict[str, How], tokens: int) -> dict[str, str]:
+    """The columns of other people's code that do not run here, and why."""
+    ids, found = torch.randint(VOCABULARY, (1, tokens + 1)), {}
+    for name, how in columns.items():
+        if how.static or how.press is not None:
+            found[name] = refusal(lambda: _turn(settings, model, how, ids, Samples(), Samples()))  # noqa: B023
+    return {name: why for name, why in found.items() if why is not None}
+
+
+def _case(settings: Settings, word: str, model: Any, tokens: int, columns: dict[str, How]) -> dict:
     ids = torch.randint(VOCABULARY, (1, tokens + 1))
     error = _check(settings, word, model, columns, ids)
     prefill, decode = ({name: Samples() for name in columns} for _ in range(2))
     first, ran = {}, {}
     for number, name in turns(columns, settings.rounds):
         logits, ran[name] = _turn(settings, model, columns[name], ids, prefill[name], decode[name])
-        if number == 0:
+        if number == 0 and name in (STOCK, STATIC, RETRIEVAL):
             first[name] = logits
-            if name in (STOCK, RETRIEVAL) and {STOCK, RETRIEVAL} <= first.keys():
-                error = max(error, _same(f"the logits of {RETRIEVAL}", first[RETRIEVAL], first[STOCK], word))
+        if number == 0 and len(first) == len({STOCK, STATIC, RETRIEVAL} & columns.keys()):
+            error = max(error, *(_same(f"the logits of {n}", got, first[STOCK], word) for n, got in first.items()))
+            first = {}
     total = {name: Samples([a + b for a, b in zip(prefill[name].ms, decode[name].ms, strict=True)]) for name in columns}
     parts = {"prefill": prefill, "decode": decode, "total": total}
     figures = {
@@ -97,16 +134,18 @@ def _case(settings: Settings, word: str, model: Any, tokens: int) -> dict:
             **ran[name],
             **{f"{part}_ms": samples[name].as_dict() for part, samples in parts.items()},
             **{f"{part}_ratio": paired_ratio(samples[name], samples[STOCK]) for part, samples in parts.items()},
+            **{f"{p}_of_static": paired_ratio(s[name], s[STATIC]) for p, s in parts.items() if STATIC in columns},
         }
         for name in columns
     }
-    return {"dtype": word, "tokens": tokens, "roles": columns[HALF]["roles"], "error": error, "columns": figures}
+    roles = columns[HALF].patch["roles"]
+    return {"dtype": word, "tokens": tokens, "roles": roles, "error": error, "columns": figures}
 
 
 def _turn(
     settings: Settings,
     model: Any,
-    how: dict | None,
+    how: How,
     ids: Tensor,
     prefill: Samples,
     decode: Samples,
@@ -114,15 +153,22 @@ def _turn(
 ) -> tuple[Logits, dict]:
     """Logits of a prompt's last ``keep`` tokens (0: of all) and of the token after it, and what ran.
 
-    The prompt is ``ids[:, :-1]``. ``how`` patches the model; None leaves it stock.
+    The prompt is ``ids[:, :-1]``.
     """
-    ran = {"kernel": SDPA}
-    if how is not None:
-        patch(model, settings, **how)
+    ran, tokens = {"kernel": SDPA}, ids.shape[1] - 1
+    if how.patch is not None:
+        patch(model, settings, **how.patch)
+    given = {"past_key_values": new_cache(model, tokens + 1)} if how.static else {}
+    where = {}
     try:
-        out = prefill.time(lambda: model(ids[:, :-1], use_cache=True, logits_to_keep=keep))
-        after = decode.time(lambda: model(ids[:, -1:], past_key_values=out.past_key_values, use_cache=True))
-        if how is not None:
+        with nullcontext() if how.press is None else how.press(model):
+            out = prefill.time(lambda: model(ids[:, :-1], use_cache=True, logits_to_keep=keep, **given))
+        kept = {"past_key_values": out.past_key_values, "use_cache": True}
+        if how.press is not None:
+            ran["kept"] = kept_share(out.past_key_values, tokens, settings.kv_heads)
+            where = {"position_ids": torch.tensor([[tokens]])}  # the compressed cache counts fewer
+        after = decode.time(lambda: model(ids[:, -1:], **kept, **where))
+        if how.patch is not None:
             found = report(model)
             ran = {"kernel": "+".join(found.kernels), "density": found.density}
     finally:
@@ -130,20 +176,22 @@ def _turn(
     return (out.logits, after.logits), ran
 
 
-def _check(settings: Settings, word: str, model: Any, columns: dict[str, dict | None], ids: Tensor) -> float:
+def _check(settings: Settings, word: str, model: Any, columns: dict[str, How], ids: Tensor) -> float:
     """Compare the columns, and warm them up, on the first tokens of the prompt; the largest error.
 
-    All retrieval equals stock everywhere; the others do as long as their window holds the whole prompt. Here the sparse
-    column lists every block, so it equals half streaming; lists with gaps are compared with their mask.
+    Static and all retrieval equal stock everywhere; the others do as long as their window holds the whole prompt. Here
+    the sparse column lists every block, so it equals half streaming; lists with gaps are compared with their mask. A
+    press answers something else and is not compared.
     """
     ids, columns, sparse = ids[:, : WARM + 1], dict(columns), None
     if settings.density is not None:
         sparse = sparse_name(settings.density)
         every = {"pattern": "block_topk", "top_k": ids.shape[1] // BLOCK + 1}
-        columns[sparse] = {**columns[HALF], "prefill": {"min_tokens": 0, "retrieval": every}}
+        columns[sparse] = How({**columns[HALF].patch, "prefill": {"min_tokens": 0, "retrieval": every}})
     got = {name: _turn(settings, model, how, ids, Samples(), Samples(), 0)[0] for name, how in columns.items()}
     whole = min(ids.shape[1] - 1, settings.sink + settings.recent)
-    errors = [_same(f"the logits of {RETRIEVAL}", got[RETRIEVAL], got[STOCK], word)]
+    equal = [name for name in (STATIC, RETRIEVAL) if name in got]
+    errors = [_same(f"the logits of {name}", got[name], got[STOCK], word) for name in equal]
     for name in (HALF, STREAMING):
         errors.append(check_same(f"the logits of {name}", got[name][0][:, :whole], got[STOCK][0][:, :whole], word))
     if sparse is not None:

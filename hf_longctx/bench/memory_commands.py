@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import outputs
+from .outputs import Json, Png
 from .settings import DTYPES
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ Weights = Annotated[str | None, typer.Option(help="Size of the weights, e.g. 5.7
 Config = Annotated[str | None, typer.Option(help="What to patch a folder or hub id with [default: auto].")]
 Check = Annotated[bool, typer.Option("--check", help="Also allocate the KV caches and count their bytes.")]
 CheckTokens = Annotated[int | None, typer.Option(help="Check so many tokens instead of the longest context.", min=1)]
-Json = Annotated[Path | None, typer.Option("--json", help="Write versions, settings and every figure here.")]
 
 
 def command(
@@ -38,22 +38,21 @@ def command(
     check: Check = False,
     check_tokens: CheckTokens = None,
     json: Json = None,
+    png: Png = None,
 ) -> None:
     """The longest context that fits into so much memory, dense and patched: calculated, and checked by allocating."""
     if dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is not known; known: {', '.join(DTYPES)}", param_hint="--dtype")
-    if json is not None and not json.parent.is_dir():
-        raise typer.BadParameter(f"{json.parent} is not a folder", param_hint="--json")
+    outputs.check(json, png)
     size = None if weights is None else parse(weights, "--weights")
     from .memory import MemorySettings, find
-    from .show import as_json, save
+    from .show import as_json
 
     settings = MemorySettings(parse(memory, "--memory"), dtype, batch, chunk, size)
     subject = find(model, settings, config)
     results = measure(subject, check or check_tokens is not None, check_tokens)
     show(Console(), subject, results)
-    if json is not None:
-        save(json, {**as_json("memory", settings, results), "model": model, "notes": list(subject.notes)})
+    outputs.write(json, png, {**as_json("memory", settings, results), "model": model, "notes": list(subject.notes)})
 
 
 def parse(text: str, option: str) -> int:

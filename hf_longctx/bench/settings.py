@@ -27,6 +27,8 @@ class Settings:
         densities: percent of the causal blocks that block lists read in prefill, one column each.
         patterns: prefill patterns (``WORD:field=value:...``) whose choosing is timed.
         density: percent of the causal blocks that retrieval heads read in one more column of e2e.
+        static: whether stock is also measured with ``StaticCache``, in decode and e2e.
+        kvpress: a press (``NAME(field=value, ...)``), one more column of e2e.
         kernel: the ``kernel`` word of the patched columns.
         threads: threads of torch, None for torch's own choice.
         seed: of the random tensors and of which KV heads are streaming.
@@ -45,6 +47,8 @@ class Settings:
     densities: tuple[int, ...] = (10, 20, 30)
     patterns: tuple[str, ...] = ("vertical_slash", "block_topk")
     density: int | None = None
+    static: bool = True
+    kvpress: str | None = None
     kernel: str = "auto"
     threads: int | None = None
     seed: int = 0

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from rich.console import Console
 from rich.table import Table
 
-from .columns import RETRIEVAL, STOCK
+from .columns import RETRIEVAL, STATIC, STOCK
 from .environment import environment
 from .goals import goals
 from .settings import Settings
@@ -85,15 +85,30 @@ def show(console: Console, data: dict) -> None:
         f"{e['cpu']}, {e['threads']} threads of {e['cores']} cores; malloc {e['malloc']}."
     )
     stock = "" if benchmark == "crossover" else "stock = DynamicCache + sdpa of Transformers. "
+    if any(STATIC in result["columns"] for result in data["results"]):
+        stock += f"{STATIC} = StaticCache of just the capacity needed + sdpa, not compiled. "
     console.print(f"{stock}{NOTES[benchmark]}")
     if (e["others"] or 0) > QUIET:
         console.print(
             f"Other processes took {e['others']:.0%} of the processors meanwhile: do not quote these.", style="red"
         )
+    for line in dict.fromkeys(_asides(data["results"])):
+        console.print(line, markup=False, highlight=False)
     for goal in data["goals"]:
         console.print(f"  {goal['text']}: {goal['verdict']}", style="green" if goal["reached"] else "yellow")
     for word, verdict in data.get("crossover", {}).items():
         _show_crossover(console, word, verdict)
+
+
+def _asides(results: list[dict]) -> Iterator[str]:
+    """What the tables have no place for: columns that did not run, and what a press kept."""
+    for result in results:
+        where = f"{result['dtype']} at {result['tokens']}"
+        for name, why in result.get("not_measured", {}).items():
+            yield f"Not measured: {name}, {where}: {why}"
+        for name, column in result["columns"].items():
+            if "kept" in column:
+                yield f"{name}, {where}: holds {column['kept']:.1%} of the prompt's K/V; answers not compared."
 
 
 def _show_crossover(console: Console, word: str, verdict: dict) -> None:
@@ -123,15 +138,17 @@ def _ms(samples: dict) -> str:
 
 
 def _decode(results: list[dict]) -> list[list[str]]:
+    static = any(STATIC in result["columns"] for result in results)
     lines = [
-        ["dtype", "tokens", "", "kernel", "ms per layer", "vs stock", f"vs {RETRIEVAL}", "KV MB/layer"]
-        + ["read at GB/s", "of sum"]
+        ["dtype", "tokens", "", "kernel", "ms per layer", "vs stock", *["vs static"] * static, f"vs {RETRIEVAL}"]
+        + ["KV MB/layer", "read at GB/s", "of sum"]
     ]
     for result in results:
         columns = result["columns"]
         ms = {name: column["ms_per_layer"]["median_ms"] for name, column in columns.items()}
         for name, column in columns.items():
-            times = [f"{ms[STOCK] / ms[name]:.2f}x", f"{ms[RETRIEVAL] / ms[name]:.2f}x"]
+            bases = (STOCK, *[STATIC] * static, RETRIEVAL)
+            times = [f"{ms[base] / ms[name]:.2f}x" if base in ms else "" for base in bases]
             speed = [
                 f"{column['kept_bytes_per_layer'] / 1e6:.1f}",
                 f"{column['gb_per_s']:.2f}",
@@ -167,13 +184,19 @@ def _choosing(results: list[dict]) -> list[list[str]]:
 
 
 def _whole(results: list[dict]) -> list[list[str]]:
+    static = any(STATIC in result["columns"] for result in results)
     lines = [
-        ["dtype", "tokens", "", "kernel", "density", "prompt ms", "of stock", "token ms", "of stock", "both, of stock"]
+        ["dtype", "tokens", "", "kernel", "density", "prompt ms", "of stock", "token ms", "of stock"]
+        + [*["of static"] * static, "both, of stock", *["both, of static"] * static]
     ]
     for result in results:
         for name, column in result["columns"].items():
             parts = [_ms(column["prefill_ms"]), f"{column['prefill_ratio']:.1%}"]
-            parts += [_ms(column["decode_ms"]), f"{column['decode_ratio']:.1%}", f"{column['total_ratio']:.1%}"]
+            for part in ("decode", "total"):
+                parts += [_ms(column["decode_ms"])] if part == "decode" else []
+                parts += [f"{column[f'{part}_ratio']:.1%}"]
+                of_static = column.get(f"{part}_of_static")
+                parts += ["" if of_static is None else f"{of_static:.1%}"] * static
             density = column.get("density")
             ran = [name, column["kernel"], "" if density is None else f"{density:.1%}"]
             lines.append([*_case(result), *ran, *parts])

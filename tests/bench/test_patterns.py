@@ -103,7 +103,7 @@ def test_top_k_reads_the_density_it_is_chosen_for():
 
 def test_the_sparse_column_reads_by_blocks_and_says_how_many():
     (result,) = e2e.run(replace(TINY, density=60))
-    assert list(result["columns"])[-1] == SPARSE and len(result["columns"]) == 5
+    assert list(result["columns"])[-1] == SPARSE and len(result["columns"]) == 6
     found = {name: column.get("density") for name, column in result["columns"].items()}
     least = (2 * 5 - 1) / 15  # block 0 and the own block of 5 query blocks
     assert least <= found.pop(SPARSE) < 1 and set(found.values()) == {None}
