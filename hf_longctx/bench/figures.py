@@ -95,7 +95,7 @@ def _draw_bars(axes: Axes, bars: list[Bar]) -> None:
     axes.set_yticks(range(len(bars)), [bar.name for bar in bars], fontsize=8)
     axes.invert_yaxis()
     most = max(end for bar in bars for end in (bar.value, *(bar.spread or ())))
-    axes.set_xlim(0, 1.45 * most or 1)  # room for the text
+    axes.set_xlim(0, 1.6 * most or 1)  # room for the text
     _plain(axes, "x")
 
 
@@ -143,7 +143,8 @@ def _memory(data: dict) -> Figure:
     axes.set_xlabel("tokens of prompt and answer that fit, calculated", fontsize=8)
     figure.suptitle(
         f"longest context of {data['model']} in {settings['memory'] / 1e9:.4g} GB, {settings['dtype']}, "
-        f"{settings['batch']} row{'s' if settings['batch'] > 1 else ''}",
+        f"{settings['batch']} row{'s' if settings['batch'] > 1 else ''}, "
+        + (f"read in chunks of {settings['chunk']}" if settings["chunk"] else "read in one forward"),
         fontsize=10,
     )
     return figure
@@ -159,10 +160,12 @@ def _plain(axes: Axes, axis: str) -> None:
 def _head(figure: Figure, data: dict, note: str) -> None:
     """Sizes and versions over the picture, so that it can be read without its table."""
     e, s = data["environment"], data["settings"]
+    if data["benchmark"] == "prefill":  # of which one layer's streaming heads are measured
+        s = {**s, "layers": 1, **{name: data["results"][0][name] for name in ("heads", "kv_heads")}}
     lines = [
         f"bench {data['benchmark']}: {s['layers']} layer{'s' if s['layers'] > 1 else ''}, {s['heads']} query and "
         f"{s['kv_heads']} KV heads, head_dim {s['head_dim']}",
-        f"{e['cpu']}, {e['threads']} of {e['cores']} cores; torch {e['torch']}, transformers {e['transformers']}",
+        f"{e['cpu']}, {e['threads']} threads of {e['cores']} cores; torch {e['torch']}, transformers {e['transformers']}",
     ]
     if (e["others"] or 0) > QUIET:
         lines.append(f"other processes took {e['others']:.0%} of the processors: do not quote")

@@ -76,7 +76,10 @@ def test_a_picture_without_matplotlib_is_refused_first(tmp_path, monkeypatch):
 def test_bars_are_the_medians_and_say_how_many_times_faster():
     columns = {"stock": {"ms": times(8.0)}, "all streaming": {"ms": times(2.0)}}
     chosen = {"block_topk": {"ms": times(0.5), "share_of_stock": 0.0625}}
-    results = [{"dtype": "fp32", "tokens": n, "columns": columns, "patterns": chosen} for n in (100, 200, 300, 400)]
+    results = [
+        {"dtype": "fp32", "tokens": n, "heads": 4, "kv_heads": 2, "columns": columns, "patterns": chosen}
+        for n in (100, 200, 300, 400)
+    ]
     figure = figures.draw(made("prefill", results))
     assert [axes.get_title() for axes in figure.axes] == [f"fp32, {n} tokens" for n in (100, 200, 300, 400)]
     axes = figure.axes[0]
@@ -84,6 +87,7 @@ def test_bars_are_the_medians_and_say_how_many_times_faster():
     assert texts(axes) == ["8", "2   4.00x", "0.5   6.2% of stock"]
     assert [list(line.get_xdata()) for line in axes.lines] == [[4, 16], [1, 4], [0.25, 1]]
     assert axes.get_xlim()[1] > 16 and "do not quote" not in figure.get_suptitle()
+    assert "1 layer, 4 query and 2 KV heads" in figure.get_suptitle()
     busy = {**made("prefill", results), "environment": {**ENVIRONMENT, "others": 0.5}}
     assert "other processes took 50%" in figures.draw(busy).get_suptitle()
 
@@ -114,9 +118,9 @@ def test_the_crossing_is_marked_or_said_to_be_missing():
 def test_contexts_without_a_limit_or_without_room_are_words():
     results = [{"way": "dense", "longest": 100}, {"way": "patched", "longest": 250}]
     results += [{"way": "endless", "longest": None}, {"way": "nothing", "longest": 0}]
-    settings = {"memory": 24 * 10**9, "dtype": "bf16", "batch": 1}
+    settings = {"memory": 24 * 10**9, "dtype": "bf16", "batch": 1, "chunk": 64}
     data = made("memory", results, model="a-model") | {"settings": settings}
     figure = figures.draw(data)
     assert bars(figure.axes[0]) == {"dense": 100, "patched": 250, "endless": 0, "nothing": 0}
     assert texts(figure.axes[0]) == ["100", "250   2.50x", "no limit", "none: the weights do not fit"]
-    assert "a-model in 24 GB, bf16, 1 row" in figure.get_suptitle()
+    assert "a-model in 24 GB, bf16, 1 row, read in chunks of 64" in figure.get_suptitle()
