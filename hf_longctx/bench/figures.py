@@ -165,7 +165,8 @@ def _head(figure: Figure, data: dict, note: str) -> None:
     lines = [
         f"bench {data['benchmark']}: {s['layers']} layer{'s' if s['layers'] > 1 else ''}, {s['heads']} query and "
         f"{s['kv_heads']} KV heads, head_dim {s['head_dim']}",
-        f"{e['cpu']}, {e['threads']} threads of {e['cores']} cores; torch {e['torch']}, transformers {e['transformers']}",
+        f"{e['cpu']}, {e['threads']} threads of {e['cores']} cores; "
+        f"torch {e['torch']}, transformers {e['transformers']}",
     ]
     if (e["others"] or 0) > QUIET:
         lines.append(f"other processes took {e['others']:.0%} of the processors: do not quote")
