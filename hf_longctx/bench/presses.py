@@ -26,7 +26,7 @@ def find(text: str) -> Press:
     except ImportError as error:
         raise ConfigError(
             f"kvpress: it cannot be imported here ({error}). Its releases ask for Transformers and NumPy versions of "
-            "their own, so make an environment of its own (pip install hf-longctx kvpress) and run the benchmark there."
+            "their own, so make an environment of its own (pip install -e . kvpress) and run the benchmark there."
         ) from None
     base = kvpress.BasePress
     known = sorted(n for n, one in vars(kvpress).items() if isinstance(one, type) and issubclass(one, base))
