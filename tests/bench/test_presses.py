@@ -122,4 +122,4 @@ def test_without_kvpress_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "kvpress", None)
     done = CliRunner().invoke(app, ["bench", "e2e", "--kvpress", TEXT, "--tokens", "64"])
     assert done.exit_code == 2 and done.stderr.startswith("ConfigError") and "Traceback" not in done.output
-    assert "an environment of its own (pip install hf-longctx kvpress)" in done.stderr
+    assert "an environment of its own (pip install -e . kvpress)" in done.stderr
