@@ -1,5 +1,6 @@
 # Every target makes the virtual environment first, where it is missing or older than pyproject.toml.
 #   make demo                  the first thing to try
+#   make notebooks             run examples/*.ipynb and save their outputs
 #   make test VENV=/some/where another environment
 #   make install TORCH="torch==2.9.1"   another PyTorch
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: install demo format lint test test-slow clean
+.PHONY: install demo notebooks format lint test test-slow clean
 .NOTPARALLEL:
 
 install: $(INSTALLED)
@@ -28,6 +29,9 @@ $(INSTALLED): pyproject.toml
 
 demo: $(INSTALLED)
 	$(BIN)/hf-longctx demo
+
+notebooks: $(INSTALLED)
+	$(BIN)/python examples/run_notebooks.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
