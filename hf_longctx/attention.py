@@ -126,20 +126,21 @@ class LayerCall:
             return layer.to(dtype)
         for part in parts:
             # A cache filled in another dtype (autocast, model.to) is read in its own.
-            q = part.heads.take(query, group).to(part.segments[0].k.dtype)
+            q = part.heads.take(query, group).to(part.dtype)
             prefill = self._prefill(part)
             if prefill is None and self._stock(part):
                 outs.append(self._sdpa(q, *part.segments[0].kept()))
             elif self.rows.new == 1:
-                outs.append(self.kernel(q).decode(q, part.segments, self.scale))
+                outs.append(part.store.decode(self, q, part))
             else:
                 outs.append(self._rowwise(q, part, prefill))
         return join([part.heads for part in parts], outs, group).to(dtype)
 
     def _in_one_call(self, query: Tensor, parts: list[HeadKV]) -> Tensor | None:
         """One decoded token by a kernel that has `decode_layer`, all roles at once; None where it is role by role."""
-        dtypes = {part.segments[0].k.dtype for part in parts}  # two, where autocast was on while one of them grew
-        if self.rows.new > 1 or len(dtypes) > 1 or any(map(self._stock, parts)):
+        dtypes = {part.dtype for part in parts}  # two, where autocast was on while one of them grew
+        plain = all(isinstance(segment, Segment) for part in parts for segment in part.segments)
+        if self.rows.new > 1 or len(dtypes) > 1 or not plain or any(map(self._stock, parts)):
             return None
         query = query.to(*dtypes)
         kernel = self.kernel(query)
@@ -178,8 +179,8 @@ class LayerCall:
         return HeadKV(heads, [Segment(heads.take(key), heads.take(value), key.shape[2])], store, first=first)
 
     def _stock(self, part: HeadKV) -> bool:
-        plain = len(part.segments) == 1 and part.segments[0].bias is None and part.store.span() is None
-        return self.plan.kernel == "stock" and plain and not self.rows.padded
+        one = len(part.segments) == 1 and isinstance(part.segments[0], Segment) and part.segments[0].bias is None
+        return self.plan.kernel == "stock" and one and part.store.span() is None and not self.rows.padded
 
     def _prefill(self, part: HeadKV) -> PrefillPlan | None:
         """The patterns of these heads, if they run for some row; counts the rows for which they do not."""
@@ -214,9 +215,9 @@ class LayerCall:
             if not alone.shape[2]:
                 out = torch.zeros_like(alone)
             elif prefill is not None and prefill.runs(*real):
-                out = self._sparse(alone, skip(part.segments, group, start), prefill, *real)
+                out = self._sparse(alone, part.alone(group, start), prefill, *real)
             else:
-                out = self._one_start(alone, part, group, start)
+                out = part.store.prefill(self, alone, part, group, start)
             outs.append(nn.functional.pad(out, (0, 0, pads, 0)) if pads else out)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -245,37 +246,6 @@ class LayerCall:
             )
         out = kernel.sparse_prefill(q, k, v, blocks, self.scale)
         return nn.functional.pad(out, (0, 0, 0, pads)) if pads else out
-
-    def _one_start(self, q: Tensor, part: HeadKV, group: slice, start: int) -> Tensor:
-        span, kernel = part.store.span(), self.kernel(q)
-        if span is None:
-            return kernel.dense_prefill_segments(q, skip(part.segments, group, start), self.scale)
-        sink, recent = span
-        sinks, band = part.sinks, part.segments[0]
-        if sinks is None:
-            sink_k, sink_v = (t[group, :, start : start + sink] for t in (band.k, band.v))
-        else:
-            count = min(sinks.length, self.rows.total - start)
-            sink_k, sink_v = sinks.k[group, :, :count], sinks.v[group, :, :count]
-        skipped = max(0, start + sink - part.first)
-        k, v = (t[group, :, skipped : band.length] for t in (band.k, band.v))
-        first = self.rows.total - start - k.shape[2]
-        return kernel.streaming_prefill(q, sink_k, sink_v, k, v, recent=recent, first=first, scale=self.scale)
-
-
-def skip(segments: list[Segment], group: slice, start: int) -> list[Segment]:
-    """The rows ``group`` of the segments, without their first ``start`` slots."""
-    left = []
-    for segment in segments:
-        cut = min(start, segment.length)
-        start -= cut
-        if cut < segment.length:
-            bias = segment.bias
-            if bias is not None:
-                bias = (bias if bias.shape[0] == 1 else bias[group])[..., cut:]
-            k, v = segment.k[group, :, cut : segment.length], segment.v[group, :, cut : segment.length]
-            left.append(Segment(k, v, segment.length - cut, bias))
-    return left
 
 
 def join(heads: list[RoleHeads], outs: list[Tensor], group: int) -> Tensor:

@@ -7,6 +7,7 @@ cache of the same number of seen tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -107,6 +108,11 @@ class LongCtxLayer(CacheLayerMixin):
             for store in self.stores:
                 store.map_rows(change)
             self.batch, self.whole = batch, True
+
+    def fork(self) -> LongCtxLayer:
+        other = copy.copy(self)
+        other.stores = [store.fork() for store in self.stores]
+        return other
 
     def reset(self) -> None:
         for store in self.stores:
@@ -294,6 +300,21 @@ class LongCtxCache(Cache):
         for layer in self.layers:
             layer.reset()
         self.rows, self.starts, self.ends = None, None, None
+
+    def fork(self) -> LongCtxCache:
+        """A cache that goes on from here independently of this one.
+
+        What retrieval heads kept so far is shared, never copied: both read it, and write what comes after to memory
+        of their own. The constant memory of streaming heads is copied. ``batch_repeat_interleave`` of a fork of one
+        row shares it too, so that many questions about one prompt hold it once.
+
+        Raises:
+            CacheError: an earlier forward was interrupted.
+        """
+        self.check()
+        other = copy.copy(self)
+        other.layers, other.rows = [layer.fork() for layer in self.layers], None
+        return other
 
     def activate_past_recording(self) -> None:
         """Nothing to turn on: streaming heads always remember what a bounded rollback needs."""

@@ -114,9 +114,9 @@ class LongCtxConfig:
         """
         stores = {"R": self.stores.retrieval, "S": self.stores.streaming}
         heads = "".join(self.roles())
-        kept = sum(heads.count(letter) * store.kept(tokens) for letter, store in stores.items())
-        per_token = 2 * self.model.head_dim * number_bytes  # a key and a value
-        return len(heads) * tokens * per_token, kept * per_token
+        form = (tokens, self.model.head_dim, number_bytes)
+        kept = sum(heads.count(letter) * store.kept_bytes(*form) for letter, store in stores.items())
+        return 2 * len(heads) * tokens * self.model.head_dim * number_bytes, kept
 
     def check_model(self, hf_config: Any) -> None:
         """Raise ConfigError unless the config was made for a model with this Transformers config."""

@@ -128,15 +128,16 @@ class Subject:
 
     def kv(self, way: str, tokens: int) -> int:
         """Bytes of the KV cache of all rows. With several chunks a growing buffer may have less spare room."""
-        return sum(self.layer_slots(plan, way, tokens) for plan in self.plans) * self._slot
+        return sum(self.layer_bytes(plan, way, tokens) for plan in self.plans)
 
-    def layer_slots(self, plan: Any, way: str, tokens: int) -> int:
-        """Slots (a key and a value each) of all KV heads of a layer, of one row."""
+    def layer_bytes(self, plan: Any, way: str, tokens: int) -> int:
+        """Bytes of all KV heads of a layer, in all rows."""
         if way == DENSE:
             window = plan.stores["streaming"].recent if plan.sliding else None
-            return len(plan.roles) * (tokens if window is None else self._windowed(tokens, window))
-        reserved = tokens if way == RESERVED else None
-        return sum(len(heads.kv_heads) * plan.stores[heads.role].slots(tokens, reserved) for heads in plan.heads)
+            return len(plan.roles) * (tokens if window is None else self._windowed(tokens, window)) * self._slot
+        form = (tokens, self.head_dim, self.number, tokens if way == RESERVED else None)
+        heads = (len(heads.kv_heads) * plan.stores[heads.role].head_bytes(*form) for heads in plan.heads)
+        return sum(heads) * self.settings.batch
 
     @property
     def _slot(self) -> int:
@@ -164,7 +165,7 @@ class Subject:
             mlp, attention = mlp + mask, attention + mask * (1 + self.number * self.settings.batch)
             if heads > self.kv_heads:
                 attention += tokens * heads * self._slot
-        grown = max(self.layer_slots(plan, way, tokens) for plan in self.plans) * self._slot if way == PATCHED else 0
+        grown = max(self.layer_bytes(plan, way, tokens) for plan in self.plans) if way == PATCHED else 0
         return max(mlp, attention, grown)
 
 

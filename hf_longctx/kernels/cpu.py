@@ -148,10 +148,10 @@ def streaming_prefill(
 def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
     """Attention ``[B, H, 1, D]`` of one token over every key of every segment, but for slots past a row's length."""
     if len(segments) > 1:
-        return merge([_segment(q, segment, scale) for segment in segments])[0]
+        return merge([with_lse(q, segment, scale) for segment in segments])[0]
     segment = segments[0]
     if not q.numel() or not segment.longest or not _takes_bias(q, segment):
-        return _segment(q, segment, scale)[0]
+        return with_lse(q, segment, scale)[0]
     return _folded(q, *_clean(segment), scale, _score_bias(segment, q))
 
 
@@ -165,8 +165,8 @@ def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> 
         return decode(q, segments, scale)
     if not past and isinstance(own.length, int) and own.bias is None:
         return dense_prefill(q, *own.kept(), scale)
-    last = _ragged(q, own, scale) if isinstance(own.length, Tensor) else _segment(q, own, scale, causal=True)
-    return merge([*(_segment(q, segment, scale) for segment in past), last])[0]
+    last = _ragged(q, own, scale) if isinstance(own.length, Tensor) else with_lse(q, own, scale, causal=True)
+    return merge([*(with_lse(q, segment, scale) for segment in past), last])[0]
 
 
 def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
@@ -321,7 +321,7 @@ def _takes_bias(q: Tensor, segment: Segment) -> bool:
     return segment.bias is None or q.device.type == "cpu" or q.dtype in (torch.float32, torch.float64)
 
 
-def _segment(q: Tensor, segment: Segment, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
+def with_lse(q: Tensor, segment: Segment, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
     """(out, lse) of q ``[B, H, T, D]`` over one segment; causal needs a length that is the same in every row."""
     return _partial(q, *_clean(segment), scale, _score_bias(segment, q), causal)
 

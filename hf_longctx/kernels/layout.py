@@ -6,8 +6,8 @@ tokens kept, ``D`` head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -65,7 +65,7 @@ class Segment:
         v: values ``[B, n, capacity, D_v]``.
         length: tokens kept, in every row (int) or row by row (int64 ``[B]``).
         bias: added to the scores of these keys before the softmax, broadcastable to ``[B, n, 1, length]``.
-        shared: the memory belongs to another cache as well, so a writer must copy it first.
+        shared: nobody writes to the memory any more, and other caches may read it.
     """
 
     k: Tensor
@@ -78,6 +78,36 @@ class Segment:
     def longest(self) -> int:
         """Slots that a reader must look at: ``length``, or the whole capacity where rows differ."""
         return self.length if isinstance(self.length, int) else self.k.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k.dtype
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor it keeps alive."""
+        yield from (self.k, self.v)
+        if isinstance(self.length, Tensor):
+            yield self.length
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Reorder, repeat or select the rows: ``change`` does it to a tensor ``[B, ...]``.
+
+        Rows that share their memory for good, as those that read one prompt do, go on sharing it.
+        """
+        if self.shared and (self.k.shape[0] == 1 or self.k.stride(0) == 0):
+            batch = change(self.k[:, :0, :0]).shape[0]
+            self.k, self.v = (x[:1].expand(batch, -1, -1, -1) for x in (self.k, self.v))
+        else:
+            self.k, self.v = change(self.k), change(self.v)
+        if isinstance(self.length, Tensor):
+            self.length = change(self.length)
+
+    def copy(self) -> Segment:
+        """One with the same tokens and memory of its own, unless that is shared."""
+        if self.shared:
+            return replace(self)
+        length = self.length.clone() if isinstance(self.length, Tensor) else self.length
+        return replace(self, k=self.k.clone(), v=self.v.clone(), length=length)
 
     def kept(self) -> tuple[Tensor, Tensor]:
         """Views of the filled slots: k, v ``[B, n, longest, D]``."""
@@ -105,6 +135,24 @@ class HeadKV:
     sinks: Segment | None = None
     first: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.segments[0].dtype
+
+    def alone(self, rows: slice, start: int) -> list[Segment]:
+        """The segments of ``rows``, which all start at slot ``start``, as if those rows were alone: without pads."""
+        left = []
+        for segment in self.segments:
+            cut = min(start, segment.length)
+            start -= cut
+            if cut < segment.length:
+                bias = segment.bias
+                if bias is not None:
+                    bias = (bias if bias.shape[0] == 1 else bias[rows])[..., cut:]
+                k, v = segment.k[rows, :, cut : segment.length], segment.v[rows, :, cut : segment.length]
+                left.append(Segment(k, v, segment.length - cut, bias))
+        return left
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,16 +6,31 @@ keys; it knows which roles it serves and makes the store of one layer.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..kernels import _streamed
+from ..kernels._streamed import Streamed
 from ..kernels.layout import HeadKV, RoleHeads, Segment
 from ..rows import Rows
 
 SPARE = 256  # slots: free room a growing buffer keeps at least, and the slots of the history of a ring
+
+
+class Call(Protocol):
+    """One layer's attention in one forward, as a store's spec needs it."""
+
+    rows: Rows
+    scale: float
+
+    def kernel(self, query: Tensor, *keys: Tensor, function: str | None = None) -> ModuleType:
+        """The kernel for this query; the report names it."""
 
 
 class StoreSpec(ABC):
@@ -35,9 +50,36 @@ class StoreSpec(ABC):
         """Slots of memory one head holds after a forward of ``tokens`` tokens, spare room included."""
         return room(self.kept(tokens), max_tokens)
 
+    def kept_bytes(self, tokens: int, head_dim: int, number: int) -> int:
+        """Bytes of what one head keeps after ``tokens`` tokens of ``number`` bytes a number, without spare room."""
+        return 2 * self.kept(tokens) * head_dim * number
+
+    def head_bytes(self, tokens: int, head_dim: int, number: int, max_tokens: int | None = None) -> int:
+        """Bytes on the device of one head of one row after a forward of ``tokens`` tokens, spare room included."""
+        return 2 * self.slots(tokens, max_tokens) * head_dim * number
+
     @abstractmethod
     def span(self) -> tuple[int, int] | None:
         """(sink, recent) in tokens of the visibility rule, or None where every earlier token is visible."""
+
+    def decode(self, call: Call, q: Tensor, part: HeadKV) -> Tensor:
+        """Attention ``[B, H, 1, D]`` of one token over what this spec's store kept."""
+        if any(isinstance(segment, Streamed) for segment in part.segments):
+            call.rows.used.add(_streamed.NAME)
+            return _streamed.attention(q, part.segments, call.scale)
+        return call.kernel(q).decode(q, part.segments, call.scale)
+
+    def prefill(self, call: Call, q: Tensor, part: HeadKV, group: slice, start: int) -> Tensor:
+        """Attention ``[b, H, T, D]`` of the last T tokens of the rows ``group``, by the visibility rule.
+
+        ``part`` is what the store's `append` returned, or the keys and values of all tokens in one segment; the rows
+        all start at slot ``start``, and q begins at a real token.
+        """
+        segments = part.alone(group, start)
+        if any(isinstance(segment, Streamed) for segment in segments):
+            call.rows.used.add(_streamed.NAME)
+            return _streamed.attention(q, segments, call.scale)
+        return call.kernel(q).dense_prefill_segments(q, segments, call.scale)
 
 
 class Store(ABC):
@@ -47,7 +89,7 @@ class Store(ABC):
         self.spec = spec
         self.heads = heads
         self.max_tokens = max_tokens
-        self.segments: dict[str, Segment] = {}
+        self.segments: dict[str, Segment | Streamed] = {}
         self.state: dict[str, Tensor] = {}
 
     @abstractmethod
@@ -76,18 +118,21 @@ class Store(ABC):
         """Replace every tensor with a batch dimension by ``change(tensor)`` (reorder, repeat, select)."""
         with torch.inference_mode(False):  # as in new_segment
             for segment in self.segments.values():
-                segment.k, segment.v = change(segment.k), change(segment.v)
-                segment.shared = False
-                if isinstance(segment.length, Tensor):
-                    segment.length = change(segment.length)
+                segment.map_rows(change)
             self.state = {name: change(tensor) for name, tensor in self.state.items()}
+
+    def fork(self) -> Store:
+        """A store that goes on from here by itself, without copying what neither of the two will write again."""
+        other = copy.copy(self)
+        with torch.inference_mode(False):  # as in new_segment
+            other.segments = {name: segment.copy() for name, segment in self.segments.items()}
+            other.state = {name: tensor.clone() for name, tensor in self.state.items()}
+        return other
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor the store keeps alive."""
         for segment in self.segments.values():
-            yield from (segment.k, segment.v)
-            if isinstance(segment.length, Tensor):
-                yield segment.length
+            yield from segment.tensors()
         yield from self.state.values()
 
     def new_segment(self, k: Tensor, v: Tensor, capacity: int) -> Segment:

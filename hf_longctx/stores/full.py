@@ -28,20 +28,43 @@ class Full(StoreSpec):
 
 
 class FullStore(Store):
-    """One growing buffer; a slot of the batch is a slot of the buffer, pads included."""
+    """One growing buffer; a slot of the batch is a slot of the buffer, pads included.
+
+    A fork makes what was kept so far a segment of its own before that buffer, to which nobody writes any more.
+    """
 
     def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
-        kept = self.grow("kept", k, v, rows.total)
-        self.heads.copy_to(kept.k[:, :, rows.past : rows.total], k)
-        self.heads.copy_to(kept.v[:, :, rows.past : rows.total], v)
-        kept.length = rows.total
-        seen = Segment(kept.k, kept.v, rows.total)
+        before = sum(segment.length for name, segment in self.segments.items() if name != "kept")
+        limit = None if self.max_tokens is None else self.max_tokens - before
+        kept = self.grow("kept", k, v, rows.total - before, limit)
+        self.heads.copy_to(kept.k[:, :, rows.past - before : rows.total - before], k)
+        self.heads.copy_to(kept.v[:, :, rows.past - before : rows.total - before], v)
+        kept.length = rows.total - before
+        seen = [Segment(segment.k, segment.v, segment.length) for segment in self.segments.values()]
         if rows.past == 0 and needs_grad(k, v):
-            seen = Segment(*self.incoming(k, v), rows.total)
-        if rows.new == 1:
-            seen.bias = rows.pad_bias(kept.k.device, kept.k.dtype)
-        return HeadKV(self.heads, [seen], self.spec, state=self.state)
+            seen = [Segment(*self.incoming(k, v), rows.total)]
+        if rows.new == 1 and (bias := rows.pad_bias(kept.k.device, kept.k.dtype)) is not None:
+            low = 0
+            for segment in seen:
+                segment.bias = bias[..., low : low + segment.length]
+                low += segment.length
+        return HeadKV(self.heads, seen, self.spec, state=self.state)
 
     def crop(self, rows: Rows, target: int) -> None:
-        if "kept" in self.segments:
-            self.segments["kept"].length = min(self.segments["kept"].length, target)
+        low = 0
+        for name, segment in list(self.segments.items()):
+            keep = max(0, min(segment.length, target - low))
+            low += segment.length
+            if name == "kept":
+                segment.length = keep
+            elif keep:
+                self.segments[name] = Segment(segment.k[:, :, :keep], segment.v[:, :, :keep], keep, shared=True)
+            else:
+                del self.segments[name]
+
+    def fork(self) -> FullStore:
+        kept = self.segments.pop("kept", None)
+        if kept is not None and kept.length:
+            own = Segment(kept.k[:, :, : kept.length], kept.v[:, :, : kept.length], kept.length, shared=True)
+            self.segments[f"shared {len(self.segments)}"] = own
+        return super().fork()

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CacheError
 from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
-from .base import SPARE, Store, StoreSpec, room
+from .base import SPARE, Call, Store, StoreSpec, room
 
 SLACK = SPARE - 1  # tokens that can be taken back after they pushed others out of the window
 
@@ -49,6 +49,18 @@ class SinkRecent(StoreSpec):
 
     def span(self) -> tuple[int, int]:
         return self.sink, self.recent
+
+    def prefill(self, call: Call, q: Tensor, part: HeadKV, group: slice, start: int) -> Tensor:
+        sinks, band = part.sinks, part.segments[0]
+        if sinks is None:
+            sink_k, sink_v = (t[group, :, start : start + self.sink] for t in (band.k, band.v))
+        else:
+            count = min(sinks.length, call.rows.total - start)
+            sink_k, sink_v = sinks.k[group, :, :count], sinks.v[group, :, :count]
+        skipped = max(0, start + self.sink - part.first)
+        k, v = (t[group, :, skipped : band.length] for t in (band.k, band.v))
+        first, kernel = call.rows.total - start - k.shape[2], call.kernel(q)
+        return kernel.streaming_prefill(q, sink_k, sink_v, k, v, recent=self.recent, first=first, scale=call.scale)
 
 
 class SinkRecentStore(Store):

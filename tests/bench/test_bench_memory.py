@@ -104,8 +104,8 @@ def test_a_wrong_calculation_is_an_error(folder, monkeypatch):
     subject = find(path, SETTINGS, config)
     for way in WAYS:
         check(subject, way, 1000)
-    slots = Subject.layer_slots
-    monkeypatch.setattr(Subject, "layer_slots", lambda *args: slots(*args) + 1)
+    slots = Subject.layer_bytes
+    monkeypatch.setattr(Subject, "layer_bytes", lambda *args: slots(*args) + 1)
     for way in WAYS:
         with pytest.raises(LongCtxError, match="was calculated as \\d+ bytes and takes \\d+: the table is wrong"):
             check(subject, way, 1000)
