@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .errors import CacheError, UnsupportedModeError, UnsupportedModelError
-from .kernels.layout import HeadKV, as_autocast
+from .kernels.layout import HeadKV, as_autocast, autocast_on
 from .layer_plan import LayerPlan
 from .rows import Rows
 from .stores.base import SPARE, Store
@@ -65,6 +65,7 @@ class LongCtxLayer(CacheLayerMixin):
             key_states.shape[-1] * key_states.element_size() + value_states.shape[-1] * value_states.element_size()
         )
         self.batch, self.head_dim = key_states.shape[0], key_states.shape[3]
+        self.dtype, self.device, self.autocast = key_states.dtype, key_states.device, autocast_on(key_states)
         self.dense_bytes_per_token = per_head * key_states.shape[1]
         self.is_initialized = True
 
@@ -72,11 +73,15 @@ class LongCtxLayer(CacheLayerMixin):
         """Keep k, v ``[B, H_kv, T, D]`` of this forward; return what its queries read."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        batch, kv_heads, _, head_dim = key_states.shape
-        if (batch, kv_heads, head_dim) != (self.batch, len(self.plan.roles), self.head_dim):
+        batch, kv_heads, new, head_dim = key_states.shape
+        # A prompt read under autocast may be continued without, and the reverse: the cache stays in its dtype.
+        dtype = key_states.dtype if autocast_on(key_states) == self.autocast else self.dtype
+        got = (batch, kv_heads, head_dim, dtype, key_states.device)
+        held = (self.batch, len(self.plan.roles), self.head_dim, self.dtype, self.device)
+        if got != held or not new:
             raise CacheError(
-                f"layer {self.plan.layer_idx} got keys of {batch} rows, {kv_heads} KV heads and head_dim {head_dim}, "
-                f"but this cache holds {self.batch}, {len(self.plan.roles)} and {self.head_dim}. Use a new cache."
+                f"layer {self.plan.layer_idx} got {new} tokens of {_described(*got)}, but this cache holds "
+                f"{_described(*held)}. It is as it was; bring tokens of that kind, or use a new cache."
             )
         self.whole = False
         heads = [store.append(key_states, value_states, rows) for store in self.stores]
@@ -187,6 +192,8 @@ class LongCtxCache(Cache):
         Raises:
             CacheError: the rows do not continue the cached ones, or the forward does not fit into ``max_tokens``.
         """
+        if not rows.new:
+            raise CacheError("this forward brings no tokens, and a cache needs at least one. Pass the next ones.")
         if self.batch_size not in (-1, rows.batch):
             raise CacheError(
                 f"this cache holds {self.batch_size} rows, the forward brings {rows.batch}. Use a new cache."
@@ -342,6 +349,10 @@ class LongCtxCache(Cache):
         for layer in self.layers:
             layer.map_rows(change, picked.numel())
         self.rows = None
+
+
+def _described(batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{batch} rows, {kv_heads} KV heads and head_dim {head_dim} in {dtype} on {device}"
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from store_cases import CASES, case_config
 from tiny import FAMILIES, config_for, left_padded, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, StaticCache
 
@@ -17,14 +18,12 @@ from hf_longctx import (
 )
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, *(f"llama {case}" for case in CASES)])
 def model(request):
-    return _patched(request.param)
-
-
-def _patched(family: str):
+    """Every family, and every store."""
+    family, _, case = request.param.partition(" ")
     model = tiny_model(family)
-    return patch_model(model, config_for(model, "mixed"))
+    return patch_model(model, case_config(model, case) if case else config_for(model, "mixed"))
 
 
 IDS = torch.arange(3, 43)[None]

@@ -64,12 +64,12 @@ def roles_of(kind: str, layers: int, kv_heads: int) -> list[str]:
     return {"retrieval": ["R" * kv_heads] * layers, "streaming": ["S" * kv_heads] * layers, "mixed": mixed}[kind]
 
 
-def config_for(model, roles="mixed", sink: int = 4, recent: int = 16, **top) -> LongCtxConfig:
-    """A config for a tiny model: ``roles`` is a kind of ``roles_of`` or a list of letters."""
+def config_for(model, roles="mixed", sink: int = 4, recent: int = 16, stores=None, **top) -> LongCtxConfig:
+    """A config for a tiny model: ``roles`` is a kind of ``roles_of`` or a list of letters; ``stores``: by role."""
     described = LongCtxConfig.describe(model.config)
     if isinstance(roles, str):
         roles = roles_of(roles, described["num_hidden_layers"], described["num_key_value_heads"])
-    stores = {"streaming": {"store": "sink_recent", "sink": sink, "recent": recent}}
+    stores = {"streaming": {"store": "sink_recent", "sink": sink, "recent": recent}, **(stores or {})}
     return LongCtxConfig.from_dict({"model": described, "heads": {"roles": roles}, "stores": stores, **top})
 
 

@@ -336,13 +336,18 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def autocast_on(x: Tensor) -> bool:
+    """Whether torch.autocast is on where ``x`` is."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype torch.autocast would give them, as SDPA does by itself; unchanged without autocast.
 
     Under autocast a model's rotated q and k are float32 while its v is not.
     """
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocast_on(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

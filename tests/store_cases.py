@@ -1,0 +1,31 @@
+"""Small settings of every store, for the tests that run over all of them."""
+
+from __future__ import annotations
+
+from tiny import config_for, tiny_model
+
+from hf_longctx import patch_model
+from hf_longctx.registry import load, words
+
+# What a store reads is what was written, but for those that say otherwise here.
+ROUNDED = {"quantized"}
+CASES = {
+    "full": {"store": "full"},
+    "sink_recent": {"store": "sink_recent", "sink": 4, "recent": 16},
+}
+WORDS = words("stores")
+
+
+def role_of(case: str) -> str:
+    (role,) = load("stores", CASES[case]["store"]).roles
+    return role
+
+
+def case_config(model, case: str, roles="mixed", **top):
+    """A config whose heads of the case's role keep what it says."""
+    return config_for(model, roles, stores={role_of(case): CASES[case]}, **top)
+
+
+def patched_case(case: str, dtype, roles="mixed", family="llama", **kwargs):
+    model = tiny_model(family, dtype, **kwargs)
+    return patch_model(model, case_config(model, case, roles))

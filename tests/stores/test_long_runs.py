@@ -1,0 +1,68 @@
+"""50 000 decoded tokens: constant memory for streaming heads, exact arithmetic for retrieval heads, constant work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from store_cases import CASES, ROUNDED, patched_case, role_of
+from test_cache import read
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_longctx import LongCtxCache
+from hf_longctx.cache import storage_bytes
+from hf_longctx.kernels._streamed import Streamed
+
+PROMPT, TOKENS = 500, 50_000
+LOOKS = (1000, 25_000, 49_000)  # tokens, from which on the work of some steps is counted
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts the operations torch runs."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def work_of_a_step(model, cache, token) -> int:
+    with CountCalls() as count:
+        read(model, cache, token)
+    return count.calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_a_long_run_keeps_its_bytes_its_work_and_its_answer(case):
+    model = patched_case(case, torch.float32, layers=1)
+    ids = torch.randint(3, 97, (1, PROMPT + TOKENS))
+    cache = LongCtxCache(model)
+    read(model, cache, ids[:, :PROMPT])
+    (layer,) = cache.layers
+    store = next(store for store in layer.stores if store.heads.role == role_of(case))
+    spec, n, bytes_seen, work = store.spec, len(store.heads.kv_heads), [], []
+    for at in range(PROMPT, PROMPT + TOKENS):
+        token = ids[:, at : at + 1]
+        if at in LOOKS:
+            # The least of some steps: now and then one also moves what it kept.
+            work.append(min(work_of_a_step(model, cache, ids[:, i : i + 1]) for i in range(at, at + 9)))
+            cache.crop(-9)
+        out = read(model, cache, token)
+        if at % 997 == 0:
+            held = storage_bytes(store.tensors())
+            assert n * spec.kept_bytes(at + 1, 8, 4) <= held <= n * spec.head_bytes(at + 1, 8, 4)
+            bytes_seen.append(held)
+    assert cache.seen == PROMPT + TOKENS
+    if role_of(case) == "streaming" and spec.kept(10**6) == spec.kept(10**7):
+        assert len(set(bytes_seen[3:])) == 1
+    streamed = any(isinstance(segment, Streamed) for segment in store.segments.values())
+    if streamed:  # a few operations for each of its blocks
+        assert work[2] - work[1] <= 1.1 * (work[1] - work[0]) * (LOOKS[2] - LOOKS[1]) / (LOOKS[1] - LOOKS[0])
+    else:
+        assert work[0] == work[1] == work[2]
+    if CASES[case]["store"] not in ROUNDED:
+        want = read(model, LongCtxCache(model), ids)
+        torch.testing.assert_close(out, want, rtol=0, atol=1e-3)
+        assert (out - read(model, LongCtxCache(model), ids[:, :-1])).abs().max() > 0.1
