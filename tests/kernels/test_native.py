@@ -24,7 +24,7 @@ from hf_longctx.kernels.layout import BlockList, Segment
 
 # (B, n, G, D): every value of each next to several of the others.
 SHAPES = [(2, 2, 4, 64), (3, 1, 7, 16), (1, 2, 8, 80), (3, 3, 1, 128), (1, 2, 4, 256), (2, 1, 4, 16)]
-LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 513]  # 16: native.cpp computes more tokens by tiles
+LENGTHS = [1, 2, 15, 24, 25, 63, 64, 65, 127, 129, 513]  # up to 24 queries are computed as in decode
 DTYPES = [torch.float32, torch.bfloat16]
 SINK, RECENT = 5, 40
 SCALE = 0.3

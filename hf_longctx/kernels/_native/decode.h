@@ -8,7 +8,7 @@
 
 constexpr int SPLIT = 512;          // keys of an item
 constexpr int64_t GRAIN = 1 << 21;  // bytes of keys and values that are worth a thread: making one takes 50 us
-constexpr int FEW_TOKENS = 16;      // of which a prefill's tile of 64 queries would be mostly empty
+constexpr int FEW_TOKENS = 24;      // of which a prefill's tile of 64 queries would be mostly empty
 constexpr int64_t EARLIER = INT_MIN / 2;  // position of keys that every query sees
 
 struct Part {  // a segment whose key in slot j has the position ``base + j``; queries see those closer than ``window``
