@@ -12,6 +12,7 @@ from rich.console import Console
 from . import compare
 from .assets import embedded
 from .bench.environment import environment
+from .console import console
 from .evaluate.prompts import read_text
 from .identify_commands import DTYPES, check_output, device_of, load_model
 from .registry import check_word
@@ -20,7 +21,8 @@ Config = Annotated[str, typer.Option(help="Shipped config or YAML; default: the 
 Chat = Annotated[bool, typer.Option("--chat", help="The file is a user's message: the chat template goes around it.")]
 Positions = Annotated[int, typer.Option(help="Tokens at the end of the prompt whose prediction is compared.", min=0)]
 Chunk = Annotated[int | None, typer.Option(help="Tokens of the prompt per forward [default: all].", min=1)]
-Json = Annotated[Path | None, typer.Option("--json", help="Write everything, the tokens too, and the versions here.")]
+SAVED = "Write everything, the tokens too, and the versions here."
+Json = Annotated[Path | None, typer.Option("--json", help=SAVED, dir_okay=False)]
 
 
 def command(
@@ -53,6 +55,6 @@ def command(
             rounds=rounds,
             prefill_chunk_size=prefill_chunk_size,
         )
-    Console().print(str(found), markup=False, highlight=False, soft_wrap=True)
+    console().print(str(found), markup=False, highlight=False, soft_wrap=True)
     if json is not None:
         json.write_text(to_json.dumps({"environment": environment(), **found.as_dict()}, indent=1) + "\n", "utf-8")

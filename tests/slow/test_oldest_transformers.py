@@ -30,8 +30,10 @@ TESTS = [
     "tests/test_published_configs.py",
     "tests/identify/test_methods.py",
     "tests/prefill/test_patched_prefill.py",
+    "tests/evaluate/test_measures.py",
+    "tests/tasks/test_answer.py",
 ]
-FEWEST = 750  # tests; a run that finds almost none must not pass
+FEWEST = 850  # tests; a run that finds almost none must not pass
 
 
 def run(*command: str) -> str:
