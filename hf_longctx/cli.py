@@ -11,6 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 from . import config_commands
 from .bench import commands as bench
 from .compare_commands import command as compare
+from .console import console
 from .errors import LongCtxError
 from .eval_commands import command as evaluate
 from .identify_commands import command as identify
@@ -60,7 +61,7 @@ def demo(
     """A small trained model answers questions about long prompts: dense, patched, and with the wrong heads patched."""
     from .demo import run
 
-    run(length, notes, prompts, seed, Console())
+    run(length, notes, prompts, seed, console())
 
 
 @app.command("lm-eval", cls=Verbatim)

@@ -12,6 +12,7 @@ from rich.console import Console
 from . import compare
 from .assets import embedded
 from .bench.environment import environment
+from .console import console
 from .evaluate.prompts import read_text
 from .identify_commands import DTYPES, check_output, device_of, load_model
 from .registry import check_word
@@ -53,6 +54,6 @@ def command(
             rounds=rounds,
             prefill_chunk_size=prefill_chunk_size,
         )
-    Console().print(str(found), markup=False, highlight=False, soft_wrap=True)
+    console().print(str(found), markup=False, highlight=False, soft_wrap=True)
     if json is not None:
         json.write_text(to_json.dumps({"environment": environment(), **found.as_dict()}, indent=1) + "\n", "utf-8")

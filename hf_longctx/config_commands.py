@@ -13,6 +13,7 @@ from rich.text import Text
 
 from .config import LongCtxConfig, load_shipped
 from .config_files import shipped
+from .console import console
 
 app = typer.Typer(help="The shipped configs, one per checkpoint.")
 
@@ -25,7 +26,7 @@ SHADES = ("bold green", "green", "yellow", "bright_black")  # of the quarters of
 def configs(context: typer.Context) -> None:
     """List the shipped configs: checkpoint, where the head map comes from, and KV memory with 2 bytes per number."""
     if context.invoked_subcommand is None:
-        _list(Console())
+        _list(console())
 
 
 @app.command()
@@ -39,9 +40,9 @@ def show(
     given = {key: value for key, value in given.items() if value is not None}
     config = load_shipped(name)
     config = config.override(heads=given) if given else config
-    console = Console()
-    _facts(console, name, config)
-    _head_map(console, config)
+    to = console()
+    _facts(to, name, config)
+    _head_map(to, config)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .assets import embedded
+from .console import console
 from .evaluate.plan import Options, listed, values_of
 from .evaluate.run import evaluate
 from .evaluate.summary import LINE, Summary, line
@@ -91,7 +92,7 @@ def command(
         **options,
     )
     if main:
-        show(Console(), found, out)
+        show(console(), found, out)
 
 
 def show(console: Console, summary: Summary, out: Path) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .assets import embedded
 from .config import LongCtxConfig
+from .console import console
 from .errors import ConfigError
 from .identify import identify, methods
 from .identify._processes import Processes
@@ -78,7 +79,7 @@ def command(
     )
     if processes.main:
         _write(config, out, plot)
-        show(Console(), config, out)
+        show(console(), config, out)
 
 
 def check_output(path: Path, endings: tuple[str, ...], option: str) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .assets import embedded
 from .config import LongCtxConfig
+from .console import console
 from .identify_commands import DTYPES, Device, check_output, device_of, load_model
 from .identify_prefill import TABLE, identify_prefill
 from .registry import check_word, dump
@@ -49,7 +50,7 @@ def command(
         progress=True,
     )
     found.to_yaml(out)
-    show(Console(), found, out)
+    show(console(), found, out)
 
 
 def show(console: Console, config: LongCtxConfig, out: Path) -> None:

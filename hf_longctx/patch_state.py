@@ -8,11 +8,27 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .cache import LongCtxCache, storage_bytes
 from .config import LongCtxConfig
 from .layer_plan import LayerPlan
 from .rows import PrefillCounts, Rows
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a ``LongCtxCache`` held at one moment: tokens seen, bytes, bytes of a dense cache, bytes per layer."""
+
+    seen: int
+    nbytes: int
+    nbytes_dense: int
+    layers: tuple[int, ...]
+
+    @classmethod
+    def by(cls, cache: LongCtxCache) -> Kept:
+        layers = tuple(storage_bytes(layer.tensors()) for layer in cache.layers)
+        return cls(cache.seen, cache.nbytes, cache.nbytes_dense, layers)
 
 
 @dataclass
@@ -29,6 +45,7 @@ class PatchState:
         kernels: names of the kernels that ran.
         notes: what ran in a slower or another way than asked for, in words.
         prefill: sparse and dense prefills of retrieval heads with a pattern.
+        kept: what the cache of the last forward held when it was last looked at.
     """
 
     config: LongCtxConfig
@@ -40,6 +57,7 @@ class PatchState:
     kernels: set[str] = field(default_factory=set)
     notes: set[str] = field(default_factory=set)
     prefill: PrefillCounts = field(default_factory=PrefillCounts)
+    kept: Kept | None = None
     _cache: weakref.ref | None = None
 
     def __getstate__(self) -> dict:
@@ -47,7 +65,7 @@ class PatchState:
 
     def go_on_from(self, before: PatchState) -> None:
         """Count on from where an earlier patch by the same config stopped."""
-        for name in ("forwards", "kernels", "notes", "prefill", "_cache"):
+        for name in ("forwards", "kernels", "notes", "prefill", "kept", "_cache"):
             setattr(self, name, getattr(before, name))
 
     def keep_edits(self, private: object) -> None:
@@ -66,11 +84,25 @@ class PatchState:
         """Note one forward. What ``rows`` counts is shared, so the kernels of this forward arrive by themselves."""
         self.forwards += 1
         rows.used, rows.notes, rows.prefill = self.kernels, self.notes, self.prefill
+        self._look_at(cache)
         self._cache = weakref.ref(cache) if cache is not None else None
         if torch.compiler.is_compiling():
             self.note("torch.compile: ran with graph breaks")
         if self.config.kernel == "stock" and rows.padded:
             self.note("kernel stock: padded rows ran on the default kernel")
+
+    def _look_at(self, cache: object | None) -> None:
+        """Keep the numbers of a cache that ``generate`` drops with its answer.
+
+        Adding them up reads every layer, so it is done for the first token after a prompt, and then whenever the cache
+        has grown by an eighth, as its buffers do.
+        """
+        if cache is None or cache is not self.last_cache:
+            self.kept = None
+        if isinstance(cache, LongCtxCache) and not torch.compiler.is_compiling():
+            seen = cache.seen
+            if seen and (self.kept is None or 8 * seen >= 9 * self.kept.seen):
+                self.kept = Kept.by(cache)
 
     def runs_dense(self, implementation: str) -> None:
         note = f"dense: the model was switched to attention '{implementation}'"

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .cache import LongCtxCache, storage_bytes
+from .cache import LongCtxCache
 from .errors import UnsupportedModelError
 from .patch import state_of
+from .patch_state import Kept
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,11 @@ class Report:
         kv_heads, retrieval_heads: KV heads of the whole model (of this process), and those that keep every token.
         window_layers: layers that keep the model's own sliding window.
         forwards: forwards since patching.
-        seen: tokens the last cache has seen, pads included; None when that cache is gone.
+        seen: tokens the last cache has seen, pads included; None when the last forward made none.
         nbytes, nbytes_dense: bytes it holds, and bytes a dense cache would hold.
         layers: bytes it holds per layer.
+        alive: whether that cache still exists. If not (``generate`` drops it with its answer), the three above are what
+            was noted last: after the prompt, and then whenever the cache had grown by an eighth.
         kernels: kernels that ran.
         notes: what ran slower or otherwise than asked for.
         sparse, dense: rows times layers whose prefill pattern ran, and whose rows were too short for it.
@@ -44,6 +47,7 @@ class Report:
     nbytes: int | None = None
     nbytes_dense: int | None = None
     layers: tuple[int, ...] = field(default=())
+    alive: bool = False
 
     def __str__(self) -> str:
         lines = [
@@ -60,10 +64,11 @@ class Report:
             lines.append(f"prefill       {self.sparse} times sparse{read}, {self.dense} times dense (rows x layers)")
         if self.nbytes is not None and self.nbytes_dense:
             share = self.nbytes / self.nbytes_dense
+            gone = "" if self.alive else " (it is gone now)"
             kept = f"{_mb(self.nbytes)} after {self.seen} tokens"
-            lines.append(f"KV cache      {kept}, {share:.0%} of dense {_mb(self.nbytes_dense)}")
+            lines.append(f"KV cache      {kept}, {share:.0%} of dense {_mb(self.nbytes_dense)}{gone}")
         else:
-            lines.append("KV cache      none alive")
+            lines.append("KV cache      none alive, and none was continued after its prompt")
         lines += [f"note          {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -79,10 +84,8 @@ def report(model: nn.Module) -> Report:
         raise UnsupportedModelError("report needs a patched model: call patch_model(model) first.")
     roles = "".join(plan.roles for plan in state.plans)
     cache = state.last_cache
-    kept = {}
-    if isinstance(cache, LongCtxCache):
-        layers = tuple(storage_bytes(layer.tensors()) for layer in cache.layers)
-        kept = {"seen": cache.seen, "nbytes": cache.nbytes, "nbytes_dense": cache.nbytes_dense, "layers": layers}
+    alive = isinstance(cache, LongCtxCache)
+    kept = Kept.by(cache) if alive else state.kept
     return Report(
         kv_heads=len(roles),
         retrieval_heads=roles.count("R"),
@@ -94,7 +97,8 @@ def report(model: nn.Module) -> Report:
         dense=state.prefill.dense,
         density=state.prefill.density,
         own_density=state.prefill.own_density,
-        **kept,
+        **(vars(kept) if kept is not None else {}),
+        alive=alive,
     )
 
 

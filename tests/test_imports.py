@@ -44,13 +44,13 @@ LAYERS = {
     "layer_plan": {"kernels", "stores", "prefill"},
     "cache": {"errors", "kernels", "rows", "stores", "layer_plan"},
     "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache"},
-    "patch_state": {"errors", "config", "rows", "layer_plan"},
+    "patch_state": {"errors", "config", "rows", "layer_plan", "cache"},
     "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state"},
     "patch": CONFIG
     | {"config_find", "family", "rows", "kernels", "stores", "prefill", "layer_plan", "cache", "attention"}
     | {"patch_state", "hooks"},
     "loading": {"errors", "config", "patch"},
-    "report": {"errors", "cache", "patch"},
+    "report": {"errors", "cache", "patch", "patch_state"},
     "tasks": {"errors", "registry"},
     "identify": {"errors", "registry", "head_map", "config", "config_find", "kernels", "patch", "tasks"},
     "identify_prefill": CONFIG | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"},
@@ -58,21 +58,23 @@ LAYERS = {
     | {"assets", "plots"},
     "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"},
     "environment": set(),
+    "console": set(),
     "plots": {"errors", "config"},
     # What stands on the public names, which it may also take from the files that define them.
     "assets": {"errors"},
-    "identify_commands": {"errors", "registry", "config", "loading", "assets", "identify", "plots"},
-    "identify_prefill_commands": {"registry", "config", "assets", "identify_commands", "identify_prefill"},
-    "compare_commands": {"__init__", "errors", "registry", "assets", "bench", "evaluate", "identify_commands"},
-    "eval_commands": {"registry", "assets", "identify", "identify_commands", "tasks", "evaluate"},
+    "identify_commands": {"console", "errors", "registry", "config", "loading", "assets", "identify", "plots"},
+    "identify_prefill_commands": {"console", "registry", "config", "assets", "identify_commands", "identify_prefill"},
+    "compare_commands": {"__init__", "console", "errors", "registry", "assets", "bench", "evaluate"}
+    | {"identify_commands"},
+    "eval_commands": {"console", "registry", "assets", "identify", "identify_commands", "tasks", "evaluate"},
     "__main__": {"cli"},
     "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
     "bench": CONFIG
     | {"__init__", "environment", "family", "kernels", "prefill", "layer_plan", "cache", "patch", "loading", "report"}
-    | {"assets", "plots", "tasks"},
+    | {"assets", "plots", "tasks", "console"},
     "config_reference": CONFIG,
-    "config_commands": CONFIG | {"config_reference"},
-    "cli": {"__init__", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
+    "config_commands": CONFIG | {"config_reference", "console"},
+    "cli": {"__init__", "console", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
     | {"identify_prefill_commands", "compare_commands", "eval_commands", "evaluate"},
 }
 TRANSFORMERS = {"cache", "attention", "hooks", "patch", "loading", "demo", "bench", "identify", "identify_commands"}

@@ -254,8 +254,30 @@ def test_report_says_what_ran():
     assert "6 of 12 keep every token" in str(told)
     model(IDS, past_key_values=None, use_cache=False)
     assert report(model).nbytes is None
+    assert "none alive" in str(report(model))
     with pytest.raises(UnsupportedModelError, match="patch_model"):
         report(tiny_model())
+
+
+def test_the_report_remembers_the_cache_that_generate_dropped():
+    model = tiny_model()
+    patch_model(model, config_for(model, "mixed"))
+    made = model.generate(IDS, max_new_tokens=40, do_sample=False, return_dict_in_generate=True)
+    live = report(model)
+    assert live.alive
+    assert "gone" not in str(live)
+    model.generate(IDS, max_new_tokens=40, do_sample=False)
+    told = report(model)
+    assert not told.alive
+    assert "it is gone now" in str(told)
+    # 60 tokens at the end of the prompt, noted again at 68, 77, 87 and 98: an eighth more each time.
+    assert told.seen == 98
+    assert sum(told.layers) == told.nbytes
+    assert told.nbytes_dense * live.seen == live.nbytes_dense * told.seen
+    del made
+    assert (report(model).seen, report(model).nbytes) == (98, told.nbytes)
+    model.generate(IDS, max_new_tokens=1)
+    assert report(model).nbytes is None
 
 
 def test_threads_share_a_model():

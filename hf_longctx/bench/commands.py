@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ..console import console
 from . import outputs
 from .environment import Busy, retune
 from .memory_commands import command as memory
@@ -114,7 +115,7 @@ def gpu(
     settings = GpuSettings(**given)
     with Console(stderr=True).status(f"bench gpu: {rounds} rounds, which takes minutes at full size"):
         data = as_json(settings, *bench(settings))
-    show(Console(), data)
+    show(console(), data)
     outputs.write(json, None, data)
 
 
@@ -204,7 +205,7 @@ def _bench(benchmark: str, given: dict[str, Any], what: dict[str, str | None] | 
         data = as_json(benchmark, settings, results, busy.others())
     else:
         data = as_json(benchmark, subject.settings, results, busy.others(), module.facts(subject, results))
-    show(Console(), data)
+    show(console(), data)
     outputs.write(json, png, data)
 
 

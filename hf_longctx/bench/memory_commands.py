@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..console import console
 from . import outputs
 from .outputs import Json, Png
 from .settings import DTYPES
@@ -51,7 +52,7 @@ def command(
     settings = MemorySettings(parse(memory, "--memory"), dtype, batch, chunk, size)
     subject = find(model, settings, config)
     results = measure(subject, check or check_tokens is not None, check_tokens)
-    show(Console(), subject, results)
+    show(console(), subject, results)
     outputs.write(json, png, {**as_json("memory", settings, results), "model": model, "notes": list(subject.notes)})
 
 

@@ -64,13 +64,9 @@ def show(console: Console, data: dict) -> None:
     benchmark, e, s = data["benchmark"], data["environment"], data["settings"]
     for number, rows in enumerate(TABLES[benchmark]):
         header, *lines = rows(data["results"])
-        table = Table(title=None if number else f"bench {benchmark}: {TITLES[benchmark]}")
-        for name in header:
-            table.add_column(name, justify="left" if name in TEXTS else "right", overflow="fold")
-        for line in lines:
-            table.add_row(*line)
         if lines:
-            console.print(table)
+            title = None if number else f"bench {benchmark}: {TITLES[benchmark]}"
+            console.print(_table(title, header, lines, by_case=benchmark != "crossover"))
     rest = (
         f", hidden {s['hidden']}, MLP {s['intermediate']}, vocabulary {s['vocabulary']} (small on purpose, lm_head "
         f"would dominate); streaming heads keep sink {s['sink']} + recent {s['recent']}"
@@ -98,6 +94,21 @@ def show(console: Console, data: dict) -> None:
         console.print(f"  {goal['text']}: {goal['verdict']}", style="green" if goal["reached"] else "yellow")
     for word, verdict in data.get("crossover", {}).items():
         _show_crossover(console, word, verdict)
+
+
+def _table(title: str | None, header: list[str], lines: list[list[str]], by_case: bool) -> Table:
+    """The lines, of which the first two columns are dtype and tokens; ``by_case`` makes a heading of those two."""
+    table, case, skipped = Table(title=title), None, 2 if by_case else 0
+    for place, name in enumerate(header[skipped:]):
+        justify = "left" if name in TEXTS else "right"
+        table.add_column(name, justify=justify, no_wrap=not place, overflow="fold")
+    for line in lines:
+        if by_case and line[:2] != case:
+            case = line[:2]
+            table.add_section()
+            table.add_row(f"[bold]{case[0]}, {case[1]} tokens[/]")
+        table.add_row(*line[skipped:])
+    return table
 
 
 def _asides(results: list[dict]) -> Iterator[str]:

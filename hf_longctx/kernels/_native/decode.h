@@ -1,5 +1,6 @@
-// Decode: one query per head, all heads of a group together, over SPLIT keys of one segment per item.
+// Decode, and prefill of few queries: those of all heads of a group together, over SPLIT keys of one segment per item.
 //
+// "Heads" of a party are its queries: the tokens of this call, and for each of them the heads of the group.
 // Scores come with a head per quarter of a vector and four keys in it, [keys / 4][head][4]: no sum across more than such
 // a quarter is needed, and the softmax has few idle lanes.
 #pragma once
@@ -7,11 +8,18 @@
 
 constexpr int SPLIT = 512;          // keys of an item
 constexpr int64_t GRAIN = 1 << 21;  // bytes of keys and values that are worth a thread: making one takes 50 us
+constexpr int FEW_TOKENS = 24;      // of which a prefill's tile of 64 queries would be mostly empty
+constexpr int64_t EARLIER = INT_MIN / 2;  // position of keys that every query sees
 
-template <bool BF16> class Token {
+struct Part {  // a segment whose key in slot j has the position ``base + j``; queries see those closer than ``window``
+    const Segment* segment;
+    int64_t base = EARLIER, window = INT_MAX, begin = 0;  // no query sees slots before ``begin``
+};
+
+template <bool BF16> class Few {
     static constexpr bool Pair = BF16 && PAIRS;
     static constexpr int HEADS = W / 4;
-    const int dim, group, parties, steps;  // parties of HEADS query heads; steps of 16 bytes of a key
+    const int dim, group, queries, parties, steps;  // parties of HEADS queries; steps of 16 bytes of a key
     const float scale;
     const Unit unit{LOG2E};
     Room room;
@@ -21,23 +29,27 @@ template <bool BF16> class Token {
     int64_t next_stride = 0;
 
   public:
-    Token(const Shape& s, float scale)
-        : dim(int(s.dim)), group(int(s.heads / s.kv_heads)), parties((group + HEADS - 1) / HEADS),
+    Few(const Shape& s, float scale)
+        : dim(int(s.dim)), group(int(s.heads / s.kv_heads)), queries(int(s.q_len) * group),
+          parties((queries + HEADS - 1) / HEADS),
           steps(Pair ? dim / 8 : dim / 4), scale(scale),
           room(parties * dim * 4 + TILE * (W + dim) + TILE), q(room.take(parties * steps * W)),
           score(room.take(TILE / 4 * W)), keys(room.take(TILE * dim)), bias(room.take(TILE / 4 * W)), weight(room.take(W)) {}
 
-    // Writes per query head of the group: sum over keys of weight * value, [dim], the maximum and the sum of weights.
-    void run(const Heads& from, int64_t b, int64_t n, const Segment& segment, int64_t low, int64_t high, float* part) {
+    // Writes per query: sum over keys of weight * value, [dim], the maximum and the sum of weights. ``first``: position of
+    // the first token.
+    void run(const Heads& from, int64_t b, int64_t n, const Part& keys_of, int64_t low, int64_t high, int64_t first,
+             float* part) {
+        const Segment& segment = *keys_of.segment;
         memset(q, 0, sizeof(float) * parties * steps * W);
-        for (int g = 0; g < group; ++g)
+        for (int g = 0; g < queries; ++g)
             for (int u = 0; u < 4 * steps; ++u) {
                 float* into = q + (g / HEADS * steps + u / 4) * W + g % HEADS * 4 + u % 4;
-                const char* p = from.at(b, n * group + g);
+                const char* p = from.at(b, n * group + g % group, g / group);
                 if constexpr (Pair) memcpy(into, p + 4 * u, 4);
                 else *into = number<BF16>(p, u);
             }
-        for (int g = 0; g < group; ++g) {
+        for (int g = 0; g < queries; ++g) {
             memset(part + g * (dim + 2), 0, sizeof(float) * (dim + 2));
             part[g * (dim + 2) + dim] = LOWEST;
         }
@@ -51,10 +63,13 @@ template <bool BF16> class Token {
                     for (int d = 0; d < dim; d += W) store(keys + j * dim + d, widen(k + j * k_stride + 2 * d));
                 k = (const char*)keys, k_stride = 4 * dim;
             }
+            int64_t at = keys_of.base + pos, last = first + queries / group - 1;
+            bool edge = at + count - 1 > first || at + keys_of.window <= last;
             for (int party = 0; party < parties; ++party) {
-                int heads = std::min(HEADS, group - party * HEADS);
+                int heads = std::min(HEADS, queries - party * HEADS);
                 float* own = part + party * HEADS * (dim + 2);
                 multiply_keys(k, k_stride, count, q + party * steps * W, party ? nullptr : v, segment.v.token);
+                if (edge) hide(count, party, at - first, keys_of.window);
                 soften(count, heads, segment.bias != nullptr, own);
                 next = party + 1 == parties ? segment.k.at(b, n, pos + TILE) : nullptr, next_stride = segment.k.token;
                 if (heads == 4) add_values<4>(v, segment.v.token, count, own);
@@ -91,6 +106,15 @@ template <bool BF16> class Token {
             store(score + j / 4 * W, sum_fours(sum[0], sum[1], sum[2], sum[3]));
             store(score + (j / 4 + 1) * W, sum_fours(sum[4], sum[5], sum[6], sum[7]));
         }
+    }
+
+    // ``at``: position of the first key, counted from the first token.
+    void hide(int count, int party, int64_t at, int64_t window) {
+        for (int j = 0; j < count; ++j)
+            for (int g = 0; g < HEADS; ++g) {
+                int64_t token = (party * HEADS + g) / group, key = at + j;
+                if (key > token || key + window <= token) score[j / 4 * W + 4 * g + j % 4] = -__builtin_inff();
+            }
     }
 
     // Scores to weights, and what is known of each head's softmax; values added before fade by ``weight``.
@@ -154,47 +178,63 @@ template <bool BF16> class Token {
 };
 
 // Every SPLIT keys of a KV head are an item, whatever the number of threads, so that it does not change the answer.
-template <bool BF16> static int decode(const Call& call, float scale, const int64_t* packed) {
+// ``first(b)``: position of the first token of a row.
+template <bool BF16, class First>
+static int few(const Call& call, float scale, const std::vector<Part>& parts, First first) {
     const Shape& s = call.shape;
-    const Segment *segments = (const Segment*)(packed + 1), *end_segment = segments + packed[0];
-    struct Item { int64_t b, n; const Segment* segment; int64_t low, high; };
+    struct Item { int64_t b, n; const Part* part; int64_t low, high; };
     std::vector<Item> items;
     std::vector<int64_t> begin{0};
-    int64_t bytes = 0, group = s.heads / s.kv_heads, size = group * (s.dim + 2);
+    int64_t bytes = 0, group = s.heads / s.kv_heads, queries = group * s.q_len, size = queries * (s.dim + 2);
     for (int64_t b = 0; b < s.batch; ++b)
         for (int64_t n = 0; n < s.kv_heads; ++n) {
-            for (const Segment* segment = segments; segment != end_segment; ++segment)
-                for (int64_t low = 0, end = segment->of(b); low < end; low += SPLIT) {
-                    items.push_back({b, n, segment, low, std::min<int64_t>(low + SPLIT, end)});
+            for (const Part& part : parts)
+                for (int64_t low = part.begin, end = part.segment->of(b); low < end; low += SPLIT) {
+                    items.push_back({b, n, &part, low, std::min<int64_t>(low + SPLIT, end)});
                     bytes += (items.back().high - low) * s.dim * (BF16 ? 4 : 8);
                 }
             begin.push_back(int64_t(items.size()));
         }
-    std::vector<float> parts(items.size() * size);
-    std::deque<Token<BF16>> team;
-    int64_t threads = std::max<int64_t>(1, std::min({s.threads, int64_t(items.size()), bytes / GRAIN}));
+    std::vector<float> sums(items.size() * size);
+    std::deque<Few<BF16>> team;
+    int64_t worth = bytes * ((queries + W / 4 - 1) / (W / 4)) / GRAIN;
+    int64_t threads = std::max<int64_t>(1, std::min({s.threads, int64_t(items.size()), worth}));
     for (int64_t i = 0; i < threads; ++i) team.emplace_back(s, scale);
     int used = parallel(int64_t(items.size()), threads, [&](int64_t i, int64_t worker) {
         const Item& item = items[i];
-        team[worker].run(call.q, item.b, item.n, *item.segment, item.low, item.high, parts.data() + i * size);
+        team[worker].run(call.q, item.b, item.n, *item.part, item.low, item.high, first(item.b), sums.data() + i * size);
     });
     std::vector<float> total(s.dim);
-    for (int64_t head = 0; head < s.batch * s.heads; ++head) {
-        int64_t b = head / s.heads, h = head % s.heads, pair = b * s.kv_heads + h / group;
-        const float* part = parts.data() + h % group * (s.dim + 2);
-        float top = LOWEST, sum = 0;
-        std::fill(total.begin(), total.end(), 0.0f);
-        for (int64_t i = begin[pair]; i < begin[pair + 1]; ++i) top = std::max(top, part[i * size + s.dim]);
-        for (int64_t i = begin[pair]; i < begin[pair + 1]; ++i) {
-            float weight = std::exp(part[i * size + s.dim] - top);
-            sum += weight * part[i * size + s.dim + 1];
-            for (int64_t d = 0; d < s.dim; ++d) total[d] += weight * part[i * size + d];
-        }
-        for (int64_t d = 0; d < s.dim; ++d) {
-            float x = sum < 0.5f ? 0 : total[d] / sum;
-            if constexpr (BF16) ((uint16_t*)call.out.at(b, h))[d] = to_bf16(x);
-            else ((float*)call.out.at(b, h))[d] = x;
-        }
-    }
+    for (int64_t b = 0; b < s.batch; ++b)
+        for (int64_t h = 0; h < s.heads; ++h)
+            for (int64_t t = 0; t < s.q_len; ++t) {
+                int64_t pair = b * s.kv_heads + h / group;
+                const float* sum_of = sums.data() + (t * group + h % group) * (s.dim + 2);
+                float top = LOWEST, sum = 0;
+                std::fill(total.begin(), total.end(), 0.0f);
+                for (int64_t i = begin[pair]; i < begin[pair + 1]; ++i) top = std::max(top, sum_of[i * size + s.dim]);
+                for (int64_t i = begin[pair]; i < begin[pair + 1]; ++i) {
+                    float weight = std::exp(sum_of[i * size + s.dim] - top);
+                    sum += weight * sum_of[i * size + s.dim + 1];
+                    for (int64_t d = 0; d < s.dim; ++d) total[d] += weight * sum_of[i * size + d];
+                }
+                for (int64_t d = 0; d < s.dim; ++d) {
+                    float x = sum < 0.5f ? 0 : total[d] / sum;
+                    if constexpr (BF16) ((uint16_t*)call.out.at(b, h, t))[d] = to_bf16(x);
+                    else ((float*)call.out.at(b, h, t))[d] = x;
+                }
+            }
     return used;
+}
+
+static inline std::vector<Part> parts_of(const int64_t* packed) {
+    const Segment* segments = (const Segment*)(packed + 1);
+    std::vector<Part> parts;
+    for (int64_t i = 0; i < packed[0]; ++i) parts.push_back({segments + i});
+    return parts;
+}
+
+// One token, which sees every key.
+template <bool BF16> static int decode(const Call& call, float scale, const int64_t* packed) {
+    return few<BF16>(call, scale, parts_of(packed), [](int64_t) { return 0; });
 }

@@ -1,11 +1,10 @@
 // Prefill: tiles of 64 queries over the rows of keys and values that each of them reads.
 #pragma once
-#include "vectors.h"
+#include "decode.h"
 
 constexpr int ROWS = 4;                   // rows of a register block
 constexpr int64_t WORK = 1 << 22;         // multiplications that are worth a thread: making one takes 50 us
 constexpr int FEW = 8;                    // queries, for fewer of which libraries sum more exactly, and so is done here
-constexpr int64_t EARLIER = INT_MIN / 2;  // position of keys that every query sees
 
 // out[row][query] = row . query. Sums run over ``run`` numbers, and then sums are summed: less rounding error.
 template <bool Pair>
@@ -212,6 +211,11 @@ static int prefill(const Shape& s, float scale, int64_t tiles, int64_t keys, Til
 template <bool BF16> static int dense(const Call& call, float scale, const int64_t* packed) {
     const Shape& s = call.shape;
     const Segment *segments = (const Segment*)(packed + 1), &own = segments[packed[0] - 1];
+    if (s.q_len <= FEW_TOKENS) {
+        std::vector<Part> parts = parts_of(packed);
+        parts.back().base = 0;
+        return few<BF16>(call, scale, parts, [&](int64_t b) { return own.of(b) - s.q_len; });
+    }
     int64_t tiles = (s.q_len + TILE - 1) / TILE, keys = 0;
     for (const Segment* segment = segments; segment <= &own; ++segment) keys += segment->length;
     return prefill<BF16>(s, scale, tiles, keys, [&](Queries<BF16>& tile, int64_t b, int64_t n, int64_t h, int64_t t) {
@@ -230,6 +234,11 @@ template <bool BF16> static int streaming(const Call& call, float scale, const i
     const int64_t first = packed[0], recent = packed[1];
     const Segment &sinks = *(const Segment*)(packed + 2), &band = *(&sinks + 1);
     int64_t start = first + band.length - s.q_len;  // position of the first query
+    if (s.q_len <= FEW_TOKENS) {
+        int64_t oldest = std::max(first, start - recent + 1);
+        std::vector<Part> parts{{&sinks, 0}, {&band, first, recent, oldest - first}};
+        return few<BF16>(call, scale, parts, [&](int64_t) { return start; });
+    }
     int64_t tiles = (s.q_len + TILE - 1) / TILE, keys = sinks.length + std::min(recent + TILE, band.length);
     return prefill<BF16>(s, scale, tiles, keys, [&](Queries<BF16>& tile, int64_t b, int64_t n, int64_t h, int64_t t) {
         int64_t low = t * TILE, high = std::min(low + TILE, s.q_len);
