@@ -59,6 +59,8 @@ LAYERS = {
     "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"},
     "environment": set(),
     "console": set(),
+    "sizes": {"errors", "registry"},
+    "memory": CONFIG | {"assets", "config_find", "family", "layer_plan", "patch", "sizes"},
     "plots": {"errors", "config"},
     # What stands on the public names, which it may also take from the files that define them.
     "assets": {"errors"},
@@ -71,17 +73,17 @@ LAYERS = {
     "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
     "bench": CONFIG
     | {"__init__", "environment", "family", "kernels", "prefill", "layer_plan", "cache", "patch", "loading", "report"}
-    | {"assets", "plots", "tasks", "console"},
+    | {"assets", "plots", "tasks", "console", "memory", "sizes"},
     "config_reference": CONFIG,
     "config_commands": CONFIG | {"config_reference", "console"},
     "cli": {"__init__", "console", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
     | {"identify_prefill_commands", "compare_commands", "eval_commands", "evaluate"},
 }
 TRANSFORMERS = {"cache", "attention", "hooks", "patch", "loading", "demo", "bench", "identify", "identify_commands"}
-TRANSFORMERS |= {"environment"}
+TRANSFORMERS |= {"environment", "memory"}
 COMMANDS = ("cli", "compare_commands", "config_commands", "config_reference", "eval_commands")
 COMMANDS += ("identify_commands", "identify_prefill_commands")
-NOT_AT_IMPORT = (*COMMANDS, "demo", "bench", "assets", "patches", "plots")
+NOT_AT_IMPORT = (*COMMANDS, "demo", "bench", "assets", "patches", "plots", "memory", "sizes")
 
 
 def unit(file: Path) -> str:
