@@ -120,7 +120,7 @@ class Subject:
     def kv_heads(self) -> int:
         return len(self.plans[0].roles)
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         return LongCtxConfig.describe(self.dense)["head_dim"]
 

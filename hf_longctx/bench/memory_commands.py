@@ -23,7 +23,7 @@ Dtype = Annotated[str, typer.Option(help="fp32 or bf16 (fp16 takes as much).")]
 Batch = Annotated[int, typer.Option(help="Rows of that length.", min=1)]
 Chunk = Annotated[int, typer.Option(help="Tokens of the prompt per forward (prefill_chunk_size); 0 for all.", min=0)]
 Weights = Annotated[str | None, typer.Option(help="Size of the weights, e.g. 5.7GB of quantised ones.")]
-Config = Annotated[str | None, typer.Option(help="What to patch a folder or hub id with [default: auto].")]
+Config = Annotated[str | None, typer.Option(help="What to patch a folder or hub id with; default: auto.")]
 Check = Annotated[bool, typer.Option("--check", help="Also allocate the KV caches and count their bytes.")]
 CheckTokens = Annotated[int | None, typer.Option(help="Check so many tokens instead of the longest context.", min=1)]
 
