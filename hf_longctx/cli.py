@@ -16,6 +16,7 @@ from .errors import LongCtxError
 from .eval_commands import command as evaluate
 from .identify_commands import command as identify
 from .identify_prefill_commands import command as identify_prefill
+from .plan_commands import command as plan
 
 
 class Commands(TyperGroup):
@@ -48,6 +49,7 @@ app.command("compare")(compare)
 app.command("eval")(evaluate)
 app.command("identify")(identify)
 app.command("identify-prefill")(identify_prefill)
+app.command("plan")(plan)
 app.add_typer(config_commands.app, name="configs")
 
 

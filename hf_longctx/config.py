@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -23,6 +23,9 @@ from .config_sections import (
 )
 from .errors import ConfigError
 from .registry import check_mapping, check_word, dump, make, words
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 NOT_KERNELS = {"layout", "dispatch"}
 
@@ -117,6 +120,30 @@ class LongCtxConfig:
         form = (tokens, self.model.head_dim, number_bytes)
         kept = sum(heads.count(letter) * store.kept_bytes(*form) for letter, store in stores.items())
         return 2 * len(heads) * tokens * self.model.head_dim * number_bytes, kept
+
+    @classmethod
+    def plan(cls, model: Any, **given: Any) -> Plan:
+        """The best config of a model for so many tokens in so much memory; no weight is loaded.
+
+        ``docs/choosing.md`` states the ladder; ``str(plan)`` says what was tried and chosen,
+        ``plan.config`` is for ``patch_model`` and ``to_yaml``.
+
+        Args:
+            model: a shipped config's name, a YAML, a model's folder or hub id, or a loaded model.
+            given: ``context``, tokens of prompt and answer together, in each of ``batch`` rows (1); ``memory`` in all,
+                bytes or a size such as "24GB"; ``dtype`` "bf16" or "fp32"; ``chunk``, the prefill_chunk_size (4096);
+                ``weights``, their size where it is not that of the parameters; ``config`` for a folder, a hub id or a
+                model (what ``patch_model`` takes); ``reserve``, True for a ``LongCtxCache`` made with ``max_tokens``.
+
+        Raises:
+            LongCtxError: not even the smallest fits; the message says what it needs and how long a context would fit.
+            ConfigError: an argument out of bounds, no such model, or no config for it.
+            UnsupportedModelError: its family cannot be patched.
+            UnsupportedModeError: as ``patch_model`` with the chosen config.
+        """
+        from .plan import plan  # stands on everything that stands on this file
+
+        return plan(model, **given)
 
     def check_model(self, hf_config: Any) -> None:
         """Raise ConfigError unless the config was made for a model with this Transformers config."""

@@ -111,17 +111,21 @@ def heads_in_budget(kv_budget: float, total: int, tokens: int, streaming_tokens:
     return total if least == 1 else min(total, math.floor(room / (1 - least) * total))
 
 
-def usable_cuts(scores: Sequence[float]) -> list[int]:
-    """Numbers of best heads, 0 and all of them included, that leave no zero out beside one that is in."""
+def usable_cuts(scores: Sequence[float], confidence: str = "measured") -> list[int]:
+    """Numbers of best heads, 0 and all of them included, that leave no head out beside one like it that is in.
+
+    Like it: both are zero, or of ``confidence`` "none" and equal.
+    """
     ranked = sorted(scores, reverse=True)
-    return [n for n in range(len(ranked) + 1) if n in (0, len(ranked)) or not _untold(*ranked[n - 1 : n + 1])]
+    inner = (n for n in range(1, len(ranked)) if not _untold(*ranked[n - 1 : n + 1], confidence))
+    return [0, *inner, len(ranked)] if ranked else [0]
 
 
-def usable_fraction(rows: Sequence[Sequence[float]], fraction: float) -> float:
-    """``fraction`` of the heads of scores ``rows``, lowered to a usable cut where its own would fall among zeros."""
+def usable_fraction(rows: Sequence[Sequence[float]], fraction: float, confidence: str = "measured") -> float:
+    """``fraction`` of the heads of scores ``rows``, lowered to a usable cut where its own is none (``usable_cuts``)."""
     scores = [score for row in rows for score in row]
     wanted = _half_up(_exact(fraction) * len(scores))
-    cut = max(n for n in usable_cuts(scores) if n <= wanted)
+    cut = max(n for n in usable_cuts(scores, confidence) if n <= wanted)
     return fraction if cut == wanted else round(cut / len(scores), 6)
 
 

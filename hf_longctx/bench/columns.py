@@ -11,16 +11,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
 
 from .. import LongCtxCache, LongCtxConfig, LongCtxError, patch_model
-from .settings import DTYPES, VOCABULARY, Settings
+from ..sizes import dtype_of as dtype_of
+from .settings import VOCABULARY, Settings
 
 STOCK, STATIC = "stock", "stock static"
 RETRIEVAL, HALF, STREAMING = "all retrieval", "half streaming", "all streaming"
 SDPA = "sdpa"  # what the stock column calls
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # largest error, relative to the largest value
-
-
-def dtype_of(word: str) -> torch.dtype:
-    return getattr(torch, DTYPES[word])
 
 
 def make_model(settings: Settings, dtype: torch.dtype, device: str) -> Any:

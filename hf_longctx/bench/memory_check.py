@@ -8,9 +8,9 @@ from transformers import Cache, DynamicCache
 
 from .. import LongCtxCache, LongCtxError
 from ..cache import cache_bytes
-from .columns import dtype_of
+from ..memory import DENSE, RESERVED, Subject
+from ..sizes import dtype_of
 from .environment import free_memory
-from .memory import DENSE, RESERVED, Subject
 
 MARGIN = 0.05  # of the free memory, left to everybody else
 
@@ -42,7 +42,7 @@ def fill(subject: Subject, way: str, tokens: int) -> int:
     if way == DENSE:
         cache: Cache = DynamicCache(config=subject.dense)
     else:
-        cache = LongCtxCache(subject.model, max_tokens=tokens if way == RESERVED else None)
+        cache = LongCtxCache(subject.patch(), max_tokens=tokens if way == RESERVED else None)
     most = 0
     for index, plan in enumerate(subject.plans):
         step = subject.chunk(tokens) if way == DENSE and plan.sliding else tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,28 +9,29 @@ from rich.console import Console
 from rich.table import Table
 
 from ..console import console
+from ..registry import check_word
+from ..sizes import DTYPES, parse_bytes
 from . import outputs
 from .outputs import Json, Png
-from .settings import DTYPES
 
 if TYPE_CHECKING:
-    from .memory import Subject
+    from ..memory import Subject
 
-UNITS = {"GB": 10**9, "MB": 10**6, "TB": 10**12, "GiB": 2**30, "MiB": 2**20, "TiB": 2**40}
-
+Model = Annotated[str, typer.Argument(help="Shipped config, YAML, local folder, or hub id.")]
 Memory = Annotated[str, typer.Option(help="In all, e.g. 24GB (10^9 bytes each) or 24GiB.")]
+Dtype = Annotated[str, typer.Option(help="fp32 or bf16 (fp16 takes as much).")]
 Batch = Annotated[int, typer.Option(help="Rows of that length.", min=1)]
 Chunk = Annotated[int, typer.Option(help="Tokens of the prompt per forward (prefill_chunk_size); 0 for all.", min=0)]
 Weights = Annotated[str | None, typer.Option(help="Size of the weights, e.g. 5.7GB of quantised ones.")]
-Config = Annotated[str | None, typer.Option(help="What to patch a folder or hub id with [default: auto].")]
+Config = Annotated[str | None, typer.Option(help="What to patch a folder or hub id with; default: auto.")]
 Check = Annotated[bool, typer.Option("--check", help="Also allocate the KV caches and count their bytes.")]
 CheckTokens = Annotated[int | None, typer.Option(help="Check so many tokens instead of the longest context.", min=1)]
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Shipped config, YAML, local folder, or hub id.")],
+    model: Model,
     memory: Memory,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16 (fp16 takes as much).")] = "bf16",
+    dtype: Dtype = "bf16",
     batch: Batch = 1,
     chunk: Chunk = 4096,
     weights: Weights = None,
@@ -42,27 +42,17 @@ def command(
     png: Png = None,
 ) -> None:
     """The longest context that fits into so much memory, dense and patched: calculated, and checked by allocating."""
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"{dtype!r} is not known; known: {', '.join(DTYPES)}", param_hint="--dtype")
+    check_word(dtype, DTYPES, "--dtype")
     outputs.check(json, png)
-    size = None if weights is None else parse(weights, "--weights")
-    from .memory import MemorySettings, find
+    size = None if weights is None else parse_bytes(weights, "--weights")
+    from ..memory import MemorySettings, find
     from .show import as_json
 
-    settings = MemorySettings(parse(memory, "--memory"), dtype, batch, chunk, size)
+    settings = MemorySettings(parse_bytes(memory, "--memory"), dtype, batch, chunk, size)
     subject = find(model, settings, config)
     results = measure(subject, check or check_tokens is not None, check_tokens)
     show(console(), subject, results)
     outputs.write(json, png, {**as_json("memory", settings, results), "model": model, "notes": list(subject.notes)})
-
-
-def parse(text: str, option: str) -> int:
-    """Bytes of a size with its unit."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    units = {name.lower(): factor for name, factor in UNITS.items()}
-    if found is None or found[2].lower() not in units:
-        raise typer.BadParameter(f"{text!r} is no size such as 24GB; units: {', '.join(UNITS)}", param_hint=option)
-    return round(float(found[1]) * units[found[2].lower()])
 
 
 def measure(subject: Subject, check: bool, check_tokens: int | None) -> list[dict[str, Any]]:
@@ -71,8 +61,8 @@ def measure(subject: Subject, check: bool, check_tokens: int | None) -> list[dic
     Raises:
         LongCtxError: as ``memory_check.check``.
     """
+    from ..memory import WAYS, longest
     from . import memory_check
-    from .memory import WAYS, longest
 
     results = []
     for way in WAYS:

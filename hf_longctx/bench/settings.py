@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from ..config import kernel_words
 from ..errors import ConfigError
 from ..registry import check_word
+from ..sizes import DTYPES
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # word of the command line -> name in torch
 LONG = 32768  # tokens of a long prompt, which most goals are stated for
 VOCABULARY = 1024  # small, so that lm_head dominates neither the memory nor the time of a 4-layer model
 

@@ -13,12 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from hf_longctx import ConfigError, LongCtxConfig, LongCtxError, patch_model
-from hf_longctx.bench import environment, memory, memory_check
-from hf_longctx.bench.memory import DENSE, MOST, PATCHED, RESERVED, WAYS, MemorySettings, Subject, find, longest
+from hf_longctx import ConfigError, LongCtxConfig, LongCtxError, memory, patch_model
+from hf_longctx.bench import environment, memory_check
 from hf_longctx.bench.memory_check import check, fill
 from hf_longctx.cli import app
 from hf_longctx.config import load_shipped
+from hf_longctx.memory import DENSE, MOST, PATCHED, RESERVED, WAYS, MemorySettings, Subject, find, longest
 from hf_longctx.registry import words
 from hf_longctx.stores.base import SPARE, StoreSpec
 
@@ -170,7 +170,7 @@ def test_the_rule_for_working_memory_is_what_a_prefill_takes(chunk, word, batch,
     ours = {"model": LongCtxConfig.describe(config), "heads": {"roles": roles}, "stores": stores}
     with torch.device("meta"):
         counted = memory.AutoModelForCausalLM.from_config(config, dtype=memory.dtype_of(word))
-    subject = Subject("", patch_model(counted, ours), config, settings)
+    subject = Subject("", counted, config, settings, LongCtxConfig.from_dict(ours))
     ids = torch.randint(64, (batch, tokens))
     for way in (DENSE, PATCHED):
         if way == PATCHED:
@@ -291,7 +291,7 @@ def test_weights_that_do_not_fit_are_said(folder):
         (("tiny-llama", "--memory", "24"), "is no size such as 24GB"),
         (("tiny-llama", "--memory", "24QB"), "is no size such as 24GB"),
         (("tiny-llama", "--memory", "1GB", "--weights", "x"), "is no size such as 24GB"),
-        (("tiny-llama", "--memory", "1GB", "--dtype", "fp8"), "'fp8' is not known; known: fp32, bf16"),
+        (("tiny-llama", "--memory", "1GB", "--dtype", "fp8"), "--dtype: got 'fp8', expected one of: fp32, bf16"),
         (("tiny-llama", "--memory", "1GB", "--json", "/no/such/folder/x.json"), "is not a folder"),
     ],
 )

@@ -1,7 +1,8 @@
-"""``bench memory``: the longest context that fits into so much memory, dense and patched; a calculation in bytes.
+"""What a context takes in memory, dense and patched, and the longest that fits: a calculation in bytes.
 
-Weights + KV cache + the working memory of a prefill. The KV cache is counted slot by slot, spare room included, and
-``memory_check`` allocates it for real. The working memory is what one layer's forward of one chunk of the prompt holds:
+``bench memory`` and ``plan`` stand on it. Weights + KV cache + the working memory of a prefill. The KV cache is counted
+slot by slot, spare room included, and ``bench memory --check`` allocates it for real. The working memory is what one
+layer's forward of one chunk of the prompt holds:
 
 - its activations, in numbers per token: 4 hidden + 3 intermediate + 2 head_dim in the MLP, or
   3 hidden + 2 query heads x head_dim + 2 KV heads x head_dim + 2 head_dim in the attention, whichever needs more;
@@ -14,7 +15,7 @@ On a CPU torch's profiler agrees with this (tests/bench). Kernels for GPUs may h
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .. import ConfigError, LongCtxConfig, patch_model
-from ..assets import embedded
-from ..config import load_shipped
-from ..config_files import shipped
-from ..family import find_family
-from ..patch import state_of
-from ..registry import check_word
-from .columns import dtype_of
+from .assets import embedded
+from .config import LongCtxConfig, load_shipped
+from .config_files import shipped
+from .config_find import resolve
+from .errors import ConfigError
+from .family import find_family
+from .layer_plan import LayerPlan
+from .patch import attention_modules, make_plan, patch_model, state_of, unwrap
+from .registry import check_word
+from .sizes import DTYPES, dtype_of
 
 MOST = 1 << 40  # tokens: what fits more than this has no limit
 DENSE, PATCHED, RESERVED = "dense", "patched", "patched, max_tokens"
@@ -42,7 +45,7 @@ class MemorySettings:
 
     Attributes:
         memory: bytes in all.
-        dtype: word of ``settings.DTYPES``, of weights, cache and activations.
+        dtype: word of ``sizes.DTYPES``, of weights, cache and activations.
         batch: rows of the same length.
         chunk: tokens of the prompt per forward (``prefill_chunk_size``); 0 for all of them.
         weights: bytes of the weights, None to count the parameters.
@@ -56,6 +59,7 @@ class MemorySettings:
     default_shape = False  # no goals are stated for it
 
     def __post_init__(self) -> None:
+        check_word(self.dtype, DTYPES, "dtype")
         if self.memory < 1 or self.batch < 1 or self.chunk < 0 or (self.weights or 0) < 0:
             raise ConfigError(
                 "memory and batch must be at least 1, chunk and weights not negative, given "
@@ -85,11 +89,12 @@ class Need:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model without weights, patched, and what is to be counted of it.
+    """A model without weights, a config for it, and what is to be counted of them.
 
     Attributes:
         model: on the ``meta`` device.
         dense: the Transformers config, for a dense cache.
+        config: what to patch with. Its ``model`` section may say less than ``dense``, or more.
         notes: what is not known of it, in words.
     """
 
@@ -97,17 +102,25 @@ class Subject:
     model: Any
     dense: Any
     settings: MemorySettings
+    config: LongCtxConfig
     notes: tuple[str, ...] = ()
 
-    @property
-    def plans(self) -> tuple:
-        return state_of(self.model).plans
+    def patch(self) -> Any:
+        """The model, patched with the config; errors as ``patch_model``."""
+        return patch_model(self.model, {**self.config.to_dict(), "model": LongCtxConfig.describe(self.dense)})
+
+    @cached_property
+    def plans(self) -> tuple[LayerPlan, ...]:
+        """The plan of every layer, as a patched model has it."""
+        family = find_family(self.dense.model_type)
+        modules = attention_modules(self.model.base_model, family)
+        return tuple(make_plan(module, self.config, family, self.dense) for module in modules)
 
     @property
     def kv_heads(self) -> int:
         return len(self.plans[0].roles)
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         return LongCtxConfig.describe(self.dense)["head_dim"]
 
@@ -203,21 +216,54 @@ def find(name: str, settings: MemorySettings, config: str | None = None) -> Subj
         raise ConfigError(
             f"--config: {name} is a config itself. Name a model's folder or hub id, or leave --config out."
         )
-    dense = _read(name) if named is None else _described(name, named)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(dense, dtype=dtype_of(settings.dtype))
-    model.tie_weights()  # Transformers 5.0 leaves that out on the meta device
     if named is None:
-        patch_model(model, config or "auto")
-        return Subject(name, model, dense, settings)
-    patch_model(model, {**named.to_dict(), "model": LongCtxConfig.describe(dense)})
+        dense = _read(name)
+        find_family(dense.model_type)
+        return _checked(Subject(name, _meta(dense, settings), dense, settings, resolve(config or "auto", dense)))
+    dense = _described(name, named)
     shared = dense.vocab_size * dense.hidden_size * dtype_of(settings.dtype).itemsize
     note = (
         f"{name} is a config: it does not say whether the output layer shares the embeddings (counted as if not; "
         f"{shared / 1e9:.2f} GB less if it does), or that layers have sliding windows of their own (none are counted). "
         "A model's folder or hub id does."
     )
-    return Subject(name, model, dense, settings, (note,) if settings.weights is None else ())
+    notes = (note,) if settings.weights is None else ()
+    return _checked(Subject(name, _meta(dense, settings), dense, settings, named, notes))
+
+
+def loaded(model: Any, settings: MemorySettings, config: str | None = None) -> Subject:
+    """A loaded model, patched or not, whose parameters are counted as they are; the model itself is left alone.
+
+    Args:
+        config: as for ``find``; None: what it is patched with, or "auto".
+
+    Raises:
+        ConfigError: no config fits it.
+        UnsupportedModelError: this is no Transformers model, or its family cannot be patched.
+    """
+    state, base = state_of(model), unwrap(model).base_model
+    dense = base.config if state is None else state.original
+    find_family(dense.model_type)
+    given = config or ("auto" if state is None else state.config)
+    if settings.weights is None:
+        held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        settings = replace(settings, weights=held)
+    name = getattr(dense, "_name_or_path", None) or type(unwrap(model)).__name__
+    return _checked(Subject(name, _meta(dense, settings), dense, settings, resolve(given, dense)))
+
+
+def _meta(dense: Any, settings: MemorySettings) -> Any:
+    """The model of a Transformers config, without weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dense, dtype=dtype_of(settings.dtype))
+    model.tie_weights()  # Transformers 5.0 leaves that out on the meta device
+    return model
+
+
+def _checked(subject: Subject) -> Subject:
+    """The subject, once its model was patched: what cannot be patched is refused before anything is counted."""
+    subject.patch()
+    return subject
 
 
 def _read(name: str) -> Any:

@@ -1,0 +1,62 @@
+"""The command ``hf-longctx plan``."""
+
+from __future__ import annotations
+
+import json as to_json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .bench.memory_commands import Batch, Chunk, Config, Dtype, Memory, Model, Weights
+from .config import LongCtxConfig
+from .console import console
+from .environment import environment
+from .identify_commands import check_output
+from .registry import check_word
+from .sizes import DTYPES, parse_bytes
+
+Context = Annotated[int, typer.Option(help="Tokens of the prompt and the answer together, in each row.", min=1)]
+Reserve = Annotated[
+    bool, typer.Option("--reserve", help="Count a LongCtxCache made with max_tokens, without spare room.")
+]
+Out = Annotated[Path | None, typer.Option(help="Write the chosen config here, a .yaml.", dir_okay=False)]
+Json = Annotated[Path | None, typer.Option("--json", help="Write every rung's bytes, and the versions, here.")]
+
+
+def command(
+    model: Model,
+    context: Context,
+    memory: Memory,
+    dtype: Dtype = "bf16",
+    batch: Batch = 1,
+    chunk: Chunk = 4096,
+    weights: Weights = None,
+    config: Config = None,
+    reserve: Reserve = False,
+    out: Out = None,
+    json: Json = None,
+) -> None:
+    """The best config for so many tokens in so much memory, before anything is loaded; refused if none fits."""
+    check_word(dtype, DTYPES, "--dtype")
+    for path, endings, option in ((out, (".yaml", ".yml"), "--out"), (json, (".json",), "--json")):
+        if path is not None:
+            check_output(path, endings, option)
+    found = LongCtxConfig.plan(
+        model,
+        context=context,
+        memory=parse_bytes(memory, "--memory"),
+        dtype=dtype,
+        batch=batch,
+        chunk=chunk,
+        weights=None if weights is None else parse_bytes(weights, "--weights"),
+        config=config,
+        reserve=reserve,
+    )
+    to = console()
+    to.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    if out is not None:
+        found.config.to_yaml(out)
+        to.print(f'written   {out}: patch_model(model, "{out}")', markup=False, highlight=False, soft_wrap=True)
+    if json is not None:
+        json.write_text(to_json.dumps({"environment": environment(), **found.as_dict()}, indent=1) + "\n", "utf-8")
