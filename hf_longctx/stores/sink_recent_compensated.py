@@ -210,8 +210,8 @@ class SinkRecentCompensatedStore(Store):
         size, keep = 0 if band is None else band.k.shape[2], max(0, rows.past - low)
         if keep == 0:
             self.low = low
-        short = rows.total - self.low > size and size < capacity and size - (rows.total - low) < SPARE // 2
-        if size > capacity or rows.total - low > size or short:
+        full = rows.total - self.low > size and size < capacity and size - (rows.total - low) < SPARE // 2
+        if size > capacity or rows.total - low > size or full or (band is None and capacity):
             like = band or self.segments.get("sinks")
             grown = self.new_segment(k, v, capacity) if like is None else self.new_segment(like.k, like.v, capacity)
             if keep:
