@@ -458,22 +458,37 @@ def test_no_temporary_grows_with_the_prompt():
     assert sizes[0] == sizes[1] == 4 * 4 * 128 * (4 + 500 + 128 + 1)
 
 
+@pytest.mark.parametrize("recent", [6, {"min": 6, "fraction": 0.3}])
+@pytest.mark.parametrize("lengths", [[120, 120], [120, 31, 12]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_low_precision_decodes_like_it_prefills(dtype):
+def test_low_precision_decodes_like_it_prefills(dtype, lengths, recent):
     """With head_dim 16 the native kernel runs, where there is one; the answer is float64's but for rounding."""
     wide = tiny_model("llama", torch.float64, head_dim=16)
     model = tiny_model("llama", dtype, head_dim=16)
     model.load_state_dict(wide.state_dict())
-    logits = []
-    ids = torch.randint(3, 97, (2, 120))
+    logits, (ids, mask) = [], left_padded(lengths)
     for one in (wide, model):
-        patch_model(one, configured(one, "streaming", 4, 6))
+        patch_model(one, configured(one, "streaming", 4, recent))
         cache = LongCtxCache(one)
-        read(one, cache, ids[:, :100])
-        logits.append(torch.stack([read(one, cache, ids[:, at : at + 1]) for at in range(100, 120)]).double())
+        read(one, cache, ids[:, :100], mask[:, :100])
+        steps = [read(one, cache, ids[:, at : at + 1], mask[:, : at + 1]) for at in range(100, 120)]
+        logits.append(torch.stack(steps)[4:].double())  # the shortest row begins within these steps
         assert "compensated" in report(one).kernels
     drift = (logits[0] - logits[1]).abs().mean() / logits[0].abs().mean()
     assert drift < (0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_training_step_has_the_same_gradients_with_a_cache_and_without():
+    model = patched_tiny(recent=5)
+    ids, mask = left_padded([40, 17])
+    found = []
+    for kept in ({"use_cache": False}, {"past_key_values": LongCtxCache(model)}):
+        model.zero_grad()
+        model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), **kept).loss.backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert len(found[0]) > 20 and max(grad.abs().max() for grad in found[0]) > 1e-3
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -538,3 +553,4 @@ def test_a_config_survives_yaml(tmp_path):
     wider = config.override(stores={"streaming": {"recent": {"min": 9}}})
     assert wider.stores.streaming.recent == Growing(9, 0.25)
     assert wider.override(stores={"streaming": {"recent": 9}}).stores.streaming.recent == 9
+    assert config.stores.streaming.span() == (4, 7)
