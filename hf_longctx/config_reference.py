@@ -36,6 +36,7 @@ def reference() -> str:
             cls = load(folder, word)
             serves = " and ".join(cls.roles)
             parts.append(_section(f"`{key}: {word}` in {folder} ({serves} heads)", cls))
+            parts += [_section(f"`{name}` of `{key}: {word}`", inner) for name, inner in _nested(cls)]
     return "\n".join([*parts, _kernels()])
 
 

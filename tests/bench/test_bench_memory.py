@@ -85,8 +85,30 @@ def test_windows_of_the_model_s_own_are_counted(family, tokens, chunk, folder):
         assert subject.kv(DENSE, tokens) == (windows * (7 + 5) + (3 - windows) * 300) * head
 
 
+@pytest.mark.parametrize("tokens", [1, 15, 20, 21, 277, 1000, 3000])
+@pytest.mark.parametrize(("sink", "recent"), [(4, 16), (0, {"min": 16, "fraction": 0.5}), (900, 16)])
+def test_the_calculation_of_a_mean_and_a_window_that_grows_is_what_is_allocated(tokens, sink, recent, folder):
+    path, config = folder(roles="streaming")
+    store = {"store": "sink_recent_compensated", "sink": sink, "recent": recent}
+    LongCtxConfig.from_yaml(config).override(stores={"streaming": store}).to_yaml(config)
+    subject = find(path, replace(SETTINGS, dtype="bf16", batch=3), config)
+    window = 16 if recent == 16 else max(16, (tokens - 255) // 2)  # of the query 255 tokens back
+    rest, slots = max(0, min(tokens - sink, window + 255)), min(tokens, sink)
+    spare = 0 if tokens + 256 <= sink else rest + max(256, rest // 8)
+    held = min(sink, slots + max(256, slots // 8)) + spare
+    reserved = slots + min(max(0, tokens - sink), rest + max(256, rest // 8))
+    head = 2 * 8 * 3  # numbers of a slot, and of the two sums, of one head of all rows
+    want = {
+        DENSE: 12 * tokens * 2 * head,
+        PATCHED: 12 * (2 * held + 8) * head,
+        RESERVED: 12 * (2 * reserved + 8) * head,
+    }
+    for way in WAYS:
+        assert subject.kv(way, tokens) == want[way] == check(subject, way, tokens)
+
+
 def test_every_store_knows_its_slots():
-    assert words("stores") == ("full", "sink_recent"), "a new store is checked above"
+    assert words("stores") == ("full", "sink_recent", "sink_recent_compensated"), "a new store is checked above"
 
     class Twice(StoreSpec):
         def new(self, heads, max_tokens): ...

@@ -1,0 +1,315 @@
+"""``store: sink_recent_compensated``: sinks, the latest tokens, and the mean of all that was dropped between them.
+
+RazorAttention, arXiv:2407.15891. Its mean is over keys after their rotary embedding (algorithm 1 there), so every key
+keeps the position it was computed with, here as there.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheError
+from ..kernels import _compensated
+from ..kernels._compensated import Windows, total
+from ..kernels.layout import HeadKV, RoleHeads, Segment
+from ..rows import Rows
+from .base import SPARE, Call, Store, StoreSpec, room
+from .sink_recent import SLACK
+
+
+@dataclass(frozen=True)
+class Growing:
+    """A window that grows with the row: ``max(min, floor(fraction * tokens so far))`` tokens.
+
+    Attributes:
+        min: latest tokens that a query sees at least, its own among them.
+        fraction: share of the row's tokens so far, the query's own among them.
+    """
+
+    min: int = field(default=4000, metadata={"min": 1, "unit": "tokens"})
+    fraction: float = field(default=0.2, metadata={"above": 0.0, "max": 0.9})
+
+
+@dataclass(frozen=True)
+class SinkRecentCompensated(StoreSpec):
+    """Keep the first ``sink`` and the latest ``recent`` tokens of each row, and one mean of the tokens between them.
+
+    A query at row position ``i`` with a window of ``R`` tokens sees key ``j`` when ``j <= i and (j < sink or
+    i - j < R)``, and the mean of the keys ``sink <= j <= i - R`` as one more, the log of their number added to its
+    score: as much weight as that many keys that all equal the mean.
+
+    Attributes:
+        sink: first tokens of a row.
+        recent: latest tokens, the query's own among them; or a window that grows with the row.
+    """
+
+    roles = ("streaming",)
+
+    sink: int = field(default=64, metadata={"min": 0, "unit": "tokens"})
+    recent: int | Growing = field(default=256, metadata={"min": 1, "unit": "tokens"})
+
+    def new(self, heads: RoleHeads, max_tokens: int | None) -> SinkRecentCompensatedStore:
+        return SinkRecentCompensatedStore(self, heads, max_tokens)
+
+    def window(self, i: int) -> int:
+        """Latest tokens that the query at row position ``i`` sees, its own among them."""
+        if isinstance(self.recent, int):
+            return self.recent
+        return max(self.recent.min, math.floor(self.recent.fraction * (i + 1)))
+
+    def edge(self, i: int) -> int:
+        """First row position of that window outside of the sinks; grows by 0 or 1 from one position to the next."""
+        return max(self.sink, i + 1 - self.window(i))
+
+    def kept(self, tokens: int) -> int:
+        return min(tokens, self.sink + self.window(tokens - 1))
+
+    def kept_bytes(self, tokens: int, head_dim: int, number: int) -> int:
+        return super().kept_bytes(tokens, head_dim, number) + _sum_bytes(head_dim)
+
+    def slots(self, tokens: int, max_tokens: int | None = None) -> int:
+        return room(min(tokens, self.sink), max_tokens, self.sink) + self.band(tokens, max_tokens)
+
+    def head_bytes(self, tokens: int, head_dim: int, number: int, max_tokens: int | None = None) -> int:
+        return super().head_bytes(tokens, head_dim, number, max_tokens) + _sum_bytes(head_dim)
+
+    def span(self) -> tuple[int, int]:
+        return self.sink, self.window(0)
+
+    def held(self, tokens: int) -> int:
+        """Tokens outside of the sinks that a row needs, those to go back to included."""
+        return max(0, tokens - self.edge(tokens - SLACK - 1))
+
+    def band(self, tokens: int, max_tokens: int | None = None) -> int:
+        """Slots of the buffer that holds them after ``tokens`` tokens."""
+        if max_tokens is None:
+            return room(self.held(tokens), None) if tokens + SPARE > self.sink else 0
+        return min(max(0, max_tokens - self.sink), room(self.held(max_tokens), None))
+
+    def prefill(self, call: Call, q: Tensor, part: HeadKV, group: slice, start: int) -> Tensor:
+        band, rows, dropped = part.segments[0], call.rows, None
+        end = rows.total - start
+        if part.state:
+            first, count = self.edge(rows.past - start - 1), min(self.sink, end)
+            dropped = tuple(part.state[name][group] for name in "kv")
+            held = (band.k, band.v) if part.sinks is None else (part.sinks.k, part.sinks.v)
+            sinks = tuple(x[group, :, :count] for x in held)
+        else:
+            first = self.sink
+            sinks = tuple(x[group, :, start : start + self.sink] for x in (band.k, band.v))
+        kept = tuple(x[group, :, start + first - part.first : band.length] for x in (band.k, band.v))
+        begin = end - q.shape[2]
+        edges = rows.memo(
+            ("edges", self, begin, end, q.device),
+            lambda: torch.tensor([self.edge(i) for i in range(begin, end)], device=q.device),
+        )
+        rows.used.add(_compensated.NAME)
+        windows = Windows(self.sink, self.edge, edges, end)
+        return _compensated.prefill(q, sinks, kept, dropped, windows, first=first, scale=call.scale)
+
+
+class SinkRecentCompensatedStore(Store):
+    """Sinks by row position, then a buffer of batch slots that begins at slot ``low``, and two sums of what left it.
+
+    The buffer holds the windows of all rows and the tokens before them that a rollback may need. When it is full, what
+    is still needed moves to its front. The sums are in float64 and of exactly the tokens before each row's window, so a
+    rollback subtracts what comes back.
+    """
+
+    numbers: ClassVar[tuple[str, ...]] = ("low", "begin")
+
+    def __init__(self, spec: SinkRecentCompensated, heads: RoleHeads, max_tokens: int | None):
+        super().__init__(spec, heads, max_tokens)
+        self.low = 0  # slot of the buffer's first token
+        self.begin = 0  # first start of any row
+
+    def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
+        view = HeadKV(self.heads, [Segment(*self.incoming(k, v), rows.new)], self.spec)
+        self.begin = min(rows.starts or (0,))
+        if not self.state:
+            self._no_sums(k, v)
+        if rows.new > 1 and rows.past:
+            view.segments, view.first = self._band(k, v, rows)
+            view.state = {name: tensor.clone() for name, tensor in self.state.items()}
+        if rows.new == 1:
+            self._drop_one(rows)
+        else:
+            self._drop(k, v, rows)
+        self._make_room(k, v, rows)
+        self._write(k, v, rows)
+        if rows.new == 1:
+            self._view_token(view, rows)
+        elif rows.past:
+            view.sinks = self.segments.get("sinks")
+        return view
+
+    def _no_sums(self, k: Tensor, v: Tensor) -> None:
+        with torch.inference_mode(False):  # as in new_segment
+            for name, x in (("k", k), ("v", v)):
+                shape = (x.shape[0], len(self.heads.kv_heads), 1, x.shape[3])
+                self.state[name] = x.new_zeros(shape, dtype=torch.float64)
+
+    def _sums(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(sum of what was dropped, the buffer) of keys and of values."""
+        band = self.segments["recent"]
+        return (self.state["k"], band.k), (self.state["v"], band.v)
+
+    def _band(self, k: Tensor, v: Tensor, rows: Rows) -> tuple[list[Segment], int]:
+        """What the longest row's window held before this forward, and the new tokens; slot of the first of them."""
+        k, v = self.incoming(k, v)
+        first = min(rows.past, self.begin + self.spec.edge(rows.past - self.begin - 1))
+        if first < rows.past:
+            k, v = (
+                torch.cat([held[:, :, first - self.low : rows.past - self.low], new], 2)
+                for (_, held), new in zip(self._sums(), (k, v), strict=True)
+            )
+        return [Segment(k, v, k.shape[2])], first
+
+    def _drop(self, k: Tensor, v: Tensor, rows: Rows) -> None:
+        """Add to the sums what leaves the windows, rows with one start at a time."""
+        for group, start in rows.groups():
+            low = start + self.spec.edge(rows.past - start - 1)
+            high = start + self.spec.edge(rows.total - start - 1)
+            if low < min(high, rows.past):
+                for done, held in self._sums():
+                    done[group] += total(held[group, :, low - self.low : min(high, rows.past) - self.low])
+            if (low := max(low, rows.past)) < high:
+                for name, x in (("k", k), ("v", v)):
+                    leaving = x[group, :, low - rows.past : high - rows.past].detach()
+                    self.state[name][group] += total(self.heads.take(leaving))
+
+    def _drop_one(self, rows: Rows) -> None:
+        """The same for one new token, by which a row drops one or none: a slice where all rows drop the same slot."""
+        edges = [(self.spec.edge(rows.past - s - 1), self.spec.edge(rows.past - s)) for s in rows.starts or (0,)]
+        leaves = [a < b for a, b in edges]
+        if not any(leaves):
+            return
+        slots = [s + a - self.low for s, (a, _) in zip(rows.starts or (0,), edges, strict=True)]
+        if all(leaves) and min(slots) == max(slots):
+            for done, held in self._sums():
+                done += held[:, :, slots[0] : slots[0] + 1]
+            return
+        device = self.state["k"].device
+        spots = rows.ints([slot if leaving else 0 for slot, leaving in zip(slots, leaves, strict=True)], device)
+        row = rows.memo(("rows", device), lambda: torch.arange(rows.batch, device=device))
+        given = rows.ints([int(leaving) for leaving in leaves], device)[:, None, None] > 0
+        for done, held in self._sums():
+            done += held[row, :, spots].masked_fill(~given, 0)[:, :, None]
+
+    def _make_room(self, k: Tensor, v: Tensor, rows: Rows) -> None:
+        """A buffer for all slots that are needed, older ones only where there is room; ``low`` is its first."""
+        needed = self.begin + self.spec.edge(rows.total - SLACK - self.begin - 1)
+        low, band = max(self.low, min(rows.total, needed)), self.segments.get("recent")
+        capacity = self.spec.band(rows.total - self.begin, self.max_tokens)
+        size, keep = 0 if band is None else band.k.shape[2], max(0, rows.past - low)
+        if keep == 0:
+            self.low = low
+        full = rows.total - self.low > size and size < capacity and size - (rows.total - low) < SPARE // 2
+        if size > capacity or rows.total - low > size or full or (band is None and capacity):
+            like = band or self.segments.get("sinks")
+            grown = self.new_segment(k, v, capacity) if like is None else self.new_segment(like.k, like.v, capacity)
+            if keep:
+                grown.k[:, :, :keep] = band.k[:, :, low - self.low : rows.past - self.low]
+                grown.v[:, :, :keep] = band.v[:, :, low - self.low : rows.past - self.low]
+            self.segments["recent"], self.low = grown, low
+        elif rows.total - self.low > size:
+            step, self.low = low - self.low, low
+            for at in range(0, keep, step):  # no piece overlaps what it is copied from
+                into, out = slice(at, min(at + step, keep)), slice(at + step, min(at + step, keep) + step)
+                band.k[:, :, into] = band.k[:, :, out]
+                band.v[:, :, into] = band.v[:, :, out]
+
+    def _write(self, k: Tensor, v: Tensor, rows: Rows) -> None:
+        """The new tokens into buffer and sinks."""
+        sink, fresh = self.spec.sink, max(rows.past, self.low)
+        if (band := self.segments.get("recent")) is not None:
+            for into, x in ((band.k, k), (band.v, v)):
+                self.heads.copy_to(into[:, :, fresh - self.low : rows.total - self.low], x[:, :, fresh - rows.past :])
+            band.length = rows.total - self.low
+        if sink == 0:
+            return
+        sinks = self.grow("sinks", k, v, min(rows.total - self.begin, sink), sink)
+        for group, start in rows.groups() if rows.past - max(rows.starts or (0,)) < sink else ():
+            a, b = max(0, rows.past - start), min(sink, rows.total - start)
+            if a < b:
+                column = slice(a + start - rows.past, b + start - rows.past)
+                self.heads.copy_to(sinks.k[group, :, a:b], k[group, :, column])
+                self.heads.copy_to(sinks.v[group, :, a:b], v[group, :, column])
+        sinks.length = min(rows.total - self.begin, sink)
+
+    def _view_token(self, view: HeadKV, rows: Rows) -> None:
+        """What the one new token of each row reads: sinks, window, mean; a bias or lengths only where rows differ."""
+        starts, sink, device = rows.starts or (0,), self.spec.sink, self.state["k"].device
+        edges = [self.spec.edge(rows.total - start - 1) for start in starts]
+        counts = [max(0, min(sink if rows.past else 1, rows.total - start)) for start in starts]
+        length = counts[0] if min(counts) == max(counts) else rows.ints(counts, device)
+        if rows.past == 0:
+            view.segments[0].length = length
+            return
+        found = []
+        if most := max(counts):
+            sinks = self.segments["sinks"]
+            found.append(Segment(sinks.k[:, :, :most], sinks.v[:, :, :most], length))
+        firsts = [start + edge for start, edge in zip(starts, edges, strict=True)]
+        if (low := min(firsts)) < rows.total:
+            k, v = (held[:, :, low - self.low : rows.total - self.low] for _, held in self._sums())
+            found.append(Segment(k, v, rows.total - low, self._hidden(firsts, rows, k)))
+        if max(edges) > sink:
+            found.append(self._mean([edge - sink for edge in edges], rows, found[0].dtype))
+        view.segments = found or [Segment(*view.segments[0].kept(), 0)]
+
+    def _hidden(self, firsts: list[int], rows: Rows, like: Tensor) -> Tensor | None:
+        """Score bias ``[B, 1, 1, N]`` over the slots from the lowest window on: -inf before a row's own window."""
+        low, high = min(firsts), min(max(firsts), rows.total)
+        if low == high:
+            return None
+
+        def make() -> Tensor:
+            before = torch.arange(low, rows.total, device=like.device) < rows.ints(firsts, like.device)[:, None]
+            return torch.zeros(before.shape, device=like.device).masked_fill_(before, -math.inf)[:, None, None]
+
+        return rows.memo(("hidden", tuple(firsts), like.device), make)
+
+    def _mean(self, counts: list[int], rows: Rows, dtype: torch.dtype) -> Segment:
+        """The entry of the dropped tokens, ``counts`` of them in each row."""
+        counts = counts[:1] if min(counts) == max(counts) else counts
+        device, wide = self.state["k"].device, torch.promote_types(dtype, torch.float32)
+        logs = [math.log(count) if count else -math.inf for count in counts]
+        bias = rows.memo(("logs", tuple(counts), device, wide), lambda: torch.tensor(logs, dtype=wide, device=device))
+        number = rows.ints([max(1, count) for count in counts], device)[:, None, None, None]
+        k, v = ((self.state[name] / number).to(dtype) for name in "kv")
+        return Segment(k, v, 1, bias[:, None, None, None])
+
+    def oldest_crop(self, total: int) -> int:
+        if self.low <= self.begin + self.spec.sink:
+            return 0
+        needed = self.low - self.begin
+        return bisect_left(range(total + 1), needed, key=lambda target: self.spec.edge(target - self.begin - 1))
+
+    def crop(self, rows: Rows, target: int) -> None:
+        if target < (oldest := self.oldest_crop(rows.total)):
+            raise CacheError(f"cannot go back to {target} tokens: a window needs what was dropped before {oldest}.")
+        for group, start in rows.groups() if self.state else ():
+            low, high = (start + self.spec.edge(slots - start - 1) for slots in (target, rows.total))
+            if low < high:
+                for done, held in self._sums():
+                    done[group] -= total(held[group, :, low - self.low : high - self.low])
+        self.low, self.begin = min(self.low, target), min(self.begin, target)
+        for name, length in (("sinks", min(self.spec.sink, target - self.begin)), ("recent", target - self.low)):
+            if name in self.segments:
+                self.segments[name].length = length
+
+    def reset(self) -> None:
+        super().reset()
+        self.low = self.begin = 0
+
+
+def _sum_bytes(head_dim: int) -> int:
+    """Bytes of the two sums of one head."""
+    return 2 * head_dim * torch.float64.itemsize
