@@ -12,6 +12,8 @@ ROUNDED = {"quantized"}
 CASES = {
     "full": {"store": "full"},
     "sink_recent": {"store": "sink_recent", "sink": 4, "recent": 16},
+    "compensated": {"store": "sink_recent_compensated", "sink": 4, "recent": 16},
+    "compensated, growing": {"store": "sink_recent_compensated", "sink": 3, "recent": {"min": 9, "fraction": 0.3}},
 }
 WORDS = words("stores")
 
