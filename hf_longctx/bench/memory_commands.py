@@ -21,9 +21,11 @@ UNITS = {"GB": 10**9, "MB": 10**6, "TB": 10**12, "GiB": 2**30, "MiB": 2**20, "Ti
 
 Memory = Annotated[str, typer.Option(help="In all, e.g. 24GB (10^9 bytes each) or 24GiB.")]
 Batch = Annotated[int, typer.Option(help="Rows of that length.", min=1)]
-Chunk = Annotated[int, typer.Option(help="Tokens of the prompt per forward (prefill_chunk_size); 0 for all.", min=0)]
+Chunk = Annotated[
+    int, typer.Option("--prefill-chunk-size", "--chunk", help="Tokens of the prompt per forward; 0 for all.", min=0)
+]
 Weights = Annotated[str | None, typer.Option(help="Size of the weights, e.g. 5.7GB of quantised ones.")]
-Config = Annotated[str | None, typer.Option(help="What to patch a folder or hub id with [default: auto].")]
+Config = Annotated[str | None, typer.Option(help="What to patch a folder or hub id with.", show_default="auto")]
 Check = Annotated[bool, typer.Option("--check", help="Also allocate the KV caches and count their bytes.")]
 CheckTokens = Annotated[int | None, typer.Option(help="Check so many tokens instead of the longest context.", min=1)]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-Json = Annotated[Path | None, typer.Option("--json", help="Write versions, settings and every raw time here.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write versions, settings and every figure here.")]
 Png = Annotated[Path | None, typer.Option("--png", help="Draw the table as a picture here (needs matplotlib).")]
 
 
