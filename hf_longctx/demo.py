@@ -11,14 +11,13 @@ from statistics import mean, median
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from .assets import asset
 from .cache import cache_bytes
 from .config import LongCtxConfig
-from .console import no_bars
+from .console import no_bars, tables
 from .loading import AutoModelForCausalLM
 from .patch import patch_model, state_of, unpatch_model
 from .tasks.tiny_language import BLOCK, NOTE, Filler, exam
@@ -129,19 +128,20 @@ def show(console: Console, compared: list[Way], length: int, notes: int, questio
     """The table, and one sentence that says what it means."""
     threads = torch.get_num_threads()
     title = f"{questions} questions about {length}-token prompts, {notes} answered at once, {threads} CPU threads"
-    table = Table(title=title)
-    for name in ("", "retrieval heads", "exact match", "KV cache MB", "prefill s", "decode ms/token"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
-    for way in compared:
-        table.add_row(
+    names = ("", "retrieval heads", "exact match", "KV cache MB", "prefill s", "decode ms/token")
+    rows = [
+        [
             way.name,
             way.retrieval,
             f"{way.exact_match:.3f}",
             f"{mean(way.megabytes):.2f}",
             f"{median(way.prefill):.2f}",
             f"{1000 * median(way.decode):.0f}",
-        )
-    console.print(table)
+        ]
+        for way in compared
+    ]
+    for table in tables(title, names, rows, console.width):
+        console.print(table)
     dense, right, wrong = compared
     share = mean(right.megabytes) / mean(dense.megabytes)
     console.print(

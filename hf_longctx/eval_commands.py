@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from .assets import embedded
-from .console import console
+from .console import console, tables
 from .evaluate.plan import Options, listed, values_of
 from .evaluate.run import evaluate
 from .evaluate.summary import LINE, Summary, line
@@ -99,14 +98,14 @@ def command(
 
 def show(console: Console, summary: Summary, out: Path) -> None:
     """The figures per length, and where the report is."""
-    table = Table(title="eval: all tasks together")
-    for name in SHORT:
-        table.add_column(name, justify="left" if name == "variant" else "right", overflow="fold")
+    rows = []
     for row in summary.by_length:
+        rows += [None] * bool(rows)
         for name in row.cells:
             told = dict(zip(LINE, line(row, name), strict=True))
-            table.add_row(*(told[column] for column in SHORT))
-    console.print(table)
+            rows.append([told[column] for column in SHORT])
+    for table in tables("eval: all tasks together", SHORT, rows, console.width, left=("variant",), key=2):
+        console.print(table)
     for name, value in summary.perplexity.items():
         console.print(f"perplexity, {name}: {value:.4g}", markup=False, highlight=False)
     for name, notes in summary.notes.items():
