@@ -68,7 +68,7 @@ LAYERS = {
     | {"identify_commands"},
     "eval_commands": {"console", "registry", "assets", "identify", "identify_commands", "tasks", "evaluate"},
     "__main__": {"cli"},
-    "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
+    "demo": {"__init__", "console", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
     "bench": CONFIG
     | {"__init__", "environment", "family", "kernels", "prefill", "layer_plan", "cache", "patch", "loading", "report"}
     | {"assets", "plots", "tasks", "console"},
@@ -78,7 +78,7 @@ LAYERS = {
     | {"identify_prefill_commands", "compare_commands", "eval_commands", "evaluate"},
 }
 TRANSFORMERS = {"cache", "attention", "hooks", "patch", "loading", "demo", "bench", "identify", "identify_commands"}
-TRANSFORMERS |= {"environment"}
+TRANSFORMERS |= {"environment", "console"}
 COMMANDS = ("cli", "compare_commands", "config_commands", "config_reference", "eval_commands")
 COMMANDS += ("identify_commands", "identify_prefill_commands")
 NOT_AT_IMPORT = (*COMMANDS, "demo", "bench", "assets", "patches", "plots")
