@@ -44,13 +44,6 @@ app = typer.Typer(
     add_completion=False,
     help="Head-classified KV caches and sparse prefill for Hugging Face Transformers.",
 )
-app.add_typer(bench.app, name="bench")
-app.command("compare")(compare)
-app.command("eval")(evaluate)
-app.command("identify")(identify)
-app.command("identify-prefill")(identify_prefill)
-app.command("plan")(plan)
-app.add_typer(config_commands.app, name="configs")
 
 
 @app.command()
@@ -66,12 +59,23 @@ def demo(
     run(length, notes, prompts, seed, console())
 
 
+app.command("identify")(identify)
+app.command("identify-prefill")(identify_prefill)
+app.command("compare")(compare)
+app.command("eval")(evaluate)
+
+
 @app.command("lm-eval", cls=Verbatim)
 def lm_eval(ctx: typer.Context) -> None:
     """lm-evaluation-harness with the model 'hf-longctx'. Every argument, --help too, goes to lm-eval's own command."""
     from .evaluate.lm_eval import command_line
 
     command_line(ctx.args)
+
+
+app.add_typer(config_commands.app, name="configs")
+app.add_typer(bench.app, name="bench")
+app.command("plan")(plan)
 
 
 def main() -> None:

@@ -14,19 +14,18 @@ from .assets import embedded
 from .bench.environment import environment
 from .console import console
 from .evaluate.prompts import read_text
-from .identify_commands import DTYPES, check_output, device_of, load_model
+from .identify_commands import DTYPES, Config, Device, Dtype, Model, check_output, device_of, load_model
 from .registry import check_word
 
-Config = Annotated[str, typer.Option(help="Shipped config or YAML; default: the one made for the model.")]
 Chat = Annotated[bool, typer.Option("--chat", help="The file is a user's message: the chat template goes around it.")]
 Positions = Annotated[int, typer.Option(help="Tokens at the end of the prompt whose prediction is compared.", min=0)]
-Chunk = Annotated[int | None, typer.Option(help="Tokens of the prompt per forward [default: all].", min=1)]
+Chunk = Annotated[int | None, typer.Option(help="Tokens of the prompt per forward.", min=1, show_default="all")]
 SAVED = "Write everything, the tokens too, and the versions here."
 Json = Annotated[Path | None, typer.Option("--json", help=SAVED, dir_okay=False)]
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or an embedded model (hf-longctx/tiny-llama).")],
+    model: Model,
     prompt_file: Annotated[Path, typer.Option(help="The prompt, a UTF-8 text.", dir_okay=False)],
     config: Config = "auto",
     chat: Chat = False,
@@ -35,8 +34,8 @@ def command(
     rounds: Annotated[int, typer.Option(help="Timed runs of either way; 0 measures no times.", min=0)] = 3,
     prefill_chunk_size: Chunk = None,
     json: Json = None,
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Default: the accelerator if there is one, else the CPU.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
 ) -> None:
     """Dense against patched on a prompt of yours: where the answers part, agreement, KL, KV bytes and times."""
     check_word(dtype, DTYPES, "--dtype")

@@ -15,11 +15,13 @@ from .config import LongCtxConfig, load_shipped
 from .config_files import shipped
 from .console import console
 
-app = typer.Typer(help="The shipped configs, one per checkpoint.")
+app = typer.Typer(help="The shipped configs, one per checkpoint: a list without a command, or one of them.")
 
 LENGTHS = {"32k": 32768, "128k": 131072}  # tokens
 MARKS = {"R": "R", "S": "."}  # told apart without colour too
 SHADES = ("bold green", "green", "yellow", "bright_black")  # of the quarters of all heads, best scores first
+
+SHARE = "Draw this share of retrieval heads, 0 to 1."
 
 
 @app.callback(invoke_without_command=True)
@@ -33,7 +35,7 @@ def configs(context: typer.Context) -> None:
 def show(
     name: Annotated[str, typer.Argument(help="A shipped config; `hf-longctx configs` lists them.")],
     use: Annotated[str | None, typer.Option(help="Draw the head map of this alternative.")] = None,
-    fraction: Annotated[float | None, typer.Option(help="Share of retrieval heads, 0 to 1.")] = None,
+    fraction: Annotated[float | None, typer.Option("--retrieval-fraction", "--fraction", help=SHARE)] = None,
 ) -> None:
     """The facts of one config, and its head map: one line per layer, one cell per KV head."""
     given = {"use": use, "retrieval_fraction": fraction}

@@ -1,10 +1,15 @@
-"""Where the commands print their tables."""
+"""Where the commands print their tables, and what they do not show."""
 
 from __future__ import annotations
 
 import os
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 WIDE = 140  # columns
 
@@ -16,3 +21,68 @@ def console() -> Console:
     """
     plain = Console()
     return plain if plain.is_terminal or "COLUMNS" in os.environ else Console(width=WIDE)
+
+
+def tables(
+    title: str | None,
+    names: Sequence[str],
+    rows: Sequence[Sequence[str] | None],
+    width: int,
+    *,
+    left: Sequence[str] = ("",),
+    key: int = 1,
+) -> Iterator[Table]:
+    """A table whose words stay whole: where it is wider than ``width``, headings are wrapped; where that is not enough,
+    the columns are shared out among several tables, each of which begins with the first ``key`` ones.
+
+    Args:
+        rows: cells in the order of ``names``, with markup; the last ones may be missing. None: a line between.
+        left: headings of the columns of words; figures are on the right.
+    """
+    cells = [
+        max((_long(row[i]) for row in rows if row is not None and i < len(row)), default=0) for i in range(len(names))
+    ]
+    if _width([max(pair) for pair in zip(map(len, names), cells, strict=True)]) <= width:
+        heads = list(names)
+    else:
+        most = [max([cell, *map(len, name.split())]) for name, cell in zip(names, cells, strict=True)]
+        heads = ["\n".join(textwrap.wrap(name, one)) if name else "" for name, one in zip(names, most, strict=True)]
+    sizes = [max([cell, *map(len, head.split("\n"))]) for head, cell in zip(heads, cells, strict=True)]
+    parts = [list(range(key))]
+    for column in range(key, len(names)):
+        if len(parts[-1]) > key and _width([sizes[i] for i in (*parts[-1], column)]) > width:
+            parts.append(list(range(key)))
+        parts[-1].append(column)
+    for number, part in enumerate(parts):
+        table = Table(title=None if number else title)
+        for i in part:
+            table.add_column(heads[i], justify="left" if names[i] in left else "right", overflow="fold")
+        for row in rows:
+            if row is None:
+                table.add_section()
+            else:
+                table.add_row(*(row[i] if i < len(row) else "" for i in part))
+        yield table
+
+
+def _width(sizes: Sequence[int]) -> int:
+    """Of a table with columns of these sizes: a line and two spaces for each, and the last line."""
+    return sum(sizes) + 3 * len(sizes) + 1
+
+
+def _long(cell: str) -> int:
+    return Text.from_markup(cell).cell_len
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without Transformers' progress bars: for models that load in no time, and where there is no terminal."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import mean, median
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from .assets import asset
 from .cache import cache_bytes
 from .config import LongCtxConfig
+from .console import no_bars, tables
 from .loading import AutoModelForCausalLM
 from .patch import patch_model, state_of, unpatch_model
 from .tasks.tiny_language import BLOCK, NOTE, Filler, exam
@@ -96,15 +97,18 @@ def run(
     Returns:
         The ways, dense first.
     """
-    model = AutoModelForCausalLM.from_pretrained(asset(MODEL), longctx=False).eval()
+    with no_bars():
+        model = AutoModelForCausalLM.from_pretrained(asset(MODEL), longctx=False).eval()
     model.generation_config.eos_token_id = None  # every answer has four words
     compared = ways(model)
-    for text, questions, answers in texts(seed, prompts, length, notes):
-        for way in compared:
-            if way.config is not None:
-                patch_model(model, way.config)
-            ask(model, way, text, questions, answers)
-            unpatch_model(model)
+    busy = Console(stderr=True).status(f"demo: {prompts} prompts, each in three ways")
+    with busy if console is not None else nullcontext():
+        for text, questions, answers in texts(seed, prompts, length, notes):
+            for way in compared:
+                if way.config is not None:
+                    patch_model(model, way.config)
+                ask(model, way, text, questions, answers)
+                unpatch_model(model)
     if console is not None:
         tokenizer = AutoTokenizer.from_pretrained(asset(MODEL))
         console.print(f"\nA prompt of {length} words hides {notes} notes, like this one:")
@@ -115,28 +119,29 @@ def run(
 
 
 def hidden_note(text: Tensor) -> Tensor:
-    """The first note of a text with three words on either side."""
+    """The first note of a text with two words on either side."""
     at = int((text == NOTE).nonzero()[0])
-    return text[max(1, at - 3) : at + BLOCK + 3]
+    return text[max(1, at - 2) : at + BLOCK + 2]
 
 
 def show(console: Console, compared: list[Way], length: int, notes: int, questions: int) -> None:
     """The table, and one sentence that says what it means."""
     threads = torch.get_num_threads()
     title = f"{questions} questions about {length}-token prompts, {notes} answered at once, {threads} CPU threads"
-    table = Table(title=title)
-    for name in ("", "retrieval heads", "exact match", "KV cache MB", "prefill s", "decode ms/token"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
-    for way in compared:
-        table.add_row(
+    names = ("", "retrieval heads", "exact match", "KV cache MB", "prefill s", "decode ms/token")
+    rows = [
+        [
             way.name,
             way.retrieval,
             f"{way.exact_match:.3f}",
             f"{mean(way.megabytes):.2f}",
             f"{median(way.prefill):.2f}",
             f"{1000 * median(way.decode):.0f}",
-        )
-    console.print(table)
+        ]
+        for way in compared
+    ]
+    for table in tables(title, names, rows, console.width):
+        console.print(table)
     dense, right, wrong = compared
     share = mean(right.megabytes) / mean(dense.megabytes)
     console.print(

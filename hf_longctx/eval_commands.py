@@ -7,15 +7,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from .assets import embedded
-from .console import console
+from .console import console, tables
 from .evaluate.plan import Options, listed, values_of
 from .evaluate.run import evaluate
 from .evaluate.summary import LINE, Summary, line
 from .identify._processes import Processes
-from .identify_commands import DTYPES, Device, device_of, load_model
+from .identify_commands import DTYPES, Config, Device, Dtype, Model, device_of, load_model
 from .registry import check_word, make, words
 from .tasks import tasks_from
 from .tasks.answer import MODES
@@ -32,19 +31,20 @@ Text = Annotated[Path | None, typer.Option(help="File or folder to take the prom
 Haystack = Annotated[str | None, typer.Option(help=f"Filler without a text: {', '.join(HAYSTACKS)}.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put the tokenizer's chat template around every question.")]
 Ppl = Annotated[Path | None, typer.Option(help="A UTF-8 text whose perplexity is measured too.", dir_okay=False)]
-Window = Annotated[int | None, typer.Option(help="Tokens a token of it is predicted in [default: the longest length].")]
-Chunk = Annotated[int | None, typer.Option(help="Tokens of a context per forward [default: all].")]
+WINDOW = "the longest of --lengths"
+Window = Annotated[int | None, typer.Option(help="Tokens a token of it is predicted in.", show_default=WINDOW)]
+Chunk = Annotated[int | None, typer.Option(help="Tokens of a context per forward.", show_default="all")]
 Mode = Annotated[str, typer.Option(help=f"How the questions about one context are asked: {', '.join(MODES)}.")]
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or an embedded model (hf-longctx/tiny-llama).")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the results and the report.", file_okay=False)],
     tasks: Annotated[str, typer.Option(help=TASKS)],
     lengths: Annotated[str, typer.Option(help="Tokens of a prompt, its question included: 512,2048.")],
     depths: Depths = "0,0.25,0.5,0.75,1",
     samples: Annotated[int, typer.Option(help="Prompts per task, length and depth.")] = 8,
-    config: Annotated[str, typer.Option(help="What to patch with: auto, a shipped name, or a .yaml.")] = "auto",
+    config: Config = "auto",
     sweep: Sweep = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     mode: Mode = MODES[0],
@@ -54,13 +54,14 @@ def command(
     perplexity: Ppl = None,
     perplexity_window: Window = None,
     prefill_chunk_size: Chunk = None,
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
+    dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Run tasks dense and patched on the same prompts: accuracy, agreement, KV memory, times, and a report to open.
 
-    Killed, it goes on where it was when the same command is run again. On several processes: `accelerate launch
-    --num_processes 2 -m hf_longctx eval ...`, with `--multi_gpu` also where there are no GPUs.
+    Killed, it goes on where it was when the same command is run again.
+
+    It also runs on several processes: `accelerate launch -m hf_longctx eval ...`; docs/evaluation.md has more.
     """
     check_word(dtype, DTYPES, "--dtype")
     options = {
@@ -97,14 +98,14 @@ def command(
 
 def show(console: Console, summary: Summary, out: Path) -> None:
     """The figures per length, and where the report is."""
-    table = Table(title="eval: all tasks together")
-    for name in SHORT:
-        table.add_column(name, justify="left" if name == "variant" else "right", overflow="fold")
+    rows = []
     for row in summary.by_length:
+        rows += [None] * bool(rows)
         for name in row.cells:
             told = dict(zip(LINE, line(row, name), strict=True))
-            table.add_row(*(told[column] for column in SHORT))
-    console.print(table)
+            rows.append([told[column] for column in SHORT])
+    for table in tables("eval: all tasks together", SHORT, rows, console.width, left=("variant",), key=2):
+        console.print(table)
     for name, value in summary.perplexity.items():
         console.print(f"perplexity, {name}: {value:.4g}", markup=False, highlight=False)
     for name, notes in summary.notes.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .assets import embedded
+from .assets import FOLDER, embedded
 from .config import LongCtxConfig
-from .console import console
+from .console import console, no_bars
 from .errors import ConfigError
 from .identify import identify, methods
 from .identify._processes import Processes
@@ -23,16 +25,20 @@ from .registry import build, check_word, read_fields
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PICTURES = (".png", ".pdf", ".svg")
 
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, or an embedded model (hf-longctx/tiny-llama).")]
+Config = Annotated[str, typer.Option(help="What to patch with: auto, a shipped name, or a .yaml.")]
+Dtype = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
+PLACE = "the accelerator if there is one, else the CPU"
+Device = Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.", show_default=PLACE)]
 Share = Annotated[float | None, typer.Option(help="Share of retrieval heads to write.")]
 Drop = Annotated[float | None, typer.Option(help="Find the smallest share that loses at most this much of dense.")]
 Tokens = Annotated[int | None, typer.Option(help="Tokens of a document or text --target-drop is measured on.")]
 Options = Annotated[list[str] | None, typer.Option("--set", help="An option of the method: --set steps=500. Repeat.")]
-Work = Annotated[Path | None, typer.Option(help="Folder where duo_gates saves its state [default: beside --out].")]
-Device = Annotated[str | None, typer.Option(help="Default: the accelerator if there is one, else the CPU.")]
+Work = Annotated[Path | None, typer.Option(help="Folder where duo_gates saves its state.", show_default="beside --out")]
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or an embedded model (hf-longctx/tiny-llama).")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="The YAML to write.", dir_okay=False)],
     method: Annotated[str, typer.Option(help=f"One of: {', '.join(methods())}.")] = "two_needle",
     text: Annotated[Path | None, typer.Option(help="File or folder to take the documents' filler from.")] = None,
@@ -45,13 +51,12 @@ def command(
     options: Options = None,
     work: Work = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the scores (.png, .pdf or .svg).")] = None,
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
+    dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Measure which KV heads of a model need the whole context, and write its config.
 
-    duo_gates trains on several processes: `accelerate launch --num_processes 2 -m hf_longctx identify ...`, with
-    `--multi_gpu` also where there are no GPUs.
+    duo_gates also trains on several processes: `accelerate launch -m hf_longctx identify ...`; docs/heads.md has more.
     """
     given = read_fields(options or [], "--set", "--set steps=500")
     chosen: Method = build("identify", {"method": method, **given}, "method", "identify")
@@ -96,20 +101,35 @@ def device_of(name: str | None) -> torch.device:
     """The device asked for, or the accelerator that is this process's own, or the CPU."""
     if name is not None:
         try:
-            return torch.device(name)
+            device = torch.device(name)
         except RuntimeError:
             raise ConfigError(f"--device: got {name!r}, expected cpu, cuda, cuda:1 or the like.") from None
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without CUDA
+            raise ConfigError(f"--device: {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        return device
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if found is None else torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def load_model(path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
+    """The dense model on ``device``, and its tokenizer.
+
+    Raises:
+        ConfigError: there is no such model, or Transformers cannot load it.
+    """
     from transformers import AutoTokenizer
 
     from .loading import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, longctx=False, dtype=dtype).to(device)
-    return model.eval(), AutoTokenizer.from_pretrained(path)
+    quiet = Path(path).parent == FOLDER or not sys.stderr.isatty()
+    try:
+        with no_bars() if quiet else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(path, longctx=False, dtype=dtype).to(device)
+            return model.eval(), AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"MODEL: {path!r} cannot be loaded: {error}") from None
 
 
 def _write(config: LongCtxConfig, out: Path, plot: Path | None) -> None:

@@ -12,23 +12,25 @@ from rich.table import Table
 from .assets import embedded
 from .config import LongCtxConfig
 from .console import console
-from .identify_commands import DTYPES, Device, check_output, device_of, load_model
+from .identify_commands import DTYPES, Device, Dtype, Model, check_output, device_of, load_model
 from .identify_prefill import TABLE, identify_prefill
 from .registry import check_word, dump
 
+LENGTH = "32768, or what there is"
+
 
 def command(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or an embedded model (hf-longctx/tiny-llama).")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="The YAML to write.", dir_okay=False)],
     config: Annotated[str, typer.Option(help="What the patterns are added to: auto, a shipped name, or a .yaml.")] = (
         "auto"
     ),
     text: Annotated[Path | None, typer.Option(help="File or folder to read the prompt from.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of the prompt [default: 32768, or what there is].")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of the prompt.", show_default=LENGTH)] = None,
     cost: Annotated[float, typer.Option(help="Share of the key blocks that a head may read.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
-    work: Annotated[Path | None, typer.Option(help="Folder for finished layers [default: beside --out].")] = None,
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
+    work: Annotated[Path | None, typer.Option(help="Folder for finished layers.", show_default="beside --out")] = None,
+    dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Find the prefill pattern of every query head that keeps the most attention at a given cost, and write it.

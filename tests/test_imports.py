@@ -73,7 +73,7 @@ LAYERS = {
     "eval_commands": {"console", "registry", "assets", "identify", "identify_commands", "tasks", "evaluate"},
     "plan_commands": {"bench", "config", "console", "environment", "identify_commands", "registry", "sizes"},
     "__main__": {"cli"},
-    "demo": {"__init__", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
+    "demo": {"__init__", "console", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
     "bench": CONFIG
     | {"__init__", "environment", "family", "kernels", "prefill", "layer_plan", "cache", "patch", "loading", "report"}
     | {"assets", "plots", "tasks", "console", "memory", "sizes"},
@@ -85,7 +85,7 @@ LAYERS = {
 # What a method imports only when it is called, to hand on to: no part of the order, and never at the top of a file.
 LATE = {"config": {"plan"}}
 TRANSFORMERS = {"cache", "attention", "hooks", "patch", "loading", "demo", "bench", "identify", "identify_commands"}
-TRANSFORMERS |= {"environment", "memory"}
+TRANSFORMERS |= {"environment", "memory", "console"}
 COMMANDS = ("cli", "compare_commands", "config_commands", "config_reference", "eval_commands")
 COMMANDS += ("identify_commands", "identify_prefill_commands", "plan_commands")
 NOT_AT_IMPORT = (*COMMANDS, "demo", "bench", "assets", "patches", "plots", "memory", "sizes", "plan", "ladder")

@@ -16,18 +16,17 @@ from .outputs import Json, Png
 from .settings import Settings, default_layers
 
 app = typer.Typer(no_args_is_help=True, help="Speed and memory, stock against patched, on this machine.")
-app.command("memory")(memory)
 
 Dtypes = Annotated[str, typer.Option("--dtype", help="fp32, bf16, or both.")]
 Layers = Annotated[int, typer.Option(help="Layers. The default shape is that of Llama-3.2-1B.")]
 Heads = Annotated[int, typer.Option(help="Query heads.")]
-KVHeads = Annotated[int, typer.Option(help="KV heads; half of them are streaming in the last column.")]
+KVHeads = Annotated[int, typer.Option(help="KV heads; in half streaming, half of them stream.")]
 HeadDim = Annotated[int, typer.Option(help="Dimension of a head.")]
 Sink = Annotated[int, typer.Option(help="First tokens that streaming heads keep.")]
 Recent = Annotated[int, typer.Option(help="Latest tokens that streaming heads keep.")]
 Kernel = Annotated[str, typer.Option(help="Of the patched columns: auto, stock, cpu, native, ...")]
 Rounds = Annotated[int, typer.Option(help="How often every column takes its turn.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of torch; default: torch's own choice.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of torch.", show_default="torch's own choice")]
 Seed = Annotated[int, typer.Option(help="Of the random tensors, and of which heads are streaming.")]
 Static = Annotated[bool, typer.Option("--static/--no-static", help="Also stock with Transformers' StaticCache.")]
 Malloc = Annotated[
@@ -86,6 +85,73 @@ def prefill(
 
 
 @app.command()
+def e2e(
+    tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "512,1024",
+    dtype: Dtypes = "fp32,bf16",
+    layers: Annotated[
+        int | None, typer.Option(help="Layers.", show_default="4, or 8 with a prompt of 32768 tokens or more")
+    ] = None,
+    heads: Heads = 32,
+    kv_heads: KVHeads = 8,
+    head_dim: HeadDim = 64,
+    sink: Sink = 64,
+    recent: Recent = 256,
+    kernel: Kernel = "auto",
+    density: Annotated[
+        int | None, typer.Option(help="One more column: half streaming, the other heads read this percent of blocks.")
+    ] = None,
+    static: Static = True,
+    kvpress: Annotated[
+        str | None,
+        typer.Option(help="One more column: a press of kvpress, e.g. 'KnormPress(compression_ratio=0.5)'"),
+    ] = None,
+    rounds: Rounds = 5,
+    threads: Threads = None,
+    seed: Seed = 0,
+    json: Json = None,
+    png: Png = None,
+    tuned_malloc: Malloc = False,
+) -> None:
+    """A whole model of random weights: prompt to logits and one decoded token, stock against patched."""
+    _bench("e2e", locals())
+
+
+@app.command()
+def crossover(
+    tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "512,1024,2048,4096,8192,16384,32768",
+    dtype: Dtypes = "fp32",
+    config: Annotated[
+        str | None, typer.Option(help="Take shape, roles and patterns from this shipped config or .yaml.")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="WORD or WORD:field=value:field=value.", show_default="the config's")
+    ] = None,
+    table: Annotated[str | None, typer.Option(help="One of the config's tables of patterns.")] = None,
+    kernel: Annotated[str | None, typer.Option(help="auto, cpu, native, ...", show_default="the config's")] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads, without --config.", show_default="32")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="KV heads, half of them measured.", show_default="8")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Dimension of a head.", show_default="64")] = None,
+    rounds: Rounds = 5,
+    threads: Threads = None,
+    seed: Seed = 0,
+    json: Json = None,
+    png: Png = None,
+    tuned_malloc: Malloc = False,
+) -> None:
+    """The prompt length from which sparse prefill wins on this machine, and the override that says so."""
+    given = locals()
+    what = {name: given.pop(name) for name in ("config", "pattern", "table", "kernel")}
+    shape = [name for name in ("heads", "kv_heads", "head_dim") if given[name] is not None]
+    if config is not None and shape:
+        flag = f"--{shape[0].replace('_', '-')}"
+        raise typer.BadParameter("the shape is the config's; give one or the other", param_hint=flag)
+    _bench("crossover", given, what)
+
+
+app.command("memory")(memory)
+
+
+@app.command()
 def gpu(
     tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "16384,32768,65536,131072",
     decode_tokens: Annotated[str, typer.Option(help="Lengths of the filled caches.")] = "32768,131072,524288,1048576",
@@ -117,70 +183,6 @@ def gpu(
         data = as_json(settings, *bench(settings))
     show(console(), data)
     outputs.write(json, None, data)
-
-
-@app.command()
-def e2e(
-    tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "512,1024",
-    dtype: Dtypes = "fp32,bf16",
-    layers: Annotated[
-        int | None, typer.Option(help="Layers [default: 4, or 8 with a prompt of 32768 tokens or more].")
-    ] = None,
-    heads: Heads = 32,
-    kv_heads: KVHeads = 8,
-    head_dim: HeadDim = 64,
-    sink: Sink = 64,
-    recent: Recent = 256,
-    kernel: Kernel = "auto",
-    density: Annotated[
-        int | None, typer.Option(help="One more column: half streaming, the other heads read this percent of blocks.")
-    ] = None,
-    static: Static = True,
-    kvpress: Annotated[
-        str | None,
-        typer.Option(help="One more column: a press, e.g. 'KnormPress(compression_ratio=0.5)'; needs kvpress."),
-    ] = None,
-    rounds: Rounds = 5,
-    threads: Threads = None,
-    seed: Seed = 0,
-    json: Json = None,
-    png: Png = None,
-    tuned_malloc: Malloc = False,
-) -> None:
-    """A whole model of random weights: prompt to logits and one decoded token, stock against patched."""
-    _bench("e2e", locals())
-
-
-@app.command()
-def crossover(
-    tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "512,1024,2048,4096,8192,16384,32768",
-    dtype: Dtypes = "fp32",
-    config: Annotated[
-        str | None, typer.Option(help="Take shape, roles and patterns from this shipped config or .yaml.")
-    ] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="WORD or WORD:field=value:field=value [default: the config's].")
-    ] = None,
-    table: Annotated[str | None, typer.Option(help="One of the config's tables of patterns.")] = None,
-    kernel: Annotated[str | None, typer.Option(help="auto, cpu, native, ... [default: the config's].")] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads, without --config [default: 32].")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="KV heads, half of them measured [default: 8].")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Dimension of a head [default: 64].")] = None,
-    rounds: Rounds = 5,
-    threads: Threads = None,
-    seed: Seed = 0,
-    json: Json = None,
-    png: Png = None,
-    tuned_malloc: Malloc = False,
-) -> None:
-    """The prompt length from which sparse prefill wins on this machine, and the override that says so."""
-    given = locals()
-    what = {name: given.pop(name) for name in ("config", "pattern", "table", "kernel")}
-    shape = [name for name in ("heads", "kv_heads", "head_dim") if given[name] is not None]
-    if config is not None and shape:
-        flag = f"--{shape[0].replace('_', '-')}"
-        raise typer.BadParameter("the shape is the config's; give one or the other", param_hint=flag)
-    _bench("crossover", given, what)
 
 
 def _bench(benchmark: str, given: dict[str, Any], what: dict[str, str | None] | None = None) -> None:

@@ -101,6 +101,8 @@ def _draw_bars(axes: Axes, bars: list[Bar]) -> None:
 
 def _crossover(data: dict) -> Figure:
     """Time against length, dense and sparse, a panel per dtype; a line where sparse begins to win."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     words = list(dict.fromkeys(result["dtype"] for result in data["results"]))
     figure = new_figure(max(6.0, 4.6 * len(words)), 4.4)
     for axes, word in zip(figure.subplots(1, len(words), squeeze=False)[0], words, strict=True):
@@ -123,6 +125,8 @@ def _crossover(data: dict) -> Figure:
         axes.set_ylabel("attention of a layer's retrieval heads, ms", fontsize=8)
         axes.legend(fontsize=8, loc="upper left")
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
         _plain(axes, "both")
     _head(figure, data, "medians, shaded: 10th to 90th percentile; choosing the blocks is part of sparse")
     return figure
@@ -165,7 +169,7 @@ def _head(figure: Figure, data: dict, note: str) -> None:
     lines = [
         f"bench {data['benchmark']}: {s['layers']} layer{'s' if s['layers'] > 1 else ''}, {s['heads']} query and "
         f"{s['kv_heads']} KV heads, head_dim {s['head_dim']}",
-        f"{e['cpu']}, {e['threads']} threads of {e['cores']} cores; "
+        f"{e['cpu']}, {e['threads']} thread{'s' if e['threads'] != 1 else ''} of {e['cores']} cores; "
         f"torch {e['torch']}, transformers {e['transformers']}",
     ]
     if (e["others"] or 0) > QUIET:

@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from ..console import tables
 from .environment import environment
 from .goals import Goal
 from .gpu import STREAMING
@@ -74,13 +74,11 @@ def goals_of(result: dict, kernel: str, gb_per_s: float) -> Iterator[Goal]:
 def show(console: Console, data: dict) -> None:
     """Print `as_json`: a table, what it ran on, what could not be measured, and each goal."""
     e, s = data["environment"], data["settings"]
-    table = Table(title="bench gpu: attention of one layer, time on the device")
-    for name in HEADER:
-        table.add_column(name, justify="left" if name in ("case", "") else "right")
+    title, rows = "bench gpu: attention of one layer, time on the device", []
     for result in data["results"]:
-        for line in _lines(result, e["gb_per_s"]):
-            table.add_row(*line)
-    console.print(table)
+        rows += [*[None] * bool(rows), *_lines(result, e["gb_per_s"])]
+    for table in tables(title, HEADER, rows, console.width, left=("case", ""), key=3):
+        console.print(table)
     console.print(
         f"{s['heads']} query heads, {s['kv_heads']} KV heads, head_dim {s['head_dim']}, {', '.join(s['dtypes'])}; "
         f"streaming heads keep sink {s['sink']} + recent {s['recent']}; {s['rounds']} rounds, in turns; median (10th "

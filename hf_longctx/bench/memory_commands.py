@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from ..console import console
+from ..console import console, tables
 from ..registry import check_word
 from ..sizes import DTYPES, parse_bytes
 from . import outputs
@@ -21,9 +20,11 @@ Model = Annotated[str, typer.Argument(help="Shipped config, YAML, local folder, 
 Memory = Annotated[str, typer.Option(help="In all, e.g. 24GB (10^9 bytes each) or 24GiB.")]
 Dtype = Annotated[str, typer.Option(help="fp32 or bf16 (fp16 takes as much).")]
 Batch = Annotated[int, typer.Option(help="Rows of that length.", min=1)]
-Chunk = Annotated[int, typer.Option(help="Tokens of the prompt per forward (prefill_chunk_size); 0 for all.", min=0)]
+Chunk = Annotated[
+    int, typer.Option("--prefill-chunk-size", "--chunk", help="Tokens of the prompt per forward; 0 for all.", min=0)
+]
 Weights = Annotated[str | None, typer.Option(help="Size of the weights, e.g. 5.7GB of quantised ones.")]
-Config = Annotated[str | None, typer.Option(help="What to patch a folder or hub id with; default: auto.")]
+Config = Annotated[str | None, typer.Option(help="What to patch a folder or hub id with.", show_default="auto")]
 Check = Annotated[bool, typer.Option("--check", help="Also allocate the KV caches and count their bytes.")]
 CheckTokens = Annotated[int | None, typer.Option(help="Check so many tokens instead of the longest context.", min=1)]
 
@@ -80,13 +81,12 @@ def measure(subject: Subject, check: bool, check_tokens: int | None) -> list[dic
 def show(console: Console, subject: Subject, results: list[dict[str, Any]]) -> None:
     """The table, how it was counted, and what is not known."""
     s, made_for = subject.settings, getattr(subject.dense, "max_position_embeddings", None)
-    table = Table(title=f"bench memory: longest context in {s.memory / 1e9:.2f} GB, {subject.name}")
-    table.add_column("", no_wrap=True)
-    for name in ("tokens", "of dense", "weights GB", "KV GB", "working GB", "KV allocated"):
-        table.add_column(name, justify="right")
-    for result in results:
-        table.add_row(*_line(result, results[0]["longest"]))
-    console.print(table)
+    title = f"bench memory: longest context in {s.memory / 1e9:.2f} GB, {subject.name}"
+    names = ["", "tokens", "of dense", "weights GB", "KV GB", "working GB"]
+    names += ["KV allocated"] * any(result["checked"] is not None for result in results)
+    rows = [_line(result, results[0]["longest"])[: len(names)] for result in results]
+    for table in tables(title, names, rows, console.width):
+        console.print(table)
     roles = "".join(plan.roles for plan in subject.plans)
     rows = f"{s.batch} row{'s' if s.batch > 1 else ''}"
     read = f"read in chunks of {s.chunk} tokens (prefill_chunk_size={s.chunk})" if s.chunk else "read in one forward"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 SAVED, DRAWN = (
-    "Write versions, settings and every raw time here.",
+    "Write versions, settings and every figure here.",
     "Draw the table as a picture here (needs matplotlib).",
 )
 Json = Annotated[Path | None, typer.Option("--json", help=SAVED, dir_okay=False)]

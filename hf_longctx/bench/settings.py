@@ -57,8 +57,10 @@ class Settings:
         for name in ("layers", "heads", "kv_heads", "head_dim", "recent", "rounds", "steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, given {getattr(self, name)}.")
-        if self.sink < 0 or (self.threads is not None and self.threads < 1):
-            raise ConfigError(f"sink must be >= 0 and threads >= 1, given {self.sink} and {self.threads}.")
+        if self.sink < 0:
+            raise ConfigError(f"sink must be at least 0, given {self.sink}.")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads must be at least 1, given {self.threads}.")
         if any(not 1 <= density <= 100 for density in self.densities):
             raise ConfigError(f"densities must be percents from 1 to 100, given {list(self.densities)}.")
         if self.density is not None and not 1 <= self.density <= 100:

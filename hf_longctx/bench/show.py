@@ -9,8 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from rich.console import Console
-from rich.table import Table
 
+from ..console import tables
 from .columns import RETRIEVAL, STATIC, STOCK
 from .environment import environment
 from .goals import goals
@@ -66,19 +66,19 @@ def show(console: Console, data: dict) -> None:
         header, *lines = rows(data["results"])
         if lines:
             title = None if number else f"bench {benchmark}: {TITLES[benchmark]}"
-            console.print(_table(title, header, lines, by_case=benchmark != "crossover"))
+            _print_tables(console, title, header, lines, by_case=benchmark != "crossover")
     rest = (
         f", hidden {s['hidden']}, MLP {s['intermediate']}, vocabulary {s['vocabulary']} (small on purpose, lm_head "
         f"would dominate); streaming heads keep sink {s['sink']} + recent {s['recent']}"
     )
     console.print(
-        f"{s['layers']} layers, {s['heads']} query heads, {s['kv_heads']} KV heads, head_dim {s['head_dim']}"
+        f"{_count(s['layers'], 'layer')}, {s['heads']} query heads, {s['kv_heads']} KV heads, head_dim {s['head_dim']}"
         f"{'' if benchmark == 'crossover' else rest}; kernel: {s['kernel']}; {s['rounds']} rounds, columns in turns; "
         "median (10th to 90th percentile)."
     )
     console.print(
         f"torch {e['torch']}, transformers {e['transformers']}, Python {e['python']}, hf_longctx {e['hf_longctx']}; "
-        f"{e['cpu']}, {e['threads']} threads of {e['cores']} cores; malloc {e['malloc']}."
+        f"{e['cpu']}, {_count(e['threads'], 'thread')} of {e['cores']} cores; malloc {e['malloc']}."
     )
     stock = "" if benchmark == "crossover" else "stock = DynamicCache + sdpa of Transformers. "
     if any(STATIC in result["columns"] for result in data["results"]):
@@ -96,19 +96,19 @@ def show(console: Console, data: dict) -> None:
         _show_crossover(console, word, verdict)
 
 
-def _table(title: str | None, header: list[str], lines: list[list[str]], by_case: bool) -> Table:
+def _print_tables(
+    console: Console, title: str | None, header: list[str], lines: list[list[str]], by_case: bool
+) -> None:
     """The lines, of which the first two columns are dtype and tokens; ``by_case`` makes a heading of those two."""
-    table, case, skipped = Table(title=title), None, 2 if by_case else 0
-    for place, name in enumerate(header[skipped:]):
-        justify = "left" if name in TEXTS else "right"
-        table.add_column(name, justify=justify, no_wrap=not place, overflow="fold")
+    rows, case, skipped = [], None, 2 if by_case else 0
     for line in lines:
         if by_case and line[:2] != case:
+            rows += [None] * bool(rows)
             case = line[:2]
-            table.add_section()
-            table.add_row(f"[bold]{case[0]}, {case[1]} tokens[/]")
-        table.add_row(*line[skipped:])
-    return table
+            rows.append([f"[bold]{case[0]}, {case[1]} tokens[/]"])
+        rows.append(line[skipped:])
+    for table in tables(title, header[skipped:], rows, console.width, left=TEXTS, key=1 if by_case else 2):
+        console.print(table)
 
 
 def _asides(results: list[dict]) -> Iterator[str]:
@@ -136,6 +136,10 @@ def _show_crossover(console: Console, word: str, verdict: dict) -> None:
     plain = {"markup": False, "highlight": False, "soft_wrap": True}
     console.print(f"    in Python:  {verdict['python']}\n    in a YAML:", **plain)
     console.print(textwrap.indent(verdict["yaml"].rstrip(), " " * 8), **plain)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' if number != 1 else ''}"
 
 
 def save(path: Path, data: dict) -> None:
@@ -197,8 +201,8 @@ def _choosing(results: list[dict]) -> list[list[str]]:
 def _whole(results: list[dict]) -> list[list[str]]:
     static = any(STATIC in result["columns"] for result in results)
     lines = [
-        ["dtype", "tokens", "", "kernel", "density", "prompt ms", "of stock", "token ms", "of stock"]
-        + [*["of static"] * static, "both, of stock", *["both, of static"] * static]
+        ["dtype", "tokens", "", "kernel", "density", "prompt ms", "prompt, of stock", "token ms", "token, of stock"]
+        + [*["token, of static"] * static, "both, of stock", *["both, of static"] * static]
     ]
     for result in results:
         for name, column in result["columns"].items():

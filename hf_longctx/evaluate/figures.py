@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#222222", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d")
 MARKERS = "osD^vPX*"
-WIDE = 4  # heat maps beside each other
+PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}  # under words, over lines
+WIDE = 4  # heat maps beside each other, at most
 FAR = 16  # from the shortest to the longest length, beyond which their axis is logarithmic
 
 
@@ -43,7 +44,8 @@ def heat_maps(task: str, rows: list[Row], variants: tuple[str, ...]) -> Figure:
     """Accuracy by length and depth, one map per variant beside each other."""
     lengths, depths = sorted({row.length for row in rows}), sorted({row.depth for row in rows})
     cells = {(row.length, row.depth): row.cells for row in rows}
-    wide, high = min(len(variants), WIDE), -(-len(variants) // WIDE)
+    high = -(-len(variants) // WIDE)
+    wide = -(-len(variants) // high)
     figure = new_figure(1.6 + wide * max(2.4, 0.62 * len(lengths)), 0.8 + high * max(2.2, 1.2 + 0.34 * len(depths)))
     every = figure.subplots(high, wide, squeeze=False).ravel().tolist()
     for axes, name in zip(every, variants, strict=False):
@@ -77,7 +79,7 @@ def tradeoff(summary: Summary) -> Figure:
         if number == len(summary.by_length) - 1:
             for share, accuracy, name in points:
                 side = "left" if share < 0.9 * x[-1] else "right"  # where the curve, which rises, leaves room
-                said = {"textcoords": "offset points", "xytext": (5, -11), "ha": side, "fontsize": 7}
+                said = {"textcoords": "offset points", "xytext": (5, -11), "ha": side, "fontsize": 7, "bbox": PAPER}
                 axes.annotate(_said(summary, name), (100 * share, accuracy), **said)
     axes.set_xlabel("KV cache, % of dense")
     axes.set_ylabel("accuracy")

@@ -61,7 +61,7 @@ def test_command_prints_a_table_and_writes_every_raw_time(benchmark, tmp_path):
                 times = column[name]
                 assert len(times["raw_ms"]) == samples and min(times["raw_ms"]) > 0
                 assert times["low_ms"] <= times["median_ms"] <= times["high_ms"]
-    for word in (*NAMES[benchmark], "fp32", "bf16", "transformers", "malloc", "1 threads", "head_dim 16", "2 rounds"):
+    for word in (*NAMES[benchmark], "fp32", "bf16", "transformers", "malloc", "1 thread of", "head_dim 16", "2 rounds"):
         assert word in done.output
     assert data["goals"] == [] and "goal" not in done.output
 
@@ -180,7 +180,7 @@ def test_the_columns_are_what_their_names_say():
         (["--dtype", "fp8"], "dtype fp8 is not known; known: fp32, bf16"),
         (["--rounds", "0"], "rounds must be at least 1"),
         (["--tokens", ""], "tokens must be lengths"),
-        (["--threads", "0"], "threads >= 1"),
+        (["--threads", "0"], "threads must be at least 1"),
         (["--densities", "10,0"], "densities must be percents from 1 to 100, given [10, 0]"),
         (["--kernel", "cppu"], "kernel: got 'cppu', expected one of: auto, stock, cpu,"),
         (["--patterns", "vertical_slahs"], "Did you mean 'vertical_slash'?"),
