@@ -200,7 +200,8 @@ def test_equal_scores_of_no_confidence_are_not_cut():
     assert shares(config.override(heads={"confidence": "measured"})) == [0.875, 0.75, 0.625, 0.5]
 
 
-def test_a_share_that_cannot_be_cut_is_left_out_and_logged(given, caplog):
+def test_a_share_that_cannot_be_cut_is_left_out_and_logged(given, caplog, stores):
+    stores("full", "sink_recent")
     tied = [[0.9, 0.1, 0.8, 0.2]] * 3  # told apart head by head, but not layer by layer
     config = config_of(tiny_model(), tied, confidence="none", granularity="layer", retrieval_fraction=1.0)
     path, yaml = given(config=config)
