@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -83,7 +83,15 @@ class StoreSpec(ABC):
 
 
 class Store(ABC):
-    """The KV of one role's heads in one layer, for all rows of the batch."""
+    """The KV of one role's heads in one layer, for all rows of the batch.
+
+    Attributes:
+        kinds: classes of what ``segments`` holds, for `restore`.
+        numbers: names of the attributes (plain ints) that belong to what is kept.
+    """
+
+    kinds: ClassVar[tuple[type[Segment] | type[Streamed], ...]] = (Segment,)
+    numbers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, spec: StoreSpec, heads: RoleHeads, max_tokens: int | None):
         self.spec = spec
@@ -128,6 +136,34 @@ class Store(ABC):
             other.segments = {name: segment.copy() for name, segment in self.segments.items()}
             other.state = {name: tensor.clone() for name, tensor in self.state.items()}
         return other
+
+    def filled(self, rows: Rows) -> dict[str, Segment | Streamed]:
+        """The segments, without memory that nobody wrote before their length: what `saved` writes.
+
+        ``rows`` are all that was seen, as for `crop`.
+        """
+        return self.segments
+
+    def saved(self, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `restore` needs: tensors by name (views where possible), and plain data that JSON can hold."""
+        tensors, parts = {f"state.{name}": tensor for name, tensor in self.state.items()}, []
+        for name, segment in self.filled(rows).items():
+            kept, numbers = segment.saved()
+            tensors |= {f"segments.{name}.{key}": tensor for key, tensor in kept.items()}
+            parts.append({"name": name, "kind": type(segment).__name__, "tensors": list(kept), "numbers": numbers})
+        numbers = {name: getattr(self, name) for name in self.numbers}
+        return tensors, {"segments": parts, "state": list(self.state), "numbers": numbers}
+
+    def restore(self, read: Callable[[str], Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
+        """Fill this empty store with what `saved` gave, each tensor as ``read(name)`` gives it, onto ``device``."""
+        kinds = {kind.__name__: kind for kind in self.kinds}
+        with torch.inference_mode(False):  # as in new_segment
+            for part in plain["segments"]:
+                tensors = {key: read(f"segments.{part['name']}.{key}") for key in part["tensors"]}
+                self.segments[part["name"]] = kinds[part["kind"]].restored(tensors, part["numbers"], device)
+            self.state |= {name: read(f"state.{name}").to(device, copy=True) for name in plain["state"]}
+        for name in self.numbers:
+            setattr(self, name, plain["numbers"][name])
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor the store keeps alive."""
