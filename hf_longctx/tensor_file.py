@@ -113,7 +113,9 @@ class TensorFile:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The tensor's numbers in the order of its indices; a copy where they lie otherwise, or on another device."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat = tensor.detach().cpu().contiguous()
+    flat = flat.as_strided((flat.numel(),), (1,))  # one number is contiguous with any stride, and flatten keeps it
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], sums: Mapping[str, int]) -> bytes:

@@ -48,8 +48,8 @@ class TokenIds:
         self.buffer = grown
 
     def known(self, seen: int) -> Tensor | None:
-        """Ids ``[B, seen]`` (int64), or None where some were not given."""
-        return None if self.buffer is None or self.length < seen else self.buffer[:, :seen].long()
+        """Ids ``[B, seen]`` (int64), or None where some were not given, or nothing was seen."""
+        return None if self.buffer is None or not 0 < seen <= self.length else self.buffer[:, :seen].long()
 
     def crop(self, length: int) -> None:
         """Forget all but the first ``length`` slots."""
