@@ -22,6 +22,7 @@ from .whole_file import written_whole
 
 FORMAT, VERSION = "hf_longctx cache", 1
 IDS = "ids"  # the tensor of token ids; those of layers are "layers.0.streaming...."
+SAVED = ("starts", "ends")  # attributes of the cache itself
 BIAS = ".bias"  # ends the names of tensors that may hold -inf
 
 AnyCache = TypeVar("AnyCache")
@@ -36,8 +37,7 @@ def save(cache: Any, path: str | os.PathLike, ids: Tensor | None, model: nn.Modu
         "model": fingerprint(_filled_by(cache, model)),
         "layers": [describe(plan) for plan in cache.plans],
         "max_tokens": cache.max_tokens,
-        "starts": cache.starts,
-        "ends": cache.ends,
+        "cache": {name: getattr(cache, name) for name in SAVED},
         "kept": [],
     }
     tensors = {IDS: _ids_of(cache, ids).to(torch.int32)}
@@ -60,14 +60,19 @@ def save(cache: Any, path: str | os.PathLike, ids: Tensor | None, model: nn.Modu
 
 def load(path: str | os.PathLike, model: nn.Module, make: type[AnyCache]) -> AnyCache:
     """See ``LongCtxCache.load``; ``make`` is that class."""
-    cache = make(model)
-    file = TensorFile(Path(path))
+    base, file = make(model).model(), TensorFile(Path(path))
     told = _told(file)
-    base = cache.model()
-    _check_same(path, "another model", told["model"], json.loads(json.dumps(fingerprint(base))))
-    _check_layers(path, told["layers"], [describe(plan) for plan in cache.plans])
-    if told["max_tokens"] is not None:
+    try:
+        _check_same(path, "was made with another model", told["model"], json.loads(json.dumps(fingerprint(base))))
         cache = make(model, told["max_tokens"])
+        _check_layers(path, told["layers"], [describe(plan) for plan in cache.plans])
+        _fill(cache, told, file, base)
+    except (KeyError, TypeError) as error:
+        raise CacheError(f"{path} lacks something that caches have ({error!r}). Save the cache again.") from error
+    return cache
+
+
+def _fill(cache: Any, told: Mapping[str, Any], file: TensorFile, base: nn.Module) -> None:
     devices = {
         module.longctx_plan.layer_idx: next(module.parameters()).device
         for module in base.modules()
@@ -77,13 +82,14 @@ def load(path: str | os.PathLike, model: nn.Module, make: type[AnyCache]) -> Any
 
         def read(name: str, prefix: str = f"layers.{number}.") -> Tensor:
             tensor = file[prefix + name]
-            _check_finite(prefix + name, tensor, str(path))
+            _check_finite(prefix + name, tensor, str(file.path))
             return tensor
 
         layer.restore(read, plain, devices[layer.plan.layer_idx])
-    cache.starts, cache.ends = (rows and tuple(rows) for rows in (told["starts"], told["ends"]))
+    for name in SAVED:
+        value = told["cache"][name]
+        setattr(cache, name, tuple(value) if isinstance(value, list) else value)
     cache.token_ids.append(0, file[IDS].to(base.get_input_embeddings().weight.device))
-    return cache
 
 
 def describe(plan: LayerPlan) -> dict[str, Any]:
@@ -150,20 +156,18 @@ def _told(file: TensorFile) -> Mapping[str, Any]:
     return json.loads(metadata["told"])
 
 
-def _check_same(path: Any, other: str, told: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def _check_same(path: Any, wrong: str, told: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     differ = [name for name in {**told, **here} if told.get(name) != here.get(name)]
     if differ:
         said = "; ".join(f"{name}: {_short(told.get(name))} there, {_short(here.get(name))} here" for name in differ)
-        raise CacheError(
-            f"{path} was made with {other} ({said}). Load it with the one that made it, or read the prompt again."
-        )
+        raise CacheError(f"{path} {wrong} ({said}). Load it with the one that made it, or read the prompt again.")
 
 
 def _check_layers(path: Any, told: list[dict], here: list[dict]) -> None:
     if len(told) != len(here):
         raise CacheError(f"{path} has {len(told)} layers, this model {len(here)}. Load it with the model that made it.")
     for number, (before, now) in enumerate(zip(told, here, strict=True)):
-        _check_same(path, f"another config, layer {number}", before, now)
+        _check_same(path, f"was made with another config, layer {number}", before, now)
 
 
 def _short(value: Any) -> str:

@@ -88,8 +88,8 @@ def _below(name: str, prefixes: tuple[str, ...]) -> bool:
 
 def _refuse(name: str, where: str) -> None:
     raise UnsupportedModeError(
-        f"a cache's file names the model it was made with, which cannot be told: {name} is {where}. Save and load "
-        "caches with a model whose weights are all in the memory of this process."
+        f"a file names the model it was made with, which cannot be told: {name} is {where}. Save and load caches with "
+        "a model whose weights are all in the memory of this process."
     )
 
 

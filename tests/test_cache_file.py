@@ -27,7 +27,10 @@ from hf_longctx import (
     tensor_file,
     unpatch_model,
 )
+from hf_longctx.kernels._streamed import Streamed
+from hf_longctx.kernels.layout import HeadKV, Segment
 from hf_longctx.registry import load, words
+from hf_longctx.stores.full import Full, FullStore
 from hf_longctx.whole_file import left_over
 
 TESTS = Path(__file__).parent
@@ -200,6 +203,75 @@ def test_every_store_can_be_saved(word, role, lengths, tmp_path):
     assert torch.equal(read(model, loaded, more, longer), want)
     cache.crop(-20), loaded.crop(-20)
     assert torch.equal(read(model, loaded, more, longer[:, :-15]), read(model, cache, more, longer[:, :-15]))
+
+
+class Halves(Streamed):
+    """Reads what it keeps in two blocks."""
+
+    def __init__(self, k, v):
+        self.k, self.v, self.dtype = k, v, k.dtype
+
+    def blocks(self):
+        half = self.k.shape[2] // 2
+        for part in (slice(0, half), slice(half, None)):
+            if self.k[:, :, part].shape[2]:
+                yield Segment(self.k[:, :, part], self.v[:, :, part], self.k[:, :, part].shape[2])
+
+    def tensors(self):
+        yield from (self.k, self.v)
+
+    def map_rows(self, change):
+        self.k, self.v = change(self.k), change(self.v)
+
+    def copy(self):
+        return Halves(self.k.clone(), self.v.clone())
+
+    def saved(self):
+        return {"k": self.k, "v": self.v}, {"extra": 5}
+
+    @classmethod
+    def restored(cls, tensors, numbers, device):
+        assert numbers == {"extra": 5} and device.type == "cpu"
+        return cls(*(tensors[name].to(device, copy=True) for name in ("k", "v")))
+
+
+class HalvesStore(FullStore):
+    """Keeps in halves what the first forward brought, and counts forwards."""
+
+    kinds = (Segment, Halves)
+    numbers = ("forwards",)
+    forwards = 0
+
+    def append(self, k, v, rows):
+        if rows.past == 0:
+            self.segments["halves"] = Halves(self.heads.take(k).clone(), self.heads.take(v).clone())
+            kept = Segment(*self.incoming(k, v), rows.new)
+        else:
+            before = self.segments["halves"].k.shape[2]
+            kept = self.grow("kept", k, v, rows.total - before)
+            self.heads.copy_to(kept.k[:, :, rows.past - before : rows.total - before], k)
+            self.heads.copy_to(kept.v[:, :, rows.past - before : rows.total - before], v)
+            kept.length = rows.total - before
+        self.forwards += 1
+        self.state["sum"] = kept.k.new_full((rows.batch,), self.forwards)
+        segments = [kept] if rows.past == 0 else list(self.segments.values())
+        return HeadKV(self.heads, segments, self.spec, state=self.state)
+
+
+def test_streamed_segments_numbers_and_state(tmp_path, monkeypatch):
+    model = patched_tiny("llama", "retrieval")
+    monkeypatch.setattr(Full, "new", lambda spec, heads, max_tokens: HalvesStore(spec, heads, max_tokens))
+    cache, _ = filled(model, [101])
+    read(model, cache, torch.tensor([[5]]))
+    loaded = again(cache, model, tmp_path / "a")
+    store = loaded.layers[1].stores[0]
+    assert [type(part).__name__ for part in store.segments.values()] == ["Halves", "Segment"]
+    assert (store.forwards, store.state["sum"].tolist(), loaded.nbytes) == (2, [2.0], cache.nbytes)
+    for token in torch.randint(3, 97, (4, 1, 1)):
+        assert torch.equal(read(model, loaded, token), read(model, cache, token))
+    monkeypatch.setattr(HalvesStore, "kinds", (Segment,))
+    with pytest.raises(CacheError, match=r"lacks something that caches have \(KeyError\('Halves'\)\)"):
+        LongCtxCache.load(tmp_path / "a", model)
 
 
 def test_the_same_cache_gives_the_same_bytes_and_stays_as_it_is(tmp_path):
@@ -434,6 +506,11 @@ def test_other_files_are_refused(saved, tmp_path, monkeypatch):
         tensor_file.write(file, {"a": torch.ones(3)}, {"format": "something else"})
     with pytest.raises(CacheError, match="is no file that cache.save wrote"):
         LongCtxCache.load(tmp_path / "ours", model)
+    monkeypatch.setattr(cache_file, "SAVED", ())
+    cache.save(path)
+    monkeypatch.undo()
+    with pytest.raises(CacheError, match=r"lacks something that caches have \(KeyError\('starts'\)\)"):
+        LongCtxCache.load(path, model)
     monkeypatch.setattr(cache_file, "VERSION", 2)
     cache.save(path)
     monkeypatch.undo()

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import CacheError
 from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
-from .base import SPARE, Call, Store, StoreSpec, room
+from .base import SPARE, Call, Store, StoreSpec, blanked, room
 
 SLACK = SPARE - 1  # tokens that can be taken back after they pushed others out of the window
 
@@ -210,21 +210,21 @@ class SinkRecentStore(Store):
 
     def filled(self, rows: Rows) -> dict[str, Segment]:
         """Slots that no token of their row fills, or that hold what was rejected, are zeros."""
-        kept, past, recent = self.segments.get("kept"), self.segments.get("history"), self.spec.recent
-        parts = {} if kept is None else {"kept": kept}
-        held = [(group, max(0, min(rows.total - start, self.window))) for group, start in rows.groups()]
-        if kept is not None and any(count < kept.length for _, count in held):
-            parts["kept"] = replace(kept, k=torch.zeros_like(kept.k), v=torch.zeros_like(kept.v))
-            for group, count in held:
-                parts["kept"].k[group, :, :count] = kept.k[group, :, :count]
-                parts["kept"].v[group, :, :count] = kept.v[group, :, :count]
-        if past is not None:
-            parts["history"] = replace(past, k=torch.zeros_like(past.k), v=torch.zeros_like(past.v))
+        parts, sink, recent = dict(self.segments), self.spec.sink, self.spec.recent
+        if "kept" in parts:
+            held = [(group, max(0, min(rows.total - start, self.window))) for group, start in rows.groups()]
+            parts["kept"] = blanked(parts["kept"], held)
+        if "history" in parts:
+            past = self.segments["history"]
+            blank = replace(past, k=torch.zeros_like(past.k), v=torch.zeros_like(past.v))
             for group, start in rows.groups():
-                for a, b in runs(max(self.spec.sink, self.oldest - start), rows.total - start - recent, SLACK, 0):
+                for a, b in runs(max(sink, self.oldest - start), rows.total - start - recent, SLACK, 0):
                     spots = slice(a % SLACK, a % SLACK + b - a)
-                    parts["history"].k[group, :, spots] = past.k[group, :, spots]
-                    parts["history"].v[group, :, spots] = past.v[group, :, spots]
+                    blank.k[group, :, spots], blank.v[group, :, spots] = (
+                        past.k[group, :, spots],
+                        past.v[group, :, spots],
+                    )
+            parts["history"] = blank
         return parts
 
     def reset(self) -> None:
