@@ -8,18 +8,26 @@ cache of the same number of seen tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from . import cache_file
 from .errors import CacheError, UnsupportedModeError, UnsupportedModelError
+from .finite import check_forward, every_forward
 from .kernels.layout import HeadKV, as_autocast, autocast_on
 from .layer_plan import LayerPlan
 from .rows import Rows
 from .stores.base import SPARE, Store
+from .token_ids import TokenIds
+
+SAVED = ("seen", "batch", "head_dim", "dense_bytes_per_token")  # numbers of a layer that its file has
 
 
 @dataclass
@@ -59,6 +67,7 @@ class LongCtxLayer(CacheLayerMixin):
         self.whole = True  # False while stores are written, and for good when that was interrupted
         self.stores: list[Store] = [plan.stores[heads.role].new(heads, max_tokens) for heads in plan.heads]
         self.dense_bytes_per_token = 0
+        self.checked = every_forward()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         per_head = (
@@ -83,6 +92,8 @@ class LongCtxLayer(CacheLayerMixin):
                 f"layer {self.plan.layer_idx} got {new} tokens of {_described(*got)}, but this cache holds "
                 f"{_described(*held)}. It is as it was; bring tokens of that kind, or use a new cache."
             )
+        if self.checked:
+            check_forward(self.plan.layer_idx, key_states, value_states)
         self.whole = False
         heads = [store.append(key_states, value_states, rows) for store in self.stores]
         self.seen, self.whole = rows.total, True
@@ -128,6 +139,24 @@ class LongCtxLayer(CacheLayerMixin):
         for store in self.stores:
             yield from store.tensors()
 
+    def saved(self, starts: tuple[int, ...] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What ``restore`` needs: tensors by name, and plain data that JSON can hold."""
+        rows, tensors, stores = Rows(self.batch, 0, self.seen, starts), {}, {}
+        for store in self.stores:
+            kept, stores[store.heads.role] = store.saved(rows)
+            tensors |= {f"{store.heads.role}.{name}": tensor for name, tensor in kept.items()}
+        numbers = {name: getattr(self, name) for name in SAVED}
+        return tensors, {**numbers, "stores": stores}
+
+    def restore(self, read: Callable[[str], Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
+        """Fill this empty layer with what ``saved`` gave, each tensor as ``read(name)`` gives it, onto ``device``."""
+        for store in self.stores:
+            role = store.heads.role
+            store.restore(lambda name, role=role: read(f"{role}.{name}"), plain["stores"][role], device)
+        for name in SAVED:
+            setattr(self, name, plain[name])
+        self.is_initialized = True
+
 
 class LongCtxCache(Cache):
     """KV cache of a patched model.
@@ -151,13 +180,15 @@ class LongCtxCache(Cache):
         plans = patched.longctx_state.plans[: patched.config.num_hidden_layers]
         super().__init__(layers=[LongCtxLayer(plan, max_tokens) for plan in plans])
         self.plans = plans
+        self.model = weakref.ref(patched)
         self.max_tokens = max_tokens
+        self.token_ids = TokenIds(max_tokens)
         self.starts: tuple[int, ...] | None = None
         self.ends: tuple[int, ...] | None = None
         self.rows: Rows | None = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "rows": None}
+        return {**self.__dict__, "rows": None, "model": None}
 
     @property
     def max_cache_len(self) -> int:
@@ -171,7 +202,7 @@ class LongCtxCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory the cache really holds, spare room included."""
+        """Bytes of memory that keys and values really take, spare room included; token ids (4 bytes each) are extra."""
         return storage_bytes(tensor for layer in self.layers for tensor in layer.tensors())
 
     @property
@@ -186,8 +217,19 @@ class LongCtxCache(Cache):
         """Rows of the cache, -1 before the first forward."""
         return next((layer.batch for layer in self.layers if layer.is_initialized), -1)
 
-    def begin(self, rows: Rows) -> None:
+    @property
+    def ids(self) -> Tensor | None:
+        """Ids ``[B, seen]`` (int64) of the tokens seen, pads included.
+
+        None where some are not known: they came as ``inputs_embeds``, or their keys were written by ``update``.
+        """
+        return self.token_ids.known(self.seen)
+
+    def begin(self, rows: Rows, ids: Tensor | None = None) -> None:
         """Check that this cache can take the forward that ``rows`` describes, before any layer writes.
+
+        Args:
+            ids: the new tokens' ids ``[B, T]``, where they are known.
 
         Raises:
             CacheError: the rows do not continue the cached ones, or the forward does not fit into ``max_tokens``.
@@ -206,6 +248,7 @@ class LongCtxCache(Cache):
         self._check_room(rows)
         self._check_starts(rows)
         self.rows = rows
+        self.token_ids.append(rows.past, ids)
 
     def check(self) -> None:
         """Raise CacheError when an earlier forward was interrupted."""
@@ -258,6 +301,7 @@ class LongCtxCache(Cache):
             rows = Rows(key_states.shape[0], layer.seen, new, self.starts)
             self._check_room(rows)
             self.rows = rows
+            self.token_ids.append(rows.past, None)
         rows = self.rows
         kept = layer.update(*as_autocast(key_states, value_states), rows)
         self.starts, self.ends = rows.starts, rows.ends
@@ -300,12 +344,14 @@ class LongCtxCache(Cache):
             self.starts = tuple(min(start, target) for start in self.starts)
         if self.ends is not None:
             self.ends = tuple(min(end, target) for end in self.ends)
+        self.token_ids.crop(target)
         self.rows = None
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
         for layer in self.layers:
             layer.reset()
+        self.token_ids.reset()
         self.rows, self.starts, self.ends = None, None, None
 
     def fork(self) -> LongCtxCache:
@@ -321,7 +367,40 @@ class LongCtxCache(Cache):
         self.check()
         other = copy.copy(self)
         other.layers, other.rows = [layer.fork() for layer in self.layers], None
+        other.token_ids, other.model = self.token_ids.fork(), self.model
         return other
+
+    def save(self, path: str | os.PathLike, *, ids: Tensor | None = None, model: nn.Module | None = None) -> None:
+        """Write the cache, its tokens' ids and what it fits into one safetensors file, from which ``load`` goes on.
+
+        The file is replaced in one step, and only by a whole one, whenever the process is killed.
+
+        Args:
+            ids: token ids ``[B, seen]``, pads included, where ``self.ids`` does not know them.
+            model: the model that filled the cache, where it was unpickled and not used since.
+
+        Raises:
+            CacheError: the cache is empty, half written, holds NaN or inf, its ids or its model are not known, or the
+                file cannot be written.
+            UnsupportedModeError: the model's weights are not all in the memory of this process.
+        """
+        cache_file.save(self, path, ids, model)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: nn.Module) -> LongCtxCache:
+        """The cache that ``save`` wrote, on the devices of the model's layers.
+
+        Args:
+            model: a patched model with the weights, roles and stores of the one that filled the cache; kernel and
+                prefill patterns may differ.
+
+        Raises:
+            CacheError: there is no such file, it is damaged or something else, it was made with another model, config
+                or a newer version, or holds NaN or inf.
+            UnsupportedModelError: the model is not patched.
+            UnsupportedModeError: the model's weights are not all in the memory of this process.
+        """
+        return cache_file.load(path, model, cls)
 
     def activate_past_recording(self) -> None:
         """Nothing to turn on: streaming heads always remember what a bounded rollback needs."""
@@ -348,6 +427,7 @@ class LongCtxCache(Cache):
             self.ends = self.ends and tuple(self.ends[row] for row in rows)
         for layer in self.layers:
             layer.map_rows(change, picked.numel())
+        self.token_ids.map_rows(change)
         self.rows = None
 
 

@@ -6,6 +6,7 @@ Both are small picklable objects. Every refusal happens here, before the first l
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -64,7 +65,7 @@ class BeforeForward:
         _refuse_packed(given.get("position_ids"), rows)
         rows.observer = observers.get().get(id(base))
         if isinstance(cache, LongCtxCache):
-            cache.begin(rows)
+            cache.begin(rows, given.get("input_ids"))
         elif cache is not None:
             self.state.note(f"dense memory: a {type(cache).__name__} kept every token of every head")
         self.state.saw(rows, cache)
@@ -99,6 +100,7 @@ class BeforeForward:
                 "windows). Start with a new cache after patch_model."
             )
         cache.check()
+        cache.model = weakref.ref(base)
 
 
 def _names(base: nn.Module, positional: int) -> tuple[str, ...]:

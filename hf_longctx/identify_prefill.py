@@ -22,7 +22,7 @@ from .errors import ConfigError
 from .family import find_family
 from .identify import SEED, all_retrieval, subject_of
 from .identify._attention import weights
-from .identify._work import check_settings, model_hash, work_file, written_whole
+from .identify._work import check_settings, model_hash, work_file
 from .identify.base import Subject, modes_kept
 from .kernels import dispatch
 from .patch import observe, patched, unwrap
@@ -31,6 +31,7 @@ from .prefill.block_topk import BlockTopk
 from .prefill.vertical_slash import VerticalSlash
 from .registry import build, convert, dump, wrong
 from .tasks.haystack import TextHaystack
+from .whole_file import written_whole
 
 TABLE = "searched"
 FILE = "identify_prefill.json"

@@ -28,6 +28,7 @@ OURS = {name for name in vars(hf_longctx.errors) if name.endswith("Error")}
 CONFIG = {"errors", "registry", "head_map", "config_files", "config_sections", "config"}
 LAYERS = {
     "errors": set(),
+    "whole_file": set(),
     "registry": {"errors"},
     "head_map": {"errors"},
     "config_files": {"errors", "registry"},
@@ -42,7 +43,12 @@ LAYERS = {
     "prefill": {"errors", "kernels", "rows"},
     "decode": {"errors", "kernels", "rows"},
     "layer_plan": {"kernels", "stores", "prefill"},
-    "cache": {"errors", "kernels", "rows", "stores", "layer_plan"},
+    "token_ids": set(),
+    "finite": {"errors"},
+    "tensor_file": {"errors"},
+    "fingerprint": {"errors", "config_sections"},
+    "cache_file": {"errors", "registry", "rows", "layer_plan", "whole_file", "finite", "tensor_file", "fingerprint"},
+    "cache": {"errors", "kernels", "rows", "stores", "layer_plan", "token_ids", "finite", "cache_file"},
     "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache"},
     "patch_state": {"errors", "config", "rows", "layer_plan", "cache"},
     "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state"},
@@ -52,10 +58,12 @@ LAYERS = {
     "loading": {"errors", "config", "patch"},
     "report": {"errors", "cache", "patch", "patch_state"},
     "tasks": {"errors", "registry"},
-    "identify": {"errors", "registry", "head_map", "config", "config_find", "kernels", "patch", "tasks"},
-    "identify_prefill": CONFIG | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"},
+    "identify": {"errors", "registry", "head_map", "config", "config_find", "kernels", "patch", "tasks", "whole_file"},
+    "identify_prefill": CONFIG
+    | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"}
+    | {"whole_file"},
     "evaluate": {"errors", "environment", "registry", "config", "cache", "patch", "report", "tasks", "identify"}
-    | {"assets", "plots"},
+    | {"assets", "plots", "whole_file"},
     "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"},
     "environment": set(),
     "console": set(),

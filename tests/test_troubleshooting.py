@@ -73,12 +73,13 @@ def test_all_sections_and_rows_were_read():
         "Patching",
         "generate() and forward",
         "Caches",
+        "Saved caches",
         "Configs",
         "identify",
         "Kernels and compiling",
         "eval, compare and lm-eval",
     ]
-    assert len(MESSAGES) == len(set(MESSAGES)) == 61
+    assert len(MESSAGES) == len(set(MESSAGES)) == 74
     assert len(sayings()) > 1000
 
 

@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..identify._work import written_whole
 from ..plots import new_figure, save
+from ..whole_file import written_whole
 from .figures import figures
 from .plan import DENSE
 from .records import Record

@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..errors import ConfigError
 from ..identify._work import check_settings
+from ..whole_file import lock
 
 FILES = "records-*.jsonl"
 FORMAT = 1
@@ -116,21 +117,6 @@ class Writer:
 
     def __exit__(self, *_) -> None:
         self.file.close()
-
-
-def lock(file: IO, alone: bool) -> bool:
-    """Whether nobody else has the file open to write; ``alone``: nobody has from now on. It ends with the process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: what two runs write twice is still refused
-        return True
-    return True
 
 
 def whole_lines(path: Path) -> list[bytes]:

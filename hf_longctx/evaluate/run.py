@@ -20,7 +20,7 @@ from ..config import LongCtxConfig
 from ..environment import environment
 from ..errors import ConfigError
 from ..identify._processes import Processes
-from ..identify._work import model_hash, written_whole
+from ..identify._work import model_hash
 from ..identify.base import modes_kept
 from ..patch import patched, state_of, unpatched, unwrap
 from ..registry import dump, make
@@ -29,6 +29,7 @@ from ..tasks import tasks_from
 from ..tasks.answer import end_tokens, input_device, score
 from ..tasks.base import Sample
 from ..tasks.language import Language, language_for
+from ..whole_file import written_whole
 from .forwards import output_head, window_nll
 from .measures import next_token
 from .meter import answers_of

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..patch import observe, unwrap
-from ._work import check_settings, written_whole
+from ..whole_file import written_whole
+from ._work import check_settings
 from .base import modes_kept
 
 FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")

@@ -1,12 +1,10 @@
-"""What a long run saves on its way: a file in the work folder, written whole, that other settings are kept from."""
+"""What a long run saves on its way: a file in the work folder that other settings are kept from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +27,6 @@ def work_file(work: Path | None, name: str) -> Path | None:
     except OSError as error:
         raise ConfigError(f"work: {work} cannot be made: {error}") from None
     return work / name
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Where to write ``path``, which is there whole or not at all: a run that is cut off leaves the file of before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    yield unfinished
-    os.replace(unfinished, path)
 
 
 def check_settings(path: Path, told: Mapping[str, Any], settings: Mapping[str, Any], option: str = "work") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -39,6 +39,20 @@ class Streamed(ABC):
     @abstractmethod
     def copy(self) -> Streamed:
         """One with the same tokens that can go on by itself; what is never written again may be shared."""
+
+    @abstractmethod
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What `restored` needs: tensors without memory that nobody wrote, views where possible, and plain numbers."""
+
+    @classmethod
+    @abstractmethod
+    def restored(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device) -> Streamed:
+        """The one of which `saved` gave ``tensors`` and ``numbers``, with memory of its own.
+
+        Args:
+            tensors: views of a file on the CPU, to be copied to wherever this keeps them.
+            device: that of the layer.
+        """
 
     def kept(self) -> tuple[Tensor, Tensor]:
         """All of it at once, k, v ``[B, n, S, D]``: what a prefill pattern needs, which chooses among all keys."""

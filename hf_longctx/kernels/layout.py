@@ -6,7 +6,7 @@ tokens kept, ``D`` head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -112,6 +112,30 @@ class Segment:
     def kept(self) -> tuple[Tensor, Tensor]:
         """Views of the filled slots: k, v ``[B, n, longest, D]``."""
         return self.k[:, :, : self.longest], self.v[:, :, : self.longest]
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What `restored` needs, tensors (views of the filled slots) and plain numbers."""
+        numbers = {"rows": self.k.shape[0], "capacity": self.k.shape[2], "shared": int(self.shared)}
+        tensors = dict(zip(("k", "v"), self.kept(), strict=True))
+        if self.k.stride(0) == 0:  # rows that share their memory are kept once
+            tensors = {name: tensor[:1] for name, tensor in tensors.items()}
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        if isinstance(self.length, int):
+            return tensors, {**numbers, "length": self.length}
+        return {**tensors, "length": self.length}, numbers
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device) -> Segment:
+        """The segment of which `saved` gave ``tensors`` (views of a file, which are copied) and ``numbers``."""
+        both = []
+        for name in ("k", "v"):
+            kept = tensors[name]
+            room = kept.new_empty(*kept.shape[:2], numbers["capacity"], kept.shape[3], device=device)
+            room[:, :, : kept.shape[2]] = kept
+            both.append(room.expand(numbers["rows"], -1, -1, -1) if kept.shape[0] < numbers["rows"] else room)
+        copies = {name: tensors[name].to(device, copy=True) for name in ("length", "bias") if name in tensors}
+        return cls(*both, copies.get("length", numbers.get("length")), copies.get("bias"), bool(numbers["shared"]))
 
 
 @dataclass

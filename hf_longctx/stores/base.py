@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import ModuleType
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -83,7 +84,15 @@ class StoreSpec(ABC):
 
 
 class Store(ABC):
-    """The KV of one role's heads in one layer, for all rows of the batch."""
+    """The KV of one role's heads in one layer, for all rows of the batch.
+
+    Attributes:
+        kinds: classes of what ``segments`` holds, for `restored`.
+        numbers: names of the attributes (plain ints) that belong to what is kept.
+    """
+
+    kinds: ClassVar[tuple[type[Segment] | type[Streamed], ...]] = (Segment,)
+    numbers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, spec: StoreSpec, heads: RoleHeads, max_tokens: int | None):
         self.spec = spec
@@ -129,6 +138,39 @@ class Store(ABC):
             other.state = {name: tensor.clone() for name, tensor in self.state.items()}
         return other
 
+    def filled(self, rows: Rows) -> dict[str, Segment | Streamed]:
+        """The segments, without memory that nobody wrote before their length (`blanked`): what `saved` writes.
+
+        ``rows`` are all that was seen, as for `crop`.
+        """
+        return self.segments
+
+    def saved(self, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `restore` needs: tensors by name (views where possible), and plain data that JSON can hold."""
+        tensors, parts = {f"state.{name}": tensor for name, tensor in self.state.items()}, []
+        for name, segment in self.filled(rows).items():
+            kept, numbers = segment.saved()
+            tensors |= {f"segments.{name}.{key}": tensor for key, tensor in kept.items()}
+            parts.append({"name": name, "kind": type(segment).__name__, "tensors": list(kept), "numbers": numbers})
+        numbers = {name: getattr(self, name) for name in self.numbers}
+        return tensors, {"segments": parts, "state": list(self.state), "numbers": numbers}
+
+    def restore(self, read: Callable[[str], Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
+        """Fill this empty store with what `saved` gave, each tensor as ``read(name)`` gives it, onto ``device``."""
+        with torch.inference_mode(False):  # as in new_segment
+            for part in plain["segments"]:
+                tensors = {key: read(f"segments.{part['name']}.{key}") for key in part["tensors"]}
+                self.segments[part["name"]] = self.restored(part["kind"], tensors, part["numbers"], device)
+            self.state |= {name: read(f"state.{name}").to(device, copy=True) for name in plain["state"]}
+        for name in self.numbers:
+            setattr(self, name, plain["numbers"][name])
+
+    def restored(
+        self, kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device
+    ) -> Segment | Streamed:
+        """One of `segments`, of the class named ``kind``; a store whose classes need more than that overrides it."""
+        return {known.__name__: known for known in self.kinds}[kind].restored(tensors, numbers, device)
+
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor the store keeps alive."""
         for segment in self.segments.values():
@@ -158,6 +200,16 @@ class Store(ABC):
     def incoming(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """This store's heads of a forward's new keys and values, differentiable."""
         return self.heads.take(k), self.heads.take(v)
+
+
+def blanked(segment: Segment, held: list[tuple[slice, int]]) -> Segment:
+    """The segment, or a copy with zeros after the filled slots of each row: ``held`` are (rows, how many)."""
+    if all(count >= segment.longest for _, count in held):
+        return segment
+    blank = replace(segment, k=torch.zeros_like(segment.k), v=torch.zeros_like(segment.v))
+    for rows, count in held:
+        blank.k[rows, :, :count], blank.v[rows, :, :count] = segment.k[rows, :, :count], segment.v[rows, :, :count]
+    return blank
 
 
 def room(needed: int, max_tokens: int | None, limit: int | None = None) -> int:

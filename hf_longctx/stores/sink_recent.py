@@ -7,7 +7,8 @@ positions they were computed with.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..errors import CacheError
 from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
-from .base import SPARE, Call, Store, StoreSpec, room
+from .base import SPARE, Call, Store, StoreSpec, blanked, room
 
 SLACK = SPARE - 1  # tokens that can be taken back after they pushed others out of the window
 
@@ -71,6 +72,8 @@ class SinkRecentStore(Store):
     back; its last slot takes what must not be kept.
     """
 
+    numbers: ClassVar[tuple[str, ...]] = ("oldest",)
+
     def __init__(self, spec: SinkRecent, heads: RoleHeads, max_tokens: int | None):
         super().__init__(spec, heads, max_tokens)
         self.oldest = 0  # slot from which on every token outside the sinks is in the ring or in the history
@@ -82,7 +85,7 @@ class SinkRecentStore(Store):
     def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
         kept = self.grow("kept", k, v, min(rows.total, self.window), self.window)
         if rows.total > self.window or (self.max_tokens or 0) > self.window:
-            self.grow("history", k, v, SPARE, SPARE)
+            self.grow("history", k, v, SPARE, SPARE).length = SPARE  # a ring: every slot may be filled
         if rows.new == 1:
             self._write_token(k, v, rows)
             view = self._decode_view(rows)
@@ -204,6 +207,25 @@ class SinkRecentStore(Store):
         if target <= self.window and self.max_tokens is None:
             self.segments.pop("history", None)
             self.oldest = 0
+
+    def filled(self, rows: Rows) -> dict[str, Segment]:
+        """Slots that no token of their row fills, or that hold what was rejected, are zeros."""
+        parts, sink, recent = dict(self.segments), self.spec.sink, self.spec.recent
+        if "kept" in parts:
+            held = [(group, max(0, min(rows.total - start, self.window))) for group, start in rows.groups()]
+            parts["kept"] = blanked(parts["kept"], held)
+        if "history" in parts:
+            past = self.segments["history"]
+            blank = replace(past, k=torch.zeros_like(past.k), v=torch.zeros_like(past.v))
+            for group, start in rows.groups():
+                for a, b in runs(max(sink, self.oldest - start), rows.total - start - recent, SLACK, 0):
+                    spots = slice(a % SLACK, a % SLACK + b - a)
+                    blank.k[group, :, spots], blank.v[group, :, spots] = (
+                        past.k[group, :, spots],
+                        past.v[group, :, spots],
+                    )
+            parts["history"] = blank
+        return parts
 
     def reset(self) -> None:
         super().reset()

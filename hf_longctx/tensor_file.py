@@ -1,0 +1,142 @@
+"""A safetensors file written tensor by tensor, without a second copy of any, and read back with every byte checked.
+
+The format is eight bytes with the length of a JSON header, the header, and the numbers in the order it names. Its
+metadata has a CRC-32 of every tensor and one of all the rest: that finds damage, not forgery.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import CacheError
+
+PIECE = 16 << 20  # bytes that are copied at a time, where they do not lie in a row in host memory
+TENSORS, REST = "tensors_crc32", "crc32"  # keys of the metadata
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the tensors, of any strides and on any device; the same tensors give the same bytes."""
+    # As safetensors orders them: widest numbers first, so that all of them are aligned.
+    ordered = {name: tensors[name] for name in sorted(tensors, key=lambda name: -tensors[name].element_size())}
+    sums = dict.fromkeys(ordered, 0)
+    file.write(_header(ordered, metadata, sums))
+    for name, tensor in ordered.items():
+        for piece in pieces(tensor):
+            data = _bytes(piece)
+            sums[name] = zlib.crc32(data, sums[name])
+            file.write(data)
+    file.seek(0)
+    file.write(_header(ordered, metadata, sums))
+
+
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Views that together are the tensor, in the order of its indices, of at most ``PIECE`` bytes (or one number)."""
+    if not tensor.dim() or tensor.nbytes <= PIECE:
+        yield tensor
+    elif rows := PIECE // (tensor.nbytes // len(tensor)):
+        yield from tensor.split(rows)
+    else:
+        for row in tensor:
+            yield from pieces(row)
+
+
+class TensorFile:
+    """A file that ``write`` made; a tensor is read and checked when it is asked for.
+
+    Attributes:
+        metadata: as ``write`` was given it.
+
+    Raises:
+        CacheError: there is no such file, it is not whole, or it is something else.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = safe_open(path, "pt")
+            told = dict(self._file.metadata() or {})
+            self._sums = {str(name): str(crc) for name, crc in json.loads(told.pop(TENSORS)).items()}
+            rest, self.metadata = told.pop(REST), told
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+            shapes = {name: [one.get_dtype(), list(one.get_shape())] for name, one in slices.items()}
+        except FileNotFoundError:
+            raise CacheError(f"there is no file {path}.") from None
+        except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as error:
+            raise CacheError(
+                f"{path} is no file that cache.save wrote, or only a part of one ({error}). Save the cache again."
+            ) from None
+        if rest != _crc_of_rest(shapes, told, self._sums) or shapes.keys() != self._sums.keys():
+            self._refuse("its header")
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor, on the CPU: a view of the file, to be copied by whoever keeps it.
+
+        Raises:
+            CacheError: the file has none of that name, or its bytes are not those that were written.
+        """
+        if name not in self._sums:
+            raise CacheError(f"{self.path} has no tensor {name}, which it must have. Save the cache again.")
+        tensor, crc = self._file.get_tensor(name), 0
+        for piece in pieces(tensor):
+            crc = zlib.crc32(_bytes(piece), crc)
+        if self._sums[name] != f"{crc:08x}":
+            self._refuse(name)
+        return tensor
+
+    def _refuse(self, what: str) -> None:
+        raise CacheError(
+            f"{self.path} is damaged: the checksum of {what} is another one than was written. Save the cache again."
+        )
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The tensor's numbers in the order of its indices; a copy where they lie otherwise, or on another device."""
+    flat = tensor.detach().cpu().contiguous()
+    flat = flat.as_strided((flat.numel(),), (1,))  # one number is contiguous with any stride, and flatten keeps it
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], sums: Mapping[str, int]) -> bytes:
+    """Of the same length whatever the sums are."""
+    crcs = {name: f"{crc:08x}" for name, crc in sums.items()}
+    shapes = {name: [DTYPES[tensor.dtype], list(tensor.shape)] for name, tensor in tensors.items()}
+    told = {**metadata, TENSORS: _json(crcs), REST: _crc_of_rest(shapes, metadata, crcs)}
+    entries, at = {"__metadata__": told}, 0
+    for name, (dtype, shape) in shapes.items():
+        end = at + tensors[name].nbytes
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = _json(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _crc_of_rest(shapes: Mapping[str, list], metadata: Mapping[str, str], crcs: Mapping[str, str]) -> str:
+    told = json.dumps([shapes, metadata, crcs], sort_keys=True)
+    return f"{zlib.crc32(told.encode()):08x}"
+
+
+def _json(plain: object) -> str:
+    return json.dumps(plain, separators=(",", ":"))

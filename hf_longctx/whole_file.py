@@ -1,0 +1,90 @@
+"""Files that are there whole or not at all, whenever the process is killed; and locks that end with their process."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+UNFINISHED = ".unfinished"
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write what becomes ``path`` in one step when the block ends, and is on the disk then.
+
+    A kill leaves the file of before, and at most ``.NAME.xxxxxxxxxxxxxxxx.unfinished`` beside it, which the next call
+    for the same path removes. The folder is made if it is not there.
+
+    Raises:
+        OSError: it cannot be written; the file of before is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in left_over(path):
+        with suppress(OSError), left.open("rb") as file:  # somebody else removed it
+            if lock(file, alone=True):
+                left.unlink()
+    unfinished, held = _fresh(path)
+    try:
+        yield unfinished
+        with unfinished.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(unfinished, path)
+        _sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)  # it is no longer there once it has become the file
+        held.close()
+
+
+def left_over(path: Path) -> list[Path]:
+    """Unfinished files of ``path``: of writers that were killed, and of those that write now."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}{re.escape(UNFINISHED)}")
+    return sorted(entry for entry in path.parent.iterdir() if name.fullmatch(entry.name))
+
+
+def _fresh(path: Path) -> tuple[Path, IO]:
+    """A new unfinished file, locked so that no other writer takes it for that of a killed one."""
+    while True:
+        unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}{UNFINISHED}")
+        held = unfinished.open("xb")
+        if fcntl is None:
+            held.close()  # Windows renames no open file
+            return unfinished, held
+        lock(held, alone=True)
+        with suppress(FileNotFoundError):  # another writer came between and removed it
+            if os.path.samestat(os.fstat(held.fileno()), unfinished.stat()):
+                return unfinished, held
+        held.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the folder's names on the disk, where the system lets one open a folder."""
+    if fcntl is not None:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def lock(file: IO, alone: bool) -> bool:
+    """Whether nobody else has the file locked; ``alone``: nobody can from now on. It ends with the process."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
