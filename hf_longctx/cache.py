@@ -68,6 +68,7 @@ class LongCtxLayer(CacheLayerMixin):
         self.stores: list[Store] = [plan.stores[heads.role].new(heads, max_tokens) for heads in plan.heads]
         self.dense_bytes_per_token = 0
         self.checked = every_forward()
+        self.autocast = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         per_head = (
@@ -146,7 +147,7 @@ class LongCtxLayer(CacheLayerMixin):
             kept, stores[store.heads.role] = store.saved(rows)
             tensors |= {f"{store.heads.role}.{name}": tensor for name, tensor in kept.items()}
         numbers = {name: getattr(self, name) for name in SAVED}
-        return tensors, {**numbers, "stores": stores}
+        return tensors, {**numbers, "dtype": str(self.dtype).removeprefix("torch."), "stores": stores}
 
     def restore(self, read: Callable[[str], Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
         """Fill this empty layer with what ``saved`` gave, each tensor as ``read(name)`` gives it, onto ``device``."""
@@ -155,7 +156,7 @@ class LongCtxLayer(CacheLayerMixin):
             store.restore(lambda name, role=role: read(f"{role}.{name}"), plain["stores"][role], device)
         for name in SAVED:
             setattr(self, name, plain[name])
-        self.is_initialized = True
+        self.dtype, self.device, self.is_initialized = getattr(torch, plain["dtype"]), device, True
 
 
 class LongCtxCache(Cache):

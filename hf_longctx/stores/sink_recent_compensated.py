@@ -19,7 +19,7 @@ from ..kernels import _compensated
 from ..kernels._compensated import Windows, total
 from ..kernels.layout import HeadKV, RoleHeads, Segment
 from ..rows import Rows
-from .base import SPARE, Call, Store, StoreSpec, room
+from .base import SPARE, Call, Store, StoreSpec, blanked, room
 from .sink_recent import SLACK
 
 
@@ -304,6 +304,14 @@ class SinkRecentCompensatedStore(Store):
         for name, length in (("sinks", min(self.spec.sink, target - self.begin)), ("recent", target - self.low)):
             if name in self.segments:
                 self.segments[name].length = length
+
+    def filled(self, rows: Rows) -> dict[str, Segment]:
+        """The sinks of a row that is shorter are zeros behind its end."""
+        parts = dict(self.segments)
+        if "sinks" in parts:
+            held = [(group, max(0, min(rows.total - start, self.spec.sink))) for group, start in rows.groups()]
+            parts["sinks"] = blanked(parts["sinks"], held)
+        return parts
 
     def reset(self) -> None:
         super().reset()
