@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,12 +46,10 @@ def save(cache: Any, path: str | os.PathLike, ids: Tensor | None, model: nn.Modu
         kept, plain = layer.saved(cache.starts)
         tensors |= {f"layers.{number}.{name}": tensor for name, tensor in kept.items()}
         told["kept"].append(plain)
-    for name, tensor in tensors.items():
-        _check_finite(name, tensor, "This cache")
     metadata = {"format": FORMAT, "version": str(VERSION), "told": json.dumps(told)}
     try:
         with written_whole(Path(path)) as unfinished, unfinished.open("wb") as file:
-            tensor_file.write(file, tensors, metadata)
+            tensor_file.write(file, tensors, metadata, partial(_check_finite, "this cache"))
     except OSError as error:
         raise CacheError(
             f"{path} cannot be written ({error}). What was there before is as it was, and so is the cache: free some "
@@ -60,7 +59,7 @@ def save(cache: Any, path: str | os.PathLike, ids: Tensor | None, model: nn.Modu
 
 def load(path: str | os.PathLike, model: nn.Module, make: type[AnyCache]) -> AnyCache:
     """See ``LongCtxCache.load``; ``make`` is that class."""
-    base, file = make(model).model(), TensorFile(Path(path))
+    base, file = make(model).model(), TensorFile(Path(path), partial(_check_finite, str(path)))
     told = _told(file)
     try:
         _check_same(path, "was made with another model", told["model"], json.loads(json.dumps(fingerprint(base))))
@@ -79,13 +78,7 @@ def _fill(cache: Any, told: Mapping[str, Any], file: TensorFile, base: nn.Module
         if "longctx_plan" in vars(module)
     }
     for number, (layer, plain) in enumerate(zip(cache.layers, told["kept"], strict=True)):
-
-        def read(name: str, prefix: str = f"layers.{number}.") -> Tensor:
-            tensor = file[prefix + name]
-            _check_finite(prefix + name, tensor, str(file.path))
-            return tensor
-
-        layer.restore(read, plain, devices[layer.plan.layer_idx])
+        layer.restore(lambda name, at=number: file[f"layers.{at}.{name}"], plain, devices[layer.plan.layer_idx])
     for name in SAVED:
         value = told["cache"][name]
         setattr(cache, name, tuple(value) if isinstance(value, list) else value)
@@ -134,12 +127,12 @@ def _ids_of(cache: Any, given: Tensor | None) -> Tensor:
     return given
 
 
-def _check_finite(name: str, tensor: Tensor, where: str) -> None:
-    if name.endswith(BIAS) or all(is_finite(piece) for piece in tensor_file.pieces(tensor)):
+def _check_finite(where: str, name: str, piece: Tensor) -> None:
+    if name.endswith(BIAS) or is_finite(piece):
         return
     _, layer, rest = name.split(".", 2)
     raise CacheError(
-        f"{where} holds NaN or inf in layer {layer}, {rest} ({tensor.dtype}): what is read from it would be wrong. "
+        f"{where} holds NaN or inf in layer {layer}, {rest} ({piece.dtype}): what is read from it would be wrong. "
         "Load the model in bfloat16 or float32 and read the prompt again; HF_LONGCTX_CHECK=1 finds the first layer."
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import CacheError
 
-PIECE = 16 << 20  # bytes that are copied at a time, where they do not lie in a row in host memory
+PIECE = 4 << 20  # bytes that are checked and written at a time, so that memory is read once; copied where it must be
 TENSORS, REST = "tensors_crc32", "crc32"  # keys of the metadata
 DTYPES = {
     torch.float64: "F64",
@@ -35,9 +35,16 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 
+Check = Callable[[str, Tensor], None] | None
 
-def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write the tensors, of any strides and on any device; the same tensors give the same bytes."""
+
+def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], check: Check = None) -> None:
+    """Write the tensors, of any strides and on any device; the same tensors give the same bytes.
+
+    Args:
+        check: called with the name and every piece of a tensor before it is written, while it is in the processor's
+            cache; it may raise.
+    """
     # As safetensors orders them: widest numbers first, so that all of them are aligned.
     ordered = {name: tensors[name] for name in sorted(tensors, key=lambda name: -tensors[name].element_size())}
     sums = dict.fromkeys(ordered, 0)
@@ -45,6 +52,8 @@ def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     for name, tensor in ordered.items():
         for piece in pieces(tensor):
             data = _bytes(piece)
+            if check is not None:
+                check(name, piece)
             sums[name] = zlib.crc32(data, sums[name])
             file.write(data)
     file.seek(0)
@@ -65,6 +74,9 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
 class TensorFile:
     """A file that ``write`` made; a tensor is read and checked when it is asked for.
 
+    Args:
+        check: called with the name and every piece of a tensor that is as it was written; it may raise.
+
     Attributes:
         metadata: as ``write`` was given it.
 
@@ -72,8 +84,8 @@ class TensorFile:
         CacheError: there is no such file, it is not whole, or it is something else.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, check: Check = None):
+        self.path, self._check = path, check
         try:
             self._file = safe_open(path, "pt")
             told = dict(self._file.metadata() or {})
@@ -103,6 +115,8 @@ class TensorFile:
             crc = zlib.crc32(_bytes(piece), crc)
         if self._sums[name] != f"{crc:08x}":
             self._refuse(name)
+        for piece in pieces(tensor) if self._check is not None else ():
+            self._check(name, piece)
         return tensor
 
     def _refuse(self, what: str) -> None:
