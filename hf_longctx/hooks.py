@@ -65,6 +65,8 @@ class BeforeForward:
         rows.observer = observers.get().get(id(base))
         if isinstance(cache, LongCtxCache):
             cache.begin(rows)
+            if cache.staggered and given.get("position_ids") is None:  # the model would count pads
+                given["position_ids"] = rows.positions(inputs.device)
         elif cache is not None:
             self.state.note(f"dense memory: a {type(cache).__name__} kept every token of every head")
         self.state.saw(rows, cache)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -83,7 +83,13 @@ class StoreSpec(ABC):
 
 
 class Store(ABC):
-    """The KV of one role's heads in one layer, for all rows of the batch."""
+    """The KV of one role's heads in one layer, for all rows of the batch.
+
+    Attributes:
+        staggers: whether it has `stagger`.
+    """
+
+    staggers: ClassVar[bool] = False
 
     def __init__(self, spec: StoreSpec, heads: RoleHeads, max_tokens: int | None):
         self.spec = spec
@@ -108,6 +114,13 @@ class Store(ABC):
     def oldest_crop(self, total: int) -> int:
         """Smallest slot count that ``crop`` can still go back to after ``total`` slots."""
         return 0
+
+    def stagger(self, rows: Rows, pads: Sequence[int]) -> None:
+        """Take the last ``pads[i]`` tokens of row i back and put as many pads before its first, without moving others.
+
+        ``rows``, whose ``total`` is what was seen, have no pads yet.
+        """
+        raise NotImplementedError
 
     def reset(self) -> None:
         """Forget everything, memory included."""
