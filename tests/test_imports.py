@@ -54,9 +54,12 @@ LAYERS = {
     "tasks": {"errors", "registry"},
     "identify": {"errors", "registry", "head_map", "config", "config_find", "kernels", "patch", "tasks"},
     "identify_prefill": CONFIG | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"},
+    "prompt": {"errors", "cache", "tasks"},
+    "prompt_cache": {"errors", "cache", "prompt"},
     "evaluate": {"errors", "environment", "registry", "config", "cache", "patch", "report", "tasks", "identify"}
     | {"assets", "plots"},
-    "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"},
+    "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"}
+    | {"prompt_cache"},
     "environment": set(),
     "plots": {"errors", "config"},
     # What stands on the public names, which it may also take from the files that define them.
