@@ -113,7 +113,7 @@ class PromptCache:
             self._store(own.ids.numpy().tobytes(), own)
 
     def _read(self, ids: Tensor, key: bytes, cache: LongCtxCache, common: int, future: Future) -> Prompt:
-        done = None
+        ready = None
         try:
             if cache.seen > common:
                 cache.crop(common)
@@ -123,14 +123,12 @@ class PromptCache:
                 self.hits, self.misses = self.hits + (common > 0), self.misses + (common == 0)
                 self.tokens_read, self.tokens_reused = self.tokens_read + new, self.tokens_reused + common
                 self._store(key, done)
+            ready = done
             return handle
-        except BaseException:
-            done = None
-            raise
         finally:
             with self._lock:
                 del self._reading[key]
-            future.set_result(done)
+            future.set_result(ready)
 
     def _nearest(self, ids: Tensor) -> tuple[Prompt | None, int]:
         """The stored prompt of which the most tokens can be reused, and how many; the latest used of equals."""

@@ -347,7 +347,7 @@ def staggered(model, prompt: int, questions: list[int], answers: int = 12, **kwa
     for step in (longest, *[1] * (answers // 2), 3, *[1] * (answers - answers // 2 - 3)):
         got = read(model, cache, rows[:, at : at + step], mask[:, : at + step])
         at += step
-        for row, text in enumerate(texts):
+        for row, text in enumerate(texts if step > 1 or at == width else texts[:1]):
             end = text.shape[1] - (width - at)
             want = read(model, LongCtxCache(model), text[:, :end])
             worst = max(worst, (got[row] - want).abs().max().item())
