@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_cache import live_bytes, patched_tiny, read
+from test_cache import CountReads, live_bytes, patched_tiny, read
 from tiny import FAMILIES, config_for, left_padded, tiny_model
 
 from hf_longctx import CacheError, LongCtxCache, patch_model, report
@@ -426,6 +426,21 @@ def test_staggered_rows_share_the_prompt_and_go_on_as_other_caches():
     again.cache.reset()
     again.ids, again.mask = again.ids[:, :0], again.mask[:, :0]
     assert again.more(5) < 1e-6
+
+
+def test_device_reads_of_staggered_rows_do_not_grow_with_the_layers():
+    counts = []
+    for layers in (2, 6):
+        text = Text.read(patched_tiny(layers=layers), [60])
+        text.repeat(2)
+        text.cache.stagger([0, 3])
+        mask = torch.ones(2, 64, dtype=torch.long)
+        mask[1, :3] = 0
+        for step in (3, 1):
+            with CountReads() as count:
+                read(text.model, text.cache, torch.full((2, step), 5), mask[:, : text.cache.seen + step])
+            counts.append(count.reads)
+    assert counts[:2] == counts[2:]
 
 
 def test_rows_that_cannot_go_back_are_refused():
