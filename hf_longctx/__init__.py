@@ -8,6 +8,7 @@ from .identify import identify
 from .identify_prefill import identify_prefill
 from .loading import AutoModelForCausalLM, install, uninstall
 from .patch import observe, patch_model, patched, unpatch_model
+from .prompt_cache import PromptCache
 from .report import report
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "LongCtxCache",
     "LongCtxConfig",
     "LongCtxError",
+    "PromptCache",
     "UnsupportedModeError",
     "UnsupportedModelError",
     "compare",

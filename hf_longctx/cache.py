@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,17 @@ class LongCtxLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length
 
+    @property
+    def oldest_crop(self) -> int:
+        """Fewest tokens that this layer can still be cropped to."""
+        return max(store.oldest_crop(self.seen) for store in self.stores)
+
+    def stagger(self, rows: Rows, pads: Sequence[int]) -> None:
+        self.whole = False
+        for store in self.stores:
+            store.stagger(rows, pads)
+        self.whole = True
+
     def crop_to(self, rows: Rows, target: int) -> None:
         if target < self.seen:
             self.whole = False
@@ -184,6 +195,7 @@ class LongCtxCache(Cache):
         self.model = weakref.ref(patched)
         self.max_tokens = max_tokens
         self.token_ids = TokenIds(max_tokens)
+        self.staggered = False
         self.starts: tuple[int, ...] | None = None
         self.ends: tuple[int, ...] | None = None
         self.rows: Rows | None = None
@@ -332,8 +344,7 @@ class LongCtxCache(Cache):
             return
         self._refuse_half_written()
         for layer in self.layers:
-            possible = max(store.oldest_crop(layer.seen) for store in layer.stores)
-            if target < min(possible, layer.seen):
+            if target < min(possible := layer.oldest_crop, layer.seen):
                 raise CacheError(
                     f"cannot crop from {layer.seen} to {target} tokens: layer {layer.plan.layer_idx} can go back to "
                     f"{possible} at most, older tokens of its streaming heads are gone (at most {SPARE - 1} can be "
@@ -353,7 +364,7 @@ class LongCtxCache(Cache):
         for layer in self.layers:
             layer.reset()
         self.token_ids.reset()
-        self.rows, self.starts, self.ends = None, None, None
+        self.rows, self.starts, self.ends, self.staggered = None, None, None, False
 
     def fork(self) -> LongCtxCache:
         """A cache that goes on from here independently of this one.
@@ -402,6 +413,42 @@ class LongCtxCache(Cache):
             UnsupportedModeError: the model's weights are not all in the memory of this process.
         """
         return cache_file.load(path, model, cls)
+
+    @property
+    def oldest_crop(self) -> int:
+        """Fewest tokens that `crop` can still go back to, but for 0; more than were seen where it cannot at all."""
+        return max(layer.oldest_crop for layer in self.layers)
+
+    @property
+    def stagger_room(self) -> int:
+        """How far `stagger` can take rows back: tokens."""
+        stores = [store for layer in self.layers for store in layer.stores]
+        if any(self.starts or ()) or self.ends or not all(store.staggers and not store.state for store in stores):
+            return 0
+        return max(0, self.seen - max(1, self.oldest_crop))
+
+    def stagger(self, pads: Sequence[int]) -> None:
+        """Row ``i`` gives back its last ``pads[i]`` tokens and gets as many left pads; what is seen stays the same.
+
+        So rows that share one prompt go on by texts of different lengths, still sharing it: as a left-padded batch of
+        whole texts, of which the next forward brings the columns from ``seen`` on. Its positions count real tokens, as
+        ``generate`` has it; a forward without ``position_ids`` gets those.
+
+        Raises:
+            CacheError: rows cannot go so far back (`stagger_room`); nothing is changed.
+        """
+        self.check()
+        if len(pads) != self.batch_size or min(pads) < 0 or max(pads) > self.stagger_room:
+            raise CacheError(
+                f"cannot stagger {self.batch_size} rows by {list(pads)}: give one number a row, from 0 to "
+                f"{self.stagger_room}, the tokens that this cache can take back. Read texts of one length together."
+            )
+        if not any(pads):
+            return
+        for layer in self.layers:
+            layer.stagger(Rows(self.batch_size, 0, layer.seen), pads)
+        self.token_ids.stagger(pads)
+        self.starts, self.rows, self.staggered = tuple(pads), None, True
 
     def activate_past_recording(self) -> None:
         """Nothing to turn on: streaming heads always remember what a bounded rollback needs."""

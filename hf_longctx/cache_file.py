@@ -23,7 +23,7 @@ from .whole_file import written_whole
 
 FORMAT, VERSION = "hf_longctx cache", 1
 IDS = "ids"  # the tensor of token ids; those of layers are "layers.0.streaming...."
-SAVED = ("starts", "ends")  # attributes of the cache itself
+SAVED = ("starts", "ends", "staggered")  # attributes of the cache itself
 BIAS = ".bias"  # ends the names of tensors that may hold -inf
 
 AnyCache = TypeVar("AnyCache")

@@ -66,6 +66,8 @@ class BeforeForward:
         rows.observer = observers.get().get(id(base))
         if isinstance(cache, LongCtxCache):
             cache.begin(rows, given.get("input_ids"))
+            if cache.staggered and given.get("position_ids") is None:  # the model would count pads
+                given["position_ids"] = rows.positions(inputs.device)
         elif cache is not None:
             self.state.note(f"dense memory: a {type(cache).__name__} kept every token of every head")
         self.state.saw(rows, cache)
@@ -164,6 +166,16 @@ def _refuse_packed(position_ids: Tensor | None, rows: Rows) -> None:
         )
 
 
+def _refuse_drafts(given: tuple) -> None:
+    """Seen in Transformers 5.23, with its own caches too: the first step reads what the cache holds once more."""
+    if "assisted_generation" in (getattr(one, "value", None) for one in given):
+        raise UnsupportedModeError(
+            "assisted decoding and prompt lookup over a cache that was filled before: Transformers would read the "
+            "whole prompt a second time, and answer wrongly. Leave out assistant_model and prompt_lookup_num_tokens, "
+            "or start with a new cache."
+        )
+
+
 class PrepareCache:
     """Replaces ``_prepare_cache_for_generation`` of one model: generate() starts with a ``LongCtxCache``."""
 
@@ -182,6 +194,8 @@ class PrepareCache:
                 f"cache_implementation='{asked}' is a fixed-size cache that a patched model cannot read. Leave it out, "
                 "or pass past_key_values=LongCtxCache(model, max_tokens=...) to reserve memory."
             )
+        if isinstance(cache := model_kwargs.get("past_key_values"), LongCtxCache) and cache.seen:
+            _refuse_drafts((*args, *kwargs.values()))
         if dense or given or no_cache or asked in DENSE_MEMORY:
             return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
         model_kwargs["past_key_values"] = LongCtxCache(model)

@@ -100,6 +100,11 @@ class Rows:
         end = self.total if self.ends is None else self.ends[row]
         return max(0, end - max(start, self.past)), max(0, end - start)
 
+    def positions(self, device: torch.device) -> Tensor:
+        """Row positions of the new slots, int64 ``[B, T]``; 0 for left pads."""
+        starts = torch.tensor(self.starts or (0,) * self.batch, device=device)[:, None]
+        return (torch.arange(self.past, self.total, device=device) - starts).clamp_(min=0)
+
     def memo(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
         """A tensor all layers of this forward share, made once."""
         if key not in self._memo:
@@ -123,6 +128,21 @@ class Rows:
             )
 
         return self.memo(("pad_bias", device, dtype), make)
+
+    def tail_bias(self, end: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Score bias ``[B, 1, 1, N]`` that hides the last ``min(start, end)`` of ``end`` slots, for the last N of them.
+
+        N is the most that it hides of a row.
+        """
+
+        def make() -> Tensor:
+            hidden = torch.tensor([min(start, end) for start in self.starts], device=device)[:, None, None, None]
+            most = min(end, max(self.starts))
+            left = torch.arange(most, 0, -1, device=device)  # slots to the end, the own one included
+            zeros = torch.zeros(self.batch, 1, 1, most, dtype=dtype, device=device)
+            return zeros.masked_fill_(left <= hidden, float("-inf"))
+
+        return self.memo(("tail_bias", end, device, dtype), make)
 
 
 def read_mask(mask: Tensor | None, batch: int, past: int, new: int) -> Rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,6 +54,16 @@ class TokenIds:
     def crop(self, length: int) -> None:
         """Forget all but the first ``length`` slots."""
         self.length = min(self.length, length)
+
+    def stagger(self, pads: Sequence[int]) -> None:
+        """Row ``i`` gives back its last ``pads[i]`` ids and gets as many zeros before its first."""
+        if self.buffer is None:
+            return
+        with torch.inference_mode(False):
+            self.buffer = self.buffer.clone()  # its rows may be one memory
+            for row, count in enumerate(pads):
+                self.buffer[row] = self.buffer[row].roll(count)
+                self.buffer[row, :count] = 0
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Reorder, repeat or select the rows, as ``change`` does it to a tensor ``[B, ...]``."""

@@ -64,7 +64,10 @@ LAYERS = {
     | {"whole_file"},
     "evaluate": {"errors", "environment", "registry", "config", "cache", "patch", "report", "tasks", "identify"}
     | {"assets", "plots", "whole_file"},
-    "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"},
+    "prompt": {"errors", "cache", "tasks"},
+    "prompt_cache": {"errors", "cache", "prompt"},
+    "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"}
+    | {"prompt_cache"},
     "environment": set(),
     "console": set(),
     "sizes": {"errors", "registry"},

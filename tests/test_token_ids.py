@@ -114,3 +114,13 @@ def test_nothing_reads_the_device_and_little_is_copied():
     assert sum(a != b for a, b in zip(kept, kept[1:], strict=False)) == 2
     assert ids.nbytes <= 2 * 4 * (3000 + SPARE) and torch.equal(ids.known(2990)[1], torch.arange(2990))
     assert ids.known(2991) is None
+
+
+def test_staggered_rows_have_pads_before_their_ids():
+    ids = TokenIds()
+    ids.append(0, torch.arange(1, 7).expand(3, -1))
+    ids.stagger([0, 2, 5])
+    want = [[1, 2, 3, 4, 5, 6], [0, 0, 1, 2, 3, 4], [0, 0, 0, 0, 0, 1]]
+    assert ids.known(6).tolist() == want
+    ids.append(6, torch.tensor([[7], [8], [9]]))
+    assert ids.known(7)[:, -1].tolist() == [7, 8, 9]

@@ -12,7 +12,7 @@ import traceback
 
 import pytest
 import torch
-from triton_models import benchmark, one_launch_per_layer
+from triton_models import benchmark, forks, one_launch_per_layer
 
 from hf_longctx.kernels import reference, triton
 from hf_longctx.kernels.layout import BlockList, HeadKV, RoleHeads, Segment
@@ -293,7 +293,7 @@ def cases(dtypes):
         add(decode, shape, kv_len, cuts, dtype=wide)
     for function in (sparse_control, sparse_rows_alone, streaming_control, decode_control, decode_lengths):
         add(function, dtype=wide)
-    for function in (decode_layer, empties, refusals, one_launch_per_layer, benchmark):
+    for function in (decode_layer, empties, refusals, one_launch_per_layer, forks, benchmark):
         add(function, dtype=wide)
     return found
 

@@ -82,6 +82,41 @@ def one_launch_per_layer(device, dtype):
         assert (by_role - want).abs().max() <= allowed
 
 
+@torch.no_grad()
+def forks(device, dtype):
+    """Rows that share a prompt and go on from different tokens of it: one launch per layer, as right as alone."""
+    model, exact = (tiny_model("llama", one, layers=LAYERS).to(device) for one in (dtype, torch.float64))
+    exact.load_state_dict(model.state_dict())
+    texts = left_padded([45, 40, 42])
+    ids, mask = (t.to(device) for t in texts)
+    ids[1, 5:37], ids[2, 3:35] = ids[0, :32], ids[0, :32]  # one prompt of 32 tokens, then 13, 8 and 10 of their own
+
+    def run(one, kernel):
+        patch_model(one, config_for(one, "mixed", sink=4, recent=8, kernel=kernel))
+        cache = LongCtxCache(one)
+        one(ids[:1, :32], past_key_values=cache)
+        cache = cache.fork()
+        cache.batch_repeat_interleave(3)
+        cache.stagger([0, 5, 3])
+        one(ids[:, 32:-STEPS], attention_mask=mask[:, :-STEPS], past_key_values=cache)
+        outs = []
+        with launches() as counts:
+            for end in range(45 - STEPS + 1, 46):
+                step = one(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache)
+                outs.append(step.logits[:, -1].double())
+        return torch.stack(outs), counts
+
+    got, counts = run(model, "triton")
+    assert counts == dict.fromkeys(KERNELS, LAYERS * STEPS)
+    want, _ = run(exact, "reference")
+    for row in range(3):
+        alone = exact(ids[row, mask[row].bool()][None]).logits[0, -STEPS:].double()
+        assert (want[:, row] - alone).abs().max() < 1e-6
+    allowed = max(1e-5, 2 * float((run(model, "cpu")[0] - want).abs().max()))
+    assert (got - want).abs().max() <= allowed
+    assert (got - want.roll(1, 1)).abs().max() > 2 * allowed, "a control"
+
+
 def benchmark(device, dtype):
     """`bench gpu` checks and times our kernels against the dense attention of the device, and notices a wrong one."""
     if device.type == "cuda":

@@ -94,7 +94,7 @@ class Segment:
 
         Rows that share their memory for good, as those that read one prompt do, go on sharing it.
         """
-        if self.shared and (self.k.shape[0] == 1 or self.k.stride(0) == 0):
+        if self.shared and self._one_row:
             batch = change(self.k[:, :0, :0]).shape[0]
             self.k, self.v = (x[:1].expand(batch, -1, -1, -1) for x in (self.k, self.v))
         else:
@@ -136,6 +136,25 @@ class Segment:
             both.append(room.expand(numbers["rows"], -1, -1, -1) if kept.shape[0] < numbers["rows"] else room)
         copies = {name: tensors[name].to(device, copy=True) for name in ("length", "bias") if name in tensors}
         return cls(*both, copies.get("length", numbers.get("length")), copies.get("bias"), bool(numbers["shared"]))
+
+    def frozen(self, tokens: int, spare: float) -> Segment:
+        """Its first ``tokens`` as a shared segment: the same memory, or a copy that fits.
+
+        The copy where the memory beside them, which they would keep alive, is more than ``spare`` times theirs.
+        """
+        rows = slice(0, 1) if self._one_row else slice(None)
+        pair = [x[rows, :, :tokens] for x in (self.k, self.v)]
+        own = sum(x.numel() * x.element_size() for x in pair)
+        held = sum(x.untyped_storage().nbytes() for x in pair)
+        if held - own > spare * own:
+            with torch.inference_mode(False):  # as other segments, to be read outside of inference mode
+                pair = [x.clone(memory_format=torch.contiguous_format) for x in pair]
+        return Segment(*(x.expand(self.k.shape[0], -1, -1, -1) for x in pair), tokens, shared=True)
+
+    @property
+    def _one_row(self) -> bool:
+        """Whether all rows are one and the same memory."""
+        return self.k.shape[0] == 1 or self.k.stride(0) == 0
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, ClassVar, Protocol
@@ -89,10 +89,12 @@ class Store(ABC):
     Attributes:
         kinds: classes of what ``segments`` holds, for `restored`.
         numbers: names of the attributes (plain ints) that belong to what is kept.
+        staggers: whether it has `stagger`.
     """
 
     kinds: ClassVar[tuple[type[Segment] | type[Streamed], ...]] = (Segment,)
     numbers: ClassVar[tuple[str, ...]] = ()
+    staggers: ClassVar[bool] = False
 
     def __init__(self, spec: StoreSpec, heads: RoleHeads, max_tokens: int | None):
         self.spec = spec
@@ -117,6 +119,13 @@ class Store(ABC):
     def oldest_crop(self, total: int) -> int:
         """Smallest slot count that ``crop`` can still go back to after ``total`` slots."""
         return 0
+
+    def stagger(self, rows: Rows, pads: Sequence[int]) -> None:
+        """Take the last ``pads[i]`` tokens of row i back and put as many pads before its first, without moving others.
+
+        ``rows``, whose ``total`` is what was seen, have no pads yet.
+        """
+        raise NotImplementedError
 
     def reset(self) -> None:
         """Forget everything, memory included."""

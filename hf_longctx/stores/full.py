@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,28 +29,84 @@ class Full(StoreSpec):
         return None
 
 
+@dataclass
+class Staggered(HeadKV):
+    """What rows kept that share a prompt and go on from different tokens of it.
+
+    Attributes:
+        aligned: the first slots of `segments`, in which a row that starts at slot s has its first ``aligned - s``
+            tokens, from the first slot on; what is behind them is another row's.
+    """
+
+    aligned: int = 0
+
+    def alone(self, rows: slice, start: int) -> list[Segment]:
+        left, low, pads = [], 0, max(0, start - self.aligned)
+        for segment in self.segments:
+            length, skip = segment.length, 0
+            if low < self.aligned:
+                length = max(0, min(length, self.aligned - start - low))
+            else:
+                skip = min(pads, length)
+                pads -= skip
+            low += segment.length
+            if skip < length:
+                left.append(Segment(segment.k[rows, :, skip:length], segment.v[rows, :, skip:length], length - skip))
+        return left
+
+
 class FullStore(Store):
     """One growing buffer; a slot of the batch is a slot of the buffer, pads included.
 
     A fork makes what was kept so far a segment of its own before that buffer, to which nobody writes any more.
+
+    Attributes:
+        aligned: see `Staggered`; a whole number of segments. 0: pads are where they are in the batch.
     """
 
+    numbers: ClassVar[tuple[str, ...]] = ("aligned",)
+    staggers = True
+
+    def __init__(self, spec: Full, heads: RoleHeads, max_tokens: int | None):
+        super().__init__(spec, heads, max_tokens)
+        self.aligned = 0
+
     def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
-        before = sum(segment.length for name, segment in self.segments.items() if name != "kept")
+        shared = [segment for name, segment in self.segments.items() if name != "kept"]
+        before = sum(segment.length for segment in shared)
+        # One dtype for all of them: autocast may have been switched since the fork.
+        like = (shared[0].k, shared[0].v) if shared else (k, v)
         limit = None if self.max_tokens is None else self.max_tokens - before
-        kept = self.grow("kept", k, v, rows.total - before, limit)
+        kept = self.grow("kept", *like, rows.total - before, limit)
         self.heads.copy_to(kept.k[:, :, rows.past - before : rows.total - before], k)
         self.heads.copy_to(kept.v[:, :, rows.past - before : rows.total - before], v)
         kept.length = rows.total - before
-        seen = [Segment(segment.k, segment.v, segment.length) for segment in self.segments.values()]
         if rows.past == 0 and needs_grad(k, v):
             seen = [Segment(*self.incoming(k, v), rows.total)]
-        if rows.new == 1 and (bias := rows.pad_bias(kept.k.device, kept.k.dtype)) is not None:
-            low = 0
-            for segment in seen:
-                segment.bias = bias[..., low : low + segment.length]
-                low += segment.length
+        else:
+            seen = [Segment(*segment.kept(), segment.length) for segment in self.segments.values()]
+        seen = self._hide_pads(seen, rows) if rows.new == 1 and rows.padded else seen
+        if self.aligned:
+            return Staggered(self.heads, seen, self.spec, state=self.state, aligned=self.aligned)
         return HeadKV(self.heads, seen, self.spec, state=self.state)
+
+    def _hide_pads(self, segments: list[Segment], rows: Rows) -> list[Segment]:
+        """The segments for one query, with a score bias where a slot is not every row's own."""
+        own = self.aligned - min(self.aligned, max(rows.starts))  # up to here every row has tokens
+        pads = not self.aligned or max(rows.starts) > self.aligned
+        low, parts = 0, []
+        for segment in segments:
+            high, device, dtype = low + segment.length, segment.k.device, segment.dtype
+            cuts = [low, own, high] if low < own < high else [low, high]
+            for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+                part = Segment(segment.k[:, :, a - low : b - low], segment.v[:, :, a - low : b - low], b - a)
+                if own <= a < self.aligned:
+                    part.bias = rows.tail_bias(self.aligned, device, dtype)[..., a - own : b - own]
+                elif a >= self.aligned and pads:
+                    part.bias = rows.pad_bias(device, dtype)[..., a:b]
+                parts.append(part)
+            low = high
+        return parts
 
     def crop(self, rows: Rows, target: int) -> None:
         low = 0
@@ -58,13 +116,27 @@ class FullStore(Store):
             if name == "kept":
                 segment.length = keep
             elif keep:
-                self.segments[name] = Segment(segment.k[:, :, :keep], segment.v[:, :, :keep], keep, shared=True)
+                self.segments[name] = segment.frozen(keep, spare=1) if keep < segment.length else segment
             else:
                 del self.segments[name]
+        self.aligned = min(self.aligned, target)
+
+    def stagger(self, rows: Rows, pads: Sequence[int]) -> None:
+        self._share()
+        self.aligned = rows.total
+
+    def reset(self) -> None:
+        super().reset()
+        self.aligned = 0
 
     def fork(self) -> FullStore:
-        kept = self.segments.pop("kept", None)
-        if kept is not None and kept.length:
-            own = Segment(kept.k[:, :, : kept.length], kept.v[:, :, : kept.length], kept.length, shared=True)
-            self.segments[f"shared {len(self.segments)}"] = own
+        self._share()
         return super().fork()
+
+    def _share(self) -> None:
+        kept = self.segments.get("kept")
+        if kept is not None:
+            segments = {name: segment for name, segment in self.segments.items() if name != "kept"}
+            if kept.length:
+                segments[f"shared {len(segments)}"] = kept.frozen(kept.length, spare=1 / 8)
+            self.segments = segments  # at once: several threads may fork one cache

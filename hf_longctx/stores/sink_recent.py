@@ -6,7 +6,7 @@ positions they were computed with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -73,6 +73,7 @@ class SinkRecentStore(Store):
     """
 
     numbers: ClassVar[tuple[str, ...]] = ("oldest",)
+    staggers = True
 
     def __init__(self, spec: SinkRecent, heads: RoleHeads, max_tokens: int | None):
         super().__init__(spec, heads, max_tokens)
@@ -192,17 +193,11 @@ class SinkRecentStore(Store):
             raise CacheError(
                 f"cannot go back to {target} tokens: the window needs what was dropped before {self.oldest}."
             )
-        kept, sink, recent = self.segments.get("kept"), self.spec.sink, self.spec.recent
+        kept = self.segments.get("kept")
         if kept is None:
             return
         for group, start in rows.groups():
-            gone = min(rows.total - recent, target) - start  # up to here the ring has pushed its tokens out
-            for a, b in runs(max(sink, target - start - recent), gone, recent, sink):
-                past, slot = self.segments["history"], self._slot(a)
-                for c, d in runs(a, b, SLACK, 0):
-                    into, out = slice(slot + c - a, slot + d - a), slice(c % SLACK, c % SLACK + d - c)
-                    kept.k[group, :, into] = past.k[group, :, out]
-                    kept.v[group, :, into] = past.v[group, :, out]
+            self._take_back(group, rows.total - start, target - start)
         kept.length = min(target, self.window)
         if target <= self.window and self.max_tokens is None:
             self.segments.pop("history", None)
@@ -226,6 +221,23 @@ class SinkRecentStore(Store):
                     )
             parts["history"] = blank
         return parts
+
+    def stagger(self, rows: Rows, pads: Sequence[int]) -> None:
+        for row, count in enumerate(pads):
+            self._take_back(slice(row, row + 1), rows.total, rows.total - count)
+        if self.oldest > self.spec.sink:
+            self.oldest += max(pads)
+
+    def _take_back(self, group: slice, seen: int, target: int) -> None:
+        """Put what rows that go back from ``seen`` to ``target`` tokens need again from the history into the ring."""
+        kept, sink, recent = self.segments["kept"], self.spec.sink, self.spec.recent
+        gone = min(seen - recent, target)  # up to here the ring has pushed its tokens out
+        for a, b in runs(max(sink, target - recent), gone, recent, sink):
+            past, slot = self.segments["history"], self._slot(a)
+            for c, d in runs(a, b, SLACK, 0):
+                into, out = slice(slot + c - a, slot + d - a), slice(c % SLACK, c % SLACK + d - c)
+                kept.k[group, :, into] = past.k[group, :, out]
+                kept.v[group, :, into] = past.v[group, :, out]
 
     def reset(self) -> None:
         super().reset()

@@ -21,7 +21,7 @@ from hf_longctx.kernels import _nvidia, cpu, dispatch, triton
 
 TESTS = Path(__file__).parents[1]
 CUDA = torch.device("cuda")
-CASES = 39
+CASES = 40
 
 
 def run_script(name: str, folder: Path, **environment: str) -> dict:
