@@ -74,7 +74,8 @@ class TokenIds:
     def fork(self) -> TokenIds:
         """A copy that goes on by itself."""
         other = copy.copy(self)
-        other.buffer = None if self.buffer is None else self.buffer.clone()
+        with torch.inference_mode(False):
+            other.buffer = None if self.buffer is None else self.buffer.clone()
         return other
 
     def reset(self) -> None:
