@@ -78,6 +78,8 @@ class LongCtxLayer(CacheLayerMixin):
                 f"layer {self.plan.layer_idx} got keys of {batch} rows, {kv_heads} KV heads and head_dim {head_dim}, "
                 f"but this cache holds {self.batch}, {len(self.plan.roles)} and {self.head_dim}. Use a new cache."
             )
+        for store in self.stores:
+            store.prepare(key_states, value_states, rows)
         self.whole = False
         heads = [store.append(key_states, value_states, rows) for store in self.stores]
         self.seen, self.whole = rows.total, True
@@ -123,6 +125,10 @@ class LongCtxLayer(CacheLayerMixin):
         for store in self.stores:
             yield from store.tensors()
 
+    def offloaded(self) -> Iterable[tuple[str, int]]:
+        for store in self.stores:
+            yield from store.offloaded().items()
+
 
 class LongCtxCache(Cache):
     """KV cache of a patched model.
@@ -166,8 +172,16 @@ class LongCtxCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory the cache really holds, spare room included."""
+        """Bytes of memory the cache really holds, spare room included; host memory counts, files do not."""
         return storage_bytes(tensor for layer in self.layers for tensor in layer.tensors())
+
+    @property
+    def nbytes_offloaded(self) -> dict[str, int]:
+        """Bytes that stores keep outside of the device by choice: ``in host memory`` (in ``nbytes``) and ``on disk``."""
+        found: dict[str, int] = {}
+        for place, count in (item for layer in self.layers for item in layer.offloaded()):
+            found[place] = found.get(place, 0) + count
+        return found
 
     @property
     def nbytes_dense(self) -> int:

@@ -22,6 +22,7 @@ class Report:
         seen: tokens the last cache has seen, pads included; None when that cache is gone.
         nbytes, nbytes_dense: bytes it holds, and bytes a dense cache would hold.
         layers: bytes it holds per layer.
+        offloaded: bytes that it keeps outside of the device by choice, by where they are.
         kernels: kernels that ran.
         notes: what ran slower or otherwise than asked for.
         sparse, dense: rows times layers whose prefill pattern ran, and whose rows were too short for it.
@@ -44,6 +45,7 @@ class Report:
     nbytes: int | None = None
     nbytes_dense: int | None = None
     layers: tuple[int, ...] = field(default=())
+    offloaded: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -64,6 +66,7 @@ class Report:
             lines.append(f"KV cache      {kept}, {share:.0%} of dense {_mb(self.nbytes_dense)}")
         else:
             lines.append("KV cache      none alive")
+        lines += [f"offloaded     {_mb(count)} {place}" for place, count in self.offloaded.items()]
         lines += [f"note          {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -83,6 +86,7 @@ def report(model: nn.Module) -> Report:
     if isinstance(cache, LongCtxCache):
         layers = tuple(storage_bytes(layer.tensors()) for layer in cache.layers)
         kept = {"seen": cache.seen, "nbytes": cache.nbytes, "nbytes_dense": cache.nbytes_dense, "layers": layers}
+        kept["offloaded"] = cache.nbytes_offloaded
     return Report(
         kv_heads=len(roles),
         retrieval_heads=roles.count("R"),

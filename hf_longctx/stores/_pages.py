@@ -1,0 +1,329 @@
+"""Pages: runs of kept tokens outside of the device, in host memory or in files, and the segment that reads them.
+
+A page is written once and never again, so forks, copies and shorter caches share it by reference; its memory or its
+file goes with its last owner. Shapes: ``B`` rows when the page was written, ``n`` KV heads, ``D`` head_dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import tempfile
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CacheError, UnsupportedModeError
+from ..kernels._streamed import Streamed
+from ..kernels.layout import HeadKV, Segment
+from . import _fetch
+
+GONE = "Nobody may delete page files while their cache lives. Call cache.reset() and read the prompt again."
+
+
+class Page(ABC):
+    """Keys and values of consecutive slots of every row; nobody changes them.
+
+    Attributes:
+        rows, tokens: B and the number of slots.
+        nbytes: what they take.
+    """
+
+    rows: int
+    tokens: int
+    nbytes: int
+
+    @abstractmethod
+    def read(self) -> tuple[Tensor, Tensor]:
+        """k, v ``[B, n, tokens, D]`` on the CPU."""
+
+    def soon(self) -> None:
+        """A hint that `read` comes next."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What it holds in memory."""
+        yield from ()
+
+    def __deepcopy__(self, memo: dict) -> Page:
+        return self
+
+
+class HostPage(Page):
+    """A page in host memory, pinned where it came from a GPU."""
+
+    def __init__(self, k: Tensor, v: Tensor, written: torch.cuda.Event | None = None):
+        self.k, self.v, self.written = k, v, written
+        self.rows, self.tokens, self.nbytes = k.shape[0], k.shape[2], k.nbytes + v.nbytes
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        return self.k, self.v
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.k, self.v)
+
+    def __reduce__(self) -> tuple:
+        if self.written is not None:
+            self.written.synchronize()
+        return _unpickled_host_page, (self.k, self.v, self.k.is_pinned())
+
+
+class HostMemory:
+    """Writes pages to host memory."""
+
+    place = "in host memory"
+
+    def write(self, k: Tensor, v: Tensor) -> HostPage:
+        """A page of k, v ``[B, n, T, D]``."""
+        pinned = k.is_cuda
+        with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
+            own = [torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned) for x in (k, v)]
+        for into, x in zip(own, (k, v), strict=True):
+            into.copy_(x.detach(), non_blocking=pinned)
+        return HostPage(*own, written=torch.cuda.current_stream(k.device).record_event() if pinned else None)
+
+
+class DiskPage(Page):
+    """A page in a safetensors file, mapped into memory while somebody reads it."""
+
+    def __init__(self, path: str, folder: Folder, k: Tensor, v: Tensor):
+        self.path, self.folder = path, folder
+        self.rows, self.tokens, self.nbytes = k.shape[0], k.shape[2], k.nbytes + v.nbytes
+        weakref.finalize(self, _delete, path, os.getpid())
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return file.get_tensor("k"), file.get_tensor("v")
+        except (OSError, SafetensorError) as error:
+            raise CacheError(f"the page file {self.path} of this cache cannot be read: {error}. {GONE}") from error
+
+    def soon(self) -> None:
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # only a hint; `read` has the error
+                file = os.open(self.path, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(file)
+
+    def __reduce__(self) -> tuple:
+        return _unpickled_disk_page, (self.folder, *(x.clone() for x in self.read()))
+
+
+class Folder:
+    """A sub-folder for the page files of one store. It goes with the last of them and of the stores that write to it.
+
+    Args:
+        parent: where it is made; None: the system's folder for temporary files.
+
+    Raises:
+        CacheError: nothing can be written there.
+    """
+
+    place = "on disk"
+
+    def __init__(self, parent: str | None):
+        self.parent, self.numbers = parent, itertools.count()
+        try:
+            self.path = tempfile.mkdtemp(prefix="hf-longctx-", dir=None if parent is None else os.path.expanduser(parent))
+        except OSError as error:
+            raise CacheError(
+                f"no folder for page files can be made in {parent or tempfile.gettempdir()}: {error}. Set "
+                "stores.retrieval.folder to a folder that exists and can be written to."
+            ) from error
+        weakref.finalize(self, _delete, self.path, os.getpid())
+
+    def write(self, k: Tensor, v: Tensor) -> DiskPage:
+        """A page of k, v ``[B, n, T, D]``.
+
+        Raises:
+            CacheError: the file cannot be written, because the disk is full for example; nothing is left of it.
+        """
+        path = os.path.join(self.path, f"{next(self.numbers)}.safetensors")
+        try:
+            save_file({name: x.detach().cpu().contiguous() for name, x in (("k", k), ("v", v))}, path)
+        except (OSError, SafetensorError) as error:
+            _delete(path, os.getpid())
+            raise CacheError(
+                f"a page of {k.nbytes + v.nbytes} bytes cannot be written to {path}: {error}. Make room there, then call "
+                "cache.crop(0), which goes back to before this forward, or start with another stores.retrieval.folder."
+            ) from error
+        return DiskPage(path, self, k, v)
+
+    def __deepcopy__(self, memo: dict) -> Folder:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return Folder, (self.parent,)
+
+
+class Entry(NamedTuple):
+    """A part of a page: its slots ``low .. high``, of the rows ``index [B']`` (int64, on the device; None: all)."""
+
+    page: Page
+    low: int
+    high: int
+    index: Tensor | None = None
+
+
+@dataclass
+class Pages(Streamed):
+    """Parts of pages that together are slots ``0 .. length`` of the cache.
+
+    Attributes:
+        entries: the parts in order.
+        device, dtype: of the blocks.
+        name: the store's word.
+        limit: bytes that `kept` may take; None for no limit.
+        bias: of all slots, added to the scores, ``[B, 1, 1, slots]``; None where no row has pads in them.
+        padded: slots before which a row may have pads.
+        rows: the rows that are read.
+        notes: where `kept` leaves a note for the report.
+        fetchers: what keeps the buffers of this device alive between two readings.
+    """
+
+    entries: list[Entry]
+    device: torch.device
+    dtype: torch.dtype
+    name: str
+    limit: int | None = None
+    bias: Tensor | None = None
+    padded: int = 0
+    rows: slice = field(default_factory=lambda: slice(None))
+    notes: set[str] = field(default_factory=set)
+    fetchers: list = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return sum(entry.high - entry.low for entry in self.entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages, which other caches may share."""
+        return sum(entry.page.nbytes for entry in self.entries)
+
+    def blocks(self) -> Iterator[Segment]:
+        low = 0
+        for entry, (k, v) in zip(self.entries, self._plain(), strict=True):
+            high = low + entry.high - entry.low
+            k, v = (x[:, :, entry.low : entry.high] for x in (k, v))
+            if entry.index is not None:
+                k, v = (x.index_select(0, entry.index[self.rows]) for x in (k, v))
+            bias = self.bias[..., low:high] if self.bias is not None and low < self.padded else None
+            yield Segment(k.to(self.dtype), v.to(self.dtype), high - low, bias)
+            low = high
+
+    def _plain(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """k, v of every entry on the device: of the rows asked for, or of all where an index chooses among them."""
+        asked = [(entry.page, self.rows if entry.index is None else slice(None)) for entry in self.entries]
+        if (fetcher := _fetch.fetcher(self.device)) is not None:
+            self.fetchers[:] = [fetcher]
+            yield from fetcher.read(asked)
+            return
+        for (page, rows), following in itertools.zip_longest(asked, asked[1:]):
+            if following is not None:
+                following[0].soon()
+            k, v = page.read()
+            yield k[rows], v[rows]
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        first, length = next(self.blocks()), self.length
+        size = 2 * (first.k.nbytes + first.v.nbytes) // first.length * length  # once more to join them with the new ones
+        if self.limit is not None and size > self.limit:
+            raise UnsupportedModeError(
+                f"a prefill pattern chooses among all keys of a layer at once, which takes {size} bytes here; store "
+                f"{self.name} may hold {self.limit}. Set prefill.retrieval to {{pattern: dense}}, read the prompt in one "
+                "forward, or raise stores.retrieval.resident."
+            )
+        self.notes.add(f"store {self.name}: a prefill pattern on a continued prompt read all pages of a layer at once")
+        k, v = (x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (first.k, first.v))
+        low = 0
+        for block in self.blocks():
+            k[:, :, low : low + block.length], v[:, :, low : low + block.length] = block.k, block.v
+            low += block.length
+        return k, v
+
+    def tensors(self) -> Iterator[Tensor]:
+        for entry in self.entries:
+            yield from entry.page.tensors()
+            if entry.index is not None:
+                yield entry.index
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        changed: dict[int | None, Tensor | None] = {}  # entries of one time share one index
+        for at, entry in enumerate(self.entries):
+            key = None if entry.index is None else id(entry.index)
+            if key not in changed:
+                rows = torch.arange(entry.page.rows, device=self.device)
+                index = change(rows if entry.index is None else entry.index)
+                same = self.device.type == "cpu" and torch.equal(index, rows)  # on a GPU that would wait for it
+                changed[key] = None if same else index
+            self.entries[at] = entry._replace(index=changed[key])
+
+    def copy(self) -> Pages:
+        return replace(self, entries=list(self.entries), fetchers=[])
+
+    def first(self, slots: int) -> Pages:
+        """The first ``slots`` of them, of the same pages."""
+        left, low = [], 0
+        for entry in self.entries:
+            high = min(entry.high, entry.low + slots - low)
+            if high <= entry.low:
+                break
+            left.append(entry._replace(high=high))
+            low += high - entry.low
+        return replace(self, entries=left)
+
+    def alone(self, rows: slice, start: int) -> Pages:
+        """Those of ``rows`` from slot ``start`` on."""
+        left, low = [], 0
+        for entry in self.entries:
+            skipped = max(0, start - low)
+            low += entry.high - entry.low
+            if start < low:
+                left.append(entry._replace(low=entry.low + skipped))
+        return replace(self, entries=left, rows=rows, bias=None)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "bias": None, "notes": set(), "fetchers": []}
+
+
+@dataclass
+class PagedKV(HeadKV):
+    """What a store of pages offers: `Pages`, where there are any, and one plain segment."""
+
+    def alone(self, rows: slice, start: int) -> list[Segment | Pages]:
+        pages, *plain = self.segments
+        if not plain:
+            return super().alone(rows, start)
+        own = replace(self, segments=plain).alone(rows, max(0, start - pages.length))
+        left = pages.alone(rows, start)
+        return [left, *own] if left.entries else own
+
+
+def _unpickled_host_page(k: Tensor, v: Tensor, pinned: bool) -> HostPage:
+    return HostPage(*(x.pin_memory() if pinned and torch.cuda.is_available() else x for x in (k, v)))
+
+
+def _unpickled_disk_page(folder: Folder, k: Tensor, v: Tensor) -> DiskPage:
+    return folder.write(k, v)
+
+
+def _delete(path: str, process: int) -> None:
+    """Remove a file or a folder, in the process that made it: a forked child must not."""
+    if os.getpid() != process:
+        return
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):  # gone, or on Windows still mapped: then it goes with its folder
+            os.unlink(path)
