@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -134,7 +134,9 @@ class Folder:
     def __init__(self, parent: str | None):
         self.parent, self.numbers = parent, itertools.count()
         try:
-            self.path = tempfile.mkdtemp(prefix="hf-longctx-", dir=None if parent is None else os.path.expanduser(parent))
+            self.path = tempfile.mkdtemp(
+                prefix="hf-longctx-", dir=None if parent is None else os.path.expanduser(parent)
+            )
         except OSError as error:
             raise CacheError(
                 f"no folder for page files can be made in {parent or tempfile.gettempdir()}: {error}. Set "
@@ -212,17 +214,17 @@ class Pages(Streamed):
         return sum(entry.page.nbytes for entry in self.entries)
 
     def blocks(self) -> Iterator[Segment]:
-        low = 0
-        for entry, (k, v) in zip(self.entries, self._plain(), strict=True):
+        low, plain = 0, self._plain()
+        for entry in self.entries:
             high = low + entry.high - entry.low
-            k, v = (x[:, :, entry.low : entry.high] for x in (k, v))
+            k, v = (x[:, :, entry.low : entry.high] for x in next(plain))  # nothing else holds the page from here on
             if entry.index is not None:
                 k, v = (x.index_select(0, entry.index[self.rows]) for x in (k, v))
             bias = self.bias[..., low:high] if self.bias is not None and low < self.padded else None
             yield Segment(k.to(self.dtype), v.to(self.dtype), high - low, bias)
             low = high
 
-    def _plain(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _plain(self) -> Iterator[Sequence[Tensor]]:
         """k, v of every entry on the device: of the rows asked for, or of all where an index chooses among them."""
         asked = [(entry.page, self.rows if entry.index is None else slice(None)) for entry in self.entries]
         if (fetcher := _fetch.fetcher(self.device)) is not None:
@@ -232,12 +234,13 @@ class Pages(Streamed):
         for (page, rows), following in itertools.zip_longest(asked, asked[1:]):
             if following is not None:
                 following[0].soon()
-            k, v = page.read()
-            yield k[rows], v[rows]
+            yield [x[rows] for x in page.read()]
 
     def kept(self) -> tuple[Tensor, Tensor]:
         first, length = next(self.blocks()), self.length
-        size = 2 * (first.k.nbytes + first.v.nbytes) // first.length * length  # once more to join them with the new ones
+        size = (
+            2 * (first.k.nbytes + first.v.nbytes) // first.length * length
+        )  # once more to join them with the new ones
         if self.limit is not None and size > self.limit:
             raise UnsupportedModeError(
                 f"a prefill pattern chooses among all keys of a layer at once, which takes {size} bytes here; store "

@@ -12,7 +12,7 @@ from ..rows import Rows
 from ._paged import Paged, PagedStore
 from ._pages import Folder
 
-READING = 4  # pages in memory while they are read: two mapped, and their copies where rows were reordered
+READING = 4  # pages in memory while one is read: it and the one before, mapped or copied, and room for what they need
 
 
 @dataclass(frozen=True)
