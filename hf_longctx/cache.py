@@ -177,7 +177,7 @@ class LongCtxCache(Cache):
 
     @property
     def nbytes_offloaded(self) -> dict[str, int]:
-        """Bytes that stores keep outside of the device by choice: ``in host memory`` (in ``nbytes``) and ``on disk``."""
+        """Bytes that stores keep outside of the device: ``in host memory`` (in ``nbytes`` as well) and ``on disk``."""
         found: dict[str, int] = {}
         for place, count in (item for layer in self.layers for item in layer.offloaded()):
             found[place] = found.get(place, 0) + count

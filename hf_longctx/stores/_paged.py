@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -48,6 +49,15 @@ class PagedStore(Store):
         super().__init__(spec, heads, max_tokens)
         self.home = home
         self.leaving: list[Page] | None = None  # written by `prepare` for the `append` that follows
+
+    @property
+    def word(self) -> str:
+        return type(self.spec).__module__.rpartition(".")[2]
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes of a layer that may be in memory at once."""
+        return None
 
     @property
     def pages(self) -> Pages | None:
@@ -99,8 +109,7 @@ class PagedStore(Store):
         """Take over the written pages and move what stays to the front of the buffer, in runs that do not overlap."""
         if self.pages is None:
             old = self.segments.pop("recent", None)
-            word = type(self.spec).__module__.rpartition(".")[2]
-            self.segments["pages"] = Pages([], k.device, k.dtype, word, self.limit)
+            self.segments["pages"] = Pages([], k.device, k.dtype, self.word, self.limit)
             if old is not None:
                 self.segments["recent"] = old
         self.pages.entries += [Entry(page, 0, page.tokens) for page in leaving]
@@ -112,11 +121,6 @@ class PagedStore(Store):
             high = min(low + by, recent.length)
             for x in (recent.k, recent.v):
                 x[:, :, low:high] = x[:, :, low + by : high + by]
-
-    @property
-    def limit(self) -> int | None:
-        """Bytes of a layer that may be in memory at once."""
-        return None
 
     def _view(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
         """Pages of what is older than this forward, and the buffer, or the new tokens where they do not all fit it."""
@@ -141,6 +145,14 @@ class PagedStore(Store):
             self.segments["pages"] = self.pages.first(target)
         if recent is not None:
             recent.length = max(0, target - paged)
+
+    def restored(
+        self, kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device
+    ) -> Segment | Pages:
+        """One of `segments` from what its `saved` gave."""
+        if kind != Pages.__name__:
+            return super().restored(kind, tensors, numbers, device)
+        return Pages.restored(tensors, numbers, device, home=self.home, name=self.word, limit=self.limit)
 
     def reset(self) -> None:
         super().reset()

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ class Page(ABC):
     def read(self) -> tuple[Tensor, Tensor]:
         """k, v ``[B, n, tokens, D]`` on the CPU."""
 
-    def soon(self) -> None:
+    def soon(self) -> None:  # noqa: B027
         """A hint that `read` comes next."""
 
     def tensors(self) -> Iterator[Tensor]:
@@ -156,8 +156,9 @@ class Folder:
         except (OSError, SafetensorError) as error:
             _delete(path, os.getpid())
             raise CacheError(
-                f"a page of {k.nbytes + v.nbytes} bytes cannot be written to {path}: {error}. Make room there, then call "
-                "cache.crop(0), which goes back to before this forward, or start with another stores.retrieval.folder."
+                f"a page of {k.nbytes + v.nbytes} bytes cannot be written to {path}: {error}. Make room there and call "
+                "cache.crop(0), which goes back to before this forward, or cache.reset(); or start anew with another "
+                "stores.retrieval.folder."
             ) from error
         return DiskPage(path, self, k, v)
 
@@ -238,14 +239,13 @@ class Pages(Streamed):
 
     def kept(self) -> tuple[Tensor, Tensor]:
         first, length = next(self.blocks()), self.length
-        size = (
-            2 * (first.k.nbytes + first.v.nbytes) // first.length * length
-        )  # once more to join them with the new ones
+        # Twice, because they are joined with the new ones next.
+        size = 2 * (first.k.nbytes + first.v.nbytes) // first.length * length
         if self.limit is not None and size > self.limit:
             raise UnsupportedModeError(
                 f"a prefill pattern chooses among all keys of a layer at once, which takes {size} bytes here; store "
-                f"{self.name} may hold {self.limit}. Set prefill.retrieval to {{pattern: dense}}, read the prompt in one "
-                "forward, or raise stores.retrieval.resident."
+                f"{self.name} may hold {self.limit}. Set prefill.retrieval to {{pattern: dense}}, read the prompt in "
+                "one forward, or raise stores.retrieval.resident."
             )
         self.notes.add(f"store {self.name}: a prefill pattern on a continued prompt read all pages of a layer at once")
         k, v = (x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (first.k, first.v))
@@ -274,6 +274,36 @@ class Pages(Streamed):
 
     def copy(self) -> Pages:
         return replace(self, entries=list(self.entries), fetchers=[])
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What `restored` needs: the pages as they are (views), each index once, and which page is read by which."""
+        tensors, numbers, known = {}, {}, {}
+        for at, entry in enumerate(self.entries):
+            k, v = (x[:, :, entry.low : entry.high] for x in entry.page.read())
+            tensors |= {f"{at}.k": k, f"{at}.v": v}
+            if entry.index is not None:
+                numbers[str(at)] = known.setdefault(id(entry.index), len(known))
+                tensors[f"index {numbers[str(at)]}"] = entry.index
+        return tensors, {"pages": len(self.entries), **numbers}
+
+    @classmethod
+    def restored(
+        cls,
+        tensors: Mapping[str, Tensor],
+        numbers: Mapping[str, int],
+        device: torch.device,
+        *,
+        home: HostMemory | Folder,
+        name: str,
+        limit: int | None,
+    ) -> Pages:
+        """Those of which `saved` gave ``tensors`` and ``numbers``, written to ``home`` page by page."""
+        indices = {key: x.to(device, copy=True) for key, x in tensors.items() if key.startswith("index")}
+        entries = []
+        for at in range(numbers["pages"]):
+            page = home.write(tensors[f"{at}.k"].to(device), tensors[f"{at}.v"].to(device))
+            entries.append(Entry(page, 0, page.tokens, indices.get(f"index {numbers.get(str(at))}")))
+        return cls(entries, device, tensors["0.k"].dtype, name, limit)
 
     def first(self, slots: int) -> Pages:
         """The first ``slots`` of them, of the same pages."""

@@ -96,7 +96,7 @@ class Store(ABC):
         self.segments: dict[str, Segment | Streamed] = {}
         self.state: dict[str, Tensor] = {}
 
-    def prepare(self, k: Tensor, v: Tensor, rows: Rows) -> None:
+    def prepare(self, k: Tensor, v: Tensor, rows: Rows) -> None:  # noqa: B027
         """What can fail of the `append` with the same arguments that follows; of what is kept it changes nothing."""
 
     @abstractmethod

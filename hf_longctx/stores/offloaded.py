@@ -1,4 +1,4 @@
-"""``store: offloaded``: every token is kept, the older ones in host memory, from where a GPU reads them page by page."""
+"""``store: offloaded``: every token is kept, the older ones in host memory, from where a GPU reads them by pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``store: offloaded_disk``: every token is kept, the older ones in files, so that a context may be larger than memory."""
+"""``store: offloaded_disk``: every token is kept, the older ones in files: a context may be larger than memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``store: offloaded``, and what it shares with ``offloaded_disk``: every mode equals the store that keeps all at once."""
+"""``store: offloaded``, and what it shares with ``offloaded_disk``: every mode equals ``store: full``."""
 
 from __future__ import annotations
 
@@ -191,21 +191,16 @@ def test_beams_that_change_rows_again_and_again_rewrite_no_page(word):
     ]
     for one, it in both:
         read(one, it, ids)
-    rows, known = 2, {}
+    known = {}
     for change in changes:
         known |= {id(page): page for pages in pages_of(cache) for page in pages}
-        more = None
-        for one, it in both:
+        for _, it in both:
             change(it)
         assert {id(page) for pages in pages_of(cache) for page in pages} == set(known)
-        rows = cache.batch_size
-        for _ in range(20):
-            more = torch.randint(3, 97, (rows, 1))
+        for count in [*[1] * 20, 23]:
+            more = torch.randint(3, 97, (cache.batch_size, count))
             got, want = (read(one, it, more) for one, it in both)
             torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
-        more = torch.randint(3, 97, (rows, 23))
-        got, want = (read(one, it, more) for one, it in both)
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     assert {page.rows for pages in pages_of(cache) for page in pages} == {2, 6, 3}
     shared = {id(entry.index) for entry in paged_stores(cache)[0].pages.entries}
     assert len(shared) == 4, "one index for all pages of a time; none for the last"
@@ -264,6 +259,27 @@ def test_generate_with_beams_and_samples_equals_the_full_store(word):
             pads = {} if one == 1 else given
             outs.append(m.generate(ids[:one], **(pads or {"max_new_tokens": 30}), **way))
         assert torch.equal(*outs), way
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_what_is_saved_is_restored(word):
+    """Pages of several times, cut by a crop: as they are stored, with the index that says which row is which."""
+    model = paged_model(word)
+    cache = LongCtxCache(model)
+    read(model, cache, torch.randint(3, 97, (2, 90)))
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([3, 0, 1, 2]))
+    read(model, cache, torch.randint(3, 97, (4, 64)))
+    cache.crop(121)
+    for store in paged_stores(cache):
+        tensors, numbers = store.pages.saved()
+        assert numbers == {"pages": 8, "0": 0, "1": 0, "2": 0, "3": 0} and all(type(n) is int for n in numbers.values())
+        assert tensors["0.k"].shape[0] == 2 and tensors["index 0"].tolist() == [1, 0, 0, 1] and len(tensors) == 17
+        again = store.restored("Pages", {name: x.clone() for name, x in tensors.items()}, numbers, torch.device("cpu"))
+        for got, want in zip(again.kept(), store.pages.kept(), strict=True):
+            assert got.shape[:3] == (4, 4, 121) and torch.equal(got, want)
+        assert again.limit == store.limit and again.name == word
+        assert not {id(entry.page) for entry in again.entries} & {id(entry.page) for entry in store.pages.entries}
 
 
 # Memory.

@@ -1,4 +1,4 @@
-"""``store: offloaded_disk``: page files come and go, errors leave a usable cache, and memory stays within ``resident``."""
+"""``store: offloaded_disk``: files that come and go, errors that leave a usable cache, memory within ``resident``."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ class Memory(Allocations):
 @pytest.mark.parametrize("heads", [(0, 1, 2, 3), (0, 2)])
 @pytest.mark.parametrize("chunk", [7, 64, 200])
 def test_memory_of_a_store_stays_within_resident(heads, chunk, tmp_path, monkeypatch):
-    """Buffer, mapped pages and their copies, over 64 times as many tokens; what a forward itself brings is not in it."""
+    """Buffer, mapped pages and their copies, over 64 times as much; what a forward itself brings is not in it."""
     spec = OffloadedDisk(page=32, recent=40, folder=str(tmp_path))
     slot = 2 * len(heads) * 2 * 8 * 4
     resident, tokens = spec.needed(slot), 0
@@ -337,7 +337,8 @@ LIMITED = """
     fields = {"page": 256, "recent": 256} if word != "full" else {}
     if word == "offloaded_disk":
         fields |= {"folder": folder, "resident": int(sys.argv[4])}
-    store = build("stores", {"store": word, **fields}, "store", "").new(RoleHeads("retrieval", tuple(range(8)), 8), None)
+    heads = RoleHeads("retrieval", tuple(range(8)), 8)
+    store = build("stores", {"store": word, **fields}, "store", "").new(heads, None)
 
     def tokens_at(past):
         torch.manual_seed(past)
