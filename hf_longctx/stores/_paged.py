@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
-from ._pages import Entry, Folder, HostMemory, Page, PagedKV, Pages
+from ._page import Folder, HostMemory, Page
+from ._pages import Entry, PagedKV, Pages
 from .base import Store, StoreSpec, room
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..kernels.layout import HeadKV, RoleHeads
 from ..rows import Rows
+from ._page import HostMemory
 from ._paged import Paged, PagedStore
-from ._pages import HostMemory
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Tensor
 from ..errors import CacheError
 from ..kernels.layout import RoleHeads
 from ..rows import Rows
+from ._page import Folder
 from ._paged import Paged, PagedStore
-from ._pages import Folder
 
 READING = 4  # pages in memory while one is read: it and the one before, mapped or copied, and room for what they need
 

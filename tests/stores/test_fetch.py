@@ -13,7 +13,7 @@ from tiny import left_padded, tiny_model
 from hf_longctx import LongCtxCache, patch_model
 from hf_longctx.stores import _fetch
 from hf_longctx.stores._fetch import Fetcher
-from hf_longctx.stores._pages import HostMemory, HostPage
+from hf_longctx.stores._page import HostMemory, HostPage
 
 
 class Device:

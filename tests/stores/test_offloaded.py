@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from hf_longctx import LongCtxCache, patch_model, report
 from hf_longctx.kernels.layout import HeadKV
 from hf_longctx.registry import words
-from hf_longctx.stores import _pages
+from hf_longctx.stores import _page, _pages
 
 LENGTHS = {"one": [150], "three": [131] * 3, "padded": [150, 97, 3], "short and long": [150, 20]}
 CHUNKS = {"one shot": [150], "odd": [7, 1, 60, 2, 33, 47], "sixteens": [16] * 9 + [6], "long second": [18, 132]}
@@ -352,13 +352,13 @@ class CountReads(TorchDispatchMode):
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("lengths", [[60, 60], [60, 9]])
 def test_device_reads_of_a_decode_step_do_not_grow_with_the_layers(word, lengths, monkeypatch):
-    from_file, counts = _pages.DiskPage.read, []
+    from_file, counts = _page.DiskPage.read, []
 
     def uncounted(page):  # safetensors reads numbers of its own, from the file
         with _disable_current_modes():
             return from_file(page)
 
-    monkeypatch.setattr(_pages.DiskPage, "read", uncounted)
+    monkeypatch.setattr(_page.DiskPage, "read", uncounted)
     for layers in (2, 6):
         model = paged_model(word, roles="mixed", layers=layers)
         cache = LongCtxCache(model)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from hf_longctx import CacheError, LongCtxCache, UnsupportedModeError, patch_model
 from hf_longctx.kernels.layout import RoleHeads
 from hf_longctx.rows import Rows
-from hf_longctx.stores._pages import DiskPage, Folder
+from hf_longctx.stores._page import DiskPage, Folder
 from hf_longctx.stores.offloaded_disk import OffloadedDisk
 
 ROOT = Path(__file__).parents[2]
