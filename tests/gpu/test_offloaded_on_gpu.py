@@ -30,7 +30,7 @@ def read(model, cache, ids, mask) -> torch.Tensor:
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("lengths", [[500, 500], [500, 130]])
 def test_pages_answer_like_the_full_store(word, lengths):
-    """Chunks, tokens one by one, rollback, beams and copies; the streams are real, so the order of copies is as well."""
+    """Chunks, tokens one by one, rollback, beams and copies, with the order of copies that real streams give."""
     (ids, padded), outs = left_padded(lengths), []
     for retrieval in ({"store": word, "page": 16, "recent": 20}, {"store": "full"}):
         model = model_with(retrieval, "mixed")
