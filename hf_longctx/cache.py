@@ -95,6 +95,8 @@ class LongCtxLayer(CacheLayerMixin):
             )
         if self.checked:
             check_forward(self.plan.layer_idx, key_states, value_states)
+        for store in self.stores:
+            store.prepare(key_states, value_states, rows)
         self.whole = False
         heads = [store.append(key_states, value_states, rows) for store in self.stores]
         self.seen, self.whole = rows.total, True
@@ -169,6 +171,10 @@ class LongCtxLayer(CacheLayerMixin):
             setattr(self, name, plain[name])
         self.dtype, self.device, self.is_initialized = getattr(torch, plain["dtype"]), device, True
 
+    def offloaded(self) -> Iterable[tuple[str, int]]:
+        for store in self.stores:
+            yield from store.offloaded().items()
+
 
 class LongCtxCache(Cache):
     """KV cache of a patched model.
@@ -215,8 +221,19 @@ class LongCtxCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that keys and values really take, spare room included; token ids (4 bytes each) are extra."""
+        """Bytes of memory that keys and values really take, spare room included; host memory counts, files do not.
+
+        Token ids (4 bytes each) are extra.
+        """
         return storage_bytes(tensor for layer in self.layers for tensor in layer.tensors())
+
+    @property
+    def nbytes_offloaded(self) -> dict[str, int]:
+        """Bytes that stores keep outside of the device: ``in host memory`` (in ``nbytes`` as well) and ``on disk``."""
+        found: dict[str, int] = {}
+        for place, count in (item for layer in self.layers for item in layer.offloaded()):
+            found[place] = found.get(place, 0) + count
+        return found
 
     @property
     def nbytes_dense(self) -> int:

@@ -152,6 +152,12 @@ class Subject:
         heads = (len(heads.kv_heads) * plan.stores[heads.role].head_bytes(*form) for heads in plan.heads)
         return sum(heads) * self.settings.batch
 
+    def host(self, tokens: int) -> int:
+        """Bytes that stores keep in host memory by choice, in all rows; not in ``kv``."""
+        form = (tokens, self.head_dim, self.number)
+        parts = [(heads, plan.stores[heads.role]) for plan in self.plans for heads in plan.heads]
+        return sum(len(heads.kv_heads) * store.host_bytes(*form) for heads, store in parts) * self.settings.batch
+
     @property
     def _slot(self) -> int:
         """Bytes of one slot of one KV head, in all rows."""

@@ -18,17 +18,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Kept:
-    """What a ``LongCtxCache`` held at one moment: tokens seen, bytes, bytes of a dense cache, bytes per layer."""
+    """What a ``LongCtxCache`` held at one moment, as in ``Report``."""
 
     seen: int
     nbytes: int
     nbytes_dense: int
     layers: tuple[int, ...]
+    offloaded: dict[str, int]
 
     @classmethod
     def by(cls, cache: LongCtxCache) -> Kept:
         layers = tuple(storage_bytes(layer.tensors()) for layer in cache.layers)
-        return cls(cache.seen, cache.nbytes, cache.nbytes_dense, layers)
+        return cls(cache.seen, cache.nbytes, cache.nbytes_dense, layers, cache.nbytes_offloaded)
 
 
 @dataclass

@@ -23,7 +23,8 @@ class Report:
         seen: tokens the last cache has seen, pads included; None when the last forward made none.
         nbytes, nbytes_dense: bytes it holds, and bytes a dense cache would hold.
         layers: bytes it holds per layer.
-        alive: whether that cache still exists. If not (``generate`` drops it with its answer), the three above are what
+        offloaded: bytes that it keeps outside of the device by choice, by where they are.
+        alive: whether that cache still exists. If not (``generate`` drops it with its answer), the five above are what
             was noted last: after the prompt, and then whenever the cache had grown by an eighth.
         kernels: kernels that ran.
         notes: what ran slower or otherwise than asked for.
@@ -47,6 +48,7 @@ class Report:
     nbytes: int | None = None
     nbytes_dense: int | None = None
     layers: tuple[int, ...] = field(default=())
+    offloaded: dict[str, int] = field(default_factory=dict)
     alive: bool = False
 
     def __str__(self) -> str:
@@ -69,6 +71,7 @@ class Report:
             lines.append(f"KV cache      {kept}, {share:.0%} of dense {_mb(self.nbytes_dense)}{gone}")
         else:
             lines.append("KV cache      none alive, and none was continued after its prompt")
+        lines += [f"offloaded     {_mb(count)} {place}" for place, count in self.offloaded.items()]
         lines += [f"note          {note}" for note in self.notes]
         return "\n".join(lines)
 

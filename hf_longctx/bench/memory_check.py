@@ -23,9 +23,10 @@ def check(subject: Subject, way: str, tokens: int) -> int:
         LongCtxError: the machine has less memory free than that, or they are not the bytes that were calculated.
     """
     wanted, free = subject.kv(way, tokens), free_memory()
-    if free is not None and wanted > (1 - MARGIN) * free:
+    held = wanted + (0 if way == DENSE else subject.host(tokens))
+    if free is not None and held > (1 - MARGIN) * free:
         raise LongCtxError(
-            f"--check: the {way} cache of {tokens} tokens takes {wanted / 1e9:.2f} GB, this machine has "
+            f"--check: the {way} cache of {tokens} tokens takes {held / 1e9:.2f} GB, this machine has "
             f"{free / 1e9:.2f} GB free. Check a shorter context with --check-tokens, or on a larger machine."
         )
     counted = fill(subject, way, tokens)
@@ -38,7 +39,7 @@ def check(subject: Subject, way: str, tokens: int) -> int:
 
 
 def fill(subject: Subject, way: str, tokens: int) -> int:
-    """Most bytes that the layers of a new cache hold while they are filled with zeros."""
+    """Most bytes that the layers of a new cache hold while they are filled with zeros, but for pages in host memory."""
     if way == DENSE:
         cache: Cache = DynamicCache(config=subject.dense)
     else:
@@ -51,7 +52,7 @@ def fill(subject: Subject, way: str, tokens: int) -> int:
             cache.update(*_zeros(subject, len(plan.roles), min(step, tokens - past)), index)
             largest = max(largest, cache_bytes(cache) - before)
         most += largest
-    return most
+    return most if way == DENSE else most - cache.nbytes_offloaded.get("in host memory", 0)
 
 
 def _zeros(subject: Subject, heads: int, tokens: int) -> tuple[Tensor, Tensor]:

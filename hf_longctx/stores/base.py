@@ -59,6 +59,10 @@ class StoreSpec(ABC):
         """Bytes on the device of one head of one row after a forward of ``tokens`` tokens, spare room included."""
         return 2 * self.slots(tokens, max_tokens) * head_dim * number
 
+    def host_bytes(self, tokens: int, head_dim: int, number: int) -> int:
+        """Bytes of one head of one row that are in host memory by choice, wherever the device is."""
+        return 0
+
     @abstractmethod
     def span(self) -> tuple[int, int] | None:
         """(sink, recent) in tokens of the visibility rule, or None where every earlier token is visible."""
@@ -102,6 +106,9 @@ class Store(ABC):
         self.max_tokens = max_tokens
         self.segments: dict[str, Segment | Streamed] = {}
         self.state: dict[str, Tensor] = {}
+
+    def prepare(self, k: Tensor, v: Tensor, rows: Rows) -> None:  # noqa: B027
+        """What can fail of the `append` with the same arguments that follows; of what is kept it changes nothing."""
 
     @abstractmethod
     def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
@@ -185,6 +192,10 @@ class Store(ABC):
         for segment in self.segments.values():
             yield from segment.tensors()
         yield from self.state.values()
+
+    def offloaded(self) -> dict[str, int]:
+        """Bytes kept outside of the device by choice, by where they are."""
+        return {}
 
     def new_segment(self, k: Tensor, v: Tensor, capacity: int) -> Segment:
         """An empty segment for this store's heads, like ``k`` and ``v`` in batch, head_dim, dtype and device."""

@@ -108,7 +108,8 @@ def test_the_calculation_of_a_mean_and_a_window_that_grows_is_what_is_allocated(
 
 
 def test_every_store_knows_its_slots():
-    assert words("stores") == ("full", "sink_recent", "sink_recent_compensated"), "a new store is checked above"
+    checked = {"full", "sink_recent", "sink_recent_compensated", "offloaded", "offloaded_disk"}
+    assert set(words("stores")) == checked, "a new store is checked above or below"
 
     class Twice(StoreSpec):
         def new(self, heads, max_tokens): ...
@@ -119,6 +120,35 @@ def test_every_store_knows_its_slots():
             return 2 * tokens
 
     assert Twice().slots(100) == 200 + SPARE and Twice().slots(10_000) == 22_500 and Twice().slots(100, 500) == 500
+
+
+@pytest.mark.parametrize("word", ["offloaded", "offloaded_disk"])
+@pytest.mark.parametrize("tokens", [1, 20, 359, 360, 361, 1000, 3000])
+def test_stores_of_pages_hold_their_window_on_the_device(word, tokens, folder, tmp_path):
+    path, config = folder(roles="retrieval")
+    data = LongCtxConfig.from_yaml(config).to_dict()
+    data["stores"]["retrieval"] = {"store": word, "page": 60, "recent": 300}
+    LongCtxConfig.from_dict(data).to_yaml(tmp_path / "paged.yaml")
+    subject = find(path, replace(SETTINGS, batch=2), str(tmp_path / "paged.yaml"))
+    slot = 2 * 8 * 4 * 2 * 12  # k and v, head_dim, float32, rows, heads
+    kept = tokens if tokens < 360 else 300 + tokens % 60
+    want = {PATCHED: min(kept + 256, 360) * slot, RESERVED: max(kept, min(tokens, 360)) * slot}
+    for way, size in want.items():
+        assert subject.kv(way, tokens) == size == fill(subject, way, tokens) == check(subject, way, tokens)
+    assert subject.host(tokens) == (tokens - kept) * slot * (word == "offloaded")
+    store = subject.plans[0].stores["retrieval"]
+    assert store.kept_bytes(tokens, 8, 4) == kept * 2 * 8 * 4
+
+
+def test_pages_in_host_memory_must_fit_there(folder, tmp_path, monkeypatch):
+    path, config = folder(roles="retrieval")
+    data = LongCtxConfig.from_yaml(config).to_dict()
+    data["stores"]["retrieval"] = {"store": "offloaded", "page": 64, "recent": 64}
+    LongCtxConfig.from_dict(data).to_yaml(tmp_path / "paged.yaml")
+    subject = find(path, SETTINGS, str(tmp_path / "paged.yaml"))
+    monkeypatch.setattr(memory_check, "free_memory", lambda: 2 * subject.kv(PATCHED, 2000))
+    with pytest.raises(LongCtxError, match="Check a shorter context"):
+        check(subject, PATCHED, 2000)
 
 
 def test_a_wrong_calculation_is_an_error(folder, monkeypatch):

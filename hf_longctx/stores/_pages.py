@@ -1,0 +1,192 @@
+"""The segment that reads pages: parts of them, row by row where beams reordered the rows, one block at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModeError
+from ..kernels._streamed import Streamed
+from ..kernels.layout import HeadKV, Segment
+from . import _fetch
+from ._page import Folder, HostMemory, Page
+
+
+class Entry(NamedTuple):
+    """A part of a page: its slots ``low .. high``, of the rows ``index [B']`` (int64, on the device; None: all)."""
+
+    page: Page
+    low: int
+    high: int
+    index: Tensor | None = None
+
+
+@dataclass
+class Pages(Streamed):
+    """Parts of pages that together are slots ``0 .. length`` of the cache.
+
+    Attributes:
+        entries: the parts in order.
+        device, dtype: of the blocks.
+        name: the store's word.
+        limit: bytes that `kept` may take; None for no limit.
+        bias: of all slots, added to the scores, ``[B, 1, 1, slots]``; None where no row has pads in them.
+        padded: slots before which a row may have pads.
+        rows: the rows that are read.
+        notes: where `kept` leaves a note for the report.
+        fetchers: what keeps the buffers of this device alive between two readings.
+    """
+
+    entries: list[Entry]
+    device: torch.device
+    dtype: torch.dtype
+    name: str
+    limit: int | None = None
+    bias: Tensor | None = None
+    padded: int = 0
+    rows: slice = field(default_factory=lambda: slice(None))
+    notes: set[str] = field(default_factory=set)
+    fetchers: list = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return sum(entry.high - entry.low for entry in self.entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages, which other caches may share."""
+        return sum(entry.page.nbytes for entry in self.entries)
+
+    def blocks(self) -> Iterator[Segment]:
+        low, plain = 0, self._plain()
+        for entry in self.entries:
+            high = low + entry.high - entry.low
+            k, v = (x[:, :, entry.low : entry.high] for x in next(plain))  # nothing else holds the page from here on
+            if entry.index is not None:
+                k, v = (x.index_select(0, entry.index[self.rows]) for x in (k, v))
+            bias = self.bias[..., low:high] if self.bias is not None and low < self.padded else None
+            yield Segment(k.to(self.dtype), v.to(self.dtype), high - low, bias)
+            low = high
+
+    def _plain(self) -> Iterator[Sequence[Tensor]]:
+        """k, v of every entry on the device: of the rows asked for, or of all where an index chooses among them."""
+        asked = [(entry.page, self.rows if entry.index is None else slice(None)) for entry in self.entries]
+        if (fetcher := _fetch.fetcher(self.device)) is not None:
+            self.fetchers[:] = [fetcher]
+            yield from fetcher.read(asked)
+            return
+        for (page, rows), following in itertools.zip_longest(asked, asked[1:]):
+            if following is not None:
+                following[0].soon()
+            yield [x[rows] for x in page.read()]
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        first, length = next(self.blocks()), self.length
+        # Twice, because they are joined with the new ones next.
+        size = 2 * (first.k.nbytes + first.v.nbytes) // first.length * length
+        if self.limit is not None and size > self.limit:
+            raise UnsupportedModeError(
+                f"a prefill pattern chooses among all keys of a layer at once, which takes {size} bytes here; store "
+                f"{self.name} may hold {self.limit}. Set prefill.retrieval to {{pattern: dense}}, read the prompt in "
+                "one forward, or raise stores.retrieval.resident."
+            )
+        self.notes.add(f"store {self.name}: a prefill pattern on a continued prompt read all pages of a layer at once")
+        k, v = (x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (first.k, first.v))
+        low = 0
+        for block in self.blocks():
+            k[:, :, low : low + block.length], v[:, :, low : low + block.length] = block.k, block.v
+            low += block.length
+        return k, v
+
+    def tensors(self) -> Iterator[Tensor]:
+        for entry in self.entries:
+            yield from entry.page.tensors()
+            if entry.index is not None:
+                yield entry.index
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        changed: dict[int | None, Tensor | None] = {}  # entries of one time share one index
+        for at, entry in enumerate(self.entries):
+            key = None if entry.index is None else id(entry.index)
+            if key not in changed:
+                rows = torch.arange(entry.page.rows, device=self.device)
+                index = change(rows if entry.index is None else entry.index)
+                same = self.device.type == "cpu" and torch.equal(index, rows)  # on a GPU that would wait for it
+                changed[key] = None if same else index
+            self.entries[at] = entry._replace(index=changed[key])
+
+    def copy(self) -> Pages:
+        return replace(self, entries=list(self.entries), fetchers=[])
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What `restored` needs: the pages as they are (views), each index once, and which page is read by which."""
+        tensors, numbers, known = {}, {}, {}
+        for at, entry in enumerate(self.entries):
+            entry.page.settle()
+            k, v = (x[:, :, entry.low : entry.high] for x in entry.page.read())
+            tensors |= {f"{at}.k": k, f"{at}.v": v}
+            if entry.index is not None:
+                numbers[str(at)] = known.setdefault(id(entry.index), len(known))
+                tensors[f"index {numbers[str(at)]}"] = entry.index
+        return tensors, {"pages": len(self.entries), **numbers}
+
+    @classmethod
+    def restored(
+        cls,
+        tensors: Mapping[str, Tensor],
+        numbers: Mapping[str, int],
+        device: torch.device,
+        *,
+        home: HostMemory | Folder,
+        name: str,
+        limit: int | None,
+    ) -> Pages:
+        """Those of which `saved` gave ``tensors`` and ``numbers``, written to ``home`` page by page."""
+        indices = {key: x.to(device, copy=True) for key, x in tensors.items() if key.startswith("index")}
+        entries = []
+        for at in range(numbers["pages"]):
+            page = home.write(tensors[f"{at}.k"].to(device), tensors[f"{at}.v"].to(device))
+            entries.append(Entry(page, 0, page.tokens, indices.get(f"index {numbers.get(str(at))}")))
+        return cls(entries, device, tensors["0.k"].dtype, name, limit)
+
+    def first(self, slots: int) -> Pages:
+        """The first ``slots`` of them, of the same pages."""
+        left, low = [], 0
+        for entry in self.entries:
+            high = min(entry.high, entry.low + slots - low)
+            if high <= entry.low:
+                break
+            left.append(entry._replace(high=high))
+            low += high - entry.low
+        return replace(self, entries=left)
+
+    def alone(self, rows: slice, start: int) -> Pages:
+        """Those of ``rows`` from slot ``start`` on."""
+        left, low = [], 0
+        for entry in self.entries:
+            skipped = max(0, start - low)
+            low += entry.high - entry.low
+            if start < low:
+                left.append(entry._replace(low=entry.low + skipped))
+        return replace(self, entries=left, rows=rows, bias=None)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "bias": None, "notes": set(), "fetchers": []}
+
+
+@dataclass
+class PagedKV(HeadKV):
+    """What a store of pages offers: `Pages`, where there are any, and one plain segment."""
+
+    def alone(self, rows: slice, start: int) -> list[Segment | Pages]:
+        pages, *plain = self.segments
+        if not plain:
+            return super().alone(rows, start)
+        own = replace(self, segments=plain).alone(rows, max(0, start - pages.length))
+        left = pages.alone(rows, start)
+        return [left, *own] if left.entries else own

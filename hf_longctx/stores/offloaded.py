@@ -1,0 +1,36 @@
+"""``store: offloaded``: every token is kept, the older ones in host memory, from where a GPU reads them by pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..kernels.layout import HeadKV, RoleHeads
+from ..rows import Rows
+from ._page import HostMemory
+from ._paged import Paged, PagedStore
+
+
+@dataclass(frozen=True)
+class Offloaded(Paged):
+    """Keep every token: the newest on the device, the others in pages in host memory.
+
+    A GPU copies the pages while it computes, one ahead of the reader. On a CPU it is the same memory: nothing is saved.
+    """
+
+    def new(self, heads: RoleHeads, max_tokens: int | None) -> OffloadedStore:
+        return OffloadedStore(self, heads, max_tokens, HostMemory())
+
+    def host_bytes(self, tokens: int, head_dim: int, number: int) -> int:
+        return 2 * (tokens - self.kept(tokens)) * head_dim * number
+
+
+class OffloadedStore(PagedStore):
+    """Pages in host memory."""
+
+    def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
+        kept = super().append(k, v, rows)
+        if self.paged and k.device.type == "cpu":
+            rows.notes.add("store offloaded: the model runs on the CPU, so its pages are in the same memory: no saving")
+        return kept
