@@ -54,9 +54,11 @@ def _auto(hf_config: Any, name_or_path: str) -> LongCtxConfig:
     own = getattr(hf_config, "longctx", None)
     if own is not None and own is not False:
         try:
-            return LongCtxConfig.from_dict(own)
+            found = LongCtxConfig.from_dict(own)
         except ConfigError as error:
             raise ConfigError(f"config.longctx of the model: {error}") from None
+        _refuse_paths(found)
+        return found
     models = {name: make(ModelSection, shipped_model(name), f"{name}: model") for name in shipped()}
     by_id = [name for name, model in models.items() if _names(name_or_path, model.ids)]
     if len(by_id) == 1:
@@ -92,6 +94,17 @@ def checkpoint_name(name_or_path: str) -> tuple[str, bool]:
 def _mismatches(model: ModelSection, hf_config: Any) -> list[str]:
     missing = [field.name for field in fields(model.fingerprint) if getattr(model.fingerprint, field.name) is None]
     return model.mismatches(hf_config) + [f"fingerprint.{name} is missing in the config" for name in missing]
+
+
+def _refuse_paths(found: LongCtxConfig) -> None:
+    """What came with a model may be anybody's, so it names no place to write to."""
+    for role, spec in (("retrieval", found.stores.retrieval), ("streaming", found.stores.streaming)):
+        for field in fields(spec):
+            if field.metadata.get("path") and (given := getattr(spec, field.name)) is not None:
+                raise ConfigError(
+                    f"config.longctx of the model: stores.{role}.{field.name} is {given!r}, and a config that comes with "
+                    "a model may name no path. Give the config yourself: a .yaml or a dict with that path in it."
+                )
 
 
 def _nothing_found(name_or_path: str, wrongs: Mapping[str, list[str]], fits: list[str]) -> str:

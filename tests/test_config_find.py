@@ -123,3 +123,11 @@ def test_auto_reads_the_model_section_of_any_layout(folder):
     block = yaml.safe_dump(plain(), sort_keys=False).replace("model:\n", "# a comment\nmodel: # what it fits\n\n")
     write(folder / "flow.yaml", block.replace("  head_dim", "# inside\n\n  head_dim") + "model_x: 1\n")
     assert config_files.shipped_model("flow") == plain()["model"]
+
+
+def test_a_config_that_came_with_a_model_names_no_path(folder, tmp_path):
+    own = {**plain(), "stores": {"retrieval": {"store": "offloaded_disk", "folder": str(tmp_path)}}}
+    refused(lambda: resolve("auto", hf(longctx=own), "a/b"), "stores.retrieval.folder", str(tmp_path), "may name no path")
+    assert resolve(own, hf(), "a/b").stores.retrieval.folder == str(tmp_path)
+    del own["stores"]["retrieval"]["folder"]
+    assert resolve("auto", hf(longctx=own), "a/b").stores.retrieval.folder is None

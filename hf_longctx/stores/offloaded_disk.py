@@ -27,7 +27,7 @@ class OffloadedDisk(Paged):
     """
 
     resident: int = field(default=2**30, metadata={"min": 1, "unit": "bytes"})
-    folder: str | None = None
+    folder: str | None = field(default=None, metadata={"path": True})
 
     def new(self, heads: RoleHeads, max_tokens: int | None) -> OffloadedDiskStore:
         return OffloadedDiskStore(self, heads, max_tokens, Folder(self.folder))
