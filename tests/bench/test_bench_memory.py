@@ -85,8 +85,32 @@ def test_windows_of_the_model_s_own_are_counted(family, tokens, chunk, folder):
         assert subject.kv(DENSE, tokens) == (windows * (7 + 5) + (3 - windows) * 300) * head
 
 
+@pytest.mark.parametrize("tokens", [1, 300, 1000, 3000])
+@pytest.mark.parametrize(("word", "batch", "bits"), [("fp32", 1, 8), ("bf16", 3, 4)])
+def test_packed_bytes_are_what_is_allocated(tokens, word, batch, bits, folder):
+    path, config = folder(roles="retrieval")
+    made = LongCtxConfig.from_yaml(config).override(
+        stores={"retrieval": {"store": "quantized", "bits": bits, "group": 32}}
+    )
+    made.to_yaml(config)
+    subject, number = find(path, replace(SETTINGS, dtype=word, batch=batch), config), {"fp32": 4, "bf16": 2}[word]
+
+    def head(exact: int, packed: int) -> int:
+        """Bytes of slots of 8 channels: numbers, or codes with two scales a token and two a channel of 32 tokens."""
+        return 16 * number * exact + packed * (2 * bits + 2 * number) + packed // 32 * 16 * number
+
+    window = 128 + 2 * 32 + 256
+    grown = tokens + max(256, tokens // 8)
+    want = {
+        PATCHED: head(min(min(tokens, window) + 256, window), max(0, grown - 128) // 32 * 32),
+        RESERVED: head(min(tokens, window), max(0, tokens - 128) // 32 * 32),
+    }
+    for way, one in want.items():
+        assert subject.kv(way, tokens) == 12 * batch * one == check(subject, way, tokens)
+
+
 def test_every_store_knows_its_slots():
-    assert words("stores") == ("full", "sink_recent"), "a new store is checked above"
+    assert words("stores") == ("full", "quantized", "sink_recent"), "a new store is checked above"
 
     class Twice(StoreSpec):
         def new(self, heads, max_tokens): ...
