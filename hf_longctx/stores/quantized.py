@@ -84,8 +84,10 @@ class Quantized(StoreSpec):
     def decode(self, call: Call, q: Tensor, part: HeadKV) -> Tensor:
         if any(isinstance(segment, Packed) for segment in part.segments):
             kernel = call.kernel(q)
-            if (function := getattr(kernel, "decode_packed", None)) is not None:
-                return function(q, part.segments, call.scale)
+            if hasattr(kernel, "decode_packed"):
+                out = kernel.decode_packed(q, part.segments, call.scale)
+                if out is not None:
+                    return out
         return super().decode(call, q, part)
 
 

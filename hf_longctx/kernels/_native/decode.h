@@ -3,19 +3,20 @@
 // Scores come with a head per quarter of a vector and four keys in it, [keys / 4][head][4]: no sum across more than such
 // a quarter is needed, and the softmax has few idle lanes.
 #pragma once
-#include "vectors.h"
+#include "packed.h"
 
 constexpr int SPLIT = 512;          // keys of an item
 constexpr int64_t GRAIN = 1 << 21;  // bytes of keys and values that are worth a thread: making one takes 50 us
 
-template <bool BF16> class Token {
-    static constexpr bool Pair = BF16 && PAIRS;
+template <bool BF16, class Kept> class Token {
+    static constexpr bool PLAIN = std::is_same_v<Kept, Segment>, HALF = BF16 && PLAIN;  // HALF: reads bfloat16
+    static constexpr bool Pair = HALF && PAIRS;
     static constexpr int HEADS = W / 4;
     const int dim, group, parties, steps;  // parties of HEADS query heads; steps of 16 bytes of a key
     const float scale;
     const Unit unit{LOG2E};
     Room room;
-    float *const q, *const score, *const keys, *const bias, *const weight;
+    float *const q, *const score, *const keys, *const values, *const bias, *const weight;
 
     const char* next = nullptr;
     int64_t next_stride = 0;
@@ -24,11 +25,12 @@ template <bool BF16> class Token {
     Token(const Shape& s, float scale)
         : dim(int(s.dim)), group(int(s.heads / s.kv_heads)), parties((group + HEADS - 1) / HEADS),
           steps(Pair ? dim / 8 : dim / 4), scale(scale),
-          room(parties * dim * 4 + TILE * (W + dim) + TILE), q(room.take(parties * steps * W)),
-          score(room.take(TILE / 4 * W)), keys(room.take(TILE * dim)), bias(room.take(TILE / 4 * W)), weight(room.take(W)) {}
+          room(parties * dim * 4 + TILE * (W + (PLAIN ? 1 : 2) * dim) + TILE), q(room.take(parties * steps * W)),
+          score(room.take(TILE / 4 * W)), keys(room.take(TILE * dim)), values(room.take(PLAIN ? 0 : TILE * dim)),
+          bias(room.take(TILE / 4 * W)), weight(room.take(W)) {}
 
     // Writes per query head of the group: sum over keys of weight * value, [dim], the maximum and the sum of weights.
-    void run(const Heads& from, int64_t b, int64_t n, const Segment& segment, int64_t low, int64_t high, float* part) {
+    void run(const Heads& from, int64_t b, int64_t n, const Kept& kept, int64_t low, int64_t high, float* part) {
         memset(q, 0, sizeof(float) * parties * steps * W);
         for (int g = 0; g < group; ++g)
             for (int u = 0; u < 4 * steps; ++u) {
@@ -43,10 +45,19 @@ template <bool BF16> class Token {
         }
         for (int64_t pos = low; pos < high; pos += TILE) {
             int count = int(std::min<int64_t>(TILE, high - pos));
-            if (segment.bias) spread_bias(segment, b, n, pos, count);
-            const char *k = segment.k.at(b, n, pos), *v = segment.v.at(b, n, pos);
-            int64_t k_stride = segment.k.token;
-            if constexpr (BF16 && !Pair) {
+            const char *k = kept.k.at(b, n, pos), *v = kept.v.at(b, n, pos);
+            int64_t k_stride = kept.k.token, v_stride = kept.v.token;
+            bool biased = false;
+            if constexpr (!PLAIN) {
+                const char *next_k = pos + TILE < high ? kept.k.at(b, n, pos + TILE) : nullptr;
+                unpack_keys<BF16>(kept, b, n, pos, count, dim, keys, {v, v + count * v_stride});
+                unpack_values<BF16>(kept, b, n, pos, count, dim, values, {next_k, next_k ? next_k + TILE * k_stride : next_k});
+                k = (const char*)keys, v = (const char*)values, k_stride = v_stride = 4 * dim;
+            } else if (kept.bias) {
+                biased = true;
+                spread_bias(kept, b, n, pos, count);
+            }
+            if constexpr (HALF && !Pair) {
                 for (int j = 0; j < count; ++j)
                     for (int d = 0; d < dim; d += W) store(keys + j * dim + d, widen(k + j * k_stride + 2 * d));
                 k = (const char*)keys, k_stride = 4 * dim;
@@ -54,13 +65,16 @@ template <bool BF16> class Token {
             for (int party = 0; party < parties; ++party) {
                 int heads = std::min(HEADS, group - party * HEADS);
                 float* own = part + party * HEADS * (dim + 2);
-                multiply_keys(k, k_stride, count, q + party * steps * W, party ? nullptr : v, segment.v.token);
-                soften(count, heads, segment.bias != nullptr, own);
-                next = party + 1 == parties ? segment.k.at(b, n, pos + TILE) : nullptr, next_stride = segment.k.token;
-                if (heads == 4) add_values<4>(v, segment.v.token, count, own);
-                else if (heads == 3) add_values<3>(v, segment.v.token, count, own);
-                else if (heads == 2) add_values<2>(v, segment.v.token, count, own);
-                else add_values<1>(v, segment.v.token, count, own);
+                multiply_keys(k, k_stride, count, q + party * steps * W, PLAIN && !party ? v : nullptr, v_stride);
+                soften(count, heads, biased, own);
+                if constexpr (PLAIN) {
+                    next = party + 1 == parties ? kept.k.at(b, n, pos + TILE) : nullptr;
+                    next_stride = kept.k.token;
+                }
+                if (heads == 4) add_values<4>(v, v_stride, count, own);
+                else if (heads == 3) add_values<3>(v, v_stride, count, own);
+                else if (heads == 2) add_values<2>(v, v_stride, count, own);
+                else add_values<1>(v, v_stride, count, own);
             }
         }
     }
@@ -75,7 +89,7 @@ template <bool BF16> class Token {
     // Asks for rows before they are needed: the CPU's own prefetching stops at every page. One that is not there is no harm.
     void fetch(const char* p, int64_t stride, int count) {
         for (int j = 0; j < count; ++j)
-            for (int byte = 0; byte < dim * (BF16 ? 2 : 4); byte += 64) __builtin_prefetch(p + j * stride + byte);
+            for (int byte = 0; byte < dim * (HALF ? 2 : 4); byte += 64) __builtin_prefetch(p + j * stride + byte);
     }
 
     void multiply_keys(const char* k, int64_t stride, int count, const float* x, const char* next, int64_t next_stride) {
@@ -137,10 +151,10 @@ template <bool BF16> class Token {
             vf sum[N][V] = {};
             for (int j = 0; j < count; ++j) {
                 if (d == 0 && next) fetch(next + j * next_stride, next_stride, 1);
-                const char* p = v + j * stride + d * (BF16 ? 2 : 4);
+                const char* p = v + j * stride + d * (HALF ? 2 : 4);
                 const float* x = score + j / 4 * W + j % 4;
                 vf y[V];
-                for (int e = 0; e < V; ++e) y[e] = load_as_float<BF16>(p + e * W * (BF16 ? 2 : 4));
+                for (int e = 0; e < V; ++e) y[e] = load_as_float<HALF>(p + e * W * (HALF ? 2 : 4));
                 for (int g = 0; g < N; ++g)
                     for (int e = 0; e < V; ++e) sum[g][e] += x[4 * g] * y[e];
             }
@@ -157,7 +171,9 @@ template <bool BF16> class Token {
 template <bool BF16> static int decode(const Call& call, float scale, const int64_t* packed) {
     const Shape& s = call.shape;
     const Segment *segments = (const Segment*)(packed + 1), *end_segment = segments + packed[0];
-    struct Item { int64_t b, n; const Segment* segment; int64_t low, high; };
+    const int64_t* after = (const int64_t*)end_segment;
+    const Packed *pieces = (const Packed*)(after + 1), *end_piece = pieces + after[0];
+    struct Item { int64_t b, n; const Segment* segment; const Packed* piece; int64_t low, high; };
     std::vector<Item> items;
     std::vector<int64_t> begin{0};
     int64_t bytes = 0, group = s.heads / s.kv_heads, size = group * (s.dim + 2);
@@ -165,18 +181,29 @@ template <bool BF16> static int decode(const Call& call, float scale, const int6
         for (int64_t n = 0; n < s.kv_heads; ++n) {
             for (const Segment* segment = segments; segment != end_segment; ++segment)
                 for (int64_t low = 0, end = segment->of(b); low < end; low += SPLIT) {
-                    items.push_back({b, n, segment, low, std::min<int64_t>(low + SPLIT, end)});
+                    items.push_back({b, n, segment, nullptr, low, std::min<int64_t>(low + SPLIT, end)});
                     bytes += (items.back().high - low) * s.dim * (BF16 ? 4 : 8);
+                }
+            for (const Packed* piece = pieces; piece != end_piece; ++piece)
+                for (int64_t low = 0, end = piece->of(b); low < end; low += SPLIT) {
+                    items.push_back({b, n, nullptr, piece, low, std::min<int64_t>(low + SPLIT, end)});
+                    bytes += (items.back().high - low) * s.dim * 4;  // as long as bfloat16 takes: it computes more
                 }
             begin.push_back(int64_t(items.size()));
         }
     std::vector<float> parts(items.size() * size);
-    std::deque<Token<BF16>> team;
+    std::deque<Token<BF16, Segment>> team;
+    std::deque<Token<BF16, Packed>> unpackers;
     int64_t threads = std::max<int64_t>(1, std::min({s.threads, int64_t(items.size()), bytes / GRAIN}));
-    for (int64_t i = 0; i < threads; ++i) team.emplace_back(s, scale);
+    for (int64_t i = 0; i < threads; ++i) {
+        team.emplace_back(s, scale);
+        if (pieces != end_piece) unpackers.emplace_back(s, scale);
+    }
     int used = parallel(int64_t(items.size()), threads, [&](int64_t i, int64_t worker) {
         const Item& item = items[i];
-        team[worker].run(call.q, item.b, item.n, *item.segment, item.low, item.high, parts.data() + i * size);
+        float* part = parts.data() + i * size;
+        if (item.piece) unpackers[worker].run(call.q, item.b, item.n, *item.piece, item.low, item.high, part);
+        else team[worker].run(call.q, item.b, item.n, *item.segment, item.low, item.high, part);
     });
     std::vector<float> total(s.dim);
     for (int64_t head = 0; head < s.batch * s.heads; ++head) {

@@ -9,6 +9,7 @@
 #include <deque>
 #include <exception>
 #include <thread>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX__)
 #include <immintrin.h>
