@@ -19,7 +19,7 @@ KEYS = 64  # keys of a tile, at most
 
 @triton.jit
 def _unpacked(codes, rows, row_stride, valid, DIM: tl.constexpr, COLS: tl.constexpr, BITS: tl.constexpr):
-    """The codes of the rows ``rows`` as float32 ``[len(rows), COLS]``; of 4 bits two, DIM / 2 channels apart, a byte."""
+    """The codes of the rows ``rows`` as float32 ``[len(rows), COLS]``; of 4 bits, two channels a byte."""
     cols = tl.arange(0, COLS)
     places, shift = cols, cols * 0
     if BITS == 4:

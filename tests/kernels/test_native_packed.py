@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from packed_cases import SCALE, cases, packed, random_numbers, truth
-from test_native import other_build  # noqa: F401 - a fixture
+from test_native import BUILDS, other_build  # noqa: F401 - a fixture
 
 from hf_longctx.kernels import _streamed, native
 from hf_longctx.kernels.layout import Segment
@@ -46,6 +46,7 @@ def test_codes_are_read_as_the_numbers_they_stand_for(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other_build", BUILDS and [*BUILDS, "-mno-avx512vnni"], indirect=True)
 @pytest.mark.usefixtures("other_build")
 def test_on_other_cpus(dtype):
     check(dtype)

@@ -8,15 +8,19 @@
 constexpr int SPLIT = 512;          // keys of an item
 constexpr int64_t GRAIN = 1 << 21;  // bytes of keys and values that are worth a thread: making one takes 50 us
 
-template <bool BF16, class Kept> class Token {
-    static constexpr bool PLAIN = std::is_same_v<Kept, Segment>, HALF = BF16 && PLAIN;  // HALF: reads bfloat16
+// BITS: of packed keys and values; 0 for plain ones.
+template <bool BF16, int BITS> class Token {
+    using Kept = std::conditional_t<BITS == 0, Segment, Packed>;
+    static constexpr bool PLAIN = BITS == 0, HALF = BF16 && PLAIN;  // HALF: reads bfloat16
     static constexpr bool Pair = HALF && PAIRS;
     static constexpr int HEADS = W / 4;
     const int dim, group, parties, steps;  // parties of HEADS query heads; steps of 16 bytes of a key
     const float scale;
     const Unit unit{LOG2E};
     Room room;
-    float *const q, *const score, *const keys, *const values, *const bias, *const weight;
+    float *const q, *const score, *const keys, *const bias, *const weight;
+    std::vector<Scores<BF16, BITS ? BITS : 8>> packed;     // of each party
+    float value_steps[TILE], value_leasts[TILE], rest[W];  // of packed values; sums of weight * least, by head
 
     const char* next = nullptr;
     int64_t next_stride = 0;
@@ -25,9 +29,13 @@ template <bool BF16, class Kept> class Token {
     Token(const Shape& s, float scale)
         : dim(int(s.dim)), group(int(s.heads / s.kv_heads)), parties((group + HEADS - 1) / HEADS),
           steps(Pair ? dim / 8 : dim / 4), scale(scale),
-          room(parties * dim * 4 + TILE * (W + (PLAIN ? 1 : 2) * dim) + TILE), q(room.take(parties * steps * W)),
-          score(room.take(TILE / 4 * W)), keys(room.take(TILE * dim)), values(room.take(PLAIN ? 0 : TILE * dim)),
-          bias(room.take(TILE / 4 * W)), weight(room.take(W)) {}
+          room(parties * dim * 4 + TILE * (W + dim) + TILE), q(room.take(parties * steps * W)),
+          score(room.take(TILE / 4 * W)), keys(room.take(TILE * dim)), bias(room.take(TILE / 4 * W)),
+          weight(room.take(W)) {
+        if (PLAIN) return;
+        packed.reserve(parties);
+        for (int party = 0; party < parties; ++party) packed.emplace_back(dim);
+    }
 
     // Writes per query head of the group: sum over keys of weight * value, [dim], the maximum and the sum of weights.
     void run(const Heads& from, int64_t b, int64_t n, const Kept& kept, int64_t low, int64_t high, float* part) {
@@ -39,6 +47,9 @@ template <bool BF16, class Kept> class Token {
                 if constexpr (Pair) memcpy(into, p + 4 * u, 4);
                 else *into = number<BF16>(p, u);
             }
+        if (!PLAIN)
+            for (int party = 0; party < parties; ++party)
+                packed[party].ask(from, b, n * group + party * HEADS, std::min(HEADS, group - party * HEADS));
         for (int g = 0; g < group; ++g) {
             memset(part + g * (dim + 2), 0, sizeof(float) * (dim + 2));
             part[g * (dim + 2) + dim] = LOWEST;
@@ -49,10 +60,15 @@ template <bool BF16, class Kept> class Token {
             int64_t k_stride = kept.k.token, v_stride = kept.v.token;
             bool biased = false;
             if constexpr (!PLAIN) {
-                const char *next_k = pos + TILE < high ? kept.k.at(b, n, pos + TILE) : nullptr;
-                unpack_keys<BF16>(kept, b, n, pos, count, dim, keys, {v, v + count * v_stride});
-                unpack_values<BF16>(kept, b, n, pos, count, dim, values, {next_k, next_k ? next_k + TILE * k_stride : next_k});
-                k = (const char*)keys, v = (const char*)values, k_stride = v_stride = 4 * dim;
+                for (int j = 0; j < TILE; ++j) {
+                    const char* scale = kept.v_scale.at(b, n, pos + j);
+                    value_steps[j] = j < count ? number<BF16>(scale, 0) : 0;
+                    value_leasts[j] = j < count ? number<BF16>(scale, 1) : 0;
+                }
+#if !AVX512_VNNI
+                unpack_keys<BF16, BITS>(kept, b, n, pos, count, dim, keys, {v, v + count * v_stride});
+                k = (const char*)keys, k_stride = 4 * dim;
+#endif
             } else if (kept.bias) {
                 biased = true;
                 spread_bias(kept, b, n, pos, count);
@@ -65,12 +81,20 @@ template <bool BF16, class Kept> class Token {
             for (int party = 0; party < parties; ++party) {
                 int heads = std::min(HEADS, group - party * HEADS);
                 float* own = part + party * HEADS * (dim + 2);
-                multiply_keys(k, k_stride, count, q + party * steps * W, PLAIN && !party ? v : nullptr, v_stride);
+#if AVX512_VNNI
+                if constexpr (!PLAIN) {
+                    Ahead ahead{v, party ? v : v + count * v_stride};
+                    for (int done = 0, some; done < count; done += some) {
+                        some = int(std::min<int64_t>(count - done, kept.group - (pos + done) % kept.group));
+                        packed[party].run(kept, b, n, pos + done, some, score + done / 4 * W, ahead);
+                    }
+                } else
+#endif
+                    multiply_keys(k, k_stride, count, q + party * steps * W, PLAIN && !party ? v : nullptr, v_stride);
                 soften(count, heads, biased, own);
-                if constexpr (PLAIN) {
-                    next = party + 1 == parties ? kept.k.at(b, n, pos + TILE) : nullptr;
-                    next_stride = kept.k.token;
-                }
+                if constexpr (!PLAIN) weigh(count);
+                next = party + 1 == parties && (PLAIN || pos + TILE < high) ? kept.k.at(b, n, pos + TILE) : nullptr;
+                next_stride = kept.k.token;
                 if (heads == 4) add_values<4>(v, v_stride, count, own);
                 else if (heads == 3) add_values<3>(v, v_stride, count, own);
                 else if (heads == 2) add_values<2>(v, v_stride, count, own);
@@ -86,10 +110,12 @@ template <bool BF16, class Kept> class Token {
             for (int g = 0; g < HEADS; ++g) bias[j / 4 * W + 4 * g + j % 4] = p[j * segment.bias_key];
     }
 
-    // Asks for rows before they are needed: the CPU's own prefetching stops at every page. One that is not there is no harm.
+    // Asks for rows before they are needed: the CPU's own prefetching stops at every page. One that is not there is no
+    // harm.
     void fetch(const char* p, int64_t stride, int count) {
+        const int size = PLAIN ? dim * (HALF ? 2 : 4) : dim * BITS / 8;
         for (int j = 0; j < count; ++j)
-            for (int byte = 0; byte < dim * (HALF ? 2 : 4); byte += 64) __builtin_prefetch(p + j * stride + byte);
+            for (int byte = 0; byte < size; byte += 64) __builtin_prefetch(p + j * stride + byte);
     }
 
     void multiply_keys(const char* k, int64_t stride, int count, const float* x, const char* next, int64_t next_stride) {
@@ -140,6 +166,17 @@ template <bool BF16, class Kept> class Token {
         }
     }
 
+    // Weights of packed values to weights of their codes, and what their least numbers add.
+    void weigh(int count) {
+        vf sum = {};
+        for (int j = 0; j < count; j += 4) {
+            vf x = load(score + j / 4 * W);
+            sum += x * fours(value_leasts + j);
+            store(score + j / 4 * W, x * fours(value_steps + j));
+        }
+        for (int g = 0; g < HEADS; ++g) rest[g] = sum[4 * g] + sum[4 * g + 1] + sum[4 * g + 2] + sum[4 * g + 3];
+    }
+
     template <int N> void add_values(const char* v, int64_t stride, int count, float* part) {
         int d = 0;
         for (; d + LANES * W <= dim; d += LANES * W) add_some_values<N, LANES>(v, stride, count, d, part);
@@ -149,12 +186,20 @@ template <bool BF16, class Kept> class Token {
     template <int N, int V> void add_some_values(const char* v, int64_t stride, int count, int d, float* part) {
         if constexpr (N <= HEADS) {
             vf sum[N][V] = {};
+            Channels<BITS ? BITS : 8> at[V];
+            if constexpr (!PLAIN) {
+                for (int e = 0; e < V; ++e) at[e] = {d + e * W, dim};
+                for (int g = 0; g < N; ++g)
+                    for (int e = 0; e < V; ++e) sum[g][e] += rest[g];
+            }
             for (int j = 0; j < count; ++j) {
                 if (d == 0 && next) fetch(next + j * next_stride, next_stride, 1);
-                const char* p = v + j * stride + d * (HALF ? 2 : 4);
+                const char* p = v + j * stride;
                 const float* x = score + j / 4 * W + j % 4;
                 vf y[V];
-                for (int e = 0; e < V; ++e) y[e] = load_as_float<HALF>(p + e * W * (HALF ? 2 : 4));
+                for (int e = 0; e < V; ++e)
+                    if constexpr (PLAIN) y[e] = load_as_float<HALF>(p + (d + e * W) * (HALF ? 2 : 4));
+                    else y[e] = at[e].codes(p);
                 for (int g = 0; g < N; ++g)
                     for (int e = 0; e < V; ++e) sum[g][e] += x[4 * g] * y[e];
             }
@@ -168,7 +213,7 @@ template <bool BF16, class Kept> class Token {
 };
 
 // Every SPLIT keys of a KV head are an item, whatever the number of threads, so that it does not change the answer.
-template <bool BF16> static int decode(const Call& call, float scale, const int64_t* packed) {
+template <bool BF16, int BITS> static int decode_from(const Call& call, float scale, const int64_t* packed) {
     const Shape& s = call.shape;
     const Segment *segments = (const Segment*)(packed + 1), *end_segment = segments + packed[0];
     const int64_t* after = (const int64_t*)end_segment;
@@ -192,8 +237,8 @@ template <bool BF16> static int decode(const Call& call, float scale, const int6
             begin.push_back(int64_t(items.size()));
         }
     std::vector<float> parts(items.size() * size);
-    std::deque<Token<BF16, Segment>> team;
-    std::deque<Token<BF16, Packed>> unpackers;
+    std::deque<Token<BF16, 0>> team;
+    std::deque<Token<BF16, BITS>> unpackers;
     int64_t threads = std::max<int64_t>(1, std::min({s.threads, int64_t(items.size()), bytes / GRAIN}));
     for (int64_t i = 0; i < threads; ++i) {
         team.emplace_back(s, scale);
@@ -224,4 +269,10 @@ template <bool BF16> static int decode(const Call& call, float scale, const int6
         }
     }
     return used;
+}
+
+template <bool BF16> static int decode(const Call& call, float scale, const int64_t* packed) {
+    const int64_t* after = packed + 1 + packed[0] * (sizeof(Segment) / 8);
+    bool four = after[0] && ((const Packed*)(after + 1))->bits == 4;  // all pieces of a store are alike
+    return four ? decode_from<BF16, 4>(call, scale, packed) : decode_from<BF16, 8>(call, scale, packed);
 }
