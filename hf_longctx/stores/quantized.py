@@ -136,6 +136,8 @@ class QuantizedStore(Store):
                 f"store quantized was given keys and values of {k.shape[3]} and {v.shape[3]} channels: to 4 bits it "
                 "packs an even number of them. Use bits: 8 for this model."
             )
+        if (kept := self.segments.get("exact")) is not None:  # filled in another dtype (autocast), it stays in that
+            k, v = k.to(kept.dtype), v.to(kept.dtype)
         self._make_room(k, v, rows)
         self._pack(k, v, rows)
         read = [spec.packed(rows.past - start) for start in starts]
@@ -173,7 +175,7 @@ class QuantizedStore(Store):
             for low in range(done, due, step):
                 own = self.segments["packed"]
                 span = self._span(k, v, rows, group, start + low, start + min(due, low + step))
-                own.write(group, low - own.first, *(x.to(own.dtype) for x in span))
+                own.write(group, low - own.first, *span)
         if (own := self.segments.get("packed")) is not None:
             own.whole = max(0, min(fewest) - own.first)
 
@@ -209,7 +211,7 @@ class QuantizedStore(Store):
         if old is None:
             cut = slice(low - self.base, total - self.base)
             return [Segment(kept.k[:, :, cut], kept.v[:, :, cut], total - low)]
-        return [old, Segment(*(x.to(kept.dtype) for x in self.incoming(k, v)), rows.new)]
+        return [old, Segment(*self.incoming(k, v), rows.new)]
 
     def crop(self, rows: Rows, target: int) -> None:
         kept, starts = self.segments.get("exact"), rows.starts or (0,)

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from memory import Allocations
+from test_cache import CountReads
 from tiny import config_for, left_padded, tiny_model
 
 from hf_longctx import ConfigError, LongCtxCache, LongCtxConfig, UnsupportedModelError, patch_model, report
@@ -293,6 +294,35 @@ def test_reset_and_a_first_chunk_of_pads():
     run.starts = (80, 80)
     for count in (1, 30, 50, 100, 1):
         run.check(count)
+
+
+def test_what_was_filled_in_inference_mode_or_another_dtype_goes_on():
+    run = Driver(bits=8, group=16, residual=20)
+    with torch.inference_mode():
+        run.check(300)
+    run.k, run.v = run.k.clone(), run.v.clone()
+    for count in (1, 300, 1):
+        run.check(count)
+    for count in (300, 1, 300):
+        kept = run.cache.update(*torch.randn(2, 1, KV_HEADS, count, DIM), 0)[0]
+        q = torch.randn(1, KV_HEADS * GROUP, count, DIM)
+        assert {one.dtype for part in kept.heads for one in part.segments} == {torch.float64}
+        assert LayerCall(run.plan, kept.rows, SCALE).kept(q, kept.heads).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("padded", [False, True])
+def test_device_reads_of_a_decode_step_do_not_grow_with_the_layers(padded, dtype):
+    counts = []
+    for layers in (2, 6):
+        model = patched(dtype, layers=layers, dim=16, group=16, residual=0)
+        cache, (ids, mask) = LongCtxCache(model), left_padded([60, 9] if padded else [60, 60])
+        with torch.no_grad(), CountReads() as count:
+            for low, high in ((0, 50), (50, 59), (59, 60)):
+                count.reads = 0
+                model(ids[:, low:high], attention_mask=mask[:, :high], past_key_values=cache)
+        counts.append(count.reads)
+    assert counts[0] == counts[1]
 
 
 # Numbers.
