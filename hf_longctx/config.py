@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 NOT_KERNELS = {"layout", "dispatch"}
+NUMBER = 2  # bytes of a number in bf16 and fp16
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,11 @@ class LongCtxConfig:
 
     @cached_property
     def _roles(self) -> tuple[str, ...]:
-        return self.heads.roles_for(self.stores.streaming.kept(self.heads.kv_budget_tokens))
+        form = (self.heads.kv_budget_tokens, self.model.head_dim, NUMBER)
+        stores, token = (self.stores.streaming, self.stores.retrieval), 2 * self.model.head_dim * NUMBER
+        return self.heads.roles_for(*(Fraction(store.kept_bytes(*form), token) for store in stores))
 
-    def kv_bytes(self, tokens: int, number_bytes: int = 2) -> tuple[int, int]:
+    def kv_bytes(self, tokens: int, number_bytes: int = NUMBER) -> tuple[int, int]:
         """(bytes of a dense KV cache, bytes of what the heads keep) of one row after ``tokens`` tokens.
 
         The spare room of growing buffers and a model's own sliding windows, which keep less, are not in it.

@@ -102,8 +102,8 @@ def _refuse_paths(found: LongCtxConfig) -> None:
         for field in fields(spec):
             if field.metadata.get("path") and (given := getattr(spec, field.name)) is not None:
                 raise ConfigError(
-                    f"config.longctx of the model: stores.{role}.{field.name} is {given!r}, and a config that comes with "
-                    "a model may name no path. Give the config yourself: a .yaml or a dict with that path in it."
+                    f"config.longctx of the model: stores.{role}.{field.name} is {given!r}, and a config that comes "
+                    "with a model may name no path. Give the config yourself: a .yaml or a dict with that path in it."
                 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from typing import Any
 
 from . import head_map
@@ -163,8 +164,8 @@ class HeadsSection(Alternative):
         """Where scores or roles and their source are read: the alternative in use, or this section."""
         return self if self.use is None else self.alternatives[self.use]
 
-    def roles_for(self, streaming_tokens: int) -> tuple[str, ...]:
-        """Roles per layer, where a streaming head keeps at most ``streaming_tokens`` at ``kv_budget_tokens``."""
+    def roles_for(self, streaming_tokens: Fraction, retrieval_tokens: Fraction) -> tuple[str, ...]:
+        """Roles per layer; see `head_map.assign` for what a head of each role keeps at ``kv_budget_tokens``."""
         form = {"dense_layers": self.dense_layers, "balance": self.balance, "granularity": self.granularity}
         if self.active.roles is not None:
             return head_map.given(self.active.roles, **form)
@@ -174,6 +175,7 @@ class HeadsSection(Alternative):
             kv_budget=self.kv_budget,
             kv_budget_tokens=self.kv_budget_tokens,
             streaming_tokens=streaming_tokens,
+            retrieval_tokens=retrieval_tokens,
             confidence=self.confidence,
             **form,
         )

@@ -28,7 +28,8 @@ def assign(
     fraction: float | None = None,
     kv_budget: float | None = None,
     kv_budget_tokens: int = 32768,
-    streaming_tokens: int = 320,
+    streaming_tokens: int | Fraction = 320,
+    retrieval_tokens: int | Fraction | None = None,
     dense_layers: Sequence[int] = (),
     balance: int = 1,
     granularity: str = "kv_head",
@@ -45,7 +46,8 @@ def assign(
         scores: ``[layers][KV heads]``, higher = more retrieval.
         fraction: share of all KV heads that are retrieval; 0.0 to 1.0. A half head goes up.
         kv_budget: share of a dense cache's bytes at ``kv_budget_tokens`` tokens; above 0.0, at most 1.0.
-        streaming_tokens: tokens a streaming head keeps at most.
+        streaming_tokens: tokens a streaming head keeps at most, as many as have its bytes in a dense cache.
+        retrieval_tokens: the same of a retrieval head, at ``kv_budget_tokens`` tokens; None: all of those.
         confidence: with ``"none"`` no cut may fall among equal scores; else only among zeros it may not.
 
     Raises:
@@ -61,9 +63,10 @@ def assign(
     if fraction is not None:
         wanted = _half_up(Fraction(_half_up(_exact(fraction) * total), size))
     else:
-        wanted = heads_in_budget(kv_budget, total, kv_budget_tokens, streaming_tokens) // size
+        form = (total, kv_budget_tokens, streaming_tokens, retrieval_tokens)
+        wanted = heads_in_budget(kv_budget, *form) // size
         if wanted < len(always):
-            least = _share(len(always) * size, total, kv_budget_tokens, streaming_tokens)
+            least = _share(len(always) * size, *form)
             raise ConfigError(
                 f"heads.kv_budget: got {kv_budget}, but dense_layers alone need more; smallest: {_up(least)}."
             )
@@ -95,20 +98,29 @@ def given(
     return rows
 
 
-def heads_in_budget(kv_budget: float, total: int, tokens: int, streaming_tokens: int) -> int:
+def heads_in_budget(
+    kv_budget: float,
+    total: int,
+    tokens: int,
+    streaming_tokens: int | Fraction,
+    retrieval_tokens: int | Fraction | None = None,
+) -> int:
     """Largest number of retrieval heads, of ``total``, whose KV bytes at ``tokens`` tokens are within ``kv_budget``.
 
     Raises:
-        ConfigError: the streaming heads alone need more.
+        ConfigError: the heads need more, whatever their roles.
     """
-    least = _share(0, total, tokens, streaming_tokens)
-    room = _exact(kv_budget) - least
-    if room < 0:
+    none, every = (_share(count, total, tokens, streaming_tokens, retrieval_tokens) for count in (0, total))
+    budget = _exact(kv_budget)
+    if budget >= every:
+        return total
+    if budget < none:
         raise ConfigError(
-            f"heads.kv_budget: got {kv_budget}, but streaming heads that keep {min(streaming_tokens, tokens)} tokens "
-            f"alone need more at {tokens} tokens (kv_budget_tokens); smallest: {_up(least)}."
+            f"heads.kv_budget: got {kv_budget}, but streaming heads that keep "
+            f"{math.ceil(min(streaming_tokens, tokens))} tokens alone need more at {tokens} tokens (kv_budget_tokens); "
+            f"smallest: {_up(min(none, every))}."
         )
-    return total if least == 1 else min(total, math.floor(room / (1 - least) * total))
+    return math.floor((budget - none) / (every - none) * total)
 
 
 def usable_cuts(scores: Sequence[float], confidence: str = "measured") -> list[int]:
@@ -195,8 +207,15 @@ def _half_up(number: Fraction) -> int:
     return math.floor(number + Fraction(1, 2))
 
 
-def _share(retrieval: int, total: int, tokens: int, streaming_tokens: int) -> Fraction:
-    return Fraction(retrieval * tokens + (total - retrieval) * min(streaming_tokens, tokens), total * tokens)
+def _share(
+    retrieval: int,
+    total: int,
+    tokens: int,
+    streaming_tokens: int | Fraction,
+    retrieval_tokens: int | Fraction | None,
+) -> Fraction:
+    kept = tokens if retrieval_tokens is None else retrieval_tokens
+    return Fraction(retrieval * kept + (total - retrieval) * min(streaming_tokens, tokens)) / (total * tokens)
 
 
 def _up(share: Fraction) -> float:

@@ -247,8 +247,10 @@ def _convert_scalar(value: object, hint: type, where: str, metadata: Mapping[str
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         hint_text = " YAML reads 1e6 as text: write 1.0e+6." if hint is float and isinstance(value, str) else ""
         raise wrong(where, value, fits, hint_text)
-    if "choices" in metadata:
+    if "choices" in metadata and hint is str:
         check_word(value, metadata["choices"], where)
+    elif "choices" in metadata and value not in metadata["choices"]:
+        raise wrong(where, value, fits)
     if hint in (int, float):
         if not _fits(value, metadata):
             raise wrong(where, value, fits)

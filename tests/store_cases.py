@@ -14,6 +14,8 @@ CASES = {
     "sink_recent": {"store": "sink_recent", "sink": 4, "recent": 16},
     "compensated": {"store": "sink_recent_compensated", "sink": 4, "recent": 16},
     "compensated, growing": {"store": "sink_recent_compensated", "sink": 3, "recent": {"min": 9, "fraction": 0.3}},
+    "8 bits": {"store": "quantized", "bits": 8, "group": 16, "residual": 8},
+    "4 bits": {"store": "quantized", "bits": 4, "group": 16, "residual": 0},
     "offloaded": {"store": "offloaded", "page": 16, "recent": 20},
     "offloaded_disk": {"store": "offloaded_disk", "page": 16, "recent": 20},
 }

@@ -194,6 +194,16 @@ def test_budget_knows_the_streaming_store():
     assert "".join(made.override(stores={"streaming": {"sink": 0, "recent": 1}}).roles()).count("R") == 2
 
 
+def test_budget_knows_what_the_retrieval_store_packs():
+    counts = []
+    for store in ({"store": "full"}, {"store": "quantized"}, {"store": "quantized", "bits": 4}):
+        made = config(kv_budget=0.5).override(stores={"retrieval": store})
+        dense, kept = made.kv_bytes(32768)
+        counts.append("".join(made.roles()).count("R"))
+        assert kept <= 0.5 * dense
+    assert counts[0] < counts[1] < counts[2]
+
+
 def test_alternative_stands_in():
     data = plain()
     data["heads"] |= {"alternatives": {"b": {"scores": [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], "source": {"m": 1}}}}

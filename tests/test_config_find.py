@@ -127,7 +127,7 @@ def test_auto_reads_the_model_section_of_any_layout(folder):
 
 def test_a_config_that_came_with_a_model_names_no_path(folder, tmp_path):
     own = {**plain(), "stores": {"retrieval": {"store": "offloaded_disk", "folder": str(tmp_path)}}}
-    refused(lambda: resolve("auto", hf(longctx=own), "a/b"), "stores.retrieval.folder", str(tmp_path), "may name no path")
+    refused(lambda: resolve("auto", hf(longctx=own), "a/b"), "stores.retrieval.folder", str(tmp_path), "name no path")
     assert resolve(own, hf(), "a/b").stores.retrieval.folder == str(tmp_path)
     del own["stores"]["retrieval"]["folder"]
     assert resolve("auto", hf(longctx=own), "a/b").stores.retrieval.folder is None

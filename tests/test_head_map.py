@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from fractions import Fraction
 
 import pytest
 
@@ -167,6 +168,21 @@ def test_budget_that_nothing_fits_names_the_smallest():
     call = lambda budget: assign(table(), kv_budget=budget, kv_budget_tokens=1000, streaming_tokens=320)  # noqa: E731
     refused(lambda: call(0.3), "heads.kv_budget: got 0.3", "320 tokens", "smallest: 0.32.")
     assert count(call(0.32)) == 0
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.1, 0.25, 0.5, 0.6])
+def test_a_budget_counts_the_bytes_of_packed_retrieval_heads(budget):
+    form = (256, 1000, Fraction(40), Fraction(1000, 2))
+    heads = heads_in_budget(budget, *form)
+    shares = [(count * 500 + (256 - count) * 40) / 256_000 for count in range(257)]
+    assert heads == max(count for count, share in enumerate(shares) if share <= budget)
+    made = {"kv_budget": budget, "kv_budget_tokens": 1000, "streaming_tokens": 40, "retrieval_tokens": 500}
+    assert count(assign(table(32, 8), **made)) == heads
+    if budget < 0.5:
+        assert heads > heads_in_budget(budget, 256, 1000, 40)
+    # Packed tokens that take less than a window: nothing is cheaper than all of them.
+    assert heads_in_budget(0.2, 256, 1000, 400, 200) == 256
+    refused(lambda: heads_in_budget(0.19, 256, 1000, 400, 200), "smallest: 0.2.")
 
 
 def test_budget_below_the_window():

@@ -88,8 +88,8 @@ def test_camel_case():
     "word", ["../errors", "os", "base", "__init__", "full.py", "stores.full", "", "Full", 3, None, ["full"]]
 )
 def test_only_listed_words_are_imported(word, monkeypatch):
-    monkeypatch.setattr(registry.importlib, "import_module", only_packages(registry.importlib.import_module))
     known = ", ".join(words("stores"))
+    monkeypatch.setattr(registry.importlib, "import_module", only_packages(registry.importlib.import_module))
     refused(lambda: load("stores", word, "stores.retrieval.store"), "stores.retrieval.store: got", known)
 
 

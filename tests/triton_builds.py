@@ -15,6 +15,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from hf_longctx.kernels import _triton_tiles, triton
+from hf_longctx.kernels._quantized import Packed
 from hf_longctx.kernels.layout import BlockList, Segment
 
 SHARED = {80: 166912, 90: 232448}  # bytes a program may have on an A100, on an H100
@@ -50,6 +51,9 @@ def launch_everything(head_dim, dtype, q_len, kv_len, batch):
     triton.streaming_prefill(q, sinks, sinks, band, band, recent=kv_len // 2 + 1, first=sinks.shape[2], scale=0.1)
     ragged = Segment(k, k, torch.full([batch], kv_len), torch.zeros(kv_len))
     triton.decode(q[:, :, :1], [Segment(k, k, kv_len), ragged], 0.1)
+    slots = -(-kv_len // 64) * 64
+    packed = Packed.empty(k, k, 2, slots, 4, 64, 0).seen([slots], None, set())
+    triton.decode_packed(q[:, :, :1], [packed, Segment(k, k, kv_len), ragged], 0.1)
 
 
 def built(capability, head_dim, dtype, lengths):

@@ -12,6 +12,8 @@ import traceback
 
 import pytest
 import torch
+from packed_cases import cases as packed_cases
+from packed_cases import packed, random_numbers, truth
 from triton_models import benchmark, forks, one_launch_per_layer
 
 from hf_longctx.kernels import reference, triton
@@ -19,6 +21,7 @@ from hf_longctx.kernels.layout import BlockList, HeadKV, RoleHeads, Segment
 
 SCALE = 0.3
 TOLERANCE = 1e-5  # float32
+PACKED = 7  # cases of packed keys
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -246,6 +249,30 @@ def refusals(device, dtype):
         triton.decode(q, [Segment(k, v, 70)], SCALE)
 
 
+def decode_packed(nth, device, dtype):
+    shape, segments = list(packed_cases(dtype, device))[nth]
+    q = random_numbers(shape[0], shape[1] * shape[2], 1, shape[3], dtype=dtype, seed=3).to(device)
+    got, want = triton.decode_packed(q, segments, SCALE), truth(q, segments)
+    allowed = (4 * torch.finfo(dtype).eps if dtype in LOW else TOLERANCE) * float(want.abs().max())
+    assert got.dtype == dtype and error_of(got, want) <= allowed
+    assert error_of(got, truth(q, segments, turn=1)) > allowed
+
+
+def decode_packed_nan(device, dtype):
+    """A NaN comes through, and what the kernel does not compute is left to others."""
+    shape = (1, 2, 2, 64)
+    piece, q = (
+        packed(shape, 128, 4, 64, dtype=dtype, device=device),
+        random_tensor(1, 4, 1, 64, device=device, dtype=dtype),
+    )
+    assert triton.decode_packed(q, [piece], SCALE).isfinite().all()
+    assert triton.decode_packed(q.double(), [piece], SCALE) is None
+    assert triton.decode_packed(q[..., :32], [piece], SCALE) is None
+    piece.k_scale[0, 1, 1, 0, 5] = math.nan
+    got = triton.decode_packed(q, [piece], SCALE)
+    assert got[:, 2:].isnan().all() and got[:, :2].isfinite().all()
+
+
 def cases(dtypes):
     """Name -> (function, arguments but for the device)."""
     wide, found = dtypes[0], {}
@@ -291,6 +318,11 @@ def cases(dtypes):
         ((1, 1, 32, 8), 129, (0, 40)),
     ):
         add(decode, shape, kv_len, cuts, dtype=wide)
+    for nth in range(PACKED):
+        add(decode_packed, nth, dtype=wide)
+    for dtype in dtypes[1:]:
+        add(decode_packed, 1, dtype=dtype)
+    add(decode_packed_nan, dtype=wide)
     for function in (sparse_control, sparse_rows_alone, streaming_control, decode_control, decode_lengths):
         add(function, dtype=wide)
     for function in (decode_layer, empties, refusals, one_launch_per_layer, forks, benchmark):

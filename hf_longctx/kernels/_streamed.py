@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,9 +21,11 @@ class Streamed(ABC):
 
     Attributes:
         dtype: of the plain blocks.
+        bias: none, as of a segment whose scores get nothing added.
     """
 
     dtype: torch.dtype
+    bias: ClassVar[None] = None
 
     @abstractmethod
     def blocks(self) -> Iterator[Segment]:

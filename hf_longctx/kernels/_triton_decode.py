@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _triton_quantized
+from ._quantized import Packed
 from ._triton_tiles import LOG2E, load_tile, scores_of, settings, softmax_step, units
 from .layout import Segment
 
@@ -187,7 +189,7 @@ def _order(kv_heads: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(kv_heads, dtype=torch.int32, device=device)
 
 
-def decode(q: Tensor, parts: list[tuple[tuple[int, ...], list[Segment]]], scale: float) -> Tensor:
+def decode(q: Tensor, parts: list[tuple[tuple[int, ...], list[Segment | Packed]]], scale: float) -> Tensor:
     """Attention ``[B, H, 1, D]`` of one token q ``[B, H, 1, D]`` over all segments of all parts.
 
     Args:
@@ -204,26 +206,47 @@ def decode(q: Tensor, parts: list[tuple[tuple[int, ...], list[Segment]]], scale:
     outs = torch.empty(slots, group, dim, dtype=torch.float32, device=q.device)
     lses = torch.empty(slots, group, dtype=torch.float32, device=q.device)
     out = torch.empty_like(q)
-    biases = [_bias(segment) for segment in segments]
-    lengths = [None if isinstance(one.length, int) else one.length.contiguous() for one in segments]
-    given = zip(segments, lengths, biases, strict=True)
-    tensors = tuple((one.k, one.v, length, bias) for one, length, bias in given)
-    strides = tuple((k.stride(), v.stride(), _bias_strides(bias)) for k, v, _, bias in tensors)
     shape = {"GROUP": group, "DIM": dim, "COLS": max(16, triton.next_power_of_2(dim))}
     rows = max(16, triton.next_power_of_2(group))
+    sorts = {True: ([], []), False: ([], [])}  # plain segments, packed ones, each with its numbers
+    for one, number in zip(segments, numbers, strict=True):
+        for found, x in zip(sorts[isinstance(one, Segment)], (one, number), strict=True):
+            found.append(x)
+    (plain, plain_numbers), (packed, packed_numbers) = sorts.values()
     with torch.cuda.device_of(q):
-        decode_kernel[items, batch](
-            *(q, order, outs, lses, tensors, strides, numbers, q.stride(), chunk, scale * LOG2E, LOG2E),
-            **shape,
-            GROUP_ROWS=rows,
-            KEYS=KEYS,
-            **settings(q, rows, KEYS),
-        )
+        if plain:
+            biases = [_bias(segment) for segment in plain]
+            lengths = [None if isinstance(one.length, int) else one.length.contiguous() for one in plain]
+            given = zip(plain, lengths, biases, strict=True)
+            tensors = tuple((one.k, one.v, length, bias) for one, length, bias in given)
+            strides = tuple((k.stride(), v.stride(), _bias_strides(bias)) for k, v, _, bias in tensors)
+            decode_kernel[items, batch](
+                *(
+                    q,
+                    order,
+                    outs,
+                    lses,
+                    tensors,
+                    strides,
+                    tuple(plain_numbers),
+                    q.stride(),
+                    chunk,
+                    scale * LOG2E,
+                    LOG2E,
+                ),
+                **shape,
+                GROUP_ROWS=rows,
+                KEYS=KEYS,
+                **settings(q, rows, KEYS),
+            )
+        if packed:
+            found = (packed, tuple(packed_numbers), chunk, scale, {**shape, "GROUP_ROWS": rows})
+            _triton_quantized.launch((items, batch), (q, order, outs, lses), *found)
         merge_kernel[heads, batch](outs, lses, order, out, roles, out.stride(), **shape, PARTS=PARTS)
     return out
 
 
-def _plan(batch: int, parts: list[tuple[tuple[int, ...], list[Segment]]], processors: int) -> tuple:
+def _plan(batch: int, parts: list[tuple[tuple[int, ...], list[Segment | Packed]]], processors: int) -> tuple:
     """How a layer's keys are cut into items, from Python numbers alone.
 
     Returns (keys per item, segments, their numbers, roles, items per row, slots). The numbers of a segment are: its

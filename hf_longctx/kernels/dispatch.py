@@ -9,7 +9,8 @@ A kernel is a module of this folder with the functions of `reference.py` and
   where a function does less than the others, ``supports_<function>`` of the same form answers for it.
 
 Of these functions only `sparse_prefill` may be missing: whoever needs it asks `pick` for a kernel that has it. One more
-is for kernels that decode all roles of a layer at once: ``decode_layer(q, parts: list[HeadKV], scale)``. A kernel
+is for kernels that decode all roles of a layer at once: ``decode_layer(q, parts: list[HeadKV], scale)``. And one for
+those that read packed keys without unpacking them first: ``decode_packed(q, segments, scale)``, or None. A kernel
 must import on every machine, or fail with ImportError: `pick` then reports that as the reason. Nothing lists kernels by
 hand.
 """

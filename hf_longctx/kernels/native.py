@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModeError
 from . import _native_build, cpu, reference
+from ._quantized import Packed
 from .layout import BlockList, Segment, needs_grad
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,14 @@ class _Call:
         length = min(segment.longest, segment.k.shape[2])
         return *self.heads(segment.k), *self.heads(segment.v), length, lengths, bias, *strides
 
+    def piece(self, piece: Packed) -> tuple[int, ...]:
+        """``Packed``"""
+        tensors = (piece.k, piece.k_scale.flatten(3), piece.v, piece.v_scale)
+        length, lengths = piece.length(0, piece.longest), 0
+        if isinstance(length, Tensor):
+            length, lengths = piece.longest, self.pointer(length)
+        return *(number for x in tensors for number in self.heads(x)), length, lengths, piece.bits, piece.group
+
     def segments(self, segments: list[Segment]) -> list[int]:
         """How many, and each of them."""
         return [len(segments), *(number for segment in segments for number in self.segment(segment))]
@@ -126,7 +135,7 @@ def _computes(scale: float, q: Tensor, *kv: Tensor) -> bool:
     """Whether the library takes the call; whoever was refused by `supports` may still ask for the answer."""
     if supports(q.device, q.dtype, q.shape[3], needs_grad(q, *kv)) is not None:
         return False
-    batch, kv_heads, dim = q.shape[0], kv[0].shape[1], q.shape[3]
+    batch, kv_heads, dim = q.shape[0], kv[0].shape[1] if kv else 0, q.shape[3]
     for x in kv:
         if x.dtype != q.dtype or x.device != q.device or (x.shape[0], x.shape[1], x.shape[3]) != (batch, kv_heads, dim):
             return False
@@ -143,7 +152,24 @@ def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
     if not _computes(scale, q, *_of(segments)) or needs_grad(*biased):
         return cpu.decode(q, segments, scale)
     call = _Call()
-    return call.run("decode", q, segments[0].k.shape[1], scale, call.segments(segments))
+    return call.run("decode", q, segments[0].k.shape[1], scale, [*call.segments(segments), 0])
+
+
+def decode_packed(q: Tensor, segments: list[Segment | Packed], scale: float) -> Tensor | None:
+    """`decode` over segments some of which are packed, unpacked tile by tile; None where it does not compute that."""
+    plain = [segment for segment in segments if isinstance(segment, Segment)]
+    pieces = [segment for segment in segments if isinstance(segment, Packed)]
+    if not _computes(scale, q, *_of(plain)) or needs_grad(*(segment.bias for segment in plain)):
+        return None
+    for piece in pieces:
+        dims = (piece.k_scale.shape[4], piece.v.shape[3] * 8 // piece.bits)
+        if piece.dtype != q.dtype or dims != (q.shape[3], q.shape[3]) or q.shape[3] % _load()[0].hf_longctx_width():
+            return None
+        if piece.bits == 4 and q.shape[3] % (2 * _load()[0].hf_longctx_width()):
+            return None
+    call = _Call()
+    numbers = [*call.segments(plain), len(pieces), *(number for piece in pieces for number in call.piece(piece))]
+    return call.run("decode", q, segments[0].k.shape[1], scale, numbers)
 
 
 def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModeError
 from . import _nvidia, cpu
+from ._quantized import Packed
 from .layout import BlockList, HeadKV, Segment
 
 NAME = "triton"
@@ -93,6 +94,16 @@ def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
     return _decode(q, [(tuple(range(segments[0].k.shape[1])), segments)], scale)
 
 
+def decode_packed(q: Tensor, segments: list[Segment | Packed], scale: float) -> Tensor | None:
+    """`decode` over segments some of which are packed, unpacked in the kernel; None where it does not compute that."""
+    pieces = [segment for segment in segments if isinstance(segment, Packed)]
+    for piece in pieces:
+        dims = (piece.k_scale.shape[4], piece.v.shape[3] * 8 // piece.bits)
+        if piece.dtype != q.dtype or dims != (q.shape[3], q.shape[3]) or piece.k.device != q.device:
+            return None
+    return _decode(q, [(tuple(range(segments[0].k.shape[1])), segments)], scale)
+
+
 def decode_layer(q: Tensor, parts: list[HeadKV], scale: float) -> Tensor:
     """`decode` for all heads of a layer at once: q and the result ``[B, H, 1, D]`` are in the order of its heads.
 
@@ -113,7 +124,8 @@ def _decode(q: Tensor, parts: list[tuple[tuple[int, ...], list[Segment]]], scale
     total = sum(len(kv_heads) for kv_heads, _ in parts)
     for kv_heads, segments in parts:
         for one in segments:
-            _check(q, one.k, one.v, total, len(kv_heads))
+            if isinstance(one, Segment):
+                _check(q, one.k, one.v, total, len(kv_heads))
     if q.shape[2] != 1:
         raise UnsupportedModeError(f"decode takes one query token, not {q.shape[2]}. Use dense_prefill_segments.")
     if not q.numel():

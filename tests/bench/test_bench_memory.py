@@ -107,8 +107,32 @@ def test_the_calculation_of_a_mean_and_a_window_that_grows_is_what_is_allocated(
         assert subject.kv(way, tokens) == want[way] == check(subject, way, tokens)
 
 
+@pytest.mark.parametrize("tokens", [1, 300, 1000, 3000])
+@pytest.mark.parametrize(("word", "batch", "bits"), [("fp32", 1, 8), ("bf16", 3, 4)])
+def test_packed_bytes_are_what_is_allocated(tokens, word, batch, bits, folder):
+    path, config = folder(roles="retrieval")
+    made = LongCtxConfig.from_yaml(config).override(
+        stores={"retrieval": {"store": "quantized", "bits": bits, "group": 32}}
+    )
+    made.to_yaml(config)
+    subject, number = find(path, replace(SETTINGS, dtype=word, batch=batch), config), {"fp32": 4, "bf16": 2}[word]
+
+    def head(exact: int, packed: int) -> int:
+        """Bytes of slots of 8 channels: numbers, or codes with two scales a token and two a channel of 32 tokens."""
+        return 16 * number * exact + packed * (2 * bits + 2 * number) + packed // 32 * 16 * number
+
+    window = 128 + 2 * 32 + 256
+    grown = tokens + max(256, tokens // 8)
+    want = {
+        PATCHED: head(min(min(tokens, window) + 256, window), max(0, grown - 128) // 32 * 32),
+        RESERVED: head(min(tokens, window), max(0, tokens - 128) // 32 * 32),
+    }
+    for way, one in want.items():
+        assert subject.kv(way, tokens) == 12 * batch * one == check(subject, way, tokens)
+
+
 def test_every_store_knows_its_slots():
-    checked = {"full", "sink_recent", "sink_recent_compensated", "offloaded", "offloaded_disk"}
+    checked = {"full", "sink_recent", "sink_recent_compensated", "offloaded", "offloaded_disk", "quantized"}
     assert set(words("stores")) == checked, "a new store is checked above or below"
 
     class Twice(StoreSpec):

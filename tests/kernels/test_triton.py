@@ -21,7 +21,7 @@ from hf_longctx.kernels import _nvidia, cpu, dispatch, triton
 
 TESTS = Path(__file__).parents[1]
 CUDA = torch.device("cuda")
-CASES = 40
+CASES = 50
 
 
 def run_script(name: str, folder: Path, **environment: str) -> dict:
@@ -49,7 +49,8 @@ def test_the_kernels_compile_fit_and_are_compiled_once(tmp_path):
     assert [(one["capability"], one["head_dim"]) for one in built] == [(80, 256), (90, 128)]
     for one in built:
         kernels = one["kernels"]
-        assert set(kernels) == {"sparse_kernel", "streaming_kernel", "decode_kernel", "merge_kernel"}
+        names = {"sparse_kernel", "streaming_kernel", "decode_kernel", "merge_kernel", "packed_kernel"}
+        assert set(kernels) == names
         assert {name: kernel["variants"] for name, kernel in kernels.items()} == dict.fromkeys(kernels, 1)
         assert all(kernel["shared"] <= one["limit"] for kernel in kernels.values())
         for name in ("sparse_kernel", "streaming_kernel"):

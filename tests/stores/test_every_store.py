@@ -21,7 +21,7 @@ SAME_AS_GREEDY = {"prompt lookup", "chunks"}
 
 def test_every_store_is_here():
     assert {given["store"] for given in CASES.values()} == set(WORDS)
-    assert len(WORDS) == 5
+    assert len(WORDS) == 6
 
 
 @pytest.mark.parametrize("mode", WITH_CACHE)

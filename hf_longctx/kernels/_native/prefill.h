@@ -213,8 +213,8 @@ template <bool BF16> static int dense(const Call& call, float scale, const int64
     const Segment *segments = (const Segment*)(packed + 1), &own = segments[packed[0] - 1];
     if (s.q_len <= FEW_TOKENS) {
         std::vector<Part> parts = parts_of(packed);
-        parts.back().base = 0;
-        return few<BF16>(call, scale, parts, [&](int64_t b) { return own.of(b) - s.q_len; });
+        parts.back().place.base = 0;
+        return few<BF16, 8>(call, scale, parts, {}, [&](int64_t b) { return own.of(b) - s.q_len; });
     }
     int64_t tiles = (s.q_len + TILE - 1) / TILE, keys = 0;
     for (const Segment* segment = segments; segment <= &own; ++segment) keys += segment->length;
@@ -236,8 +236,8 @@ template <bool BF16> static int streaming(const Call& call, float scale, const i
     int64_t start = first + band.length - s.q_len;  // position of the first query
     if (s.q_len <= FEW_TOKENS) {
         int64_t oldest = std::max(first, start - recent + 1);
-        std::vector<Part> parts{{&sinks, 0}, {&band, first, recent, oldest - first}};
-        return few<BF16>(call, scale, parts, [&](int64_t) { return start; });
+        std::vector<Part> parts{{&sinks, {0}}, {&band, {first, recent}, oldest - first}};
+        return few<BF16, 8>(call, scale, parts, {}, [&](int64_t) { return start; });
     }
     int64_t tiles = (s.q_len + TILE - 1) / TILE, keys = sinks.length + std::min(recent + TILE, band.length);
     return prefill<BF16>(s, scale, tiles, keys, [&](Queries<BF16>& tile, int64_t b, int64_t n, int64_t h, int64_t t) {

@@ -9,6 +9,7 @@
 #include <deque>
 #include <exception>
 #include <thread>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -24,6 +25,9 @@ constexpr int W = 8;
 #else
 #define AVX512 0
 constexpr int W = 4;
+#endif
+#if AVX512 && defined(__AVX512VNNI__)
+#define AVX512_VNNI 1  // sums products of bytes
 #endif
 #if AVX512 && defined(__AVX512BF16__)
 #define AVX512_BF16 1
@@ -137,19 +141,24 @@ template <bool Pair> static inline vf multiply_add(const char* p, vf b, vf sum) 
     return sum + a * b;
 }
 
+// The four numbers at p in every quarter.
+static inline vf fours(const float* p) {
+#if AVX512
+    return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+#elif AVX
+    return (vf)_mm256_broadcast_ps((const __m128*)p);
+#else
+    return load(p);
+#endif
+}
+
 // The same with the 16 bytes at p in every quarter of 16 bytes.
 template <bool Pair> static inline vf multiply_add_four(const char* p, vf b, vf sum) {
-#if AVX512
-    __m512 a = _mm512_broadcast_f32x4(_mm_loadu_ps((const float*)p));
+    vf a = fours((const float*)p);
 #if AVX512_BF16
     if constexpr (Pair) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #endif
-    return sum + (vf)a * b;
-#elif AVX
-    return sum + (vf)_mm256_broadcast_ps((const __m128*)p) * b;
-#else
-    return sum + load((const float*)p) * b;
-#endif
+    return sum + a * b;
 }
 
 // In every quarter of four lanes: the sum of that quarter of a, of b, of c and of d.

@@ -1,0 +1,302 @@
+"""``store: quantized``: every token, the newest as they are and all others packed to 8 or 4 bits.
+
+KIVI, arXiv:2402.02750: keys per channel in groups of tokens, values per token. A token is packed once, when it is old
+enough, from its exact numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, UnsupportedModelError
+from ..kernels._quantized import BLOCK, Packed
+from ..kernels.layout import HeadKV, RoleHeads, Segment
+from ..rows import Rows
+from .base import SPARE, Call, Store, StoreSpec, room
+
+SLACK = SPARE - 1  # tokens that can be taken back without what was rounded being read in place of the exact numbers
+
+
+@dataclass(frozen=True)
+class Quantized(StoreSpec):
+    """Keep every token, all but the newest of them packed to ``bits`` bits a number.
+
+    Of a row's T tokens the first ``packed(T)`` are packed. A forward reads the tokens before it as they were kept, and
+    its own exactly: a prompt read at once is read exactly.
+
+    Attributes:
+        bits: of a packed number.
+        group: tokens that are packed together and share the step of a channel of the keys; a multiple of 16.
+        residual: newest tokens kept as they are; up to ``group`` - 1 more wait until a group is full.
+    """
+
+    roles = ("retrieval",)
+
+    bits: int = field(default=8, metadata={"choices": (8, 4)})
+    group: int = field(default=64, metadata={"min": 16, "max": 1024, "unit": "tokens"})
+    residual: int = field(default=128, metadata={"min": 0, "max": 2**30, "unit": "tokens"})
+
+    def __post_init__(self) -> None:
+        if self.group % 16:
+            raise ConfigError(f"group: got {self.group}, expected a multiple of 16 (tokens).")
+
+    def new(self, heads: RoleHeads, max_tokens: int | None) -> QuantizedStore:
+        return QuantizedStore(self, heads, max_tokens)
+
+    def packed(self, tokens: int) -> int:
+        """How many of the first tokens of a row are packed after ``tokens`` of them."""
+        return max(0, tokens - self.residual) // self.group * self.group
+
+    @property
+    def window(self) -> int:
+        """Slots of the exact buffer: the newest tokens, what waits, what may be taken back, and room to write on."""
+        return self.residual + 2 * self.group + SPARE
+
+    def kept(self, tokens: int) -> int:
+        return tokens
+
+    def slots(self, tokens: int, max_tokens: int | None = None) -> int:
+        exact, packed = self._slots(tokens, max_tokens)
+        return exact + packed
+
+    def _slots(self, tokens: int, max_tokens: int | None) -> tuple[int, int]:
+        return room(min(tokens, self.window), max_tokens, self.window), self.packed(room(tokens, max_tokens))
+
+    def kept_bytes(self, tokens: int, head_dim: int, number: int) -> int:
+        packed = self.packed(tokens)
+        return self._bytes(tokens - packed, packed, head_dim, number)
+
+    def head_bytes(self, tokens: int, head_dim: int, number: int, max_tokens: int | None = None) -> int:
+        return self._bytes(*self._slots(tokens, max_tokens), head_dim, number)
+
+    def _bytes(self, exact: int, packed: int, head_dim: int, number: int) -> int:
+        codes = 2 * packed * (head_dim * self.bits // 8)
+        scales = 2 * number * (packed // self.group * head_dim + packed)
+        return 2 * exact * head_dim * number + codes + scales
+
+    def span(self) -> None:
+        return None
+
+    def decode(self, call: Call, q: Tensor, part: HeadKV) -> Tensor:
+        if any(isinstance(segment, Packed) for segment in part.segments):
+            kernel = call.kernel(q)
+            if hasattr(kernel, "decode_packed"):
+                out = kernel.decode_packed(q, part.segments, call.scale)
+                if out is not None:
+                    return out
+        return super().decode(call, q, part)
+
+
+@dataclass
+class PackedKV(HeadKV):
+    """Packed pieces, then plain segments from slot ``low`` on, the last of which ends with the queries.
+
+    Attributes:
+        past: slots seen before this forward.
+        low: slot of the first key of the plain segments.
+    """
+
+    past: int = 0
+    low: int = 0
+
+    def alone(self, rows: slice, start: int) -> list[Segment | Packed]:
+        count = self.store.packed(self.past - start)
+        pieces = [one.alone(rows, count) for one in self.segments if isinstance(one, Packed) and one.first < count]
+        plain = replace(self, segments=[one for one in self.segments if isinstance(one, Segment)])
+        return [*pieces, *HeadKV.alone(plain, rows, start + count - self.low)]
+
+
+class QuantizedStore(Store):
+    """The newest tokens in a buffer whose slots are the batch's, all others by row position in packed pieces.
+
+    The buffer begins at slot ``base``, early enough that `SLACK` tokens can be taken back; when it is full its newest
+    tokens move to its front. Groups are cut by row position, so a padded row equals the row alone.
+    """
+
+    kinds = (Segment, Packed)
+    numbers: ClassVar[tuple[str, ...]] = ("base",)
+
+    def __init__(self, spec: Quantized, heads: RoleHeads, max_tokens: int | None):
+        super().__init__(spec, heads, max_tokens)
+        self.base = 0
+
+    @property
+    def pieces(self) -> list[Packed]:
+        """What is packed, in the order of the tokens; all but the last may be shared with forks."""
+        found = (segment for segment in self.segments.values() if isinstance(segment, Packed))
+        return sorted(found, key=lambda piece: piece.first)
+
+    def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
+        spec, starts = self.spec, rows.starts or (0,)
+        if spec.bits == 4 and (k.shape[3] | v.shape[3]) % 2:
+            raise UnsupportedModelError(
+                f"store quantized was given keys and values of {k.shape[3]} and {v.shape[3]} channels: to 4 bits it "
+                "packs an even number of them. Use bits: 8 for this model."
+            )
+        if (kept := self.segments.get("exact")) is not None:  # filled in another dtype (autocast), it stays in that
+            k, v = k.to(kept.dtype), v.to(kept.dtype)
+        self._make_room(k, v, rows)
+        self._pack(k, v, rows)
+        read = [spec.packed(rows.past - start) for start in starts]
+        low = min(rows.past, *(start + count for start, count in zip(starts, read, strict=True)))
+        plain = self._write(k, v, rows, low)
+        if rows.past == 0:
+            low, plain = 0, [Segment(*self.incoming(k, v), rows.new)]
+        if rows.new == 1 and rows.padded:
+            plain[0].bias = _hidden(rows, low, read, plain[0].k)
+        seen = (piece.seen(read, rows.ints, rows.notes) for piece in self.pieces if piece.first < max(read))
+        return PackedKV(self.heads, [*seen, *plain], spec, state=self.state, past=rows.past, low=low)
+
+    def _make_room(self, k: Tensor, v: Tensor, rows: Rows) -> None:
+        """Room for what is packed by now, and until the tokens outgrow what a buffer of all of them would have."""
+        total = rows.total
+        own = self.segments.get("packed")
+        first = own.first if own else max((piece.end for piece in self.pieces), default=0)
+        needed, slots = (max(0, self.spec.packed(n) - first) for n in (total, room(total, self.max_tokens)))
+        if needed <= (own.slots if own else 0) <= slots and (own or rows.past or not slots):
+            return
+        heads, spec = len(self.heads.kv_heads), self.spec
+        grown = Packed.empty(k, v, heads, slots, spec.bits, spec.group, first)
+        if own is not None:
+            grown.copy_from(own)
+        self.segments["packed"] = grown
+
+    def _pack(self, k: Tensor, v: Tensor, rows: Rows) -> None:
+        """Pack the tokens that have become old enough, a piece at a time."""
+        fewest = []
+        for group, start in rows.groups():
+            done, due = (self.spec.packed(slots - start) for slots in (rows.past, rows.total))
+            fewest.append(due)
+            batch, step = 1 if rows.padded else rows.batch, self.spec.group
+            step *= max(1, BLOCK // (batch * len(self.heads.kv_heads) * k.shape[3] * step))
+            for low in range(done, due, step):
+                own = self.segments["packed"]
+                span = self._span(k, v, rows, group, start + low, start + min(due, low + step))
+                own.write(group, low - own.first, *span)
+        if (own := self.segments.get("packed")) is not None:
+            own.whole = max(0, min(fewest) - own.first)
+
+    def _span(self, k: Tensor, v: Tensor, rows: Rows, group: slice, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """Exact keys and values of the slots ``low .. high``: kept before, or brought by this forward."""
+        parts, past = [], rows.past
+        if low < past:
+            kept, cut = self.segments["exact"], slice(low - self.base, min(high, past) - self.base)
+            parts.append((kept.k[group, :, cut], kept.v[group, :, cut]))
+        if high > past:
+            cut = slice(max(low, past) - past, high - past)
+            parts.append(tuple(self.heads.take(x[group, :, cut]).detach() for x in (k, v)))
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(pair, 2) for pair in zip(*parts, strict=True))
+
+    def _write(self, k: Tensor, v: Tensor, rows: Rows, low: int) -> list[Segment]:
+        """Keep the newest tokens; plain segments of the slots from ``low`` on, the last ending with the new ones."""
+        spec, past, total, starts = self.spec, rows.past, rows.total, rows.starts or (0,)
+        kept = self.grow("exact", k, v, min(total, spec.window), spec.window)
+        begin, old = past, None
+        if total - self.base > kept.k.shape[2]:
+            base = max(self.base, min(start + spec.packed(total - SLACK - start) for start in starts))
+            if rows.new > 1:
+                cut = slice(low - self.base, past - self.base)
+                old = Segment(kept.k[:, :, cut].clone(), kept.v[:, :, cut].clone(), past - low)
+            if base < past:
+                cut = slice(base - self.base, past - self.base)
+                for x in (kept.k, kept.v):
+                    x[:, :, : past - base] = x[:, :, cut].clone()
+            self.base, begin = base, max(past, base)
+        for into, x in ((kept.k, k), (kept.v, v)):
+            self.heads.copy_to(into[:, :, begin - self.base : total - self.base], x[:, :, begin - past :])
+        kept.length = total - self.base
+        if old is None:
+            cut = slice(low - self.base, total - self.base)
+            return [Segment(kept.k[:, :, cut], kept.v[:, :, cut], total - low)]
+        return [old, Segment(*self.incoming(k, v), rows.new)]
+
+    def crop(self, rows: Rows, target: int) -> None:
+        kept, starts = self.segments.get("exact"), rows.starts or (0,)
+        if kept is None:
+            return
+        counts = [self.spec.packed(target - start) for start in starts]
+        low = min(target, *(start + count for start, count in zip(starts, counts, strict=True)))
+        if low < self.base:
+            self._unpack(rows, kept, low, target)
+        kept.length = target - self.base
+        self._trim(min(counts), max(counts))
+
+    def _unpack(self, rows: Rows, kept: Segment, low: int, target: int) -> None:
+        """Let the exact buffer begin at slot ``low``, with what was packed where the exact numbers are gone."""
+        end, left = min(self.base, target), max(0, target - self.base)
+        for x in (kept.k, kept.v):
+            x[:, :, end - low : end - low + left] = x[:, :, :left].clone()
+            x[:, :, : end - low] = 0  # where a row begins later
+        for group, start in rows.groups():
+            for piece in self.pieces:
+                a, b = max(low - start, piece.first), min(end - start, piece.end)
+                if a < b:
+                    found = piece.alone(group, b).unpack(a - piece.first, b - piece.first)
+                    for into, x in zip((kept.k, kept.v), found, strict=True):
+                        into[group, :, a + start - low : b + start - low] = x
+        self.base = low
+
+    def _trim(self, fewest: int, most: int) -> None:
+        """Forget what rows packed after their first ``fewest`` to ``most`` tokens; none of it stays shared."""
+        pieces = self.pieces
+        if own := self.segments.get("packed"):
+            own.whole = max(0, min(own.whole, fewest - own.first))
+        if not any(piece.shared and piece.end > fewest for piece in pieces):
+            return
+        names = {id(segment): name for name, segment in self.segments.items()}
+        for piece in pieces:
+            name = names[id(piece)]
+            if piece.first >= fewest or not piece.shared:
+                del self.segments[name]
+            elif piece.end > fewest:
+                self.segments[name] = piece.cut(0, fewest - piece.first, shared=True)
+        if fewest < most:
+            like = self.segments["exact"]
+            heads, spec = len(self.heads.kv_heads), self.spec
+            own = Packed.empty(like.k, like.v, heads, most - fewest, spec.bits, spec.group, fewest)
+            for piece in pieces:
+                own.copy_from(piece)
+            self.segments["packed"] = own
+
+    def filled(self, rows: Rows) -> dict[str, Segment | Packed]:
+        """Slots that no token of their row fills are left out, or zeros where another row fills them."""
+        counts = [(group, self.spec.packed(rows.total - start)) for group, start in rows.groups()]
+        parts = dict(self.segments)
+        for name, piece in parts.items():
+            if isinstance(piece, Packed):
+                held = [(group, min(max(0, count - piece.first), piece.slots)) for group, count in counts]
+                parts[name] = piece.blanked(held)
+        return parts
+
+    def fork(self) -> QuantizedStore:
+        own = self.segments.get("packed")
+        if own is not None:
+            segments = {name: segment for name, segment in self.segments.items() if name != "packed"}
+            if own.whole:
+                segments[f"shared {len(segments)}"] = own.cut(0, own.whole, shared=True)
+            if own.whole < own.slots:
+                segments["packed"] = own.cut(own.whole, own.slots)
+            self.segments = segments  # at once: other threads may be forking it too
+        return super().fork()
+
+    def reset(self) -> None:
+        super().reset()
+        self.base = 0
+
+
+def _hidden(rows: Rows, low: int, read: list[int], like: Tensor) -> Tensor:
+    """Score bias ``[B, 1, 1, total - low]`` that hides from each row its pads and what it reads packed."""
+
+    def make() -> Tensor:
+        first = torch.tensor(
+            [start + count for start, count in zip(rows.starts, read, strict=True)], device=like.device
+        )
+        slots = torch.arange(low, rows.total, device=like.device)
+        bias = torch.zeros(rows.batch, 1, 1, rows.total - low, dtype=like.dtype, device=like.device)
+        return bias.masked_fill_(slots < first[:, None, None, None], float("-inf"))
+
+    return rows.memo(("hidden", low, tuple(read), like.device, like.dtype), make)
