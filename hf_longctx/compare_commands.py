@@ -20,7 +20,8 @@ from .registry import check_word
 Chat = Annotated[bool, typer.Option("--chat", help="The file is a user's message: the chat template goes around it.")]
 Positions = Annotated[int, typer.Option(help="Tokens at the end of the prompt whose prediction is compared.", min=0)]
 Chunk = Annotated[int | None, typer.Option(help="Tokens of the prompt per forward.", min=1, show_default="all")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write everything, the tokens too, and the versions here.")]
+SAVED = "Write everything, the tokens too, and the versions here."
+Json = Annotated[Path | None, typer.Option("--json", help=SAVED, dir_okay=False)]
 
 
 def command(

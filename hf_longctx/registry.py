@@ -152,13 +152,16 @@ def read_fields(pairs: Iterable[str], where: str, example: str) -> dict[str, Any
     """``["steps=500"]`` as ``{"steps": 500}``, values as YAML reads them; how fields are given on a command line.
 
     Raises:
-        ConfigError: a pair that is none; the message starts with ``where`` and shows ``example``.
+        ConfigError: a pair that is none (the message starts with ``where`` and shows ``example``), or a name twice.
     """
     given: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if name in given:
+            raise ConfigError(f"{where}: {name} is given twice.")
         try:
-            given[name.strip().replace("-", "_")] = yaml.safe_load(value)
+            given[name] = yaml.safe_load(value)
         except yaml.YAMLError:
             equals = ""
         if not equals:

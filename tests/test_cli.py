@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from hf_longctx.assets import asset
 from hf_longctx.cli import app
-from hf_longctx.console import no_bars, tables
+from hf_longctx.console import _wrapped, no_bars, tables
 from hf_longctx.identify_commands import load_model
 
 NAMES = ["", "kernel", "ms per layer", "vs all retrieval", "read at GB/s", "of sum"]
@@ -108,6 +108,11 @@ def test_a_table_is_no_wider_than_it_may_be_and_breaks_no_word(width):
 
 
 def test_a_table_is_split_only_where_it_must_be():
+    assert [_wrapped("KV cache MB", 4, n).split("\n") for n in (1, 2, 3)] == [
+        ["KV cache MB"],
+        ["KV cache", "MB"],
+        ["KV", "cache", "MB"],
+    ]
     assert [len(printed(width)) for width in (50, 80, 200)] == [2, 1, 1]
     assert any("vs all retrieval" in line for line in printed(200)[0])
     assert not any("vs all retrieval" in line for line in printed(80)[0])

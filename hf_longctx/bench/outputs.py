@@ -7,8 +7,12 @@ from typing import Annotated
 
 import typer
 
-Json = Annotated[Path | None, typer.Option("--json", help="Write versions, settings and every figure here.")]
-Png = Annotated[Path | None, typer.Option("--png", help="Draw the table as a picture here (needs matplotlib).")]
+SAVED, DRAWN = (
+    "Write versions, settings and every figure here.",
+    "Draw the table as a picture here (needs matplotlib).",
+)
+Json = Annotated[Path | None, typer.Option("--json", help=SAVED, dir_okay=False)]
+Png = Annotated[Path | None, typer.Option("--png", help=DRAWN, dir_okay=False)]
 
 
 def check(json: Path | None, png: Path | None = None) -> None:

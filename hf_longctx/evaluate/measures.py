@@ -23,7 +23,7 @@ class NextToken:
 
     Attributes:
         positions: how many were compared.
-        agreement: share of them whose most likely token is the same.
+        agreement: share of them whose most likely token is the same; where logits are no numbers (nan), it is not.
         kl: mean of KL(dense || patched), in nats; ``kl_max`` is the largest.
     """
 
@@ -53,9 +53,10 @@ def next_token(dense: Tensor, patched: Tensor, head: Callable[[Tensor], Tensor] 
     same, divergences = 0, []
     for a, b in zip(dense.split(rows), patched.split(rows), strict=True):
         a, b = head(a), head(b)
-        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        equal = a.argmax(-1) == b.argmax(-1)
         a, b = log_softmax(a, -1, dtype=torch.float32), log_softmax(b, -1, dtype=torch.float32)
         divergences.append(kl_div(b, a, reduction="none", log_target=True).sum(-1).clamp_min(0))  # rounding, below 0
+        same += int((equal & ~divergences[-1].isnan()).sum())
     kl = torch.cat(divergences).double()
     return NextToken(len(dense), same / len(dense), kl.mean().item(), kl.max().item())
 
@@ -114,7 +115,7 @@ def paired_bootstrap(
         seed: the same seed and pairs give the same interval.
 
     Raises:
-        ConfigError: no pairs, a different number of either, or numbers out of bounds.
+        ConfigError: no pairs, a different number of either, numbers out of bounds, or what is no number (nan).
 
     Paper: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
@@ -123,6 +124,8 @@ def paired_bootstrap(
     if not 0 < confidence < 1 or resamples < 1:
         raise ConfigError(f"confidence must lie between 0 and 1 and resamples be >= 1: {confidence}, {resamples}.")
     pairs = np.asarray(patched, np.float64) - np.asarray(dense, np.float64)
+    if not np.isfinite(pairs).all():
+        raise ConfigError(f"got {int((~np.isfinite(pairs)).sum())} of {len(pairs)} results that are no finite numbers.")
     n, rng = len(pairs), np.random.default_rng(seed)
     if n == 1:
         return Interval(float(pairs[0]), None, None, 1, confidence)

@@ -16,7 +16,7 @@ from .plan import DENSE
 from .records import Record
 from .summary import LINE, Summary, line
 
-SHOWN = 24  # raw outputs on the page
+SHOWN = 24  # prompts whose raw outputs are on the page, and questions of each
 CUT = 400  # characters of each
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -141,10 +141,13 @@ def _outputs(records: Sequence[Record]) -> list[str]:
     rows = []
     for case in chosen:
         for name, record in cases[case].items():
-            for asked, expected, said in zip(record["questions"], record["expected"], record["outputs"], strict=True):
-                rows.append([case, name, _tail(asked), ", ".join(expected), _head(said), f"{record['score']:.2f}"])
+            asked_and_said = zip(record["questions"], record["expected"], record["outputs"], strict=True)
+            for asked, expected, said in list(asked_and_said)[:SHOWN]:
+                words = (_tail(asked), _head(", ".join(expected)), _head(said))
+                rows.append([case, name, *words, f"{record['score']:.2f}"])
     said = (
-        f"{len(chosen)} of {len(cases)} prompts, where variants lose the most to dense first. All are in the records."
+        f"{len(chosen)} of {len(cases)} prompts, where variants lose the most to dense first, and of each at most "
+        f"{SHOWN} questions. All are in the records."
     )
     names = ["prompt", "variant", "question", "expected", "answer", "score of the prompt"]
     return [f"<p>{said}</p>", table(names, rows, text=5)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import typing
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from ..patch import patched, state_of
 from ..registry import near
 from ..tasks.answer import MODES
 from ..tasks.base import DEPTH, LENGTH, SEED, Sample, Task
+from ..tasks.haystack import TextHaystack
 from ..tasks.language import Language
 from .forwards import windows
 
@@ -85,7 +87,10 @@ class Case:
     def sample(self, language: Language) -> Sample:
         """The prompt: its draw depends on the seed, the task, the length, the depth and the number alone."""
         depth = 0 if self.depth is None else 1 + round(self.depth * 10**6)
-        draw = np.random.default_rng([self.seed, self.number, self.length, depth]).integers(SEED["max"])
+        # The task's own word is part of every draw; its fields are not, and would else get the same facts and filler.
+        fields = self.task.name.partition(":")[2]
+        own = [zlib.crc32(fields.encode())] if fields else []
+        draw = np.random.default_rng([self.seed, self.number, self.length, depth, *own]).integers(SEED["max"])
         return self.task.make(language, self.length, self.depth, int(draw))
 
 
@@ -144,9 +149,18 @@ def make_plan(
             sweep does not fit, or the text is too short.
         UnsupportedModelError, UnsupportedModeError: as ``patch_model``.
     """
+    if text is None and options.perplexity_window is not None:
+        raise ConfigError("perplexity_window: there is no text for it; give perplexity a file as well.")
     cases: list[Case | Window] = list(cases_of(tasks, options))
-    for case in {(case.task, case.depth): case for case in reversed(cases)}.values():  # the shortest has the least room
+    # The shortest has the least room, and of the longest a language may have too few words.
+    first = {(case.task, case.depth): case for case in reversed(cases)}
+    for case in {*first.values(), *{case.task: case for case in cases}.values()}:
         case.sample(language)
+    for task in tasks:
+        shortest = [case for case in cases if case.task == task and case.length == min(options.lengths)]
+        if _is_tight(shortest[0], language):
+            for case in shortest:
+                case.sample(language)
     if text is not None:
         if len(text) < 2:
             raise ConfigError("perplexity: the text has fewer than 2 tokens; nothing in it can be predicted.")
@@ -154,6 +168,15 @@ def make_plan(
         cases += [Window(*one) for one in windows(len(text), size, size // 2)]
     cases.sort(key=lambda case: case.length)
     return Plan(variants_of(model, config, sweep), tuple(cases), options, text)
+
+
+def _is_tight(case: Case, language: Language) -> bool:
+    """Whether a case has hardly any room, so that another draw, with longer words, may have none."""
+    try:
+        dataclasses.replace(case, length=7 * case.length // 8).sample(language)
+    except ConfigError:
+        return True
+    return False
 
 
 def cases_of(tasks: Sequence[Task], options: Options) -> Iterator[Case]:
@@ -236,6 +259,8 @@ def listed(text: str, where: str, example: str) -> list[Any]:
 def fingerprint(plan: Plan, language: Language) -> str:
     """Of the prompts and of the perplexity text: another tokenizer, filler or draw gives another one."""
     told = hashlib.sha256()
+    if isinstance(language.haystack, TextHaystack):  # the prompts below are a few pieces of it
+        told.update(language.haystack.ids.astype("<i8").tobytes())
     for case in {case.task: case for case in reversed(plan.cases) if isinstance(case, Case)}.values():
         sample = case.sample(language)
         for ids in (sample.context, *(question.prompt for question in sample.questions)):

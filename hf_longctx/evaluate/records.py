@@ -39,13 +39,16 @@ class Records:
         """(headers, records) of all files; a last line that a kill cut off is left out.
 
         Raises:
-            ConfigError: a file is of a run with other settings, no such file, or has something twice; or a process is
-                still writing there.
+            ConfigError: a file is of a run with other settings, no such file, cannot be read, or has something twice;
+                or a process is still writing there.
         """
         headers, records = [], []
         for path in sorted(self.folder.glob(FILES)):
-            with path.open("rb") as file:
-                self._refuse(path, lock(file, alone=False))
+            try:
+                with path.open("rb") as file:
+                    self._refuse(path, lock(file, alone=False))
+            except OSError as error:
+                raise ConfigError(f"out: {path} cannot be read: {error}") from None
             lines = [self._line(path, i, line) for i, line in enumerate(whole_lines(path))]
             if lines:
                 self._check(path, lines[0])
@@ -59,9 +62,16 @@ class Records:
         return headers, records
 
     def open(self, rank: int) -> Writer:
-        """Where this process appends; what a kill cut off there is removed."""
+        """Where this process appends; what a kill cut off there is removed.
+
+        Raises:
+            ConfigError: the file cannot be written, or another process is writing to it.
+        """
         path = self.folder / FILES.replace("*", str(rank))
-        writer = Writer(path)
+        try:
+            writer = Writer(path)
+        except OSError as error:
+            raise ConfigError(f"out: {path} cannot be written: {error}") from None
         self._refuse(path, writer.alone)
         os.truncate(path, sum(map(len, whole_lines(path))))
         if not path.stat().st_size:

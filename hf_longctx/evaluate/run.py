@@ -26,7 +26,7 @@ from ..patch import patched, state_of, unpatched, unwrap
 from ..registry import dump, make
 from ..report import report
 from ..tasks import tasks_from
-from ..tasks.answer import input_device, score
+from ..tasks.answer import end_tokens, input_device, score
 from ..tasks.base import Sample
 from ..tasks.language import Language, language_for
 from .forwards import output_head, window_nll
@@ -125,6 +125,7 @@ def header_of(
     cases = [case for case in plan.cases if isinstance(case, Case)]
     settings = {
         "model": model_hash(model),
+        "end tokens": sorted(end_tokens(model)),
         "dtype": str(unwrap(model).dtype).removeprefix("torch."),
         "device": device.type,
         "tasks": list(dict.fromkeys(case.task.name for case in cases)),
@@ -234,8 +235,14 @@ class Runner:
                     **({} if told is None else asdict(next_token(base, states, self.head))),
                     "density": told and told.density,
                     "kernels": told.kernels if told else (),
-                    "notes": told.notes if told else (),
+                    "notes": (*self.too_long(case), *(told.notes if told else ())),
                 }
+
+    def too_long(self, case: Case) -> tuple[str, ...]:
+        made_for = getattr(unwrap(self.model).config, "max_position_embeddings", None)
+        if made_for is None or case.length <= made_for:
+            return ()
+        return (f"some prompts are longer than the {made_for} tokens that the model was made for",)
 
     def scored(self, sample: Sample, said: Sequence[Sequence[int]]) -> dict[str, Any]:
         outputs = [self.language.decode(ids) for ids in said]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from ..errors import UnsupportedModeError
 
 # Where launchers say how many processes there are, the names Accelerate reads.
 SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+# How long one process may have work while another waits for it; the launcher ends those that wait for a dead one.
+PATIENCE = timedelta(days=30)
 
 
 class Processes:
@@ -33,7 +36,7 @@ class Processes:
         self.rank, self.count, self._state = 0, 1, None
         if launched > 1:
             # Only now, because Accelerate keeps what it is first told, the device too, for the life of the process.
-            self._state = PartialState(cpu=device.type == "cpu")
+            self._state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
             self.rank, self.count = self._state.process_index, self._state.num_processes
         if self.count != launched:
             raise UnsupportedModeError(

@@ -54,7 +54,7 @@ def check_settings(path: Path, told: Mapping[str, Any], settings: Mapping[str, A
 def model_hash(model: nn.Module) -> str:
     """Of the names and shapes of all weights and the first values of each: reading all of them would take minutes."""
     told = hashlib.sha256()
-    for name, weight in unwrap(model).base_model.named_parameters():
+    for name, weight in unwrap(model).named_parameters():
         told.update(f"{name}{tuple(weight.shape)}".encode())
         if not weight.is_meta:
             told.update(weight.detach().flatten()[:8].float().cpu().numpy().tobytes())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from ..registry import build, read_fields
+from ..registry import build, read_fields, wrong
 
 if TYPE_CHECKING:
     from .base import Task
@@ -31,8 +31,10 @@ def tasks_from(text: str) -> tuple[Task, ...]:
     """The tasks of a list like ``needle,passkey``, in its order; errors as ``task_from``.
 
     Raises:
-        ConfigError: a task is named twice.
+        ConfigError: a task is named twice, or this is no text.
     """
+    if not isinstance(text, str):
+        raise wrong("tasks", text, "text, with commas between tasks")
     tasks = tuple(task_from(one) for one in text.split(","))
     names = [task.name for task in tasks]
     twice = sorted({name for name in names if names.count(name) > 1})

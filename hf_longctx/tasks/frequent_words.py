@@ -51,9 +51,11 @@ class FrequentWords(Task):
 
     @property
     def least(self) -> int:
-        """Words of the shortest text in which the last word asked for is surely more frequent than the next one."""
-        last = 1 + self.words
-        return math.ceil(zeta(self.alpha) / (last**-self.alpha - (last + 1) ** -self.alpha))
+        """Words of the shortest text in which the last word asked for is surely more frequent than all after it: than
+        the next rank, and than the words that appear once.
+        """
+        last = (1 + self.words) ** -self.alpha
+        return math.ceil(zeta(self.alpha) * max(1 / (last - (2 + self.words) ** -self.alpha), 2 / last))
 
     def counts(self, n: int) -> list[int]:
         """How often the word of each rank appears in a text of ``n`` words."""

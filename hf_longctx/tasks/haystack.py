@@ -45,7 +45,9 @@ class TextHaystack(Haystack):
             text = "\n\n".join(file.read_text("utf-8") for file in files)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"text: {path} cannot be read: {error}") from None
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text.strip() else []
+        # What looks like a special token in a text is words about one: it must not end the context or a chat's turn.
+        plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        ids = tokenizer(text, **plain)["input_ids"] if text.strip() else []
         if not ids:
             raise ConfigError(f"text: {path} holds no text (a folder is searched for .txt and .md files).")
         return cls(ids)

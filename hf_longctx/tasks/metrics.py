@@ -19,10 +19,10 @@ def string_match_any(output: str, answers: Sequence[str]) -> float:
 def exact_match(output: str, answers: Sequence[str]) -> float:
     """1 if the output's first line is the answers and nothing else, in any order.
 
-    Several answers are parted by commas or "and"; quotes and a full stop around one do not count.
+    Several answers are parted by commas or "and"; quotes, asterisks and a full stop around one do not count.
     """
     line = next(iter(output.strip().splitlines()), "")
-    given = [_fold(one).strip(" \t\"'`.") for one in re.split(r",|\band\b", line)]
+    given = [_fold(one).strip(" \t\"'`“”‘’*.") for one in re.split(r",|\band\b", line)]
     return float(sorted(one for one in given if one) == sorted(map(_fold, answers)))
 
 

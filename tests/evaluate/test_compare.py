@@ -378,12 +378,15 @@ def test_the_command_refuses_in_one_line(tmp_path):
     empty, words = tmp_path / "empty.txt", tmp_path / "words.txt"
     empty.write_text(" \n")
     words.write_text("note amber")
+    folder = tmp_path / "x.json"
+    folder.mkdir()
     for args, said in (
         (("--prompt-file", empty), "is empty"),
         (("--prompt-file", tmp_path / "none.txt"), "cannot be read"),
         (("--prompt-file", words, "--chat"), "no chat template"),
         (("--prompt-file", words, "--dtype", "fp32"), "--dtype"),
         (("--prompt-file", words, "--json", tmp_path / "out.txt"), "ends in .json"),
+        (("--prompt-file", words, "--json", folder), "is a directory"),
     ):
         done = invoke("hf-longctx/tiny-llama", *args)
         assert done.exit_code == 2 and said in done.output.replace("\n", " "), done.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longctx import ConfigError, LongCtxConfig
 from hf_longctx.assets import asset
-from hf_longctx.evaluate.plan import Options, cases_of, fingerprint, make_plan, values_of, variants_of
+from hf_longctx.evaluate.plan import Case, Options, cases_of, fingerprint, make_plan, values_of, variants_of
 from hf_longctx.evaluate.run import evaluate
 from hf_longctx.patch import state_of
 from hf_longctx.registry import load, make, words
@@ -85,6 +86,28 @@ def test_the_fingerprint_tells_prompts_and_texts_apart(llama):
     assert found[0] == fingerprint(plan_of(llama), language)
 
 
+def test_tasks_of_one_word_draw_prompts_of_their_own(llama):
+    """An interval over all tasks needs independent prompts; only the task's word is part of its own draw."""
+    language = language_for(llama[1])
+    tasks = "needle,needle:metric=exact_match,needle:variant=multi_key"
+    samples = [case.sample(language) for case in plan_of(llama, tasks=tasks).cases]
+    facts = [sample.questions[0].answers for sample in samples]
+    assert len(facts) == 3 * 8 and len(set(facts)) == len(facts)
+    assert len({tuple(sample.context[-20:]) for sample in samples}) == len(samples)
+
+
+def test_the_fingerprint_is_of_the_whole_filler(llama, tmp_path):
+    """A resumed run must notice a change in a part that the few prompts of the fingerprint do not hold."""
+    model, tokenizer = llama
+    path, told = tmp_path / "text.txt", []
+    for last in ("the", "of"):
+        path.write_text("the and " * 40000 + last)
+        language = language_for(tokenizer, text=path)
+        plan = make_plan(model, language, tasks_from("needle"), make(Options, SMALL), "auto")
+        told.append((fingerprint(plan, language), [case.sample(language).context.tolist() for case in plan.cases]))
+    assert told[0][1] == told[1][1] and told[0][0] != told[1][0]
+
+
 def test_the_windows_of_a_text_score_every_token_once(llama):
     plan = plan_of(llama, text=torch.arange(150) + 3, perplexity_window=40)
     windows = sorted((case for case in plan.cases if case.key.startswith("text")), key=lambda case: case.begin)
@@ -148,6 +171,8 @@ def test_a_pattern_can_be_swept_by_its_word(llama):
         ({"sweep": "retrieval_fraction=2"}, "retrieval_fraction"),
         ({"sweep": "kernel=auto,fast"}, "kernel"),
         ({"perplexity": "nowhere.txt"}, "perplexity"),
+        ({"perplexity_window": 64}, "perplexity_window: there is no text"),
+        ({"lengths": [128, 40000], "tasks": "key_value"}, "more than the 4096 different notes"),
         ({"chat": True}, "chat"),
     ],
 )
@@ -168,6 +193,29 @@ def test_every_length_and_depth_is_tried_at_the_start():
     options = make(Options, {"lengths": [128, 4096]})
     with pytest.raises(ConfigError, match="key_value:questions=40 needs at least"):
         make_plan(model, language, tasks, options, config_for(model))
+
+
+def test_a_draw_without_room_is_found_at_the_start(monkeypatch):
+    """Where there is hardly any room, every draw is tried; elsewhere one is enough."""
+    model, language = tiny_model(), language_for(byte_bpe(259))
+
+    def plan(length, samples):
+        options = make(Options, {"lengths": [length, 2000], "depths": [], "samples": samples})
+        return make_plan(model, language, tasks_from("needle"), options, config_for(model))
+
+    def fits(length):
+        with contextlib.suppress(ConfigError):
+            return plan(length, 1)
+
+    least = next(filter(fits, range(200, 300)))  # the length is part of the draw
+    assert not fits(200)
+    with pytest.raises(ConfigError, match="needs at least"):
+        plan(least, 40)
+    drawn = []
+    real = Case.sample
+    monkeypatch.setattr(Case, "sample", lambda self, language: drawn.append(self.number) or real(self, language))
+    plan(2 * least, 40)
+    assert {*drawn} <= {0, 39} and len(drawn) == 3
 
 
 def test_options_and_their_fields_are_plain():

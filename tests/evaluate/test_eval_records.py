@@ -91,6 +91,15 @@ def test_a_file_that_a_process_still_writes_to_is_refused(tmp_path):
     assert Records(tmp_path, HEADER).read()[1] == LINES[:1]
 
 
+def test_a_file_that_cannot_be_written(tmp_path):
+    records = Records(tmp_path, HEADER)
+    (tmp_path / "records-0.jsonl").mkdir()
+    with pytest.raises(ConfigError, match="^out: .*records-0.jsonl cannot be written"):
+        records.open(0)
+    with pytest.raises(ConfigError, match="^out: .*records-0.jsonl cannot be read"):
+        records.read()
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="^out: .*cannot be made"):

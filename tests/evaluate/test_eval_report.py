@@ -210,6 +210,17 @@ def test_without_a_perplexity_text_or_a_depth(tmp_path):
     Page(text)
 
 
+def test_a_task_of_many_questions_and_long_answers_makes_no_huge_page(tmp_path):
+    plan = plan_of(tasks="needle", text=False)
+    many = {"outputs": ["x" * 5000] * 500, "expected": [["y" * 3000] * 40] * 500, "questions": ["z" * 9000] * 500}
+    records = [record | many for record in records_of(plan)]
+    write_report(tmp_path, summarize(plan, records), headers_of(plan), records)
+    text = (tmp_path / "index.html").read_text("utf-8")
+    rows = [row.partition("</tr>")[0] for row in text.partition("<h2>What was said")[2].split("<tr>") if "xxx" in row]
+    assert len(rows) == 2 * len(plan.cases) * 24 == 2 * 18 * 24 and max(map(len, rows)) < 2000
+    assert "at most 24 questions" in text
+
+
 def test_answers_of_one_token_have_no_decode_time():
     plan = plan_of(text=False)
     records = [record | {"decode_ms": None} for record in records_of(plan)]

@@ -20,6 +20,7 @@ from hf_longctx.evaluate.forwards import perplexity
 from hf_longctx.evaluate.measures import paired_bootstrap
 from hf_longctx.evaluate.records import Writer
 from hf_longctx.evaluate.run import evaluate
+from hf_longctx.identify._work import model_hash
 from hf_longctx.patch import state_of
 from hf_longctx.registry import load, words
 from hf_longctx.tasks import task_from
@@ -91,7 +92,7 @@ def test_every_case_is_recorded_once_with_everything(done):
     cases = [one for one in records if "task" in one]
     assert len(cases) == 2 * 2 * 2 * 2 * 4
     assert len({(one["variant"], one["case"]) for one in records}) == len(records)
-    assert len({one["seed"] for one in cases}) == 2 * 2 * 2, "by length, depth and number, the same for every variant"
+    assert len({one["seed"] for one in cases}) == 2 * 2 * 2 * 2, "the same for every variant"
     assert header["settings"]["version of torch"] == torch.__version__
     assert set(header["configs"]) == set(VARIANTS)
     assert header["configs"]["retrieval_fraction=1"]["heads"]["retrieval_fraction"] == 1
@@ -242,6 +243,30 @@ def test_another_run_in_the_same_folder_is_refused(llama, done, text):
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(ConfigError, match="other settings: model"):
         evaluate(model, llama[1], done[0], **asked)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] -= 1
+    model.generation_config.eos_token_id = [6, 7]
+    with pytest.raises(ConfigError, match=r"other settings: end tokens \(was \[6\], is \[6, 7\]\)"):
+        evaluate(model, llama[1], done[0], **asked)
+
+
+def test_another_output_layer_is_another_model():
+    model = tiny_model()
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    before = model_hash(model)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    assert model_hash(model) != before
+
+
+def test_prompts_longer_than_the_model_was_made_for_are_noted(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama[0].config, "max_position_embeddings", 128)
+    summary = evaluate(*llama, tmp_path, tasks="needle", lengths=[128, 129], depths=[], samples=1)
+    said = "some prompts are longer than the 128 tokens that the model was made for"
+    assert {name: said in notes for name, notes in summary.notes.items()} == {"dense": True, "patched": True}
+    assert said in (tmp_path / "report" / "index.html").read_text()
+    of = {(one["variant"], one["length"]): said in one["notes"] for one in lines(tmp_path)[1]}
+    assert of == {(way, length): length > 128 for way in ("dense", "patched") for length in (128, 129)}
 
 
 def test_the_model_is_left_as_it_was(llama, tmp_path):

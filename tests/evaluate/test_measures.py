@@ -53,6 +53,14 @@ def test_the_head_is_called_for_few_rows_at_a_time(monkeypatch):
     assert (found.kl, found.kl_max) == pytest.approx((want.kl, want.kl_max), rel=1e-5)
 
 
+def test_logits_that_are_no_numbers_agree_with_nothing():
+    dense, broken = torch.zeros(4, 5), torch.zeros(4, 5)
+    broken[1] = math.nan  # its argmax is 0, as that of zeros
+    for a, b in ((dense, broken), (broken, broken)):
+        found = next_token(a, b)
+        assert found.agreement == 0.75 and math.isnan(found.kl) and math.isnan(found.kl_max)
+
+
 @pytest.mark.parametrize(("a", "b"), [((3, 5), (3, 6)), ((3, 5), (2, 5)), ((0, 5), (0, 5)), ((5,), (5,))])
 def test_shapes_that_do_not_fit_are_refused(a, b):
     with pytest.raises(ConfigError, match="expected \\[positions, width\\]"):
@@ -141,6 +149,9 @@ def test_the_edges_of_the_bootstrap():
     assert (worse.difference, worse.low, worse.high) == (-1.0, -1.0, -1.0)
     for wrong in (([], []), ([1], [1, 0])):
         with pytest.raises(ConfigError, match="as many of both"):
+            paired_bootstrap(*wrong)
+    for wrong in (([1, math.nan], [0, 1]), ([1], [math.inf])):
+        with pytest.raises(ConfigError, match=f"1 of {len(wrong[0])} results that are no finite"):
             paired_bootstrap(*wrong)
     for wrong in ({"confidence": 1.0}, {"confidence": 0.0}, {"resamples": 0}):
         with pytest.raises(ConfigError, match="confidence must lie between"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from datetime import timedelta
 from itertools import product
 
 import accelerate
@@ -416,10 +417,12 @@ def test_one_process_sets_up_nothing_for_several(monkeypatch):
     METHOD.scores(subject_of(random_model()))
     assert accelerate.PartialState._shared_state == before
     alone = types.SimpleNamespace(process_index=0, num_processes=1)
-    monkeypatch.setattr(accelerate, "PartialState", lambda cpu: alone)
+    asked = []
+    monkeypatch.setattr(accelerate, "PartialState", lambda **kwargs: asked.append(kwargs) or alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UnsupportedModeError, match="2 processes were launched"):
         METHOD.scores(subject_of(random_model()))
+    assert asked == [{"cpu": True, "timeout": timedelta(days=30)}], "torch's own would end a wait of half an hour"
 
 
 def test_an_unpatched_model_is_refused():

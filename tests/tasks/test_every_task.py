@@ -179,6 +179,16 @@ def test_the_counts_of_frequent_words_follow_the_power_law():
     assert task_from("frequent_words:alpha=3").counts(1000)[0] == 831
 
 
+@pytest.mark.parametrize("alpha", [1.1, 1.5, 2.0, 3.0, 8.0])
+@pytest.mark.parametrize("asked", [1, 2, 3, 7])
+def test_in_the_shortest_text_the_words_asked_for_are_the_most_frequent(alpha, asked):
+    task = task_from(f"frequent_words:alpha={alpha}:words={asked}")
+    least = task.least
+    for n in (least, least + 1, 2 * least) if least < 10**5 else (least,):
+        counts = task.counts(n)
+        assert counts[asked] > max(counts[asked + 1 :])
+
+
 def test_the_fields_of_a_task_change_what_it_makes():
     def text(case: str) -> str:
         return language_of("bytes").decode(made("bytes", case, 2500).context)

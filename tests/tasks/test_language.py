@@ -80,6 +80,16 @@ def test_filler_comes_from_where_it_was_asked_for(tmp_path):
     assert len(sentences) == 500 and language_for(tokenizer).decode(sentences).startswith(" The ")
 
 
+@pytest.mark.parametrize("kind", ["bytes", "bos_eos", "legacy"])
+def test_a_text_about_special_tokens_holds_none(kind, tmp_path):
+    text = "The token </s> ends a text that <s> began. " * 30
+    (tmp_path / "x.txt").write_text(text)
+    tokenizer = tokenizer_of(kind)
+    filler = language_for(tokenizer, text=tmp_path).haystack.ids.tolist()
+    assert not {*filler} & {*tokenizer.all_special_ids} and tokenizer.decode(filler).strip() == text.strip()
+    assert {*tokenizer(text)["input_ids"]} & {*tokenizer.all_special_ids}, "a control, and the tokenizer is as before"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
