@@ -42,7 +42,8 @@ def tables(
     cells = [
         max((_long(row[i]) for row in rows if row is not None and i < len(row)), default=0) for i in range(len(names))
     ]
-    for lines in range(1, 1 + max(len(name.split()) for name in names)):  # of the headings, as few as will do
+    most = max(len(name.split()) for name in names)
+    for lines in (*range(1, 1 + most), 2):  # of the headings, as few as will do; two where nothing does
         heads = [_wrapped(name, cell, lines) for name, cell in zip(names, cells, strict=True)]
         sizes = [max([cell, *map(len, head.split("\n"))]) for head, cell in zip(heads, cells, strict=True)]
         if _width(sizes) <= width:

@@ -131,3 +131,14 @@ def test_an_embedded_model_loads_without_bars(capfd):
             assert not logging.is_progress_bar_enabled(), "put back as it was"
     finally:
         logging.enable_progress_bar() if shown else logging.disable_progress_bar()
+
+
+def test_what_was_measured_is_saved_although_the_pipe_is_closed(tmp_path, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("hf_longctx.bench.show.show", closed)
+    shape = ("--heads", 4, "--kv-heads", 2, "--head-dim", 16, "--layers", 1, "--threads", 1, "--dtype", "fp32")
+    done = invoke("bench", "decode", "--tokens", 65, "--rounds", 1, *shape, "--json", tmp_path / "out.json")
+    assert isinstance(done.exception, (BrokenPipeError, SystemExit)) and done.exit_code
+    assert (tmp_path / "out.json").stat().st_size > 1000
