@@ -54,6 +54,6 @@ def command(
             rounds=rounds,
             prefill_chunk_size=prefill_chunk_size,
         )
-    console().print(str(found), markup=False, highlight=False, soft_wrap=True)
     if json is not None:
         json.write_text(to_json.dumps({"environment": environment(), **found.as_dict()}, indent=1) + "\n", "utf-8")
+    console().print(str(found), markup=False, highlight=False, soft_wrap=True)

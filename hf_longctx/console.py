@@ -42,12 +42,12 @@ def tables(
     cells = [
         max((_long(row[i]) for row in rows if row is not None and i < len(row)), default=0) for i in range(len(names))
     ]
-    if _width([max(pair) for pair in zip(map(len, names), cells, strict=True)]) <= width:
-        heads = list(names)
-    else:
-        most = [max([cell, *map(len, name.split())]) for name, cell in zip(names, cells, strict=True)]
-        heads = ["\n".join(textwrap.wrap(name, one)) if name else "" for name, one in zip(names, most, strict=True)]
-    sizes = [max([cell, *map(len, head.split("\n"))]) for head, cell in zip(heads, cells, strict=True)]
+    most = max(len(name.split()) for name in names)
+    for lines in (*range(1, 1 + most), 2):  # of the headings, as few as will do; two where nothing does
+        heads = [_wrapped(name, cell, lines) for name, cell in zip(names, cells, strict=True)]
+        sizes = [max([cell, *map(len, head.split("\n"))]) for head, cell in zip(heads, cells, strict=True)]
+        if _width(sizes) <= width:
+            break
     parts = [list(range(key))]
     for column in range(key, len(names)):
         if len(parts[-1]) > key and _width([sizes[i] for i in (*parts[-1], column)]) > width:
@@ -65,9 +65,21 @@ def tables(
         yield table
 
 
+def _wrapped(name: str, least: int, lines: int) -> str:
+    """A heading in so many lines at most, as narrow as that allows and at least ``least`` wide; words stay whole."""
+    sizes = range(max([1, least, *map(len, name.split())]), len(name) + 1)
+    options = (textwrap.wrap(name, size) for size in sizes)
+    return "\n".join(next((option for option in options if len(option) <= lines), [name]))
+
+
 def _width(sizes: Sequence[int]) -> int:
     """Of a table with columns of these sizes: a line and two spaces for each, and the last line."""
     return sum(sizes) + 3 * len(sizes) + 1
+
+
+def count(number: int, word: str) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{number} {word}{'s' if number != 1 else ''}"
 
 
 def _long(cell: str) -> int:

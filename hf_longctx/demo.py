@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from .assets import asset
 from .cache import cache_bytes
 from .config import LongCtxConfig
-from .console import no_bars, tables
+from .console import count, no_bars, tables
 from .loading import AutoModelForCausalLM
 from .patch import patch_model, state_of, unpatch_model
 from .tasks.tiny_language import BLOCK, NOTE, Filler, exam
@@ -127,7 +127,9 @@ def hidden_note(text: Tensor) -> Tensor:
 def show(console: Console, compared: list[Way], length: int, notes: int, questions: int) -> None:
     """The table, and one sentence that says what it means."""
     threads = torch.get_num_threads()
-    title = f"{questions} questions about {length}-token prompts, {notes} answered at once, {threads} CPU threads"
+    title = (
+        f"{questions} questions about {length}-token prompts, {notes} answered at once, {count(threads, 'CPU thread')}"
+    )
     names = ("", "retrieval heads", "exact match", "KV cache MB", "prefill s", "decode ms/token")
     rows = [
         [

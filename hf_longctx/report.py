@@ -69,8 +69,10 @@ class Report:
             gone = "" if self.alive else " (it is gone now)"
             kept = f"{_mb(self.nbytes)} after {self.seen} tokens"
             lines.append(f"KV cache      {kept}, {share:.0%} of dense {_mb(self.nbytes_dense)}{gone}")
-        else:
+        elif self.forwards:
             lines.append("KV cache      none alive, and none was continued after its prompt")
+        else:
+            lines.append("KV cache      none yet")
         lines += [f"offloaded     {_mb(count)} {place}" for place, count in self.offloaded.items()]
         lines += [f"note          {note}" for note in self.notes]
         return "\n".join(lines)

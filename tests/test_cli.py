@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from hf_longctx.assets import asset
 from hf_longctx.cli import app
-from hf_longctx.console import no_bars, tables
+from hf_longctx.console import _wrapped, no_bars, tables
 from hf_longctx.identify_commands import load_model
 
 NAMES = ["", "kernel", "ms per layer", "vs all retrieval", "read at GB/s", "of sum"]
@@ -108,6 +108,11 @@ def test_a_table_is_no_wider_than_it_may_be_and_breaks_no_word(width):
 
 
 def test_a_table_is_split_only_where_it_must_be():
+    assert [_wrapped("KV cache MB", 4, n).split("\n") for n in (1, 2, 3)] == [
+        ["KV cache MB"],
+        ["KV cache", "MB"],
+        ["KV", "cache", "MB"],
+    ]
     assert [len(printed(width)) for width in (50, 80, 200)] == [2, 1, 1]
     assert any("vs all retrieval" in line for line in printed(200)[0])
     assert not any("vs all retrieval" in line for line in printed(80)[0])
@@ -126,3 +131,14 @@ def test_an_embedded_model_loads_without_bars(capfd):
             assert not logging.is_progress_bar_enabled(), "put back as it was"
     finally:
         logging.enable_progress_bar() if shown else logging.disable_progress_bar()
+
+
+def test_what_was_measured_is_saved_although_the_pipe_is_closed(tmp_path, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("hf_longctx.bench.show.show", closed)
+    shape = ("--heads", 4, "--kv-heads", 2, "--head-dim", 16, "--layers", 1, "--threads", 1, "--dtype", "fp32")
+    done = invoke("bench", "decode", "--tokens", 65, "--rounds", 1, *shape, "--json", tmp_path / "out.json")
+    assert isinstance(done.exception, (BrokenPipeError, SystemExit)) and done.exit_code
+    assert (tmp_path / "out.json").stat().st_size > 1000

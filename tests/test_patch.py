@@ -123,7 +123,8 @@ def test_a_deep_copy_is_a_patched_model_of_its_own():
     assert kinds(twin) == "LongCtxCache"
     assert isinstance(twin.generate(IDS, max_new_tokens=2, return_dict_in_generate=True).past_key_values, LongCtxCache)
     assert twin._prepare_cache_for_generation.model is twin
-    assert report(twin).nbytes is None, "that cache is gone"
+    told = report(twin)
+    assert not told.alive and told.seen == 60 and told.nbytes is not None, "that cache is gone, its numbers were noted"
     unpatch_model(twin)
     assert torch.equal(logits(twin), logits(model))
 
@@ -241,7 +242,7 @@ def test_observe_sees_every_key_and_may_replace_the_output():
 def test_report_says_what_ran():
     model = tiny_model()
     patch_model(model, config_for(model, "mixed"))
-    assert "none alive" in str(report(model))
+    assert "none yet" in str(report(model)) and "none alive" not in str(report(model))
     out = model(IDS)
     told = report(model)
     assert (told.kv_heads, told.retrieval_heads, told.forwards, told.kernels) == (12, 6, 1, ("cpu",))

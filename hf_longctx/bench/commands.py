@@ -181,8 +181,8 @@ def gpu(
     settings = GpuSettings(**given)
     with Console(stderr=True).status(f"bench gpu: {rounds} rounds, which takes minutes at full size"):
         data = as_json(settings, *bench(settings))
-    show(console(), data)
     outputs.write(json, None, data)
+    show(console(), data)
 
 
 def _bench(benchmark: str, given: dict[str, Any], what: dict[str, str | None] | None = None) -> None:
@@ -207,8 +207,8 @@ def _bench(benchmark: str, given: dict[str, Any], what: dict[str, str | None] | 
         data = as_json(benchmark, settings, results, busy.others())
     else:
         data = as_json(benchmark, subject.settings, results, busy.others(), module.facts(subject, results))
+    outputs.write(json, png, data)  # before the table, which a closed pipe may cut off
     show(console(), data)
-    outputs.write(json, png, data)
 
 
 def _settings(benchmark: str, given: dict[str, Any]) -> Settings:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..console import count
 from ..plots import new_figure
 from .columns import STATIC, STOCK
 from .crossover import DENSE, SPARSE
@@ -167,7 +168,7 @@ def _head(figure: Figure, data: dict, note: str) -> None:
     if data["benchmark"] == "prefill":  # of which one layer's streaming heads are measured
         s = {**s, "layers": 1, **{name: data["results"][0][name] for name in ("heads", "kv_heads")}}
     lines = [
-        f"bench {data['benchmark']}: {s['layers']} layer{'s' if s['layers'] > 1 else ''}, {s['heads']} query and "
+        f"bench {data['benchmark']}: {count(s['layers'], 'layer')}, {s['heads']} query and "
         f"{s['kv_heads']} KV heads, head_dim {s['head_dim']}",
         f"{e['cpu']}, {e['threads']} thread{'s' if e['threads'] != 1 else ''} of {e['cores']} cores; "
         f"torch {e['torch']}, transformers {e['transformers']}",

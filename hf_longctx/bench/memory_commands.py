@@ -52,8 +52,8 @@ def command(
     settings = MemorySettings(parse_bytes(memory, "--memory"), dtype, batch, chunk, size)
     subject = find(model, settings, config)
     results = measure(subject, check or check_tokens is not None, check_tokens)
-    show(console(), subject, results)
     outputs.write(json, png, {**as_json("memory", settings, results), "model": model, "notes": list(subject.notes)})
+    show(console(), subject, results)
 
 
 def measure(subject: Subject, check: bool, check_tokens: int | None) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from rich.console import Console
 
-from ..console import tables
+from ..console import count, tables
 from .columns import RETRIEVAL, STATIC, STOCK
 from .environment import environment
 from .goals import goals
@@ -72,13 +72,13 @@ def show(console: Console, data: dict) -> None:
         f"would dominate); streaming heads keep sink {s['sink']} + recent {s['recent']}"
     )
     console.print(
-        f"{_count(s['layers'], 'layer')}, {s['heads']} query heads, {s['kv_heads']} KV heads, head_dim {s['head_dim']}"
+        f"{count(s['layers'], 'layer')}, {s['heads']} query heads, {s['kv_heads']} KV heads, head_dim {s['head_dim']}"
         f"{'' if benchmark == 'crossover' else rest}; kernel: {s['kernel']}; {s['rounds']} rounds, columns in turns; "
         "median (10th to 90th percentile)."
     )
     console.print(
         f"torch {e['torch']}, transformers {e['transformers']}, Python {e['python']}, hf_longctx {e['hf_longctx']}; "
-        f"{e['cpu']}, {_count(e['threads'], 'thread')} of {e['cores']} cores; malloc {e['malloc']}."
+        f"{e['cpu']}, {count(e['threads'], 'thread')} of {e['cores']} cores; malloc {e['malloc']}."
     )
     stock = "" if benchmark == "crossover" else "stock = DynamicCache + sdpa of Transformers. "
     if any(STATIC in result["columns"] for result in data["results"]):
@@ -136,10 +136,6 @@ def _show_crossover(console: Console, word: str, verdict: dict) -> None:
     plain = {"markup": False, "highlight": False, "soft_wrap": True}
     console.print(f"    in Python:  {verdict['python']}\n    in a YAML:", **plain)
     console.print(textwrap.indent(verdict["yaml"].rstrip(), " " * 8), **plain)
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'s' if number != 1 else ''}"
 
 
 def save(path: Path, data: dict) -> None:

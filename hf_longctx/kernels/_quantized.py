@@ -138,7 +138,7 @@ class Packed(Streamed):
         return replace(self) if self.shared else self._with(x.clone() for x in self.tensors())
 
     def blanked(self, held: list[tuple[slice, int]]) -> Packed:
-        """Without the slots that no row fills, and with zeros in those that a row does not: ``held`` are (rows, slots)."""
+        """Without the slots that no row fills; those that one row does not are zeros. ``held`` are (rows, slots)."""
         most = max(count for _, count in held)
         other = replace(self.cut(0, most, self.shared), room=self.slots)
         if any(count < most for _, count in held):
