@@ -27,11 +27,11 @@ def role_of(case: str) -> str:
     return role
 
 
-def case_config(model, case: str, roles="mixed", **top):
-    """A config whose heads of the case's role keep what it says."""
-    return config_for(model, roles, stores={role_of(case): CASES[case]}, **top)
+def case_config(model, case: str, roles="mixed", **fields):
+    """A config whose heads of the case's role keep what it says, but for these fields."""
+    return config_for(model, roles, stores={role_of(case): CASES[case] | fields})
 
 
-def patched_case(case: str, dtype, roles="mixed", family="llama", **kwargs):
-    model = tiny_model(family, dtype, **kwargs)
-    return patch_model(model, case_config(model, case, roles))
+def patched_case(case: str, dtype, roles="mixed", family="llama", layers=3, **fields):
+    model = tiny_model(family, dtype, layers=layers)
+    return patch_model(model, case_config(model, case, roles, **fields))

@@ -13,6 +13,7 @@ from hf_longctx.cache import storage_bytes
 from hf_longctx.kernels._streamed import Streamed
 
 PROMPT, TOKENS = 500, 50_000
+LARGER = {"page": 8192, "recent": 512}  # every step reads every page, so few of them
 LOOKS = (1000, 25_000, 49_000)  # tokens, from which on the work of some steps is counted
 
 
@@ -36,7 +37,7 @@ def work_of_a_step(model, cache, token) -> int:
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_a_long_run_keeps_its_bytes_its_work_and_its_answer(case):
-    model = patched_case(case, torch.float32, layers=1)
+    model = patched_case(case, torch.float32, layers=1, **(LARGER if "page" in CASES[case] else {}))
     ids = torch.randint(3, 97, (1, PROMPT + TOKENS))
     cache = LongCtxCache(model)
     read(model, cache, ids[:, :PROMPT])
