@@ -11,6 +11,7 @@ from store_cases import CASES, ROUNDED, WORDS, case_config, patched_case, role_o
 from test_cache import CountReads, read
 from test_generate import MODES, NEW, prompt, run
 from tiny import left_padded, tiny_model
+from transformers import DynamicCache
 
 from hf_longctx import CacheError, LongCtxCache, patch_model
 
@@ -62,6 +63,45 @@ def test_rejected_drafts_change_nothing(case, lookup):
     asked = {**prompt("prompt lookup"), "max_new_tokens": 40, "eos_token_id": -1}
     drafted = model.generate(**asked, prompt_lookup_num_tokens=lookup)
     assert torch.equal(drafted, model.generate(**asked))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("case", EXACT)
+def test_many_turns_and_caches_of_the_user_give_the_tokens_of_one_text(case, family):
+    """Also where every layer has the model's own window, which replaces both stores (mistral)."""
+    model = tiny_model(family, torch.float64, sliding=13 if family == "mistral" else None)
+    patch_model(model, case_config(model, case))
+    text, cache = prompt("greedy")["input_ids"][:1], None
+    for turn in range(3):
+        fresh = model.generate(input_ids=text, max_new_tokens=5, use_cache=False)
+        out = model.generate(input_ids=text, max_new_tokens=5, past_key_values=cache, return_dict_in_generate=True)
+        assert torch.equal(out.sequences, fresh)
+        cache = out.past_key_values
+        assert isinstance(cache, LongCtxCache)
+        for other in (DynamicCache(), LongCtxCache(model, max_tokens=80)):
+            assert torch.equal(model.generate(input_ids=text, max_new_tokens=5, past_key_values=other), fresh)
+        text = torch.cat([fresh, torch.full((1, 3 + turn), 7 + turn)], 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_sees_what_the_store_s_rule_shows(case):
+    """No cache in training: gradients of the same rule by autograd's own reading of a prompt with a cache."""
+    model = tiny_model("llama", torch.float64)
+    ids, mask = left_padded([60, 23])
+
+    def gradient():
+        model.zero_grad()
+        logits = model(ids, attention_mask=mask).logits
+        logits[:, -20:].square().sum().backward()
+        return model.base_model.layers[0].self_attn.k_proj.weight.grad.clone()
+
+    dense = gradient()
+    patch_model(model, case_config(model, case, role_of(case)))
+    with_cache = gradient()
+    model.train()
+    torch.testing.assert_close(gradient(), with_cache, rtol=0, atol=1e-8)
+    same = torch.allclose(with_cache, dense, rtol=0, atol=1e-8)
+    assert same == (role_of(case) == "retrieval"), "a prompt read at once is read as it is by retrieval heads only"
 
 
 @pytest.mark.parametrize("max_tokens", [None, 400])
