@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from .cache import LayerKV
+from .cache_layer import LayerKV
 from .errors import UnsupportedModeError
 from .kernels import dispatch
 from .kernels.layout import HeadKV, RoleHeads, Segment, as_autocast, needs_grad

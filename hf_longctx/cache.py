@@ -10,170 +10,19 @@ from __future__ import annotations
 import copy
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from . import cache_file
-from .errors import CacheError, UnsupportedModeError, UnsupportedModelError
-from .finite import check_forward, every_forward
-from .kernels.layout import HeadKV, as_autocast, autocast_on
-from .layer_plan import LayerPlan
+from .cache_layer import LayerKV, LongCtxLayer
+from .errors import CacheError, UnsupportedModelError
+from .kernels.layout import as_autocast
 from .rows import Rows
-from .stores.base import SPARE, Store
+from .stores.base import SPARE
 from .token_ids import TokenIds
-
-SAVED = ("seen", "batch", "head_dim", "dense_bytes_per_token")  # numbers of a layer that its file has
-
-
-@dataclass
-class LayerKV:
-    """What one layer's cache hands to the attention function: one ``HeadKV`` per role, and the rows they belong to."""
-
-    heads: list[HeadKV]
-    rows: Rows
-
-    @property
-    def shape(self) -> None:
-        """What any other attention function asks a key for first."""
-        raise UnsupportedModeError(
-            "a LongCtxCache reached an attention function that is not the patched one: the model is not patched, or "
-            "was unpatched while the cache lived. Patch it again, or start with a new cache."
-        )
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None) -> None:
-        """An attention function that asks for no shape (Transformers 5.0) goes straight to torch: the same error."""
-        given = (*args, *(kwargs or {}).values())
-        return next(kept.shape for kept in given if isinstance(kept, cls))
-
-
-class LongCtxLayer(CacheLayerMixin):
-    """The stores of one layer, one per role."""
-
-    is_compileable = False
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, plan: LayerPlan, max_tokens: int | None = None):
-        super().__init__()
-        self.plan = plan
-        self.seen = 0
-        self.whole = True  # False while stores are written, and for good when that was interrupted
-        self.stores: list[Store] = [plan.stores[heads.role].new(heads, max_tokens) for heads in plan.heads]
-        self.dense_bytes_per_token = 0
-        self.checked = every_forward()
-        self.autocast = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        per_head = (
-            key_states.shape[-1] * key_states.element_size() + value_states.shape[-1] * value_states.element_size()
-        )
-        self.batch, self.head_dim = key_states.shape[0], key_states.shape[3]
-        self.dtype, self.device, self.autocast = key_states.dtype, key_states.device, autocast_on(key_states)
-        self.dense_bytes_per_token = per_head * key_states.shape[1]
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, rows: Rows) -> LayerKV:
-        """Keep k, v ``[B, H_kv, T, D]`` of this forward; return what its queries read."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        batch, kv_heads, new, head_dim = key_states.shape
-        # A prompt read under autocast may be continued without, and the reverse: the cache stays in its dtype.
-        dtype = key_states.dtype if autocast_on(key_states) == self.autocast else self.dtype
-        got = (batch, kv_heads, head_dim, dtype, key_states.device)
-        held = (self.batch, len(self.plan.roles), self.head_dim, self.dtype, self.device)
-        if got != held or not new:
-            raise CacheError(
-                f"layer {self.plan.layer_idx} got {new} tokens of {_described(*got)}, but this cache holds "
-                f"{_described(*held)}. It is as it was; bring tokens of that kind, or use a new cache."
-            )
-        if self.checked:
-            check_forward(self.plan.layer_idx, key_states, value_states)
-        for store in self.stores:
-            store.prepare(key_states, value_states, rows)
-        self.whole = False
-        heads = [store.append(key_states, value_states, rows) for store in self.stores]
-        self.seen, self.whole = rows.total, True
-        return LayerKV(heads, rows)
-
-    def get_seq_length(self) -> int:
-        """Tokens seen (not kept), pads included."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length) -> tuple[int, int]:
-        return self.seen + _length(query_length), 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    @property
-    def oldest_crop(self) -> int:
-        """Fewest tokens that this layer can still be cropped to."""
-        return max(store.oldest_crop(self.seen) for store in self.stores)
-
-    def stagger(self, rows: Rows, pads: Sequence[int]) -> None:
-        self.whole = False
-        for store in self.stores:
-            store.stagger(rows, pads)
-        self.whole = True
-
-    def crop_to(self, rows: Rows, target: int) -> None:
-        if target < self.seen:
-            self.whole = False
-            for store in self.stores:
-                store.crop(rows, target)
-            self.seen, self.whole = target, True
-
-    def map_rows(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
-        if self.is_initialized:
-            self.whole = False
-            for store in self.stores:
-                store.map_rows(change)
-            self.batch, self.whole = batch, True
-
-    def fork(self) -> LongCtxLayer:
-        other = copy.copy(self)
-        other.stores = [store.fork() for store in self.stores]
-        return other
-
-    def reset(self) -> None:
-        for store in self.stores:
-            store.reset()
-        self.seen, self.is_initialized, self.whole = 0, False, True
-
-    def tensors(self) -> Iterable[Tensor]:
-        for store in self.stores:
-            yield from store.tensors()
-
-    def saved(self, starts: tuple[int, ...] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What ``restore`` needs: tensors by name, and plain data that JSON can hold."""
-        rows, tensors, stores = Rows(self.batch, 0, self.seen, starts), {}, {}
-        for store in self.stores:
-            kept, stores[store.heads.role] = store.saved(rows)
-            tensors |= {f"{store.heads.role}.{name}": tensor for name, tensor in kept.items()}
-        numbers = {name: getattr(self, name) for name in SAVED}
-        return tensors, {**numbers, "dtype": str(self.dtype).removeprefix("torch."), "stores": stores}
-
-    def restore(self, read: Callable[[str], Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
-        """Fill this empty layer with what ``saved`` gave, each tensor as ``read(name)`` gives it, onto ``device``."""
-        for store in self.stores:
-            role = store.heads.role
-            store.restore(lambda name, role=role: read(f"{role}.{name}"), plain["stores"][role], device)
-        for name in SAVED:
-            setattr(self, name, plain[name])
-        self.dtype, self.device, self.is_initialized = getattr(torch, plain["dtype"]), device, True
-
-    def offloaded(self) -> Iterable[tuple[str, int]]:
-        for store in self.stores:
-            yield from store.offloaded().items()
 
 
 class LongCtxCache(Cache):
@@ -496,10 +345,6 @@ class LongCtxCache(Cache):
         self.rows = None
 
 
-def _described(batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
-    return f"{batch} rows, {kv_heads} KV heads and head_dim {head_dim} in {dtype} on {device}"
-
-
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct memory behind the tensors, however many share it."""
     storages = {(t.untyped_storage().data_ptr(), t.device): t.untyped_storage().nbytes() for t in tensors}
@@ -515,8 +360,3 @@ def cache_bytes(cache: Cache) -> int:
         return cache.nbytes
     filled = (layer for layer in cache.layers if getattr(layer, "is_initialized", False))
     return storage_bytes(tensor for layer in filled for tensor in (layer.keys, layer.values))
-
-
-def _length(query_length) -> int:
-    """Transformers before 5.4 gives the positions of the new tokens instead of their number."""
-    return query_length if isinstance(query_length, int) else query_length.shape[0]

@@ -100,6 +100,17 @@ def smaller_windows(config: LongCtxConfig) -> Iterator[Overrides]:
 LADDER: tuple[Callable[[LongCtxConfig], Iterator[Overrides]], ...] = (quantised, fewer_heads, smaller_windows)
 
 
+def offloaded(subject: Subject) -> Subject | None:
+    """The subject with its older tokens in host memory; None where its store is another than those of the ladder.
+
+    No rung of the ladder: it is slow, and where the model runs on a CPU it is the same memory.
+    """
+    config, store = subject.config, subject.config.to_dict()["stores"]["retrieval"]["store"]
+    if config.heads.kv_budget is not None or store not in ("full", "quantized"):
+        return None
+    return replace(subject, config=config.override(stores={"retrieval": {"store": "offloaded"}}))
+
+
 def _pinned(config: LongCtxConfig) -> Overrides:
     """Its own share instead of a ``kv_budget``, which would turn memory that a rung saves into more heads."""
     return {} if config.heads.kv_budget is None else {"heads": {"retrieval_fraction": _share(config)}}

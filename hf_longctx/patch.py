@@ -55,6 +55,8 @@ def patch_model(
     """
     hf_config = unwrap(model).base_model.config
     find_family(hf_config.model_type)
+    if config == "auto" and (state := state_of(model)) and hf_config.longctx == state.config.to_dict():
+        config = state.config  # given in this process: it may name paths, which a config that came with a model may not
     settings = resolve(config, hf_config, getattr(hf_config, "_name_or_path", None))
     if sections:
         settings = settings.override(**sections)

@@ -12,11 +12,12 @@ import yaml
 
 from .config import LongCtxConfig
 from .errors import ConfigError, LongCtxError
-from .ladder import RULE, Overrides, Rung, ladder
+from .ladder import RULE, Overrides, Rung, ladder, offloaded
 from .memory import DENSE, PATCHED, RESERVED, MemorySettings, Need, Subject, find, loaded, longest
 from .sizes import parse_bytes, word_of
 
 SMALL_CHUNK = 512  # tokens: what a refusal offers
+SIZES = 11, 8, 12, 10  # columns of a rung's numbers: its line has room in 80
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,11 @@ class Plan:
             f"prompt and answer together, the prompt {read}, the cache as {made} makes it. GB are 10^9 bytes.",
             _row("rung", *(f"{part} {self._unit[0]}" for part in ("weights", "KV", "working", "total"))),
             *(self._line(rung.label, rung.need) for rung in self.rungs),
-            self._line("dense", self.dense) + (": there is no need to patch" if self.dense_fits else ""),
+            self._line("dense", self.dense),
             f"chosen    {changes}",
         ]
+        if self.dense_fits:
+            lines.append("dense     fits: there is no need to patch")
         if not self.reserve:
             total = _said(self.reserved.total)
             lines.append(
@@ -105,8 +108,8 @@ class Plan:
 
     def _line(self, label: str, need: Need) -> str:
         numbers = (f"{part / self._unit[1]:.2f}" for part in (need.weights, need.kv, need.working, need.total))
-        over = need.total - self.settings.memory
-        return _row(label, *numbers) + (f"  {_said(over)} too much" if over > 0 else "  fits")
+        over = (need.total - self.settings.memory) / self._unit[1]
+        return _row(label, *numbers) + (f"  {over:.2f} over" if over > 0 else "  fits")
 
 
 def plan(
@@ -184,14 +187,19 @@ def _refusal(last: Subject, way: str, tried: list[Rung]) -> str:
     changes += [f"a context of at most {tokens} tokens"] if tokens else []
     changes += ["smaller weights (weights: their size when quantised)"]
     changes += [f"fewer than {_rows(s.batch)}"] if s.batch > 1 else []
-    in_chunks = replace(last, settings=replace(s, chunk=SMALL_CHUNK)).need(way, need.tokens).total
-    changes += [f"chunks of {SMALL_CHUNK} tokens: {_said(in_chunks)}"] if in_chunks < need.total else []
-    reserved = last.need(RESERVED, need.tokens).total
-    changes += [f"a cache that never grows (reserve): {_said(reserved)}"] if reserved < need.total else []
-    others = "".join(f", heads.use: {name}" for name in last.config.heads.alternatives)
+    others = {
+        f"chunks of {SMALL_CHUNK} tokens": replace(last, settings=replace(s, chunk=SMALL_CHUNK)).need(way, need.tokens),
+        "a cache that never grows (reserve)": last.need(RESERVED, need.tokens),
+    }
+    if (slower := offloaded(last)) is not None:
+        others["older tokens outside of this memory, much slower (store: offloaded)"] = slower.need(way, need.tokens)
+    for change, other in others.items():
+        fits = " (fits)" if other.total <= s.memory else ""
+        changes += [f"{change}: {_said(other.total)}{fits}"] if other.total < need.total else []
+    named = "".join(f", heads.use: {name}" for name in last.config.heads.alternatives)
     scored = last.config.heads.active.scores is not None
     changes += ["a smaller heads.retrieval_fraction in a YAML of yours, after hf-longctx eval"] if scored else []
-    changes += [] if scored else [f"a head map with scores (hf-longctx identify{others})"]
+    changes += [] if scored else [f"a head map with scores (hf-longctx identify{named})"]
     short = f" (the weights alone take {_said(need.weights)})" if not tokens else ""
     return (
         f"{need.tokens} tokens of {last.name} do not fit into {_said(s.memory)}; rungs tried: {len(tried)}. The "
@@ -202,7 +210,7 @@ def _refusal(last: Subject, way: str, tried: list[Rung]) -> str:
 
 
 def _row(label: str, *numbers: str) -> str:
-    return f"  {label:<34}" + "".join(f"{number:>12}" for number in numbers)
+    return f"  {label:<25}" + "".join(f"{number:>{size}}" for number, size in zip(numbers, SIZES, strict=True))
 
 
 def _flow(plain: Mapping[str, Any]) -> str:

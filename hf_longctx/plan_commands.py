@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as to_json
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,8 @@ from .environment import environment
 from .identify_commands import check_output
 from .registry import check_word
 from .sizes import DTYPES, parse_bytes
+
+INDENT = " " * 10  # of what continues a line of a plan
 
 Context = Annotated[int, typer.Option(help="Tokens of the prompt and the answer together, in each row.", min=1)]
 Reserve = Annotated[
@@ -54,7 +57,10 @@ def command(
         reserve=reserve,
     )
     to = console()
-    to.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    for line in str(found).splitlines():
+        if not line.startswith(" "):  # not a line of the table
+            line = textwrap.fill(line, to.width, subsequent_indent=INDENT, break_on_hyphens=False)
+        to.print(line, markup=False, highlight=False, soft_wrap=True)
     if out is not None:
         found.config.to_yaml(out)
         to.print(f'written   {out}: patch_model(model, "{out}")', markup=False, highlight=False, soft_wrap=True)

@@ -227,6 +227,9 @@ def _convert_union(value: object, args: tuple, where: str, metadata: Mapping[str
     sections = [hint for hint in hints if dataclasses.is_dataclass(hint)]
     plain = [hint for hint in hints if hint not in sections]
     chosen = sections if sections and (isinstance(value, Mapping) or not plain) else plain
+    if sections and chosen is plain:
+        keys = " and ".join(field.name for field in dataclasses.fields(sections[0]))
+        metadata = {**metadata, "or": f"a mapping of {keys}"}
     return convert(value, chosen[0], where, metadata)
 
 
@@ -277,7 +280,8 @@ def _bounds(metadata: Mapping[str, Any]) -> str:
     }
     said = [say(metadata[name]) for name, say in names.items() if name in metadata]
     unit = f" ({metadata['unit']})" if "unit" in metadata else ""
-    return (", " if said else "") + " and ".join(said) + unit
+    instead = f", or {metadata['or']}" if "or" in metadata else ""
+    return (", " if said else "") + " and ".join(said) + unit + instead
 
 
 def _plain(value: Any, metadata: Mapping[str, Any]) -> Any:

@@ -89,6 +89,8 @@ class TensorFile:
         try:
             self._file = safe_open(path, "pt")
             told = dict(self._file.metadata() or {})
+            if not {TENSORS, REST} <= told.keys():
+                raise ValueError("it has no checksums")
             self._sums = {str(name): str(crc) for name, crc in json.loads(told.pop(TENSORS)).items()}
             rest, self.metadata = told.pop(REST), told
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118

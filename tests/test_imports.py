@@ -48,8 +48,9 @@ LAYERS = {
     "tensor_file": {"errors"},
     "fingerprint": {"errors", "config_sections"},
     "cache_file": {"errors", "registry", "rows", "layer_plan", "whole_file", "finite", "tensor_file", "fingerprint"},
-    "cache": {"errors", "kernels", "rows", "stores", "layer_plan", "token_ids", "finite", "cache_file"},
-    "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache"},
+    "cache_layer": {"errors", "kernels", "rows", "stores", "layer_plan", "finite"},
+    "cache": {"errors", "kernels", "rows", "stores", "cache_layer", "token_ids", "cache_file"},
+    "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache_layer"},
     "patch_state": {"errors", "config", "rows", "layer_plan", "cache"},
     "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state"},
     "patch": CONFIG
@@ -95,8 +96,8 @@ LAYERS = {
 }
 # What a method imports only when it is called, to hand on to: no part of the order, and never at the top of a file.
 LATE = {"config": {"plan"}}
-TRANSFORMERS = {"cache", "attention", "hooks", "patch", "loading", "demo", "bench", "identify", "identify_commands"}
-TRANSFORMERS |= {"environment", "memory", "console"}
+TRANSFORMERS = {"cache", "cache_layer", "attention", "hooks", "patch", "loading", "demo", "bench", "identify"}
+TRANSFORMERS |= {"identify_commands", "environment", "memory", "console"}
 COMMANDS = ("cli", "compare_commands", "config_commands", "config_reference", "eval_commands")
 COMMANDS += ("identify_commands", "identify_prefill_commands", "plan_commands")
 NOT_AT_IMPORT = (*COMMANDS, "demo", "bench", "assets", "patches", "plots", "memory", "sizes", "plan", "ladder")

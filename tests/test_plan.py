@@ -84,7 +84,7 @@ def plan(path, config=None, **given):
 
 
 def invoke(*args: object):
-    done = CliRunner().invoke(app, ["plan", *map(str, args)], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(app, ["plan", *map(str, args)], env={"COLUMNS": "110"})
     assert "Traceback" not in done.output
     return done
 
@@ -241,7 +241,7 @@ def test_saved_memory_is_not_turned_into_more_heads(given, stores):
 
 @pytest.mark.parametrize("reserve", [False, True])
 def test_what_cannot_fit_is_refused_with_what_would(given, reserve, stores):
-    stores("full", "sink_recent")
+    stores("full", "sink_recent", "offloaded")
     path, config = given()
     way = RESERVED if reserve else PATCHED
     size = rungs(path, config, way=way, batch=2)[-1].need.total - 1
@@ -263,6 +263,18 @@ def test_what_cannot_fit_is_refused_with_what_would(given, reserve, stores):
     assert len(plan(path, config, memory=size, batch=2, context=tokens, reserve=reserve).rungs) <= 6
 
 
+def test_a_slower_place_is_offered_where_it_helps(given):
+    path, config = given()
+    settings, elsewhere = MemorySettings(1, "fp32", chunk=64), {"retrieval": {"store": "offloaded"}}
+    smallest = rungs(path, config, tokens=2**15)[-1]
+    own = LongCtxConfig.from_yaml(config).override(**smallest.overrides).override(stores=elsewhere)
+    need = replace(find(path, settings, config), config=own).need(PATCHED, 2**15).total
+    assert need < smallest.need.total
+    for size, said in ((need, r"\(store: offloaded\): [\d.]+ MB \(fits\)"), (need - 1, r"offloaded\): [\d.]+ MB;")):
+        with pytest.raises(LongCtxError, match=said):
+            plan(path, config, memory=size, context=2**15)
+
+
 def test_weights_that_do_not_fit_are_said(given):
     path, config = given()
     with pytest.raises(LongCtxError, match=r"with it: none \(the weights alone take 2.00 GB\).*smaller weights"):
@@ -275,7 +287,7 @@ def test_chunks_and_dense_are_offered_where_they_would_help(given):
     tight = MemorySettings(1, "fp32", chunk=512)
     small = find(path, tight, config).need(PATCHED, 4096).total
     assert small < roomy.need.total
-    with pytest.raises(LongCtxError, match="chunks of 512 tokens"):
+    with pytest.raises(LongCtxError, match=r"chunks of 512 tokens: [\d.]+ MB;"):
         plan(path, config, memory=find(path, tight, config).weights + 10**5, chunk=0, context=4096)
     everything = config_for(tiny_model(), "retrieval")
     path, config = given(config=everything)
@@ -291,7 +303,7 @@ def test_dense_that_fits_is_said_and_a_plan_is_given(given):
     path, config = given()
     found = plan(path, config, memory="1GB")
     assert found.dense_fits and found.overrides == {} and found.config == LongCtxConfig.from_yaml(config)
-    assert "fits: there is no need to patch" in str(found) and "chosen    the config as it is" in str(found)
+    assert "dense     fits: there is no need to patch" in str(found) and "chosen    the config as it is" in str(found)
     tight = plan(path, config, memory=found.dense.total - 1)
     assert not tight.dense_fits and "no need to patch" not in str(tight)
 
@@ -388,7 +400,9 @@ def test_the_command_prints_the_plan_and_writes_it(given, tmp_path):
     done = invoke(path, *args, "--memory", memory, "--out", out, "--json", data)
     assert done.exit_code == 0, done.output
     found = plan(path, config, memory=size)
-    assert str(found) in done.output and str(out) in done.output
+    assert " ".join(str(found).split()) in " ".join(done.output.split()) and str(out) in done.output
+    lines = done.output.splitlines()[:-1]  # the last one has a path
+    assert max(map(len, lines)) <= 110 < max(map(len, str(found).splitlines()))
     assert LongCtxConfig.from_yaml(out) == found.config
     told = json.loads(data.read_text())
     assert told.pop("environment")["torch"] == torch.__version__

@@ -8,7 +8,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import hf_longctx.attention
 from hf_longctx import LongCtxCache, LongCtxConfig
-from hf_longctx.cache import LayerKV
+from hf_longctx.cache_layer import LayerKV
 from hf_longctx.kernels import reference
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

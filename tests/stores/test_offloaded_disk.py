@@ -21,7 +21,7 @@ from memory import Allocations
 from paged_cases import full_model, paged_model, paged_stores, pages_of, read
 from torch.utils._python_dispatch import _disable_current_modes
 
-from hf_longctx import CacheError, LongCtxCache, UnsupportedModeError, patch_model
+from hf_longctx import CacheError, ConfigError, LongCtxCache, UnsupportedModeError, patch_model, unpatch_model
 from hf_longctx.kernels.layout import RoleHeads
 from hf_longctx.rows import Rows
 from hf_longctx.stores._page import DiskPage, Folder
@@ -404,8 +404,6 @@ def test_chunked_reading_of_a_long_prompt_equals_the_full_store(tmp_path):
 
 
 def test_the_words_fields_are_checked():
-    from hf_longctx import ConfigError
-
     model = full_model()
     for fields, message in (
         ({"page": 15}, "stores.retrieval.page: got 15, expected a whole number, at least 16"),
@@ -415,6 +413,38 @@ def test_the_words_fields_are_checked():
     ):
         with pytest.raises(ConfigError, match=message):
             patch_model(model, model.config.longctx, stores={"retrieval": {"store": "offloaded_disk", **fields}})
+
+
+def test_auto_keeps_a_folder_given_in_this_process_and_takes_none_that_came_with_the_model(tmp_path):
+    model = model_in(tmp_path)
+    folder = patch_model(model).config.longctx["stores"]["retrieval"]["folder"]
+    assert folder == str(tmp_path)
+    patch_model(model, stores={"streaming": {"recent": 9}})
+    assert model.config.longctx["stores"]["streaming"]["recent"] == 9
+    came = full_model()
+    came.config.longctx = model.config.longctx
+    with pytest.raises(ConfigError, match="may name no path"):
+        patch_model(came)
+    fresh = unpatch_model(full_model())
+    fresh.config.longctx = model.config.longctx
+    with pytest.raises(ConfigError, match="may name no path"):
+        patch_model(fresh)
+
+
+def test_a_saved_cache_is_loaded_into_another_folder_but_not_into_other_pages(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    path, cache = tmp_path / "saved", LongCtxCache(model := model_in(tmp_path / "here"))
+    read(model, cache, torch.arange(3, 83)[None])
+    cache.save(path)
+    pages = {"store": "offloaded_disk", "folder": str(tmp_path / "there"), "resident": 2**29}
+    patch_model(model, model.config.longctx, stores={"retrieval": pages})
+    loaded = LongCtxCache.load(path, model)
+    assert len(files(tmp_path / "there")) == len(files(tmp_path / "here")) > 0
+    assert loaded.nbytes_offloaded == cache.nbytes_offloaded
+    patch_model(model, model.config.longctx, stores={"retrieval": {"page": 32}})
+    with pytest.raises(CacheError, match=r'was made with another config.*"page": 16.*there.*"page": 32'):
+        LongCtxCache.load(path, model)
 
 
 def test_pages_of_a_cache_are_told_apart():
