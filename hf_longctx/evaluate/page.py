@@ -100,7 +100,7 @@ def told(summary: Summary, headers: Sequence[Record]) -> list[str]:
         "Same next token and KL(dense || variant): along dense's answers. KV MB: bytes really held once the context is "
         "read. Prefill: until the first token; both times are medians over the prompts.",
         f"hf_longctx {on['hf_longctx']}, torch {on['torch']}, transformers {on['transformers']}, Python "
-        f"{on['python']}, on {on.get('gpu', on['cpu'])}, {on['threads']} threads of {on['cores']} cores.",
+        f"{on['python']}, on {on.get('gpu', on['cpu'])}, threads: {on['threads']}, cores: {on['cores']}.",
     ]
     for name, count in first["retrieval_heads"].items():
         kernels = ", ".join(summary.kernels.get(name, ()))
