@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,8 +27,10 @@ class OffloadedDisk(Paged):
             temporary files.
     """
 
-    resident: int = field(default=2**30, metadata={"min": 1, "unit": "bytes", "machine": True})
-    folder: str | None = field(default=None, metadata={"path": True, "machine": True})
+    places: ClassVar[tuple[str, ...]] = ("resident", "folder")
+
+    resident: int = field(default=2**30, metadata={"min": 1, "unit": "bytes"})
+    folder: str | None = field(default=None, metadata={"path": True})
 
     def new(self, heads: RoleHeads, max_tokens: int | None) -> OffloadedDiskStore:
         return OffloadedDiskStore(self, heads, max_tokens, Folder(self.folder))
