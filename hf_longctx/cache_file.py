@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,15 +86,8 @@ def _fill(cache: Any, told: Mapping[str, Any], file: TensorFile, base: nn.Module
 
 
 def describe(plan: LayerPlan) -> dict[str, Any]:
-    """What a layer keeps, as plain data: roles and stores; kernel and prefill patterns have no part in it.
-
-    Nor have fields of a store that are of the machine (metadata ``machine``): how much it may hold, and where.
-    """
-    stores = {}
-    for heads in plan.heads:
-        spec = plan.stores[heads.role]
-        machine = {field.name for field in fields(spec) if field.metadata.get("machine")}
-        stores[heads.role] = {key: value for key, value in dump(spec, "store").items() if key not in machine}
+    """What a layer keeps, as plain data: roles and stores; kernel and prefill patterns have no part in it."""
+    stores = {heads.role: dump(plan.stores[heads.role], "store") for heads in plan.heads}
     return json.loads(json.dumps({"roles": plan.roles, "own window": plan.sliding, "stores": stores}))
 
 

@@ -26,8 +26,8 @@ class OffloadedDisk(Paged):
             temporary files.
     """
 
-    resident: int = field(default=2**30, metadata={"min": 1, "unit": "bytes", "machine": True})
-    folder: str | None = field(default=None, metadata={"path": True, "machine": True})
+    resident: int = field(default=2**30, metadata={"min": 1, "unit": "bytes"})
+    folder: str | None = field(default=None, metadata={"path": True})
 
     def new(self, heads: RoleHeads, max_tokens: int | None) -> OffloadedDiskStore:
         return OffloadedDiskStore(self, heads, max_tokens, Folder(self.folder))
