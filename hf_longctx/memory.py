@@ -31,7 +31,7 @@ from .errors import ConfigError
 from .family import find_family
 from .layer_plan import LayerPlan
 from .patch import attention_modules, make_plan, patch_model, state_of, unwrap
-from .registry import check_word
+from .registry import check_word, wrong
 from .sizes import DTYPES, dtype_of
 
 MOST = 1 << 40  # tokens: what fits more than this has no limit
@@ -60,11 +60,10 @@ class MemorySettings:
 
     def __post_init__(self) -> None:
         check_word(self.dtype, DTYPES, "dtype")
-        if self.memory < 1 or self.batch < 1 or self.chunk < 0 or (self.weights or 0) < 0:
-            raise ConfigError(
-                "memory and batch must be at least 1, chunk and weights not negative, given "
-                f"{self.memory}, {self.batch}, {self.chunk} and {self.weights}."
-            )
+        for name, least in (("memory", 1), ("batch", 1), ("chunk", 0), ("weights", 0)):
+            number = getattr(self, name)
+            if (type(number) is not int or number < least) and not (name == "weights" and number is None):
+                raise wrong(name, number, f"a whole number, at least {least}")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -219,9 +218,7 @@ def find(name: str, settings: MemorySettings, config: str | None = None) -> Subj
     if name.lower().endswith((".yaml", ".yml")):
         named = LongCtxConfig.from_yaml(name)
     if named is not None and config is not None:
-        raise ConfigError(
-            f"--config: {name} is a config itself. Name a model's folder or hub id, or leave --config out."
-        )
+        raise ConfigError(f"config: {name} is a config itself. Name a model's folder or hub id, or leave config out.")
     if named is None:
         dense = _read(name)
         find_family(dense.model_type)

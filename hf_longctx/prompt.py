@@ -14,6 +14,8 @@ from .tasks.answer import input_device
 
 Text = str | Sequence[int] | Tensor  # words, or token ids
 
+FORMS = "Give one text, or the ids of one text; ask() takes a list of them."
+
 # Arguments of generate() that a prompt sets itself, or that would make its result another thing.
 OWN = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache")
 OWN += ("cache_implementation", "prefill_chunk_size", "return_dict_in_generate")
@@ -206,11 +208,14 @@ def as_ids(ids: Sequence[int] | Tensor) -> Tensor:
     Raises:
         ConfigError: they are no whole numbers, or several rows.
     """
-    given = torch.as_tensor(ids)
+    try:
+        given = torch.as_tensor(ids)
+    except (ValueError, TypeError, RuntimeError):
+        raise ConfigError(f"token ids: got a {type(ids).__name__} of something else. {FORMS}") from None
     if given.dim() == 2 and given.shape[0] == 1:
         given = given[0]
     if given.dim() != 1 or (given.numel() and (given.is_floating_point() or given.dtype == torch.bool)):
         raise ConfigError(
-            f"token ids: got a {given.dtype} of shape {tuple(given.shape)}, expected whole numbers of one row."
+            f"token ids: got a {given.dtype} of shape {tuple(given.shape)}, expected whole numbers of one row. {FORMS}"
         )
     return given.to("cpu", torch.int64, copy=True)

@@ -10,8 +10,8 @@ import random
 
 import pytest
 import torch
+from device_reads import CountReads
 from tiny import config_for, left_padded, tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_longctx import CacheError, LongCtxCache, patch_model
 from hf_longctx.kernels import cpu
@@ -147,16 +147,6 @@ def test_many_decoded_tokens_copy_the_cache_seldom():
         read(model, cache, torch.randint(3, 97, (1, 1)))
         buffers.append(cache.layers[0].stores[0].segments["kept"].k.data_ptr())
     assert sum(a != b for a, b in zip(buffers[:-1], buffers[1:], strict=True)) == 2
-
-
-class CountReads(TorchDispatchMode):
-    """Counts reads of single numbers from the device."""
-
-    reads = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.reads += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 def test_max_tokens_never_allocates_the_cache_again():

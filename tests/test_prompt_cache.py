@@ -372,6 +372,11 @@ def test_refusals():
     for given, match in (("w5", "no tokenizer"), ([], "nothing"), ([0.5], "whole numbers"), ([[5], [6]], "one row")):
         with pytest.raises(ConfigError, match=match):
             prompts.prefill(given)
+    for given in (["w5", "w6"], None):
+        with pytest.raises(
+            ConfigError, match=f"token ids: got a {type(given).__name__} of something else. Give one text"
+        ):
+            prompts.prefill(given)
     for name in ("attention_mask", "past_key_values", "use_cache", "return_dict_in_generate", "prefill_chunk_size"):
         with pytest.raises(ConfigError, match=f"{name}: a prompt sets this itself"):
             handle.generate([5], **{name: True})

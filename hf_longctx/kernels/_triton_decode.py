@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _triton_quantized
 from ._quantized import Packed
-from ._triton_tiles import LOG2E, load_tile, scores_of, settings, softmax_step, units
+from ._triton_tiles import LOG2E, load_tile, scores_of, settings, softmax_step, store_part, units
 from .layout import Segment
 
 KEYS = 64  # keys of a tile
@@ -79,13 +79,7 @@ def _item(
             scores += tl.load(places, mask=valid, other=0.0).to(tl.float32)[None, :] * LOG2E
         scores = tl.where(valid[None, :], scores, float("-inf"))
         top, total, acc = softmax_step(top, total, acc, scores, values)
-    sees = total > 0
-    acc = acc / tl.where(sees, total, 1.0)[:, None]
-    member, cols = tl.arange(0, GROUP_ROWS), tl.arange(0, COLS)
-    mask = (member < GROUP)[:, None] & (cols < DIM)[None, :]
-    tl.store(part_out + member[:, None] * DIM + cols[None, :], acc, mask=mask)
-    lse = tl.where(sees, top + tl.log2(tl.where(sees, total, 1.0)), float("-inf"))
-    tl.store(part_lse + member, lse, mask=member < GROUP)
+    store_part(part_out, part_lse, top, total, acc, GROUP, GROUP_ROWS, DIM, COLS)
 
 
 @triton.jit(do_not_specialize=["chunk"])

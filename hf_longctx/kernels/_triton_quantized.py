@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._quantized import Packed
-from ._triton_tiles import LOG2E, load_tile, scores_of, softmax_step
+from ._triton_tiles import LOG2E, load_tile, scores_of, softmax_step, store_part
 
 KEYS = 64  # keys of a tile, at most
 
@@ -83,13 +83,7 @@ def _item(
         values = _unpacked(v + far * v_strides[2], slots, v_strides[2], valid, DIM, COLS, BITS)
         values = (least[:, None] + values * step[:, None]).to(queries.dtype)
         top, total, acc = softmax_step(top, total, acc, scores, values)
-    sees = total > 0
-    acc = acc / tl.where(sees, total, 1.0)[:, None]
-    member = tl.arange(0, GROUP_ROWS)
-    mask = (member < GROUP)[:, None] & (cols < DIM)[None, :]
-    tl.store(part_out + member[:, None] * DIM + cols[None, :], acc, mask=mask)
-    lse = tl.where(sees, top + tl.log2(tl.where(sees, total, 1.0)), float("-inf"))
-    tl.store(part_lse + member, lse, mask=member < GROUP)
+    store_part(part_out, part_lse, top, total, acc, GROUP, GROUP_ROWS, DIM, COLS)
 
 
 @triton.jit(do_not_specialize=["chunk"])

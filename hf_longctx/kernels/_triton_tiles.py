@@ -49,6 +49,28 @@ def softmax_step(top, total, out, scores, values):
 
 
 @triton.jit
+def store_part(
+    part_out,
+    part_lse,
+    top,
+    total,
+    acc,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Write the result of a work item of decoding: normalised out ``[GROUP, DIM]``, and lse ``[GROUP]`` in base 2."""
+    sees = total > 0
+    acc = acc / tl.where(sees, total, 1.0)[:, None]
+    member, cols = tl.arange(0, GROUP_ROWS), tl.arange(0, COLS)
+    mask = (member < GROUP)[:, None] & (cols < DIM)[None, :]
+    tl.store(part_out + member[:, None] * DIM + cols[None, :], acc, mask=mask)
+    lse = tl.where(sees, top + tl.log2(tl.where(sees, total, 1.0)), float("-inf"))
+    tl.store(part_lse + member, lse, mask=member < GROUP)
+
+
+@triton.jit
 def rank(places, count, x, steps):
     """How many of the ``count`` ascending numbers at ``places`` lie below ``x`` (a number or a vector).
 

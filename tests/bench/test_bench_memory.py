@@ -363,7 +363,7 @@ def test_weights_that_do_not_fit_are_said(folder):
         (("no/such-model", "--memory", "1GB"), "config.json cannot be read"),
         (("hf-longctx/none", "--memory", "1GB"), "no embedded model 'none'"),
         (("tiny-llama", "--memory", "1GB", "--config", "tiny-llama"), "tiny-llama is a config itself"),
-        (("tiny-llama", "--memory", "0GB"), "memory and batch must be at least 1"),
+        (("tiny-llama", "--memory", "0GB"), "memory: got 0, expected a whole number, at least 1"),
         (("tiny-llama", "--memory", "24"), "is no size such as 24GB"),
         (("tiny-llama", "--memory", "24QB"), "is no size such as 24GB"),
         (("tiny-llama", "--memory", "1GB", "--weights", "x"), "is no size such as 24GB"),

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from device_reads import CountReads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_longctx.kernels import layout, reference
@@ -101,16 +102,6 @@ def test_density_of_everything_is_one_and_of_a_column_a_share_of_a_block():
     assert one.density == (3 + 2 / 4) / 6
 
 
-class HostReads(TorchDispatchMode):
-    """How often something waits for a number of a tensor."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 def test_counting_what_is_read_waits_for_nothing_and_makes_no_mask():
     """The report asks for it in every layer."""
     many = torch.zeros(2, 4, 40, 40, dtype=torch.bool)
@@ -118,14 +109,14 @@ def test_counting_what_is_read_waits_for_nothing_and_makes_no_mask():
     columns = torch.zeros(2, 4, 160, dtype=torch.bool)
     columns[..., ::9] = True
     made = BlockList.from_mask(many, columns, block=4, first=0, kv_len=160)
-    with HostReads() as host, Largest() as largest:
+    with CountReads() as host, Largest() as largest:
         reads = made.reads
-    assert host.count == 0
+    assert host.reads == 0
     assert largest.entries <= max(made.indices.numel(), 2 * 4 * 41) < many.numel()
-    with HostReads() as host, Largest() as largest:
+    with CountReads() as host, Largest() as largest:
         assert made.density == reads.item() / made.causal
         made.block_mask()
-    assert host.count == 2 and largest.entries >= many.numel(), "a control"
+    assert host.reads == 2 and largest.entries >= many.numel(), "a control"
 
 
 @pytest.mark.parametrize(("first", "kv_len", "block"), SIZES)

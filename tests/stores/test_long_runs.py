@@ -53,7 +53,8 @@ def test_a_long_run_keeps_its_bytes_its_work_and_its_answer(case):
         out = read(model, cache, token)
         if at % 997 == 0:
             held = storage_bytes(store.tensors())
-            assert n * spec.kept_bytes(at + 1, 8, 4) <= held <= n * spec.head_bytes(at + 1, 8, 4)
+            pages = spec.host_bytes(at + 1, 8, 4)
+            assert n * spec.kept_bytes(at + 1, 8, 4) <= held - n * pages <= n * spec.head_bytes(at + 1, 8, 4)
             bytes_seen.append(held)
     assert cache.seen == PROMPT + TOKENS
     if role_of(case) == "streaming" and spec.kept(10**6) == spec.kept(10**7):

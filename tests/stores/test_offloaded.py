@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from device_reads import CountReads
 from paged_cases import WORDS, full_model, paged_config, paged_model, paged_stores, pages_of, read
 from tiny import left_padded, tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hf_longctx import LongCtxCache, patch_model, report
 from hf_longctx.kernels.layout import HeadKV
@@ -337,16 +338,6 @@ def test_a_short_prompt_has_no_page_and_no_note():
     read(model, cache, torch.randint(3, 97, (1, 1)))
     assert [len(pages) for pages in pages_of(cache)] == [1, 1]
     assert "streamed" in str(report(model))
-
-
-class CountReads(TorchDispatchMode):
-    """Counts reads of single numbers from the device."""
-
-    reads = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.reads += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("word", WORDS)

@@ -431,21 +431,5 @@ def test_auto_keeps_a_folder_given_in_this_process_and_takes_none_that_came_with
         patch_model(fresh)
 
 
-def test_a_saved_cache_is_loaded_into_another_folder_but_not_into_other_pages(tmp_path):
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir()
-    path, cache = tmp_path / "saved", LongCtxCache(model := model_in(tmp_path / "here"))
-    read(model, cache, torch.arange(3, 83)[None])
-    cache.save(path)
-    pages = {"store": "offloaded_disk", "folder": str(tmp_path / "there"), "resident": 2**29}
-    patch_model(model, model.config.longctx, stores={"retrieval": pages})
-    loaded = LongCtxCache.load(path, model)
-    assert len(files(tmp_path / "there")) == len(files(tmp_path / "here")) > 0
-    assert loaded.nbytes_offloaded == cache.nbytes_offloaded
-    patch_model(model, model.config.longctx, stores={"retrieval": {"page": 32}})
-    with pytest.raises(CacheError, match=r'was made with another config.*"page": 16.*there.*"page": 32'):
-        LongCtxCache.load(path, model)
-
-
 def test_pages_of_a_cache_are_told_apart():
     assert pages_of(LongCtxCache(full_model())) == []

@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from device_reads import CountReads
 from table import Case, pairwise
 from tiny import Shadow, config_for, left_padded, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -494,13 +495,6 @@ def test_a_training_step_has_the_same_gradients_with_a_cache_and_without():
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_device_reads_of_a_decode_step_do_not_grow_with_the_layers(padded):
-    class CountReads(TorchDispatchMode):
-        reads = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.reads += func is torch.ops.aten._local_scalar_dense.default
-            return func(*args, **(kwargs or {}))
-
     counts = []
     for layers in (2, 6):
         model = patched_tiny(layers=layers)
