@@ -7,7 +7,6 @@ cache of the same number of seen tokens.
 
 from __future__ import annotations
 
-import copy
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -57,6 +56,14 @@ class LongCtxCache(Cache):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "rows": None, "model": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if any(tensor.is_inference() for layer in self.layers for tensor in layer.tensors()):
+            for layer in self.layers:  # copied or unpickled in inference mode, to be continued outside of it
+                for store in layer.stores:
+                    store.map_rows(torch.clone)
+            self.token_ids.map_rows(torch.clone)
 
     @property
     def max_cache_len(self) -> int:
@@ -243,8 +250,8 @@ class LongCtxCache(Cache):
             CacheError: an earlier forward was interrupted.
         """
         self.check()
-        other = copy.copy(self)
-        other.layers, other.rows = [layer.fork() for layer in self.layers], None
+        other = type(self).__new__(type(self))
+        other.__dict__ |= vars(self) | {"layers": [layer.fork() for layer in self.layers], "rows": None}
         other.token_ids, other.model = self.token_ids.fork(), self.model
         return other
 
@@ -320,26 +327,30 @@ class LongCtxCache(Cache):
         """Nothing to turn on: streaming heads always remember what a bounded rollback needs."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row ``i`` becomes what row ``beam_idx[i]`` was."""
+        """Row ``i`` becomes what row ``beam_idx[i]`` was; CacheError for a half-written cache."""
         self._map_rows(beam_idx, lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times, next to each other."""
+        """Repeat every row ``repeats`` times, next to each other; CacheError for a half-written cache."""
         rows = torch.arange(self.batch_size).repeat_interleave(repeats)
         self._map_rows(rows, lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``."""
+        """Keep the rows ``indices``; CacheError for a half-written cache."""
         self._map_rows(torch.arange(self.batch_size)[indices.cpu()], lambda tensor: tensor[indices.to(tensor.device)])
 
     def _map_rows(self, picked: Tensor, change: Callable[[Tensor], Tensor]) -> None:
         if self.batch_size == -1:
             return
+        self._refuse_half_written()
         if self.starts is not None or self.ends is not None:
             rows = picked.tolist()
             self.starts = self.starts and tuple(self.starts[row] for row in rows)
             self.ends = self.ends and tuple(self.ends[row] for row in rows)
-        for layer in self.layers:
+        filled = [layer for layer in self.layers if layer.is_initialized]
+        for layer in filled:
+            layer.whole = False  # also where this is interrupted between two layers
+        for layer in filled:
             layer.map_rows(change, picked.numel())
         self.token_ids.map_rows(change)
         self.rows = None

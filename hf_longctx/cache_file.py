@@ -86,8 +86,11 @@ def _fill(cache: Any, told: Mapping[str, Any], file: TensorFile, base: nn.Module
 
 
 def describe(plan: LayerPlan) -> dict[str, Any]:
-    """What a layer keeps, as plain data: roles and stores; kernel and prefill patterns have no part in it."""
+    """What a layer keeps, as plain data: roles and stores; kernel, prefill patterns and places have no part in it."""
     stores = {heads.role: dump(plan.stores[heads.role], "store") for heads in plan.heads}
+    for heads in plan.heads:
+        for name in plan.stores[heads.role].places:
+            stores[heads.role].pop(name, None)
     return json.loads(json.dumps({"roles": plan.roles, "own window": plan.sliding, "stores": stores}))
 
 

@@ -18,7 +18,7 @@ from .layer_plan import LayerPlan
 from .rows import Rows
 from .stores.base import Store
 
-SAVED = ("seen", "batch", "head_dim", "dense_bytes_per_token")  # numbers of a layer that its file has
+SAVED = ("seen", "batch", "head_dim", "dense_bytes_per_token", "autocast")  # of a layer, in its file
 
 
 @dataclass
@@ -124,11 +124,10 @@ class LongCtxLayer(CacheLayerMixin):
             self.seen, self.whole = target, True
 
     def map_rows(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
-        if self.is_initialized:
-            self.whole = False
-            for store in self.stores:
-                store.map_rows(change)
-            self.batch, self.whole = batch, True
+        self.whole = False
+        for store in self.stores:
+            store.map_rows(change)
+        self.batch, self.whole = batch, True
 
     def fork(self) -> LongCtxLayer:
         other = copy.copy(self)

@@ -137,6 +137,10 @@ class Packed(Streamed):
     def copy(self) -> Packed:
         return replace(self) if self.shared else self._with(x.clone() for x in self.tensors())
 
+    def __getstate__(self) -> dict:
+        """Of copies and pickles. A pickle has all the memory behind a tensor: after a fork, that of several pieces."""
+        return {**self.__dict__, "ints": None, "notes": None} | {name: _alone(getattr(self, name)) for name in TENSORS}
+
     def blanked(self, held: list[tuple[slice, int]]) -> Packed:
         """Without the slots that no row fills; those that one row does not are zeros. ``held`` are (rows, slots)."""
         most = max(count for _, count in held)
@@ -200,6 +204,15 @@ class Packed(Streamed):
 
     def _set(self, tensors) -> None:
         self.k, self.k_scale, self.v, self.v_scale = tensors
+
+
+def _alone(x: Tensor) -> Tensor:
+    """x, or a copy of it where others have a part of its memory; rows that share theirs go on sharing it."""
+    one = x[:1] if x.stride(0) == 0 else x
+    if one.untyped_storage().nbytes() == one.nbytes:
+        return x
+    with torch.inference_mode(False):  # as in `Packed.empty`
+        return one.clone(memory_format=torch.contiguous_format).expand(x.shape)
 
 
 class _Room:

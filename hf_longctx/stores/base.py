@@ -35,9 +35,14 @@ class Call(Protocol):
 
 
 class StoreSpec(ABC):
-    """What a YAML word of ``stores/`` defines."""
+    """What a YAML word of ``stores/`` defines.
+
+    Attributes:
+        places: names of the fields that say where it keeps things, not what: a saved cache may be loaded with others.
+    """
 
     roles: tuple[str, ...]
+    places: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def new(self, heads: RoleHeads, max_tokens: int | None) -> Store:
@@ -204,12 +209,17 @@ class Store(ABC):
             return Segment(k.new_empty(batch, n, capacity, k.shape[3]), v.new_empty(batch, n, capacity, v.shape[3]), 0)
 
     def grow(self, name: str, k: Tensor, v: Tensor, needed: int, limit: int | None = None) -> Segment:
-        """The segment ``name`` with room for ``needed`` slots, at most ``limit``, and never for many more."""
+        """The segment ``name`` with room for ``needed`` slots, at most ``limit``, and never for many more.
+
+        It stays in the dtype it was made in: what is kept is not rounded where autocast was switched on since.
+        """
         segment = self.segments.get(name)
         capacity = room(needed, self.max_tokens, limit)
         if segment is not None and needed <= segment.k.shape[2] <= capacity:
             return segment
-        grown = self.new_segment(k, v, capacity)
+        grown = (
+            self.new_segment(k, v, capacity) if segment is None else self.new_segment(segment.k, segment.v, capacity)
+        )
         if segment is not None:
             grown.length = segment.length
             grown.k[:, :, : segment.length] = segment.k[:, :, : segment.length]

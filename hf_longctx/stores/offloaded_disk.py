@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,8 @@ class OffloadedDisk(Paged):
         folder: where a sub-folder is made for each layer of a cache, which goes with it; none: the system's folder for
             temporary files.
     """
+
+    places: ClassVar[tuple[str, ...]] = ("resident", "folder")
 
     resident: int = field(default=2**30, metadata={"min": 1, "unit": "bytes"})
     folder: str | None = field(default=None, metadata={"path": True})

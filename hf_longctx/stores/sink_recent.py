@@ -84,6 +84,8 @@ class SinkRecentStore(Store):
         return self.spec.sink + self.spec.recent
 
     def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
+        if (kept := self.segments.get("kept")) is not None:  # filled in another dtype (autocast), it stays in that
+            k, v = k.to(kept.dtype), v.to(kept.dtype)
         kept = self.grow("kept", k, v, min(rows.total, self.window), self.window)
         if rows.total > self.window or (self.max_tokens or 0) > self.window:
             self.grow("history", k, v, SPARE, SPARE).length = SPARE  # a ring: every slot may be filled
