@@ -18,7 +18,7 @@ from .layer_plan import LayerPlan
 from .rows import Rows
 from .stores.base import Store
 
-SAVED = ("seen", "batch", "head_dim", "dense_bytes_per_token", "autocast")  # numbers of a layer that its file has
+SAVED = ("seen", "batch", "head_dim", "dense_bytes_per_token", "autocast")  # of a layer, in its file
 
 
 @dataclass
