@@ -478,16 +478,28 @@ class LongCtxCache(Cache):
         """Nothing to turn on: streaming heads always remember what a bounded rollback needs."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row ``i`` becomes what row ``beam_idx[i]`` was."""
+        """Row ``i`` becomes what row ``beam_idx[i]`` was.
+
+        Raises:
+            CacheError: the cache is half written: an earlier forward was interrupted.
+        """
         self._map_rows(beam_idx, lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times, next to each other."""
+        """Repeat every row ``repeats`` times, next to each other.
+
+        Raises:
+            CacheError: the cache is half written: an earlier forward was interrupted.
+        """
         rows = torch.arange(self.batch_size).repeat_interleave(repeats)
         self._map_rows(rows, lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``."""
+        """Keep the rows ``indices``.
+
+        Raises:
+            CacheError: the cache is half written: an earlier forward was interrupted.
+        """
         self._map_rows(torch.arange(self.batch_size)[indices.cpu()], lambda tensor: tensor[indices.to(tensor.device)])
 
     def _map_rows(self, picked: Tensor, change: Callable[[Tensor], Tensor]) -> None:
