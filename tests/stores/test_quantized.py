@@ -304,7 +304,8 @@ def test_what_was_filled_in_inference_mode_or_another_dtype_goes_on():
     for count in (1, 300, 1):
         run.check(count)
     for count in (300, 1, 300):
-        kept = run.cache.update(*torch.randn(2, 1, KV_HEADS, count, DIM), 0)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            kept = run.cache.update(*torch.randn(2, 1, KV_HEADS, count, DIM), 0)[0]
         q = torch.randn(1, KV_HEADS * GROUP, count, DIM)
         assert {one.dtype for part in kept.heads for one in part.segments} == {torch.float64}
         assert LayerCall(run.plan, kept.rows, SCALE).kept(q, kept.heads).dtype == torch.float32
