@@ -59,6 +59,9 @@ def save(cache: Any, path: str | os.PathLike, ids: Tensor | None, model: nn.Modu
 
 def load(path: str | os.PathLike, model: nn.Module, make: type[AnyCache]) -> AnyCache:
     """See ``LongCtxCache.load``; ``make`` is that class."""
+    if not isinstance(model, nn.Module):
+        given = type(model).__name__
+        raise CacheError(f"model: got {given}, expected a patched model: LongCtxCache.load(path, model).")
     base, file = make(model).model(), TensorFile(Path(path), partial(_check_finite, str(path)))
     told = _told(file)
     try:

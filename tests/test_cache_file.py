@@ -673,3 +673,9 @@ def test_is_finite(dtype):
         spoilt[2, 69] = wrong
         assert not finite.is_finite(spoilt)
         assert finite.is_finite(spoilt[:2]) and not finite.is_finite(spoilt.t())
+
+
+def test_path_and_model_in_the_wrong_order(tmp_path):
+    model = patched_tiny()
+    with pytest.raises(CacheError, match=r"model: got .*Path.*LongCtxCache.load\(path, model\)"):
+        LongCtxCache.load(model, tmp_path / "cache.safetensors")
