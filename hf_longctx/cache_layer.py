@@ -180,6 +180,8 @@ class LongCtxLayer(CacheLayerMixin):
             told, n = stores[store.heads.role], len(store.heads.kv_heads)
             where = f"{prefix}{store.heads.role}."
             saved = SavedStore(told, tensors, where, rows, n, head_dim, dtype, staggered)
+            if staggered and not store.staggers:
+                saved.refuse("the cache is staggered, which this store cannot be")
             store.check(saved)
             saved.close()
 

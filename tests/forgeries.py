@@ -40,7 +40,7 @@ class Forger:
         for place in places({key: self.told[key] for key in ("max_tokens", "cache", "kept")}):
             for value in others(at(self.told, place)):
                 yield (
-                    f"{place} = {value!r}"[:90],
+                    f"{place} = {repr(value)[:40]}",
                     lambda tensors, told, place=place, value=value: put(told, place, value),
                 )
         for name, tensor in self.tensors.items():
