@@ -51,10 +51,11 @@ LAYERS = {
     "cache_layer": {"errors", "kernels", "rows", "stores", "layer_plan", "finite"},
     "cache": {"errors", "kernels", "rows", "stores", "cache_layer", "token_ids", "cache_file"},
     "seam": {"errors"},
+    "rotary": {"errors", "rows"},
     "contract": {"errors", "cache_layer", "seam"},
     "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache_layer", "seam"},
     "patch_state": {"errors", "config", "rows", "layer_plan", "cache"},
-    "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam"},
+    "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam", "rotary"},
     "patch": CONFIG
     | {"config_find", "family", "rows", "kernels", "stores", "prefill", "layer_plan", "cache", "attention"}
     | {"patch_state", "hooks", "contract"},
