@@ -19,6 +19,7 @@ from .config_sections import (
     ModelSection,
     PrefillSection,
     StoresSection,
+    check_counts,
     check_rows,
     model_facts,
 )
@@ -86,6 +87,7 @@ class LongCtxConfig:
         """
         if "extends" in check_mapping(data, "config"):
             raise ConfigError("extends: works in config files only; load_shipped(NAME).override(...) does the same.")
+        check_counts(data)
         return make(cls, data)
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.text import Text
 from .config import LongCtxConfig, load_shipped
 from .config_files import shipped
 from .console import console
+from .registry import spec_word
 
 app = typer.Typer(help="The shipped configs, one per checkpoint: a list without a command, or one of them.")
 
@@ -155,7 +156,7 @@ def _budgets(table: Any) -> str:
     for index, count in counts.most_common():
         spec = table.budgets[index]
         fields = ", ".join(f"{key} {value}" for key, value in vars(spec).items())
-        lines.append(f"  {count:>5} query heads: {type(spec).__module__.rpartition('.')[2]}  {fields}".rstrip())
+        lines.append(f"  {count:>5} query heads: {spec_word(spec)}  {fields}".rstrip())
     return "\n".join(lines)
 
 

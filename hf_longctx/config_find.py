@@ -35,7 +35,7 @@ def resolve(
         ConfigError: no such config, a wrong one, or one made for another model.
     """
     if isinstance(config, LongCtxConfig):
-        found = config
+        found = LongCtxConfig.from_dict(config.to_dict())  # dataclasses.replace checks no bounds
     elif isinstance(config, Mapping):
         found = LongCtxConfig.from_dict(config)
     elif isinstance(config, os.PathLike) or (isinstance(config, str) and config.lower().endswith((".yaml", ".yml"))):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any
 
 from . import head_map
+from .bounds import COUNT, FREE, MOST, MOST_HEADS, MOST_LAYERS, SCORE, SHARE, TOKENS, TOKENS_OR_NONE
 from .errors import ConfigError
-from .registry import check_word, word, wrong
+from .registry import check_word, short, spec_word, word, wrong
 
 DEFAULT_FRACTION = 0.5  # of scores with neither retrieval_fraction nor kv_budget
-MOST = 2**31 - 1
-COUNT = {"min": 1, "max": MOST}
-TOKENS = {"min": 1, "max": 2**40, "unit": "tokens"}
-SHARE = {"min": 0.0, "max": 1.0}
+NUMBERS = {**COUNT, "unit": "numbers"}
+LAYERS = {"min": 1, "max": MOST_LAYERS, "unit": "layers"}
+HEADS = {"min": 1, "max": MOST_HEADS, "unit": "heads"}
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Fingerprint:
         rope_type: how they are scaled, ``default`` for not at all.
     """
 
-    hidden_size: int | None = field(default=None, metadata=COUNT)
-    intermediate_size: int | None = field(default=None, metadata=COUNT)
-    vocab_size: int | None = field(default=None, metadata=COUNT)
-    rope_theta: float | None = field(default=None, metadata={"above": 0.0})
+    hidden_size: int | None = field(default=None, metadata=NUMBERS)
+    intermediate_size: int | None = field(default=None, metadata=NUMBERS)
+    vocab_size: int | None = field(default=None, metadata={**COUNT, "unit": "tokens"})
+    rope_theta: float | None = field(default=None, metadata={"above": 0.0, "max": 1e18})
     rope_type: str | None = None
 
 
@@ -46,16 +47,17 @@ class ModelSection:
         num_attention_heads: query heads of a layer.
         num_key_value_heads: KV heads of a layer.
         head_dim: numbers of a key.
-        ids: names of the checkpoints, as on the hub; ``auto`` finds the config by them.
+        ids: names of the checkpoints, as on the hub; the config is found by them, and they are free of meaning for the
+            run.
         fingerprint: tells checkpoints of equal dimensions apart.
     """
 
     model_type: str
-    num_hidden_layers: int = field(metadata=COUNT)
-    num_attention_heads: int = field(metadata=COUNT)
-    num_key_value_heads: int = field(metadata=COUNT)
-    head_dim: int = field(metadata=COUNT)
-    ids: tuple[str, ...] = ()
+    num_hidden_layers: int = field(metadata=LAYERS)
+    num_attention_heads: int = field(metadata=HEADS)
+    num_key_value_heads: int = field(metadata=HEADS)
+    head_dim: int = field(metadata={**NUMBERS, "max": 65536})
+    ids: tuple[str, ...] = field(default=(), metadata=FREE)
     fingerprint: Fingerprint = Fingerprint()
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class ModelSection:
             mine = getattr(self.fingerprint, f.name)
             if mine is not None:
                 pairs.append((f"fingerprint.{f.name}", mine, theirs["fingerprint"].get(f.name)))
-        return [f"{name} {mine!r} (model: {other!r})" for name, mine, other in pairs if mine != other]
+        return [f"{name} {short(mine)} (model: {short(other)})" for name, mine, other in pairs if mine != other]
 
 
 def model_facts(hf_config: Any) -> dict[str, Any]:
@@ -105,8 +107,8 @@ class Alternative:
         roles: instead of ``scores``, one text per layer, a letter R or S per KV head.
     """
 
-    source: dict = field(default_factory=dict)
-    scores: tuple[tuple[float, ...], ...] | None = None
+    source: dict = field(default_factory=dict, metadata=FREE)
+    scores: tuple[tuple[float, ...], ...] | None = field(default=None, metadata=SCORE)
     roles: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -136,13 +138,15 @@ class HeadsSection(Alternative):
     retrieval_fraction: float | None = field(default=None, metadata=SHARE)
     kv_budget: float | None = field(default=None, metadata={"above": 0.0, "max": 1.0})
     kv_budget_tokens: int = field(default=32768, metadata=TOKENS)
-    dense_layers: tuple[int, ...] = field(default=(), metadata={"min": 0, "max": MOST, "unit": "layer index"})
-    balance: int = field(default=1, metadata=COUNT)
+    dense_layers: tuple[int, ...] = field(
+        default=(), metadata={"min": 0, "max": MOST_LAYERS - 1, "unit": "layer index"}
+    )
+    balance: int = field(default=1, metadata={"min": 1, "max": MOST_HEADS, "unit": "slices"})
     granularity: str = field(default="kv_head", metadata={"choices": ("kv_head", "layer")})
     alternatives: dict[str, Alternative] = field(default_factory=dict)
     use: str | None = None
     confidence: str = field(default="none", metadata={"choices": ("measured", "low", "none")})
-    measured: dict = field(default_factory=dict)
+    measured: dict = field(default_factory=dict, metadata=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -227,8 +231,8 @@ class PrefillTable:
     """
 
     budgets: tuple[Any, ...] = word("prefill", "pattern", "retrieval")
-    map: tuple[tuple[int, ...], ...] = field(metadata={"min": 0, "max": MOST})
-    source: dict = field(default_factory=dict)
+    map: tuple[tuple[int, ...], ...] = field(metadata={"min": 0, "max": MOST, "unit": "index of a budget"})
+    source: dict = field(default_factory=dict, metadata=FREE)
 
     def __post_init__(self) -> None:
         for i, row in enumerate(self.map):
@@ -246,10 +250,10 @@ class PrefillSection:
         retrieval: one pattern for all query heads, or a table with one for each.
         tables: patterns per query head, by name.
         share_groups: one list per KV group, the union of its query heads' lists.
-        streaming: the store's own rule, the only word there is.
+        streaming: the store's own rule; one value is allowed, ``sink_recent``.
     """
 
-    min_tokens: int = field(default=4096, metadata={**TOKENS, "min": 0})
+    min_tokens: int = field(default=4096, metadata=TOKENS_OR_NONE)
     retrieval: Any = word("prefill", "pattern", "retrieval", "dense", instead=TableUse)
     tables: dict[str, PrefillTable] = field(default_factory=dict)
     share_groups: bool = False
@@ -258,6 +262,11 @@ class PrefillSection:
     def __post_init__(self) -> None:
         if isinstance(self.retrieval, TableUse):
             check_word(self.retrieval.table, self.tables, "retrieval.table")
+        if not self.streaming.store_rule:
+            raise ConfigError(
+                f"streaming: got pattern {spec_word(self.streaming)!r}, but streaming heads read a prompt by the rule "
+                "of their store, and nothing applies another pattern to them yet. What works: pattern 'sink_recent'."
+            )
 
     @property
     def table(self) -> PrefillTable | None:
@@ -270,13 +279,47 @@ class DecodeSection:
     """Which kept keys a decoded token reads.
 
     Attributes:
-        retrieval: of the heads that need the whole context.
+        retrieval: of the heads that need the whole context; one value is allowed, ``dense``.
     """
 
     retrieval: Any = word("decode", "select", "retrieval", "dense")
 
+    def __post_init__(self) -> None:
+        if not self.retrieval.reads_all:
+            raise ConfigError(
+                f"retrieval: got select {spec_word(self.retrieval)!r}, but a decoded token reads every cached token, "
+                "and nothing applies another selection yet. What works: select 'dense'."
+            )
 
-def check_rows(rows: tuple, layers: int, width: int, where: str, unit: str) -> None:
+
+def check_counts(data: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a map of plain ``data`` has not the rows and columns of its model section.
+
+    Only counts: no entry is looked at, so that a map of a million entries is refused at once. What is no list, and
+    a model section that says no counts, is left to the conversion of the sections.
+    """
+    model, heads = _part(data, "model"), _part(data, "heads")
+    tables = _part(_part(data, "prefill"), "tables")
+    layers, queries, width = (
+        model.get(key) for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    )
+    if not all(type(count) is int and 0 < count <= MOST_HEADS for count in (layers, queries, width)) or queries % width:
+        return
+    maps = {"heads": heads} | {f"heads.alternatives.{k}": one for k, one in _part(heads, "alternatives").items()}
+    found = [(f"{path}.scores", one, "scores", width, "KV heads") for path, one in maps.items()]
+    found += [(f"prefill.tables.{name}.map", one, "map", queries, "query heads") for name, one in tables.items()]
+    for where, one, key, columns, unit in found:
+        rows = one.get(key) if isinstance(one, Mapping) else None
+        if isinstance(rows, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in rows[: layers + 1]):
+            check_rows(rows, layers, columns, where, unit)
+
+
+def _part(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    part = data.get(key)
+    return part if isinstance(part, Mapping) else {}
+
+
+def check_rows(rows: Sequence, layers: int, width: int, where: str, unit: str) -> None:
     """Raise ConfigError unless ``rows`` is ``[layers][width]``."""
     if len(rows) != layers:
         raise ConfigError(f"{where}: got {len(rows)} rows, expected {layers}, one per layer.")
