@@ -12,6 +12,7 @@ from .bounds import COUNT, FREE, MOST, MOST_HEADS, MOST_LAYERS, SCORE, SHARE, TO
 from .errors import ConfigError
 from .registry import check_word, short, spec_word, word, wrong
 
+UNSCALED, SCALINGS = "default", ("linear", "dynamic", "yarn")  # rope_types
 DEFAULT_FRACTION = 0.5  # of scores with neither retrieval_fraction nor kv_budget
 NUMBERS = {**COUNT, "unit": "numbers"}
 LAYERS = {"min": 1, "max": MOST_LAYERS, "unit": "layers"}
@@ -66,14 +67,24 @@ class ModelSection:
 
     def mismatches(self, hf_config: Any) -> list[str]:
         """What disagrees with a Transformers config, one text per key; empty if it fits."""
-        theirs = model_facts(hf_config)
+        theirs, scaled = model_facts(hf_config), self.rope_note(hf_config) is not None
         pairs = [(f.name, getattr(self, f.name), theirs[f.name]) for f in fields(self) if f.name in theirs]
         pairs = [pair for pair in pairs if pair[0] != "fingerprint"]
         for f in fields(self.fingerprint):
             mine = getattr(self.fingerprint, f.name)
-            if mine is not None:
+            if mine is not None and not (scaled and f.name == "rope_type"):
                 pairs.append((f"fingerprint.{f.name}", mine, theirs["fingerprint"].get(f.name)))
         return [f"{name} {short(mine)} (model: {short(other)})" for name, mine, other in pairs if mine != other]
+
+    def rope_note(self, hf_config: Any) -> str | None:
+        """In words that the model's owner scaled its RoPE since the heads were measured; None where that is not so.
+
+        It is the same checkpoint: Qwen2.5 is to be used with ``yarn`` beyond 32768 tokens.
+        """
+        mine, theirs = self.fingerprint.rope_type, model_facts(hf_config)["fingerprint"].get("rope_type")
+        if mine != UNSCALED or theirs not in SCALINGS:
+            return None
+        return f"rope_type {theirs}: the heads were measured with rope_type {mine}, before the model's RoPE was scaled"
 
 
 def model_facts(hf_config: Any) -> dict[str, Any]:
