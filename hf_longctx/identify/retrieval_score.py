@@ -39,10 +39,10 @@ class RetrievalScore(Method):
 
     shortest: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
     longest: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
-    lengths: int = field(default=5, metadata={"min": 1, "max": 1024})
-    depths: int = field(default=10, metadata={"min": 1, "max": 1024})
-    facts: int = field(default=1, metadata={"min": 1, "max": 1024})
-    samples: int = field(default=1, metadata={"min": 1, "max": 1024})
+    lengths: int = field(default=5, metadata={"min": 1, "max": 1024, "unit": "lengths"})
+    depths: int = field(default=10, metadata={"min": 1, "max": 1024, "unit": "depths"})
+    facts: int = field(default=1, metadata={"min": 1, "max": 1024, "unit": "facts"})
+    samples: int = field(default=1, metadata={"min": 1, "max": 1024, "unit": "documents"})
 
     @torch.no_grad()
     def scores(self, subject: Subject) -> Tensor:
