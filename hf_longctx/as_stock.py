@@ -29,8 +29,11 @@ class StockMask:
     """The mask that sdpa would get, made when an attention module without a plan asks for it.
 
     A patched model and a second one may share one config object, so only the module can tell which of them it is in;
-    a patched one needs no mask.
+    a patched one needs no mask. generate() makes masks ahead of the forward for a static cache: there this one is seen
+    as a mask of 4 dimensions that is ready.
     """
+
+    ndim = 4
 
     def __init__(self, make: Callable[[], Tensor | None]):
         self.make = make
@@ -40,7 +43,7 @@ class StockMask:
         return self.make()
 
     def contiguous(self) -> Tensor | None:
-        """The mask itself: what generate() asks for when it makes masks ahead of the forward, for a static cache."""
+        """The mask itself; generate() before Transformers 5.24 asks for it."""
         return None if self.mask is None else self.mask.contiguous()
 
 

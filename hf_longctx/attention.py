@@ -43,6 +43,8 @@ def longctx_mask(*args, allow_is_causal_skip: bool = True, config=None, **kwargs
     The config of a patched model has ``longctx``; one with our word alone is of another model. What is more than causal
     attention over padded rows is made at once: `attend` refuses it, and a model that is not patched reads it.
     """
+    if isinstance(kwargs.get("attention_mask"), StockMask):
+        return kwargs["attention_mask"]
     make = partial(stock_mask, *args, allow_is_causal_skip=allow_is_causal_skip, config=config, **kwargs)
     only_padding = allow_is_causal_skip and "allow_is_bidirectional_skip" not in kwargs
     return StockMask(make) if only_padding and getattr(config, "longctx", None) is not None else make()
