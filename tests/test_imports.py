@@ -53,7 +53,19 @@ LAYERS = {
     "seam": {"errors"},
     "rotary": {"errors", "rows"},
     "contract": {"errors", "cache_layer", "seam"},
-    "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache_layer", "seam"},
+    "as_stock": {"errors"},
+    "attention": {
+        "errors",
+        "kernels",
+        "rows",
+        "stores",
+        "prefill",
+        "decode",
+        "layer_plan",
+        "cache_layer",
+        "seam",
+        "as_stock",
+    },
     "patch_state": {"errors", "config", "rows", "layer_plan", "cache"},
     "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam", "rotary"},
     "patch": CONFIG
@@ -102,7 +114,7 @@ LAYERS = {
 # What a method imports only when it is called, to hand on to: no part of the order, and never at the top of a file.
 LATE = {"config": {"plan"}}
 TRANSFORMERS = {"cache", "cache_layer", "attention", "hooks", "patch", "loading", "demo", "bench", "identify"}
-TRANSFORMERS |= {"identify_commands", "environment", "memory", "console", "seam", "contract"}
+TRANSFORMERS |= {"as_stock", "identify_commands", "environment", "memory", "console", "seam", "contract"}
 COMMANDS = ("cli", "compare_commands", "config_commands", "config_reference", "eval_commands")
 COMMANDS += ("identify_commands", "identify_prefill_commands", "plan_commands")
 NOT_AT_IMPORT = (*COMMANDS, "demo", "bench", "assets", "patches", "plots", "memory", "sizes", "plan", "ladder")

@@ -36,6 +36,7 @@ TESTS = [
     "tests/test_loading.py",
     "tests/test_prompt_cache.py",
     "tests/test_refusals.py",
+    "tests/test_second_model.py",
     "tests/test_published_configs.py",
     "tests/identify/test_methods.py",
     "tests/prefill/test_patched_prefill.py",
