@@ -22,6 +22,7 @@ from .kernels.layout import HeadKV, RoleHeads, Segment, as_autocast, needs_grad
 from .layer_plan import LayerPlan, PrefillPlan
 from .prefill.base import select
 from .rows import Rows
+from .seam import CACHE
 from .stores.base import StoreSpec
 
 NAME = "longctx"
@@ -272,5 +273,5 @@ class _NoBackward(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         raise UnsupportedModeError(
             "gradients do not flow through the tokens a LongCtxCache kept. For training call the model with the whole "
-            "sequence and use_cache=False, or pass past_key_values=DynamicCache()."
+            f"sequence and use_cache=False, or pass {CACHE}=DynamicCache()."
         )
