@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-
-import torch
+from typing import TYPE_CHECKING
 
 from .errors import ConfigError
 from .registry import check_word
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # word of the command line -> name in torch
 UNITS = {"GB": 10**9, "MB": 10**6, "TB": 10**12, "GiB": 2**30, "MiB": 2**20, "TiB": 2**40}
@@ -15,6 +17,8 @@ UNITS = {"GB": 10**9, "MB": 10**6, "TB": 10**12, "GiB": 2**30, "MiB": 2**20, "Ti
 
 def dtype_of(word: str) -> torch.dtype:
     """The dtype a word of ``DTYPES`` names."""
+    import torch  # here, because the commands take DTYPES from this file, and their --help needs no torch
+
     return getattr(torch, DTYPES[word])
 
 

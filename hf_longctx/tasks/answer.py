@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModeError
 from ..registry import check_word, convert
+from . import MODES
 from .base import Question, Sample
-
-MODES = ("requests", "turns")  # SCBench's multi-request and multi-turn modes
 
 
 @torch.no_grad()
