@@ -100,14 +100,19 @@ def command(
 
 
 def show(console: Console, summary: Summary, out: Path) -> None:
-    """The figures per length, and where the report is."""
+    """What was found in a sentence per variant, the figures per length, and where the report is."""
+    from .evaluate.sentence import sentences
     from .evaluate.summary import LINE, line
 
+    for sentence in sentences(summary):
+        console.print(sentence, markup=False, highlight=False)
     rows = []
     for row in summary.by_length:
         rows += [None] * bool(rows)
         for name in row.cells:
             told = dict(zip(LINE, line(row, name), strict=True))
+            if told["to dense"].endswith("worse"):
+                told["to dense"] = f"[bold]{told['to dense']}[/]"
             rows.append([told[column] for column in SHORT])
     for table in tables("eval: all tasks together", SHORT, rows, console.width, left=("variant",), key=2):
         console.print(table)

@@ -50,15 +50,15 @@ class DuoGates(Method):
     paper = "arXiv:2410.10819"
     saves = True
 
-    steps: int = field(default=2000, metadata={"min": 1, "max": 10**6})
+    steps: int = field(default=2000, metadata={"min": 1, "max": 10**6, "unit": "steps"})
     lr: float = field(default=0.02, metadata={"above": 0.0, "max": 1.0})
     reg_weight: float = field(default=0.05, metadata={"min": 0.0, "max": 1e6})
     length: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
     min_length: int | None = field(default=None, metadata={"min": 16, "max": 2**24, "unit": "tokens"})
-    facts: int | None = field(default=None, metadata={"min": 1, "max": 1024})
-    documents_per_step: int = field(default=1, metadata={"min": 1, "max": 1024})
+    facts: int | None = field(default=None, metadata={"min": 1, "max": 1024, "unit": "facts"})
+    documents_per_step: int = field(default=1, metadata={"min": 1, "max": 1024, "unit": "documents"})
     gradient_checkpointing: bool = True
-    checkpoint_every: int = field(default=50, metadata={"min": 1, "max": 10**6})
+    checkpoint_every: int = field(default=50, metadata={"min": 1, "max": 10**6, "unit": "steps"})
 
     def scores(self, subject: Subject) -> Tensor:
         if torch.is_inference_mode_enabled():

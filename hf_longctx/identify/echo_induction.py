@@ -30,8 +30,8 @@ class EchoInduction(Method):
     reads_documents = False
 
     tokens: int | None = field(default=None, metadata={"min": 8, "max": 2**24, "unit": "tokens"})
-    copies: int = field(default=4, metadata={"min": 2, "max": 1024})
-    induction_per_echo: float = field(default=14.0, metadata={"above": 0.0})
+    copies: int = field(default=4, metadata={"min": 2, "max": 1024, "unit": "copies"})
+    induction_per_echo: float = field(default=14.0, metadata={"above": 0.0, "max": 1e6})
 
     @torch.no_grad()
     def scores(self, subject: Subject) -> Tensor:

@@ -29,8 +29,8 @@ class TwoNeedle(Method):
     paper = "arXiv:2605.16928"
 
     length: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
-    facts: int = field(default=8, metadata={"min": 1, "max": 1024})
-    samples: int = field(default=1, metadata={"min": 1, "max": 1024})
+    facts: int = field(default=8, metadata={"min": 1, "max": 1024, "unit": "facts"})
+    samples: int = field(default=1, metadata={"min": 1, "max": 1024, "unit": "documents"})
 
     @torch.no_grad()
     def scores(self, subject: Subject) -> Tensor:
