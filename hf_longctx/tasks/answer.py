@@ -14,9 +14,8 @@ from ..devices import device_of
 from ..errors import UnsupportedModeError
 from ..registry import check_word, convert
 from ..seam import CACHE, cache_of
+from . import MODES
 from .base import Question, Sample
-
-MODES = ("requests", "turns")  # SCBench's multi-request and multi-turn modes
 
 
 @torch.no_grad()
