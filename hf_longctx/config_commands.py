@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .config import LongCtxConfig, load_shipped
+from .config import LongCtxConfig
 from .config_find import find_config
 from .config_list import ranked, readme_table
 from .console import console
