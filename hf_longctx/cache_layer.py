@@ -22,6 +22,11 @@ from .tensor_file import DTYPES
 
 SAVED = ("seen", "batch", "head_dim", "dense_bytes_per_token", "autocast")  # of a layer, in its file
 
+NOT_OURS = (
+    "a LongCtxCache reached an attention function that is not the patched one: the model is not patched, or was "
+    "unpatched while the cache lived. Patch it again, or start with a new cache."
+)
+
 
 @dataclass
 class LayerKV:
@@ -33,10 +38,7 @@ class LayerKV:
     @property
     def shape(self) -> None:
         """What any other attention function asks a key for first."""
-        raise UnsupportedModeError(
-            "a LongCtxCache reached an attention function that is not the patched one: the model is not patched, or "
-            "was unpatched while the cache lived. Patch it again, or start with a new cache."
-        )
+        raise UnsupportedModeError(NOT_OURS)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None) -> None:

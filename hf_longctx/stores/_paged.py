@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..bounds import TOKENS, TOKENS_OR_NONE
 from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
 from ..saved import SavedStore, short
@@ -27,8 +28,8 @@ class Paged(StoreSpec):
 
     roles = ("retrieval",)
 
-    page: int = field(default=1024, metadata={"min": 16, "max": 2**31 - 1, "unit": "tokens"})
-    recent: int = field(default=4096, metadata={"min": 0, "max": 2**31 - 1, "unit": "tokens"})
+    page: int = field(default=1024, metadata={**TOKENS, "min": 16})
+    recent: int = field(default=4096, metadata=TOKENS_OR_NONE)
 
     def kept(self, tokens: int) -> int:
         return tokens - max(0, tokens - self.recent) // self.page * self.page

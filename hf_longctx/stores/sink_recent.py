@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..bounds import TOKENS, TOKENS_OR_NONE
 from ..errors import CacheError
 from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
@@ -35,8 +36,8 @@ class SinkRecent(StoreSpec):
 
     roles = ("streaming",)
 
-    sink: int = field(default=64, metadata={"min": 0, "unit": "tokens"})
-    recent: int = field(default=256, metadata={"min": 1, "unit": "tokens"})
+    sink: int = field(default=64, metadata=TOKENS_OR_NONE)
+    recent: int = field(default=256, metadata=TOKENS)
 
     def new(self, heads: RoleHeads, max_tokens: int | None) -> SinkRecentStore:
         return SinkRecentStore(self, heads, max_tokens)

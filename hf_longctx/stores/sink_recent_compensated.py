@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..bounds import TOKENS, TOKENS_OR_NONE
 from ..errors import CacheError
 from ..kernels import _compensated
 from ..kernels._compensated import Windows, total
@@ -33,7 +34,7 @@ class Growing:
         fraction: share of the row's tokens so far, the query's own among them.
     """
 
-    min: int = field(default=4000, metadata={"min": 1, "unit": "tokens"})
+    min: int = field(default=4000, metadata=TOKENS)
     fraction: float = field(default=0.2, metadata={"above": 0.0, "max": 0.9})
 
 
@@ -52,8 +53,8 @@ class SinkRecentCompensated(StoreSpec):
 
     roles = ("streaming",)
 
-    sink: int = field(default=64, metadata={"min": 0, "unit": "tokens"})
-    recent: int | Growing = field(default=256, metadata={"min": 1, "unit": "tokens"})
+    sink: int = field(default=64, metadata=TOKENS_OR_NONE)
+    recent: int | Growing = field(default=256, metadata=TOKENS)
 
     def new(self, heads: RoleHeads, max_tokens: int | None) -> SinkRecentCompensatedStore:
         return SinkRecentCompensatedStore(self, heads, max_tokens)
