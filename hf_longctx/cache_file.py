@@ -220,7 +220,7 @@ def _told(file: TensorFile) -> Told:
             "Update it, or read the prompt again and save."
         )
     try:
-        return Told(str(file.path), "the file", tensor_file.plain(metadata["told"]))
+        return Told(str(file.path), "file", tensor_file.plain(metadata["told"]))
     except (KeyError, ValueError) as error:
         raise CacheError(f"{file.path} is no file that cache.save wrote ({error}). Save the cache again.") from None
 

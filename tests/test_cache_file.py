@@ -541,7 +541,7 @@ def test_other_files_are_refused(saved, tmp_path, monkeypatch):
     cache.save(path)
     monkeypatch.undo()
     with pytest.raises(
-        CacheError, match=r"the file.cache: got no keys, expected an object with the keys starts, ends, staggered"
+        CacheError, match=r"file.cache: got no keys, expected an object with the keys starts, ends, staggered"
     ):
         LongCtxCache.load(path, model)
     monkeypatch.setattr(cache_file, "VERSION", 2)
