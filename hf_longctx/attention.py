@@ -7,7 +7,6 @@ answer, by the same visibility rule; plain tensors only save no memory.
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -16,9 +15,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from .as_stock import StockMask, attend_as_stock, stock_mask
+from .as_stock import StockMask, attend_as_stock, longctx_mask
 from .cache_layer import NOT_OURS, LayerKV
-from .errors import UnsupportedModeError
+from .errors import UnsupportedModeError, UnsupportedModelError
 from .kernels import dispatch
 from .kernels.layout import HeadKV, RoleHeads, Segment, as_autocast, needs_grad
 from .layer_plan import LayerPlan, PrefillPlan
@@ -30,24 +29,19 @@ from .stores.base import StoreSpec
 NAME = "longctx"
 ROWS = "longctx_rows"  # keyword argument by which the base model's pre-hook hands Rows to every layer
 
+# Keyword arguments that reach the attention function beside its own. Those that mean nothing here, as they do in
+# Transformers' own functions, or that the base model's pre-hook has read or refused; and those of the modules.
+UNUSED = frozenset(
+    ("cache_position", "is_causal", "num_items_in_batch", "output_attentions", "output_hidden_states")
+    + ("output_router_logits", "position_ids", "return_dict", "token_type_ids", "use_cache")
+)
+KNOWN = UNUSED | {"sliding_window", ROWS}
+
 
 def register() -> None:
     """Make the two functions known to Transformers under the name ``longctx``; patching and unpickling call this."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, longctx_mask)
-
-
-def longctx_mask(*args, allow_is_causal_skip: bool = True, config=None, **kwargs) -> Tensor | StockMask | None:
-    """Mask function: padding reaches the layers of a patched model as ``Rows``, so a mask is made on demand only.
-
-    The config of a patched model has ``longctx``; one with our word alone is of another model. What is more than causal
-    attention over padded rows is made at once: `attend` refuses it, and a model that is not patched reads it.
-    """
-    if isinstance(kwargs.get("attention_mask"), StockMask):
-        return kwargs["attention_mask"]
-    make = partial(stock_mask, *args, allow_is_causal_skip=allow_is_causal_skip, config=config, **kwargs)
-    only_padding = allow_is_causal_skip and "allow_is_bidirectional_skip" not in kwargs
-    return StockMask(make) if only_padding and getattr(config, "longctx", None) is not None else make()
 
 
 def attend(
@@ -63,7 +57,9 @@ def attend(
     """Attention of one layer: ``[B, T, H, D]`` contiguous, and no weights. A model without a patch runs as stock.
 
     Raises:
-        UnsupportedModeError: the module alone was called, or added after patching; a 4D mask or dropout was given.
+        UnsupportedModelError: the module asks for something that is not computed here, such as a softcap.
+        UnsupportedModeError: the module alone was called, or added after patching, a 4D mask or dropout was given, or a
+            layer was run without the cache that the model was given.
     """
     plan: LayerPlan | None = getattr(module, "longctx_plan", None)
     rows: Rows | None = key.rows if isinstance(key, LayerKV) else kwargs.get(ROWS)
@@ -82,6 +78,14 @@ def attend(
         raise UnsupportedModeError(
             f"patched attention was given {asked}: it supports 2D padding masks and attention_dropout=0. Set "
             "config.attention_dropout to 0, or run dense with model.set_attn_implementation('sdpa')."
+        )
+    if not kwargs.keys() <= KNOWN:
+        _refuse_unknown(module, kwargs)
+    if rows.cached and not isinstance(key, LayerKV):
+        raise UnsupportedModeError(
+            f"layer {plan.layer_idx} was run without the LongCtxCache that the model was given, so nothing would be "
+            "kept: something between the model and its layers takes the cache away, as gradient checkpointing does. "
+            "Turn that off around generate(), or pass use_cache=False."
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     call = LayerCall(plan, rows, scale)
@@ -112,6 +116,15 @@ def _check_place(module: nn.Module, plan: LayerPlan | None, rows: Rows | None, k
     raise UnsupportedModeError(
         f"{name} was put into the model after patch_model and has no roles for its heads. Call patch_model once more."
     )
+
+
+def _refuse_unknown(module: nn.Module, given: dict) -> None:
+    asked = sorted(name for name in given.keys() - KNOWN if given[name] is not None)
+    if asked:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks its attention function for {', '.join(asked)}, which patched attention does "
+            "not compute: its answer would be wrong. This model cannot be patched; unpatch_model(model) runs it dense."
+        )
 
 
 class LayerCall:

@@ -5,6 +5,7 @@ All are small picklable objects. Every refusal happens here, before the first la
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from .attention import NAME, ROWS, register
+from .attention import KNOWN, NAME, ROWS, register
 from .cache import LongCtxCache
 from .errors import CacheError, UnsupportedModeError
 from .mask_errors import Known
 from .patch_state import PatchState
+from .rotary import check_rotary
 from .rows import Rows, read_mask
-from .seam import CACHE, rename_cache
+from .seam import CACHE, checkpointing_drops_cache, rename_cache
 
 # base model id -> observer; a context variable, so that threads that share a model do not see each other's.
 observers: ContextVar[Mapping[int, Any]] = ContextVar("hf_longctx_observers", default=MappingProxyType({}))
@@ -59,7 +61,9 @@ class BeforeForward:
         if not isinstance(inputs, Tensor):
             return None  # the model's own error says which inputs it needs
         _refuse_inputs(given)
+        _refuse_unknown(base, given)
         _refuse_modes(given, config, base.training)
+        _refuse_checkpointing(base, given.get(CACHE))
         cache = self._cache(base, given, config)
         if isinstance(cache, LongCtxCache):
             self._check_cache(base, cache)
@@ -69,7 +73,10 @@ class BeforeForward:
             mask, inputs.shape[0], past, inputs.shape[1], ids=ids, known=lambda: Known.by(self.state.patched, config)
         )
         _refuse_packed(given.get("position_ids"), rows)
+        if note := check_rotary(config, rows):
+            self.state.note(note)
         rows.observer = observers.get().get(id(base))
+        rows.cached = isinstance(cache, LongCtxCache)
         if isinstance(cache, LongCtxCache):
             cache.begin(rows, ids)
             if cache.staggered and given.get("position_ids") is None:  # the model would count pads
@@ -139,6 +146,33 @@ def _refuse_inputs(given: dict) -> None:
         raise UnsupportedModeError(
             f"packed sequences are not supported (given: {', '.join(packed)}). Pass one sequence per row, or run "
             "dense: model.set_attn_implementation('sdpa')."
+        )
+
+
+def _refuse_unknown(base: nn.Module, given: dict) -> None:
+    """Arguments that reach the attention function by way of ``**kwargs``."""
+    asked = sorted(given.keys() - _parameters(type(base)) - KNOWN)
+    if any(given[name] is not None for name in asked):
+        raise UnsupportedModeError(
+            f"the model was given {', '.join(asked)}, which neither its forward nor patched attention knows. Leave it "
+            "out, or run dense with model.set_attn_implementation('sdpa') if another attention function uses it."
+        )
+
+
+@functools.cache
+def _parameters(base: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(base.forward).parameters)
+
+
+def _refuse_checkpointing(base: nn.Module, cache: Any) -> None:
+    """Checkpointed layers are run without their cache, in every Transformers; with its own caches too."""
+    if cache is None or not base.training or not checkpointing_drops_cache(torch.is_grad_enabled()):
+        return
+    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        raise UnsupportedModeError(
+            "gradient checkpointing in training mode runs every layer without the cache, so each new token would see "
+            "itself alone. Call model.eval() or model.gradient_checkpointing_disable() around generate(), or pass "
+            "use_cache=False."
         )
 
 

@@ -37,7 +37,9 @@ LAYERS = {
     "config_find": CONFIG,
     "family": {"errors"},
     "patches": {"family"},
-    "rows": {"errors"},
+    "prompt_learning": {"errors"},
+    "mask_errors": {"errors", "prompt_learning"},
+    "rows": {"mask_errors"},
     "kernels": {"errors"},
     "stores": {"errors", "kernels", "rows"},
     "prefill": {"errors", "kernels", "rows"},
@@ -51,22 +53,13 @@ LAYERS = {
     "cache_layer": {"errors", "kernels", "rows", "stores", "layer_plan", "finite"},
     "cache": {"errors", "kernels", "rows", "stores", "cache_layer", "token_ids", "cache_file"},
     "seam": {"errors"},
+    "rotary": {"errors", "rows"},
     "contract": {"errors", "cache_layer", "seam"},
     "as_stock": {"errors"},
-    "attention": {
-        "errors",
-        "kernels",
-        "rows",
-        "stores",
-        "prefill",
-        "decode",
-        "layer_plan",
-        "cache_layer",
-        "seam",
-        "as_stock",
-    },
+    "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache_layer", "seam"}
+    | {"as_stock"},
     "patch_state": {"errors", "config", "rows", "layer_plan", "cache"},
-    "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam"},
+    "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam", "rotary"} | {"mask_errors"},
     "patch": CONFIG
     | {"config_find", "family", "rows", "kernels", "stores", "prefill", "layer_plan", "cache", "attention"}
     | {"patch_state", "hooks", "contract"},
@@ -81,7 +74,7 @@ LAYERS = {
     "evaluate": {"errors", "environment", "registry", "config", "cache", "patch", "report", "tasks", "identify"}
     | {"assets", "plots", "whole_file", "seam"},
     "prompt": {"errors", "cache", "tasks", "seam"},
-    "prompt_cache": {"errors", "cache", "prompt"},
+    "prompt_cache": {"errors", "cache", "prompt", "prompt_learning"},
     "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"}
     | {"prompt_cache"},
     "environment": set(),
