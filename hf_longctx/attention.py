@@ -58,7 +58,7 @@ def attend(
 
     Raises:
         UnsupportedModelError: the module asks for something that is not computed here, such as a softcap.
-        UnsupportedModeError: the module alone was called, or added after patching, a 4D mask or dropout was given, or a
+        UnsupportedModeError: the module alone was called, or added after patching; a 4D mask or dropout was given; a
             layer was run without the cache that the model was given.
     """
     plan: LayerPlan | None = getattr(module, "longctx_plan", None)

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .dense_members import DenseLayerMembers
 from .errors import CacheError, UnsupportedModeError
 from .finite import check_forward, every_forward
 from .kernels.layout import HeadKV, autocast_on
 from .layer_plan import LayerPlan
 from .rows import Rows
+from .saved import SavedStore, SavedTensors, Told
 from .stores.base import Store
+from .tensor_file import DTYPES
 
 SAVED = ("seen", "batch", "head_dim", "dense_bytes_per_token", "autocast")  # of a layer, in its file
 
@@ -45,7 +48,7 @@ class LayerKV:
         return next(kept.shape for kept in given if isinstance(kept, cls))
 
 
-class LongCtxLayer(CacheLayerMixin):
+class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
     """The stores of one layer, one per role."""
 
     is_compileable = False
@@ -54,8 +57,7 @@ class LongCtxLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, plan: LayerPlan, max_tokens: int | None = None):
-        super().__init__()
-        self.plan = plan
+        self.plan, self.max_tokens, self.is_initialized = plan, max_tokens, False
         self.seen = 0
         self.whole = True  # False while stores are written, and for good when that was interrupted
         self.stores: list[Store] = [plan.stores[heads.role].new(heads, max_tokens) for heads in plan.heads]
@@ -103,7 +105,8 @@ class LongCtxLayer(CacheLayerMixin):
         return self.seen + _length(query_length), 0
 
     def get_max_length(self) -> int:
-        return -1
+        """Tokens the layer can hold, -1 for no limit."""
+        return -1 if self.max_tokens is None else self.max_tokens
 
     get_max_cache_shape = get_max_length
 
@@ -153,6 +156,37 @@ class LongCtxLayer(CacheLayerMixin):
             tensors |= {f"{store.heads.role}.{name}": tensor for name, tensor in kept.items()}
         numbers = {name: getattr(self, name) for name in SAVED}
         return tensors, {**numbers, "dtype": str(self.dtype).removeprefix("torch."), "stores": stores}
+
+    def check(
+        self,
+        plain: Mapping[str, Told],
+        tensors: SavedTensors,
+        prefix: str,
+        rows: Rows,
+        *,
+        head_dim: int,
+        staggered: bool,
+    ) -> None:
+        """Raise CacheError unless ``restore`` can take ``plain`` and the tensors whose names begin with ``prefix``.
+
+        ``rows`` are all that was seen; ``head_dim`` is the model's, ``staggered`` the cache's.
+        """
+        words = [str(dtype).removeprefix("torch.") for dtype in DTYPES if dtype.is_floating_point]
+        dtype = getattr(torch, plain["dtype"].one_of(*words))
+        expected = {"seen": rows.total, "batch": rows.batch, "head_dim": head_dim}
+        expected["dense_bytes_per_token"] = 2 * head_dim * dtype.itemsize * len(self.plan.roles)
+        for name, value in expected.items():
+            plain[name].number(value, value)
+        plain["autocast"].one_of(False, True)
+        stores = plain["stores"].fields(*(store.heads.role for store in self.stores))
+        for store in self.stores:
+            told, n = stores[store.heads.role], len(store.heads.kv_heads)
+            where = f"{prefix}{store.heads.role}."
+            saved = SavedStore(told, tensors, where, rows, n, head_dim, dtype, staggered)
+            if staggered and not store.staggers:
+                saved.refuse("the cache is staggered, which this store cannot be")
+            store.check(saved)
+            saved.close()
 
     def restore(self, read: Callable[[str], Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
         """Fill this empty layer with what ``saved`` gave, each tensor as ``read(name)`` gives it, onto ``device``."""

@@ -23,6 +23,7 @@ from .head_map import slice_roles
 from .hooks import ON_MODEL, BeforeForward, OnModel, observers
 from .kernels import dispatch
 from .layer_plan import LayerPlan, PrefillPlan
+from .overrides import keywords
 from .patch_state import PatchState
 from .prefill.base import PatternSpec
 from .stores.sink_recent import SinkRecent
@@ -33,7 +34,16 @@ logger = logging.getLogger(__name__)
 
 
 def patch_model(
-    model: nn.Module, config: str | Path | dict | LongCtxConfig = "auto", **sections: dict[str, Any]
+    model: nn.Module | None = None,
+    /,
+    config: str | Path | dict | LongCtxConfig = "auto",
+    *,
+    heads: dict[str, Any] | None = None,
+    stores: dict[str, Any] | None = None,
+    prefill: dict[str, Any] | None = None,
+    decode: dict[str, Any] | None = None,
+    kernel: str | None = None,
+    **others: Any,
 ) -> nn.Module:
     """Make every KV head of ``model`` keep only what its role needs, and return the same model.
 
@@ -42,28 +52,32 @@ def patch_model(
 
     Args:
         model: a loaded Llama, Mistral, Qwen2 or Qwen3 model, also inside a PEFT wrapper or under tensor parallel.
-        config: "auto" (the model's own ``config.longctx``, else the shipped config made for it), a shipped name, the
-            path of a YAML, a dict, or a ``LongCtxConfig``.
-        sections: overrides merged into the config, e.g. ``heads={"retrieval_fraction": 0.25}``.
+        config: "auto" (the model's own ``config.longctx``, else the shipped config made for it), a shipped name or a
+            hub id that a shipped config lists (both in any case), the path of a YAML, a dict, or a ``LongCtxConfig``.
+        heads, stores, prefill, decode, kernel: sections merged into the config, e.g.
+            ``heads={"retrieval_fraction": 0.25}``. None: as in the config.
+        others: ``model={...}``, the section that says which model the config fits, merged as well.
+            ``model={"fingerprint": {"vocab_size": None}}`` stops checking the vocabulary.
 
     Raises:
         UnsupportedModelError: the family is not in ``patches/``.
-        ConfigError: no config fits, or the config was made for another model.
+        ConfigError: no config fits, the config was made for another model, or an unknown keyword.
         UnsupportedModeError: the config names a kernel that cannot run its prefill pattern.
 
     Papers: head roles, DuoAttention arXiv:2410.10819; sinks, StreamingLLM arXiv:2309.17453.
     """
+    given = {"heads": heads, "stores": stores, "prefill": prefill, "decode": decode, "kernel": kernel}
+    model, sections = keywords("patch_model", model, given, others)
     hf_config = unwrap(model).base_model.config
     find_family(hf_config.model_type)
     if config == "auto" and (state := state_of(model)) and hf_config.longctx == state.config.to_dict():
         config = state.config  # given in this process: it may name paths, which a config that came with a model may not
-    settings = resolve(config, hf_config, getattr(hf_config, "_name_or_path", None))
-    if sections:
-        settings = settings.override(**sections)
-    settings.check_model(hf_config)
+    settings = resolve(config, hf_config, getattr(hf_config, "_name_or_path", None), sections)
     _apply(_patched_as(model), settings)
     if UNMEASURED in state_of(model).notes:
         logger.warning("%s: hf-longctx identify measures them", UNMEASURED)
+    if (scaled := settings.model.rope_note(hf_config)) is not None:
+        logger.warning("%s", scaled)
     return model
 
 
@@ -92,6 +106,8 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     base.longctx_state = PatchState(settings, original, snapshot, tuple(plans), weakref.ref(model))
     if settings.heads.source and settings.heads.confidence == "none" and "S" not in "".join(settings.roles()):
         base.longctx_state.note(UNMEASURED)
+    if (scaled := settings.model.rope_note(original)) is not None:
+        base.longctx_state.note(scaled)
     base.register_forward_pre_hook(BeforeForward(base.longctx_state), with_kwargs=True)
     for replacement in ON_MODEL:
         if hasattr(type(inner), replacement.name):
@@ -129,7 +145,16 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def patched(
-    model: nn.Module, config: str | Path | dict | LongCtxConfig = "auto", **sections: dict[str, Any]
+    model: nn.Module | None = None,
+    /,
+    config: str | Path | dict | LongCtxConfig = "auto",
+    *,
+    heads: dict[str, Any] | None = None,
+    stores: dict[str, Any] | None = None,
+    prefill: dict[str, Any] | None = None,
+    decode: dict[str, Any] | None = None,
+    kernel: str | None = None,
+    **others: Any,
 ) -> Iterator[nn.Module]:
     """``with patched(model, config): ...``: as ``patch_model``, undone on exit, also after an exception.
 
@@ -140,6 +165,8 @@ def patched(
         UnsupportedModelError: as ``patch_model``.
         ConfigError: as ``patch_model``.
     """
+    given = {"heads": heads, "stores": stores, "prefill": prefill, "decode": decode, "kernel": kernel}
+    model, sections = keywords("patched", model, given, others)
     with _patch_kept(model):
         yield patch_model(model, config, **sections)
 
