@@ -101,7 +101,8 @@ LAYERS = {
     | {"__init__", "environment", "family", "kernels", "prefill", "layer_plan", "cache", "patch", "loading", "report"}
     | {"assets", "plots", "tasks", "console", "progress", "memory", "sizes", "seam"},
     "config_reference": CONFIG,
-    "config_commands": CONFIG | {"config_reference", "console"},
+    "config_list": CONFIG | {"assets"},
+    "config_commands": CONFIG | {"config_find", "config_list", "config_reference", "console"},
     "cli": {"__init__", "console", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
     | {"identify_prefill_commands", "compare_commands", "eval_commands", "evaluate", "plan_commands"}
     | {"progress"},
@@ -112,7 +113,19 @@ TRANSFORMERS = {"cache", "cache_layer", "attention", "hooks", "patch", "loading"
 TRANSFORMERS |= {"as_stock", "identify_commands", "environment", "memory", "console", "seam", "contract"}
 COMMANDS = ("cli", "compare_commands", "config_commands", "config_reference", "eval_commands")
 COMMANDS += ("identify_commands", "identify_prefill_commands", "plan_commands")
-NOT_AT_IMPORT = (*COMMANDS, "demo", "bench", "assets", "patches", "plots", "memory", "sizes", "plan", "ladder")
+NOT_AT_IMPORT = (
+    *COMMANDS,
+    "demo",
+    "bench",
+    "assets",
+    "patches",
+    "plots",
+    "memory",
+    "sizes",
+    "plan",
+    "ladder",
+    "config_list",
+)
 
 
 def unit(file: Path) -> str:
