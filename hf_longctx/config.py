@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .bounds import MOST
 from .config_files import merge, read_file, read_shipped
 from .config_sections import (
     DecodeSection,
@@ -168,6 +169,10 @@ class LongCtxConfig:
             ConfigError: the Transformers config lacks a head dimension.
         """
         facts = model_facts(hf_config)
+        fingerprint, made_for = facts.pop("fingerprint"), getattr(hf_config, "max_position_embeddings", None)
+        if type(made_for) is int and 0 < made_for <= MOST:
+            facts["max_position_embeddings"] = made_for
+        facts["fingerprint"] = fingerprint
         make(ModelSection, facts, "model")
         return facts
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from .config import LongCtxConfig, load_shipped
 from .config_files import shipped
+from .config_find import find_config
 from .console import console
 from .registry import spec_word
 
@@ -34,14 +35,14 @@ def configs(context: typer.Context) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A shipped config; `hf-longctx configs` lists them.")],
+    name: Annotated[str, typer.Argument(help="Shipped config, one of its hub ids, YAML, or a model's folder.")],
     use: Annotated[str | None, typer.Option(help="Draw the head map of this alternative.")] = None,
     fraction: Annotated[float | None, typer.Option("--retrieval-fraction", "--fraction", help=SHARE)] = None,
 ) -> None:
     """The facts of one config, and its head map: one line per layer, one cell per KV head."""
     given = {"use": use, "retrieval_fraction": fraction}
     given = {key: value for key, value in given.items() if value is not None}
-    config = load_shipped(name)
+    config = find_config(name)
     config = config.override(heads=given) if given else config
     to = console()
     _facts(to, name, config)
@@ -78,12 +79,15 @@ def _facts(console: Console, name: str, config: LongCtxConfig) -> None:
     grid = Table(title=name, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column(overflow="fold")
-    grid.add_row("checkpoints", "\n".join(model.ids))
+    if model.ids:
+        grid.add_row("checkpoints", "\n".join(model.ids))
     grid.add_row(
         "model",
         f"{model.model_type}: {model.num_hidden_layers} layers, {model.num_attention_heads} query heads, "
         f"{model.num_key_value_heads} KV heads, head_dim {model.head_dim}",
     )
+    if model.max_position_embeddings is not None:
+        grid.add_row("made for", f"{model.max_position_embeddings} tokens")
     grid.add_row("heads from", _origin(config))
     for key in [key for key in heads.active.source if key not in ("method", "from")]:
         grid.add_row(f"  {key}", Text(_plain(heads.active.source[key])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 from . import head_map
@@ -50,6 +51,8 @@ class ModelSection:
         head_dim: numbers of a key.
         ids: names of the checkpoints, as on the hub; the config is found by them, and they are free of meaning for the
             run.
+        max_position_embeddings: tokens that the first of the checkpoints was made for, which ``plan`` says; free of
+            meaning for the run.
         fingerprint: tells checkpoints of equal dimensions apart.
     """
 
@@ -59,6 +62,7 @@ class ModelSection:
     num_key_value_heads: int = field(metadata=HEADS)
     head_dim: int = field(metadata={**NUMBERS, "max": 65536})
     ids: tuple[str, ...] = field(default=(), metadata=FREE)
+    max_position_embeddings: int | None = field(default=None, metadata={**TOKENS, **FREE})
     fingerprint: Fingerprint = Fingerprint()
 
     def __post_init__(self) -> None:
@@ -75,6 +79,13 @@ class ModelSection:
             if mine is not None and not (scaled and f.name == "rope_type"):
                 pairs.append((f"fingerprint.{f.name}", mine, theirs["fingerprint"].get(f.name)))
         return [f"{name} {short(mine)} (model: {short(other)})" for name, mine, other in pairs if mine != other]
+
+    def as_model(self) -> Any:
+        """What a Transformers config says of itself where this section fits it, for ``mismatches``."""
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("ids", "fingerprint")}
+        told = {f.name: getattr(self.fingerprint, f.name) for f in fields(self.fingerprint)}
+        rope = {key: told.pop(key) for key in ("rope_theta", "rope_type")}
+        return SimpleNamespace(**facts, **told, rope_parameters={k: v for k, v in rope.items() if v is not None})
 
     def rope_note(self, hf_config: Any) -> str | None:
         """In words that the model's owner scaled its RoPE since the heads were measured; None where that is not so.
@@ -178,6 +189,15 @@ class HeadsSection(Alternative):
     def active(self) -> Alternative:
         """Where scores or roles and their source are read: the alternative in use, or this section."""
         return self if self.use is None else self.alternatives[self.use]
+
+    @property
+    def doubt(self) -> str | None:
+        """In words that the heads were measured badly or not at all; None where they were, and for an alternative."""
+        if self.use is not None or self.confidence == "measured":
+            return None
+        if self.confidence == "low":
+            return "the confidence of this head map is low: hf-longctx eval says what it costs"
+        return "the confidence of this head map is none: nobody measured these heads (hf-longctx identify does)"
 
     def roles_for(self, streaming_tokens: Fraction, retrieval_tokens: Fraction) -> tuple[str, ...]:
         """Roles per layer; see `head_map.assign` for what a head of each role keeps at ``kv_budget_tokens``."""

@@ -176,7 +176,7 @@ def unread(configs: list[dict], free: set[str]) -> set[str]:
 def test_every_key_changes_the_plan_or_is_refused():
     free: set[str] = set()
     assert unread(bases(), free) == set()
-    assert {key.rpartition(".")[2] for key in free} == {"ids", "source", "measured"}
+    assert {key.rpartition(".")[2] for key in free} == {"ids", "max_position_embeddings", "source", "measured"}
 
 
 def test_a_key_that_nothing_reads_is_caught(monkeypatch):
