@@ -16,16 +16,25 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from .cache_layer import LayerKV
-from .errors import UnsupportedModeError
+from .errors import UnsupportedModeError, UnsupportedModelError
 from .kernels import dispatch
 from .kernels.layout import HeadKV, RoleHeads, Segment, as_autocast, needs_grad
 from .layer_plan import LayerPlan, PrefillPlan
 from .prefill.base import select
 from .rows import Rows
+from .seam import CACHE
 from .stores.base import StoreSpec
 
 NAME = "longctx"
 ROWS = "longctx_rows"  # keyword argument by which the base model's pre-hook hands Rows to every layer
+
+# Keyword arguments that reach the attention function beside its own. Those that mean nothing here, as they do in
+# Transformers' own functions, or that the base model's pre-hook has read or refused; and those of the modules.
+UNUSED = frozenset(
+    ("cache_position", "is_causal", "num_items_in_batch", "output_attentions", "output_hidden_states")
+    + ("output_router_logits", "position_ids", "return_dict", "token_type_ids", "use_cache")
+)
+KNOWN = UNUSED | {"sliding_window", ROWS}
 
 
 def register() -> None:
@@ -61,7 +70,9 @@ def attend(
     """Attention of one layer: ``[B, T, H, D]`` contiguous, and no weights.
 
     Raises:
-        UnsupportedModeError: the module was not patched, a 4D mask or dropout was given.
+        UnsupportedModelError: the module asks for something that is not computed here, such as a softcap.
+        UnsupportedModeError: the module was not patched, a 4D mask or dropout was given, or a layer was run without the
+            cache that the model was given.
     """
     plan: LayerPlan | None = getattr(module, "longctx_plan", None)
     rows: Rows | None = key.rows if isinstance(key, LayerKV) else kwargs.get(ROWS)
@@ -82,6 +93,14 @@ def attend(
             f"patched attention was given {asked}: it supports 2D padding masks and attention_dropout=0. Set "
             "config.attention_dropout to 0, or run dense with model.set_attn_implementation('sdpa')."
         )
+    if not kwargs.keys() <= KNOWN:
+        _refuse_unknown(module, kwargs)
+    if rows.cached and not isinstance(key, LayerKV):
+        raise UnsupportedModeError(
+            f"layer {plan.layer_idx} was run without the LongCtxCache that the model was given, so nothing would be "
+            "kept: something between the model and its layers takes the cache away, as gradient checkpointing does. "
+            "Turn that off around generate(), or pass use_cache=False."
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     call = LayerCall(plan, rows, scale)
     (query,) = as_autocast(query)
@@ -94,6 +113,15 @@ def attend(
         out = call.observed(query, key, value) if rows.observer else None
         out = call.plain(query, key, value) if out is None else out
     return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_unknown(module: nn.Module, given: dict) -> None:
+    asked = sorted(name for name in given.keys() - KNOWN if given[name] is not None)
+    if asked:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks its attention function for {', '.join(asked)}, which patched attention does "
+            "not compute: its answer would be wrong. This model cannot be patched; unpatch_model(model) runs it dense."
+        )
 
 
 class LayerCall:
@@ -272,5 +300,5 @@ class _NoBackward(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         raise UnsupportedModeError(
             "gradients do not flow through the tokens a LongCtxCache kept. For training call the model with the whole "
-            "sequence and use_cache=False, or pass past_key_values=DynamicCache()."
+            f"sequence and use_cache=False, or pass {CACHE}=DynamicCache()."
         )

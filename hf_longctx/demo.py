@@ -20,6 +20,7 @@ from .config import LongCtxConfig
 from .console import count, no_bars, tables
 from .loading import AutoModelForCausalLM
 from .patch import patch_model, state_of, unpatch_model
+from .seam import CACHE, cache_of
 from .tasks.tiny_language import BLOCK, NOTE, Filler, exam
 
 MODEL = "tiny-llama"
@@ -73,13 +74,13 @@ def texts(seed: int, prompts: int, length: int, notes: int) -> Iterator[tuple[Te
 def ask(model: nn.Module, way: Way, text: Tensor, questions: Tensor, answers: Tensor) -> None:
     """Read the text once, then answer all its questions from copies of its cache."""
     start = time.perf_counter()
-    cache = model(text, logits_to_keep=1).past_key_values
+    cache = cache_of(model(text, logits_to_keep=1))
     way.prefill.append(time.perf_counter() - start)
     way.megabytes.append(cache_bytes(cache) / 1e6)
     cache.batch_repeat_interleave(len(questions))
     prompt = torch.cat([text.expand(len(questions), -1), questions], 1)
     start = time.perf_counter()
-    out = model.generate(prompt, past_key_values=cache, max_new_tokens=ANSWER, do_sample=False)
+    out = model.generate(prompt, **{CACHE: cache}, max_new_tokens=ANSWER, do_sample=False)
     way.decode.append((time.perf_counter() - start) / ANSWER)
     way.hits += (out[:, -ANSWER:] == answers).all(-1).tolist()
 

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from .attention import NAME, register
 from .config import LongCtxConfig
 from .config_find import resolve
+from .contract import check_transformers
 from .errors import UnsupportedModelError
 from .family import Family, families, find_family
 from .head_map import slice_roles
-from .hooks import BeforeForward, PrepareCache, observers
+from .hooks import ON_MODEL, BeforeForward, OnModel, observers
 from .kernels import dispatch
 from .layer_plan import LayerPlan, PrefillPlan
 from .overrides import keywords
@@ -27,7 +28,6 @@ from .patch_state import PatchState
 from .prefill.base import PatternSpec
 from .stores.sink_recent import SinkRecent
 
-PREPARE = "_prepare_cache_for_generation"
 UNMEASURED = "the heads of this model were not measured, so all of them keep every token and no memory is saved"
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     base = inner.base_model
     family = find_family(base.config.model_type)
     modules = attention_modules(base, family)
+    check_transformers(inner, base, attention_copies(modules[0], family)[0])
     plans = [make_plan(module, settings, family, base.config) for module in modules]
     if any(plan.prefill is not None for plan in plans):
         dispatch.require(settings.kernel, "sparse_prefill", "this config's prefill pattern")
@@ -99,9 +100,8 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     private._attn_implementation = NAME
     _swap_config(model, original, private)
     for module, plan in zip(modules, plans, strict=True):
-        for part in module.modules():  # PEFT's modules_to_save holds several copies, each with a config of its own
-            if family.key_projection in part._modules:
-                part.longctx_plan, part.config = plan, private
+        for part in attention_copies(module, family):
+            part.longctx_plan, part.config = plan, private
     snapshot = copy.deepcopy(vars(private))
     base.longctx_state = PatchState(settings, original, snapshot, tuple(plans), weakref.ref(model))
     if settings.heads.source and settings.heads.confidence == "none" and "S" not in "".join(settings.roles()):
@@ -109,8 +109,9 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     if (scaled := settings.model.rope_note(original)) is not None:
         base.longctx_state.note(scaled)
     base.register_forward_pre_hook(BeforeForward(base.longctx_state), with_kwargs=True)
-    if hasattr(type(inner), PREPARE):
-        setattr(inner, PREPARE, PrepareCache(inner, base.longctx_state))
+    for replacement in ON_MODEL:
+        if hasattr(type(inner), replacement.name):
+            setattr(inner, replacement.name, replacement(inner, base.longctx_state))
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -135,7 +136,9 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         if isinstance(hook, BeforeForward):
             del base._forward_pre_hooks[key]
             base._forward_pre_hooks_with_kwargs.pop(key, None)
-    inner.__dict__.pop(PREPARE, None)
+    for replacement in ON_MODEL:
+        if isinstance(vars(inner).get(replacement.name), OnModel):  # somebody may have put another over it since
+            delattr(inner, replacement.name)
     del base.longctx_state
     return model
 
@@ -251,6 +254,22 @@ def attention_modules(base: nn.Module, family: Family) -> list[nn.Module]:
             f"{family.model_type} models keep their attention."
         )
     return modules
+
+
+def attention_copies(module: nn.Module, family: Family) -> list[nn.Module]:
+    """The attention module itself, or the copies inside PEFT's modules_to_save, each of which has its own config.
+
+    Raises:
+        UnsupportedModelError: it has no projection of the name that the family says.
+    """
+    found = [part for part in module.modules() if family.key_projection in part._modules]
+    if not found:
+        names = ", ".join(module._modules) or "none"
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no '{family.key_projection}'; it has {names}. Set key_projection in "
+            f"patches/{family.model_type}.py to the one that makes the keys."
+        )
+    return found
 
 
 def make_plan(module: nn.Module, settings: LongCtxConfig, family: Family, hf_config: Any) -> LayerPlan:

@@ -63,6 +63,7 @@ class Rows:
             shown nothing but pads so far is open: its start is ``past + new``.
         ends: slot after each row's last real token, or None where no row ends in pads.
         observer: see ``hf_longctx.observe``.
+        cached: every layer must bring the cache that this forward was given or got, a ``LongCtxCache``.
         used, notes, prefill: kernels that ran, what ran slower than asked for, and sparse prefills, for the report.
     """
 
@@ -72,6 +73,7 @@ class Rows:
     starts: tuple[int, ...] | None = None
     ends: tuple[int, ...] | None = None
     observer: Callable | None = None
+    cached: bool = False
     used: set[str] = field(default_factory=set)
     notes: set[str] = field(default_factory=set)
     prefill: PrefillCounts = field(default_factory=PrefillCounts)

@@ -50,22 +50,26 @@ LAYERS = {
     "cache_file": {"errors", "registry", "rows", "layer_plan", "whole_file", "finite", "tensor_file", "fingerprint"},
     "cache_layer": {"errors", "kernels", "rows", "stores", "layer_plan", "finite"},
     "cache": {"errors", "kernels", "rows", "stores", "cache_layer", "token_ids", "cache_file"},
-    "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache_layer"},
+    "seam": {"errors"},
+    "rotary": {"errors", "rows"},
+    "contract": {"errors", "cache_layer", "seam"},
+    "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache_layer", "seam"},
     "patch_state": {"errors", "config", "rows", "layer_plan", "cache"},
-    "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state"},
+    "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam", "rotary"},
     "patch": CONFIG
     | {"config_find", "family", "rows", "kernels", "stores", "prefill", "layer_plan", "cache", "attention"}
-    | {"patch_state", "hooks"},
+    | {"patch_state", "hooks", "contract"},
     "loading": {"errors", "config", "patch"},
     "report": {"errors", "cache", "patch", "patch_state"},
-    "tasks": {"errors", "registry"},
-    "identify": {"errors", "registry", "head_map", "config", "config_find", "kernels", "patch", "tasks", "whole_file"},
+    "tasks": {"errors", "registry", "seam"},
+    "identify": {"errors", "registry", "head_map", "config", "config_find", "kernels", "patch", "tasks", "whole_file"}
+    | {"seam"},
     "identify_prefill": CONFIG
     | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"}
     | {"whole_file"},
     "evaluate": {"errors", "environment", "registry", "config", "cache", "patch", "report", "tasks", "identify"}
-    | {"assets", "plots", "whole_file"},
-    "prompt": {"errors", "cache", "tasks"},
+    | {"assets", "plots", "whole_file", "seam"},
+    "prompt": {"errors", "cache", "tasks", "seam"},
     "prompt_cache": {"errors", "cache", "prompt"},
     "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"}
     | {"prompt_cache"},
@@ -85,10 +89,11 @@ LAYERS = {
     "eval_commands": {"console", "registry", "assets", "identify", "identify_commands", "tasks", "evaluate"},
     "plan_commands": {"bench", "config", "console", "environment", "identify_commands", "registry", "sizes"},
     "__main__": {"cli"},
-    "demo": {"__init__", "console", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"},
+    "demo": {"__init__", "console", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"}
+    | {"seam"},
     "bench": CONFIG
     | {"__init__", "environment", "family", "kernels", "prefill", "layer_plan", "cache", "patch", "loading", "report"}
-    | {"assets", "plots", "tasks", "console", "memory", "sizes"},
+    | {"assets", "plots", "tasks", "console", "memory", "sizes", "seam"},
     "config_reference": CONFIG,
     "config_commands": CONFIG | {"config_reference", "console"},
     "cli": {"__init__", "console", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
@@ -97,7 +102,7 @@ LAYERS = {
 # What a method imports only when it is called, to hand on to: no part of the order, and never at the top of a file.
 LATE = {"config": {"plan"}}
 TRANSFORMERS = {"cache", "cache_layer", "attention", "hooks", "patch", "loading", "demo", "bench", "identify"}
-TRANSFORMERS |= {"identify_commands", "environment", "memory", "console"}
+TRANSFORMERS |= {"identify_commands", "environment", "memory", "console", "seam", "contract"}
 COMMANDS = ("cli", "compare_commands", "config_commands", "config_reference", "eval_commands")
 COMMANDS += ("identify_commands", "identify_prefill_commands", "plan_commands")
 NOT_AT_IMPORT = (*COMMANDS, "demo", "bench", "assets", "patches", "plots", "memory", "sizes", "plan", "ladder")

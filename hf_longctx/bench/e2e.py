@@ -13,6 +13,7 @@ from .. import report, unpatch_model
 from ..errors import ConfigError
 from ..layer_plan import FEWEST
 from ..prefill.base import BLOCK
+from ..seam import CACHE, cache_of
 from .columns import (
     HALF,
     RETRIEVAL,
@@ -158,14 +159,14 @@ def _turn(
     ran, tokens = {"kernel": SDPA}, ids.shape[1] - 1
     if how.patch is not None:
         patch(model, settings, **how.patch)
-    given = {"past_key_values": new_cache(model, tokens + 1)} if how.static else {}
+    given = {CACHE: new_cache(model, tokens + 1)} if how.static else {}
     where = {}
     try:
         with nullcontext() if how.press is None else how.press(model):
             out = prefill.time(lambda: model(ids[:, :-1], use_cache=True, logits_to_keep=keep, **given))
-        kept = {"past_key_values": out.past_key_values, "use_cache": True}
+        kept = {CACHE: cache_of(out), "use_cache": True}
         if how.press is not None:
-            ran["kept"] = kept_share(out.past_key_values, tokens, settings.kv_heads)
+            ran["kept"] = kept_share(cache_of(out), tokens, settings.kv_heads)
             where = {"position_ids": torch.tensor([[tokens]])}  # the compressed cache counts fewer
         after = decode.time(lambda: model(ids[:, -1:], **kept, **where))
         if how.patch is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..patch import observe
+from ..seam import CACHE, cache_of
 from ..tasks.documents import Document
 from ._attention import weights
 from .base import Method, Subject
@@ -104,8 +105,8 @@ def copies(subject: Subject, document: Document) -> tuple[float, Tensor]:
     cache, step, right = None, ids, 0
     with observe(subject.model, look):
         for expected in document.ids[document.answers[0]]:
-            out = subject.model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            out = subject.model(step, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+            cache, step = cache_of(out), out.logits[:, -1:].argmax(-1)
             token = step.item()
             right += token == expected
             place = place_of[looked_at]  # -1 outside the needle, so also where a head looks at its own answer

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModeError
 from ..registry import check_word, convert
+from ..seam import CACHE, cache_of
 from .base import Question, Sample
 
 MODES = ("requests", "turns")  # SCBench's multi-request and multi-turn modes
@@ -83,8 +84,8 @@ class Reader:
     def read(self, ids: Sequence[int] | np.ndarray) -> int:
         """Read token ids, and return the greedy choice for the next one."""
         tokens = torch.as_tensor(np.asarray(ids, dtype=np.int64), device=input_device(self.model))[None]
-        out = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
+        out = self.model(tokens, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
+        self.cache = cache_of(out)
         return _greedy(out.logits)
 
     def ask(self, question: Question, room: int, between: Sequence[int] = ()) -> list[int]:
