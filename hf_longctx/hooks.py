@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from .attention import KNOWN, NAME, ROWS, register
 from .cache import LongCtxCache
 from .errors import CacheError, UnsupportedModeError
+from .mask_errors import Known
 from .patch_state import PatchState
 from .rotary import check_rotary
 from .rows import Rows, read_mask
@@ -67,14 +68,17 @@ class BeforeForward:
         if isinstance(cache, LongCtxCache):
             self._check_cache(base, cache)
         past = cache.get_seq_length() if cache is not None else 0
-        rows = read_mask(given.get("attention_mask"), inputs.shape[0], past, inputs.shape[1])
+        mask, ids = given.get("attention_mask"), given.get("input_ids")
+        rows = read_mask(
+            mask, inputs.shape[0], past, inputs.shape[1], ids=ids, known=lambda: Known.by(self.state.patched, config)
+        )
         _refuse_packed(given.get("position_ids"), rows)
         if note := check_rotary(config, rows):
             self.state.note(note)
         rows.observer = observers.get().get(id(base))
         rows.cached = isinstance(cache, LongCtxCache)
         if isinstance(cache, LongCtxCache):
-            cache.begin(rows, given.get("input_ids"))
+            cache.begin(rows, ids)
             if cache.staggered and given.get("position_ids") is None:  # the model would count pads
                 given["position_ids"] = rows.positions(inputs.device)
         elif cache is not None:

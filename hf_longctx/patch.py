@@ -248,10 +248,16 @@ def attention_modules(base: nn.Module, family: Family) -> list[nn.Module]:
     """The attention modules of the base model, by layer index."""
     layers = getattr(base, family.layers, None)
     modules = [getattr(layer, family.attention) for layer in layers or () if hasattr(layer, family.attention)]
-    if not modules or not all(hasattr(module, "layer_idx") for module in modules):
+    wrapper = next((type(module).__name__ for module in modules if not hasattr(module, "layer_idx")), None)
+    if wrapper is not None:
         raise UnsupportedModelError(
-            f"{type(base).__name__} has no '{family.layers}[i].{family.attention}' with a layer_idx, where "
-            f"{family.model_type} models keep their attention."
+            f"'{family.layers}[i].{family.attention}' is a {wrapper}, which has no layer_idx: something was put around "
+            "the attention, as PEFT's adaption prompt does. Call patch_model first, and wrap the patched model."
+        )
+    if not modules:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no '{family.layers}[i].{family.attention}', where {family.model_type} models "
+            "keep their attention."
         )
     return modules
 
@@ -327,7 +333,7 @@ def tensor_parallel(module: nn.Module, family: Family, kv_heads: int) -> tuple[i
 def _patched_as(model: nn.Module) -> nn.Module:
     """The module that was patched, when ``model`` is a part of it; else ``model`` itself."""
     state = state_of(model)
-    whole = state.whole() if state is not None and state.whole is not None else None
+    whole = None if state is None else state.patched
     return model if whole is None else whole
 
 

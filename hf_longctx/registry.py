@@ -12,9 +12,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import math
 import pkgutil
 import reprlib
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sized
@@ -24,7 +26,8 @@ from . import strict_yaml
 from .bounds import LARGEST, MOST
 from .errors import ConfigError
 
-NOT_WORDS = {"base"}
+# Files of a folder that are no words. Not said in the folder, whose package may take seconds to import.
+NOT_WORDS = {"tasks": {"answer", "documents", "haystack", "language", "metrics", "tiny_language"}}
 DEEPEST = 16  # levels of a free mapping; a YAML alias can make one that never ends
 LONGEST = 80  # characters of a word that a message repeats, or that is compared with the known ones
 MOST_ITEMS = 2**16  # of a list or mapping; with fewer layers and heads than that, rows are counted before they are read
@@ -42,13 +45,15 @@ short = _short.repr
 
 
 def words(folder: str) -> tuple[str, ...]:
-    """The words of ``hf_longctx/<folder>``: its file names, sorted, without ``base`` and underscore names.
+    """The words of ``hf_longctx/<folder>``: its file names, sorted, without ``base``, underscore names and NOT_WORDS.
 
-    A folder with other files that are no words names them in its own ``NOT_WORDS``.
+    Nothing of the folder is imported.
     """
-    package = importlib.import_module(f"hf_longctx.{folder}")
-    left_out = NOT_WORDS | getattr(package, "NOT_WORDS", set())
-    names = (module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
+    name = f"hf_longctx.{folder}"
+    package = sys.modules.get(name)
+    path = importlib.util.find_spec(name).submodule_search_locations if package is None else package.__path__
+    left_out = {"base"} | NOT_WORDS.get(folder, set())
+    names = (module.name for module in pkgutil.iter_modules(path) if not module.ispkg)
     return tuple(sorted(name for name in names if name not in left_out and not name.startswith("_")))
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-
-import torch
+from typing import TYPE_CHECKING
 
 from .bounds import MOST
 from .errors import ConfigError
 from .registry import check_word, short
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # word of the command line -> name in torch
 TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}
@@ -18,6 +20,8 @@ UNITS = {"GB": 10**9, "MB": 10**6, "TB": 10**12, "GiB": 2**30, "MiB": 2**20, "Ti
 
 def dtype_of(word: str) -> torch.dtype:
     """The dtype a word of ``DTYPES`` names."""
+    import torch  # here, because the commands take DTYPES from this file, and their --help needs no torch
+
     return getattr(torch, DTYPES[word])
 
 

@@ -80,7 +80,7 @@ def test_all_sections_and_rows_were_read():
         "eval, compare and lm-eval",
     ]
     rows = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| `")]
-    assert len(MESSAGES) == len(set(MESSAGES)) >= len(rows) > 90
+    assert len(MESSAGES) == len(set(MESSAGES)) == len(rows) > 90
     assert len(sayings()) > 1000
 
 

@@ -27,7 +27,7 @@ from .columns import (
     patch,
     sparse_name,
 )
-from .measure import Samples, paired_ratio, turns
+from .measure import Samples, Told, paired_ratio, quiet, turns
 from .prefill import WARM, check_kernel
 from .presses import Press, find, kept_share
 from .settings import VOCABULARY, Settings
@@ -52,7 +52,7 @@ class How:
 
 
 @torch.no_grad()
-def run(settings: Settings) -> list[dict]:
+def run(settings: Settings, told: Told = quiet) -> list[dict]:
     """One result per dtype and length; every column is the same model, patched and unpatched between the turns.
 
     Raises:
@@ -71,7 +71,7 @@ def run(settings: Settings) -> list[dict]:
             columns = _columns(settings, tokens, press)
             not_measured = _refused(settings, model, columns, min(tokens, WARM))
             ran = {name: how for name, how in columns.items() if name not in not_measured}
-            results.append(_case(settings, word, model, tokens, ran) | {"not_measured": not_measured})
+            results.append(_case(settings, word, model, tokens, ran, told) | {"not_measured": not_measured})
     return results
 
 
@@ -116,12 +116,12 @@ def _refused(settings: Settings, model: Any, columns: dict[str, How], tokens: in
     return {name: why for name, why in found.items() if why is not None}
 
 
-def _case(settings: Settings, word: str, model: Any, tokens: int, columns: dict[str, How]) -> dict:
+def _case(settings: Settings, word: str, model: Any, tokens: int, columns: dict[str, How], told: Told) -> dict:
     ids = torch.randint(VOCABULARY, (1, tokens + 1))
     error = _check(settings, word, model, columns, ids)
     prefill, decode = ({name: Samples() for name in columns} for _ in range(2))
     first, ran = {}, {}
-    for number, name in turns(columns, settings.rounds):
+    for number, name in turns(columns, settings.rounds, tokens, told):
         logits, ran[name] = _turn(settings, model, columns[name], ids, prefill[name], decode[name])
         if number == 0 and name in (STOCK, STATIC, RETRIEVAL):
             first[name] = logits

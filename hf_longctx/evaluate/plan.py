@@ -18,7 +18,7 @@ from ..config import LongCtxConfig
 from ..errors import ConfigError
 from ..patch import patched, state_of
 from ..registry import near, short
-from ..tasks.answer import MODES
+from ..tasks import MODES
 from ..tasks.base import DEPTH, LENGTH, SEED, Sample, Task
 from ..tasks.haystack import TextHaystack
 from ..tasks.language import Language

@@ -63,7 +63,7 @@ def identify(
         sink, recent: tokens a streaming head keeps, in the measurement and in the config.
         seed: of everything drawn.
         work: a folder where a method that trains saves its state, and goes on from.
-        progress: show progress bars on stderr.
+        progress: show how far it is on stderr: a bar, or where that is no terminal a line now and then.
         options: fields of the method.
 
     Returns:

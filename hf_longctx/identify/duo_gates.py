@@ -70,14 +70,17 @@ class DuoGates(Method):
         settings = self._settings(subject, lengths, ranks) if file is not None else {}
         if file is not None and (state := self._found(file, settings, ranks)) is not None:
             gates.go_on_from(state)
-        steps = range(len(gates.losses), self.steps)
-        with frozen(subject.model, self.gradient_checkpointing), torch.enable_grad():
-            for step in subject.track(steps, "gates") if ranks.main else steps:
+        done = len(gates.losses)
+        bar = subject.track("gates", self.steps, "steps", done=done, shown=ranks.main)
+        with frozen(subject.model, self.gradient_checkpointing), torch.enable_grad(), bar:
+            for step in range(done, self.steps):
                 grad, loss = self._gradient(subject, gates.values, step, lengths, ranks)
                 gates.step(grad, loss, self.lr * self.warmth(step))
                 due = (step + 1) % self.checkpoint_every == 0 or step + 1 == self.steps
-                if file is not None and due and ranks.main:
+                due = due and file is not None
+                if due and ranks.main:
                     save(file, gates.state(), settings)
+                bar.advance(saved=due)
         self._measure(subject, gates, lengths, ranks)
         return gates.values.detach().double().cpu()
 

@@ -54,11 +54,13 @@ class RetrievalScore(Method):
             for sample in range(self.samples)
         ]
         total, counted = torch.zeros(subject.layers, subject.heads, dtype=torch.float64), 0
-        for run, (length, depth, _) in enumerate(subject.track(grid, "retrieval score")):
-            document = subject.documents.draw(subject.rng(3, run), length, self.facts, depth)
-            right, copied = copies(subject, document)
-            if right >= 0.5:
-                total, counted = total + copied, counted + 1
+        with subject.track("retrieval score", len(grid), "documents") as bar:
+            for run, (length, depth, _) in enumerate(grid):
+                document = subject.documents.draw(subject.rng(3, run), length, self.facts, depth)
+                right, copied = copies(subject, document)
+                if right >= 0.5:
+                    total, counted = total + copied, counted + 1
+                bar.advance()
         if not counted:
             raise UnsupportedModelError(
                 f"retrieval_score: the model found the needle in none of {len(grid)} documents of up to {lengths[-1]} "

@@ -17,6 +17,7 @@ from ..bounds import TOKENS, TOKENS_OR_NONE
 from ..errors import CacheError
 from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
+from ..saved import SavedStore, short
 from .base import SPARE, Call, Store, StoreSpec, blanked, room
 
 SLACK = SPARE - 1  # tokens that can be taken back after they pushed others out of the window
@@ -205,6 +206,18 @@ class SinkRecentStore(Store):
         if target <= self.window and self.max_tokens is None:
             self.segments.pop("history", None)
             self.oldest = 0
+
+    def check(self, saved: SavedStore) -> None:
+        seen, sink, recent = saved.rows.total, self.spec.sink, self.spec.recent
+        parts, most = saved.segments(), min(seen, self.window)
+        rings = [["kept", "history"]] if seen > self.window else [["kept"], ["kept", "history"]]
+        if list(parts) not in rings:
+            saved.refuse(f"its segments are {short(list(parts))}, expected {rings[0]} after {seen} tokens")
+        # Longer than the longest row where a longer one has left the batch.
+        parts["kept"].plain(min(most, max(seen - start for start in saved.starts)), most, self.window)
+        if "history" in parts:
+            parts["history"].plain(SPARE, SPARE, SPARE)
+        saved.number("oldest", max(0, seen - recent - SLACK), max(sink, seen - recent))
 
     def filled(self, rows: Rows) -> dict[str, Segment]:
         """Slots that no token of their row fills, or that hold what was rejected, are zeros."""

@@ -20,6 +20,7 @@ from ..kernels import _compensated
 from ..kernels._compensated import Windows, total
 from ..kernels.layout import HeadKV, RoleHeads, Segment
 from ..rows import Rows
+from ..saved import MOST, SavedStore, short
 from .base import SPARE, Call, Store, StoreSpec, blanked, room
 from .sink_recent import SLACK
 
@@ -305,6 +306,22 @@ class SinkRecentCompensatedStore(Store):
         for name, length in (("sinks", min(self.spec.sink, target - self.begin)), ("recent", target - self.low)):
             if name in self.segments:
                 self.segments[name].length = length
+
+    def check(self, saved: SavedStore) -> None:
+        seen, sink, parts = saved.rows.total, self.spec.sink, saved.segments()
+        begin = saved.number("begin", 0, min(saved.starts))  # the row that began there may have left the batch
+        low = saved.number("low", 0, min(seen, begin + self.spec.edge(seen - begin - 1)))
+        expected = {"sinks"} if sink else set()
+        expected |= {"recent"} if low < seen or "recent" in parts else set()
+        if parts.keys() != expected:
+            saved.refuse(f"its segments are {short(list(parts))}, expected {sorted(expected)}")
+        if "sinks" in parts:
+            count = min(sink, seen - begin)
+            parts["sinks"].plain(count, count, sink)
+        if "recent" in parts:
+            parts["recent"].plain(seen - low, seen - low, self.max_tokens or MOST)
+        shape = (saved.rows.batch, saved.heads, 1, saved.head_dim)
+        saved.state(torch.float64, k=shape, v=shape)
 
     def filled(self, rows: Rows) -> dict[str, Segment]:
         """The sinks of a row that is shorter are zeros behind its end."""

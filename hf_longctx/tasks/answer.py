@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..devices import device_of
 from ..errors import UnsupportedModeError
 from ..registry import check_word, convert
 from ..seam import CACHE, cache_of
+from . import MODES
 from .base import Question, Sample
-
-MODES = ("requests", "turns")  # SCBench's multi-request and multi-turn modes
 
 
 @torch.no_grad()
@@ -112,4 +112,4 @@ def input_device(model: nn.Module) -> torch.device:
     """Where a model takes its input ids."""
     embeddings = model.get_input_embeddings()
     hook = getattr(embeddings, "_hf_hook", None)  # accelerate's, where weights are offloaded
-    return torch.device(getattr(hook, "execution_device", None) or embeddings.weight.device)
+    return torch.device(getattr(hook, "execution_device", None) or device_of(embeddings, model))

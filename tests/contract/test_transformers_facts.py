@@ -367,6 +367,27 @@ def test_gradient_checkpointing_drops_the_cache(model: Any, probe: Probe) -> Non
     assert plain and not logged(probe.log, "update"), RELIES + "checkpointed layers get no cache: plain tensors arrive"
 
 
+def test_checkpointing_without_gradients_drops_the_cache_or_keeps_it_whole(model: Any, probe: Probe) -> None:
+    checkpointing(model)
+    cache = ProbeCache(probe.log)
+    with torch.no_grad():
+        model(make_ids(), **{CACHE: cache}, use_cache=True)
+    lengths = {layer.get_seq_length() for layer in cache.layers}
+    assert lengths in ({0}, {9}), RELIES + f"without gradients too it is all layers or none; saw {lengths}"
+    kept = [isinstance(c["key"], Handle) for c in probe.calls]
+    assert kept == [lengths == {9}] * LAYERS, RELIES + "a layer that keeps its cache hands on what update returned"
+
+
+def test_modules_pass_known_keywords_only(model: Any, probe: Probe) -> None:
+    model(make_ids(), num_items_in_batch=torch.tensor(9), output_hidden_states=True)
+    model(make_ids(), use_cache=False, output_attentions=True)
+    generate(model, make_ids(), new=2)
+    known = {"position_ids", "use_cache", "sliding_window", "num_items_in_batch", "cache_position"}
+    known |= {"output_hidden_states", "output_attentions"}
+    seen = {name for c in probe.calls for name, value in c["kwargs"].items() if value is not None}
+    assert seen <= known, RELIES + f"attention modules pass {sorted(known)} beside scaling and dropout; saw {seen}"
+
+
 # ------------------------------------------------------------------------------------------------------------- 3. masks
 
 
@@ -594,6 +615,14 @@ def test_use_cache_false_reaches_the_override(model: Any, probe: Probe) -> None:
     assert seen == [False], RELIES + "generation_config.use_cache is False in the override"
     assert [k["use_cache"] for _, k in hook.seen] == [False] * 4, RELIES + "use_cache=False reaches the base pre-hook"
     assert hook.inputs(1)["input_ids"].shape[1] == 10, RELIES + "without a cache every step reads the whole row"
+
+
+def test_use_cache_false_with_a_cache_reads_the_whole_text_over_it(model: Any, probe: Probe) -> None:
+    hook = hook_base(model)
+    with contextlib.suppress(RuntimeError):  # 5.0: the mask is narrower than the cache, a kernel may choke on it
+        generate(model, make_ids(), use_cache=False, **{CACHE: ProbeCache(probe.log)})
+    steps = [(past, kwargs["input_ids"].shape[1]) for past, (_, kwargs) in zip(hook.past, hook.seen, strict=True)]
+    assert steps[1] == (9, 10), RELIES + f"use_cache=False with a cache goes wrong (so we refuse it); saw {steps}"
 
 
 def test_mask_of_ones_is_dropped_or_kept_whole(model: Any, probe: Probe) -> None:
@@ -839,6 +868,44 @@ def test_rope_parameters_location(family: str) -> None:
     assert rope.get("rope_type") == "default", RELIES + "rope_type is in config.rope_parameters"
 
 
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "original_max_position_embeddings": 8,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_angles_that_depend_on_the_length(probe: Probe, kind: str) -> None:
+    rope = {**ROPES[kind], "rope_theta": 1e4}
+    length = 8 if kind != "yarn" else 32
+    model = make_model("llama", rope_parameters=rope, max_position_embeddings=length)
+
+    def angles(*lengths: int) -> list[torch.Tensor]:
+        rotary, x = model.model.rotary_emb, torch.zeros(1, 1)
+        return [rotary(x, torch.arange(n)[None])[0][0, :4].clone() for n in lengths]
+
+    below, at, above, far = angles(4, 8, 9, 20)
+    assert torch.equal(below, at), RELIES + "up to the limit angles are always the same"
+    assert torch.equal(at, above) is (kind not in ("dynamic", "longrope")), RELIES + f"beyond it, {kind}"
+    assert torch.equal(above, far) is (kind != "dynamic"), RELIES + f"far beyond it, {kind}"
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_the_kind_and_the_limit_are_in_rope_parameters(kind: str) -> None:
+    config = make_config("llama", rope_parameters={**ROPES[kind], "rope_theta": 1e4}, max_position_embeddings=8)
+    assert config.rope_parameters["rope_type"] == kind, RELIES + "config.rope_parameters['rope_type']"
+    limit = config.rope_parameters.get("original_max_position_embeddings", config.max_position_embeddings)
+    assert limit == 8, RELIES + "the limit is original_max_position_embeddings, or max_position_embeddings"
+
+
 def sliding_model(family: str, implementation: str = NAME) -> Any:
     if family == "mistral":
         return make_model(family, implementation, sliding_window=4)
@@ -876,12 +943,17 @@ def test_no_window_is_none(model: Any, probe: Probe, family: str) -> None:
     assert windows == [None, None], RELIES + f"without a window sliding_window is None or absent; saw {windows}"
 
 
-def test_continuous_batching_is_refused_or_visible(model: Any, probe: Probe) -> None:
-    hook = hook_base(model)
-    with contextlib.suppress(Exception):  # refused by name before the model runs: nothing to do for us
-        model.generate_batch([make_ids()[0].tolist()], generation_config=model.generation_config, progress_bar=False)
-    seen = [kwargs for _, kwargs in hook.seen]
-    visible = all({"cache", "read_index", "write_index"} <= set(kwargs) for kwargs in seen)
-    assert visible and not probe.calls, (
-        RELIES + "generate_batch refuses our name or passes cache=, read_index=, write_index="
-    )
+@pytest.mark.parametrize("way", ["generate_batch", "paged"])
+def test_batches_start_with_init_continuous_batching_of_the_instance(model: Any, probe: Probe, way: str) -> None:
+    class Asked(Exception):
+        pass
+
+    def init(*args: Any, **kwargs: Any) -> None:
+        raise Asked
+
+    model.init_continuous_batching = init
+    with pytest.raises(Asked):
+        if way == "paged":
+            generate(model, make_ids(), cache_implementation="paged")
+        else:
+            model.generate_batch([[3, 4, 5]], generation_config=model.generation_config)
