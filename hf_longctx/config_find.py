@@ -100,27 +100,6 @@ def shipped_name(name: str, where: str = "config") -> str:
     )
 
 
-def find_config(name: str) -> LongCtxConfig:
-    """The config that a name stands for: a shipped one, a hub id that it lists, a YAML, or a model's folder.
-
-    Nothing is fetched, and no weight is read.
-
-    Raises:
-        ConfigError: there is none; the message says what there is.
-    """
-    if is_file_name(name):
-        return LongCtxConfig.from_yaml(name)
-    if not os.path.isdir(name) or name in shipped():
-        return load_shipped(shipped_name(name, "NAME"))
-    from transformers import AutoConfig  # a second, which only a folder is worth
-
-    try:
-        hf_config = AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: a folder without a config.json that Transformers reads: {error}") from None
-    return resolve("auto", hf_config, name)
-
-
 def _models() -> dict[str, ModelSection]:
     """The model section of every shipped config."""
     return {name: make(ModelSection, shipped_model(name), f"{name}: model") for name in shipped()}
