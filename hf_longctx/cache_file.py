@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import tensor_file
 from .cache_layer import SAVED as LAYER_SAVED
-from .config_sections import model_facts
+from .config_model import model_facts
 from .devices import device_of
 from .errors import CacheError, LongCtxError
 from .fingerprint import fingerprint

@@ -15,12 +15,13 @@ import torch
 from tiny import config_for, tiny_config, tiny_model
 from typer.testing import CliRunner
 
-from hf_longctx import ConfigError, LongCtxConfig, LongCtxError, ladder, memory, patch_model, registry
+from hf_longctx import ConfigError, LongCtxConfig, LongCtxError, ladder, memory_find, patch_model, registry
 from hf_longctx.bench.memory_check import fill
 from hf_longctx.cli import app
 from hf_longctx.config import load_shipped
 from hf_longctx.ladder import BITS, RULE, fewer_heads
-from hf_longctx.memory import DENSE, PATCHED, RESERVED, MemorySettings, find, longest
+from hf_longctx.memory import DENSE, PATCHED, RESERVED, MemorySettings, longest
+from hf_longctx.memory_find import find
 from hf_longctx.patch import state_of
 from hf_longctx.stores.full import Full
 
@@ -338,7 +339,7 @@ def test_the_rule_is_said_and_stands_in_the_docs(given):
 
 
 def test_a_shipped_config_needs_no_weights(monkeypatch):
-    monkeypatch.setattr(memory.AutoModelForCausalLM, "from_pretrained", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(memory_find.AutoModelForCausalLM, "from_pretrained", lambda *args: pytest.fail("loaded"))
     found = LongCtxConfig.plan("llama-3.1-8b-instruct", context=131072, memory="24GB")
     subject = find("llama-3.1-8b-instruct", MemorySettings(24 * 10**9))
     assert found.rungs[0].need == subject.need(PATCHED, 131072) and found.rungs[0].need.total > 24 * 10**9

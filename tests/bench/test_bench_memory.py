@@ -13,12 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from hf_longctx import ConfigError, LongCtxConfig, LongCtxError, memory, patch_model
+from hf_longctx import ConfigError, LongCtxConfig, LongCtxError, memory, memory_find, patch_model
 from hf_longctx.bench import environment, memory_check
 from hf_longctx.bench.memory_check import check, fill
 from hf_longctx.cli import app
 from hf_longctx.config import load_shipped
-from hf_longctx.memory import DENSE, MOST, PATCHED, RESERVED, WAYS, MemorySettings, Subject, find, longest
+from hf_longctx.memory import DENSE, MOST, PATCHED, RESERVED, WAYS, MemorySettings, Subject, longest
+from hf_longctx.memory_find import find
 from hf_longctx.registry import words
 from hf_longctx.stores.base import SPARE, StoreSpec
 
@@ -240,12 +241,12 @@ def test_the_rule_for_working_memory_is_what_a_prefill_takes(chunk, word, batch,
     sizes = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 2, "num_attention_heads": 8}
     config = AutoConfig.for_model("llama", vocab_size=64, num_key_value_heads=kv_heads, head_dim=32, **sizes)
     settings, tokens = MemorySettings(1, word, batch, chunk), 2048
-    model = memory.AutoModelForCausalLM.from_config(config, dtype=memory.dtype_of(word)).eval()
+    model = memory_find.AutoModelForCausalLM.from_config(config, dtype=memory.dtype_of(word)).eval()
     roles = ["RS" * (kv_heads // 2)] * 2
     stores = {"streaming": {"store": "sink_recent", "sink": 4, "recent": 64}}
     ours = {"model": LongCtxConfig.describe(config), "heads": {"roles": roles}, "stores": stores}
     with torch.device("meta"):
-        counted = memory.AutoModelForCausalLM.from_config(config, dtype=memory.dtype_of(word))
+        counted = memory_find.AutoModelForCausalLM.from_config(config, dtype=memory.dtype_of(word))
     subject = Subject("", counted, config, settings, LongCtxConfig.from_dict(ours))
     ids = torch.randint(64, (batch, tokens))
     for way in (DENSE, PATCHED):
