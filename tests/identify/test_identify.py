@@ -328,7 +328,7 @@ def test_the_picture_shows_every_head_and_outlines_the_retrieval_heads(llama):
     assert np.allclose(ranks, (lower + (equal - 1) / 2) / 15) and ranks.min() == 0 and ranks.max() == 1
     outlined = sorted((round(p.get_y() + 0.44), round(p.get_x() + 0.44)) for p in axes.patches)
     assert outlined == [(1, 0), (1, 1), (1, 2), (1, 3)]
-    assert figure.get_suptitle() == "hf-longctx/tiny-llama"
+    assert figure.get_suptitle() == "tiny-llama"
     roles = config.override(heads={"roles": ["SSSS", "RRRR", "SSSS", "SSSR"]})
     (only,) = plots.head_map(roles).axes
     assert len(only.patches) == 5
