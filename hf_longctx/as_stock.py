@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +67,19 @@ def attend_as_stock(
     return ALL_ATTENTION_FUNCTIONS[STOCK](module, query, key, value, mask, **kwargs)
 
 
-def stock_mask(*args, **kwargs) -> Tensor | None:
-    """The mask that Transformers makes for sdpa."""
-    return ALL_MASK_ATTENTION_FUNCTIONS[STOCK](*args, **kwargs)
+def longctx_mask(*args, allow_is_causal_skip: bool = True, config=None, **kwargs) -> Tensor | StockMask | None:
+    """Mask function: padding reaches the layers of a patched model as ``Rows``, so a mask is made on demand only.
+
+    The config of a patched model has ``longctx``; one with our word alone is of another model. What is more than causal
+    attention over padded rows is made at once: `attend` refuses it, and a model that is not patched reads it.
+    """
+    if isinstance(kwargs.get("attention_mask"), StockMask):
+        return kwargs["attention_mask"]
+    make = partial(
+        ALL_MASK_ATTENTION_FUNCTIONS[STOCK], *args, allow_is_causal_skip=allow_is_causal_skip, config=config, **kwargs
+    )
+    only_padding = allow_is_causal_skip and "allow_is_bidirectional_skip" not in kwargs
+    return StockMask(make) if only_padding and getattr(config, "longctx", None) is not None else make()
 
 
 def _tell(module: nn.Module) -> None:

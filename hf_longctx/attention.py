@@ -7,7 +7,6 @@ answer, by the same visibility rule; plain tensors only save no memory.
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -16,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from .as_stock import StockMask, attend_as_stock, stock_mask
+from .as_stock import StockMask, attend_as_stock, longctx_mask
 from .cache_layer import NOT_OURS, LayerKV
 from .errors import UnsupportedModeError, UnsupportedModelError
 from .kernels import dispatch
@@ -43,19 +42,6 @@ def register() -> None:
     """Make the two functions known to Transformers under the name ``longctx``; patching and unpickling call this."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, longctx_mask)
-
-
-def longctx_mask(*args, allow_is_causal_skip: bool = True, config=None, **kwargs) -> Tensor | StockMask | None:
-    """Mask function: padding reaches the layers of a patched model as ``Rows``, so a mask is made on demand only.
-
-    The config of a patched model has ``longctx``; one with our word alone is of another model. What is more than causal
-    attention over padded rows is made at once: `attend` refuses it, and a model that is not patched reads it.
-    """
-    if isinstance(kwargs.get("attention_mask"), StockMask):
-        return kwargs["attention_mask"]
-    make = partial(stock_mask, *args, allow_is_causal_skip=allow_is_causal_skip, config=config, **kwargs)
-    only_padding = allow_is_causal_skip and "allow_is_bidirectional_skip" not in kwargs
-    return StockMask(make) if only_padding and getattr(config, "longctx", None) is not None else make()
 
 
 def attend(
@@ -115,15 +101,6 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse_unknown(module: nn.Module, given: dict) -> None:
-    asked = sorted(name for name in given.keys() - KNOWN if given[name] is not None)
-    if asked:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} asks its attention function for {', '.join(asked)}, which patched attention does "
-            "not compute: its answer would be wrong. This model cannot be patched; unpatch_model(model) runs it dense."
-        )
-
-
 def _check_place(module: nn.Module, plan: LayerPlan | None, rows: Rows | None, kwargs: dict) -> None:
     """Refuse an attention module that has no plan, or that was reached without the forward it belongs to."""
     if plan is not None and rows is not None:
@@ -139,6 +116,15 @@ def _check_place(module: nn.Module, plan: LayerPlan | None, rows: Rows | None, k
     raise UnsupportedModeError(
         f"{name} was put into the model after patch_model and has no roles for its heads. Call patch_model once more."
     )
+
+
+def _refuse_unknown(module: nn.Module, given: dict) -> None:
+    asked = sorted(name for name in given.keys() - KNOWN if given[name] is not None)
+    if asked:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks its attention function for {', '.join(asked)}, which patched attention does "
+            "not compute: its answer would be wrong. This model cannot be patched; unpatch_model(model) runs it dense."
+        )
 
 
 class LayerCall:

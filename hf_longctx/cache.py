@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from . import cache_file
 from .cache_layer import LayerKV, LongCtxLayer
+from .dense_members import DenseCacheMembers
 from .errors import CacheError, UnsupportedModelError
 from .kernels.layout import as_autocast
 from .rows import Rows
@@ -24,7 +25,7 @@ from .stores.base import SPARE
 from .token_ids import TokenIds
 
 
-class LongCtxCache(Cache):
+class LongCtxCache(DenseCacheMembers, Cache):
     """KV cache of a patched model.
 
     Args:
@@ -64,6 +65,15 @@ class LongCtxCache(Cache):
                 for store in layer.stores:
                     store.map_rows(torch.clone)
             self.token_ids.map_rows(torch.clone)
+
+    def __repr__(self) -> str:
+        rows = max(self.batch_size, 0)
+        return f"{type(self).__name__}(layers={len(self)}, rows={rows}, tokens={self.seen}, bytes={self.nbytes})"
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every layer has seen a forward."""
+        return all(layer.is_initialized for layer in self.layers)
 
     @property
     def max_cache_len(self) -> int:
@@ -210,7 +220,7 @@ class LongCtxCache(Cache):
         Raises:
             CacheError: a streaming head has dropped tokens that the shorter sequence needs; nothing is changed.
         """
-        seen, tokens_to_remove = self.seen, int(tokens_to_remove)  # Transformers 5.17 passes a tensor
+        seen, tokens_to_remove = self.seen, _whole(tokens_to_remove, "crop")
         target = min(seen, tokens_to_remove) if tokens_to_remove > 0 else max(0, seen + tokens_to_remove)
         if target == 0:
             self.reset()
@@ -328,16 +338,32 @@ class LongCtxCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` was; CacheError for a half-written cache."""
+        beam_idx = torch.as_tensor(beam_idx)
         self._map_rows(beam_idx, lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, next to each other; CacheError for a half-written cache."""
+        repeats = _whole(repeats, "batch_repeat_interleave")
+        if repeats < 1:
+            raise CacheError(f"batch_repeat_interleave({repeats}): every row must stay at least once.")
         rows = torch.arange(self.batch_size).repeat_interleave(repeats)
         self._map_rows(rows, lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``; CacheError for a half-written cache."""
-        self._map_rows(torch.arange(self.batch_size)[indices.cpu()], lambda tensor: tensor[indices.to(tensor.device)])
+    def batch_select_indices(self, indices: Tensor | Sequence[int] | slice) -> None:
+        """Keep the rows ``indices``, whatever a tensor's first dimension takes; CacheError for a half-written cache."""
+        if self.batch_size == -1:
+            return
+        given = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
+        try:
+            rows = torch.arange(self.batch_size)[given]
+        except IndexError:
+            rows = torch.empty(0, dtype=torch.int64)
+        if rows.dim() != 1 or not len(rows):
+            raise CacheError(
+                f"batch_select_indices({indices}): this cache holds {self.batch_size} rows; give a list of those to "
+                "keep."
+            )
+        self._map_rows(rows, lambda tensor: tensor[rows.to(tensor.device)])
 
     def _map_rows(self, picked: Tensor, change: Callable[[Tensor], Tensor]) -> None:
         if self.batch_size == -1:
@@ -354,6 +380,15 @@ class LongCtxCache(Cache):
             layer.map_rows(change, picked.numel())
         self.token_ids.map_rows(change)
         self.rows = None
+
+
+def _whole(number: int | Tensor, method: str) -> int:
+    """A whole number of tokens or times; Transformers 5.17 passes a tensor."""
+    if isinstance(number, Tensor) and not number.dim() and not number.is_floating_point():
+        return int(number)
+    if type(number) is not int:
+        raise CacheError(f"{method}({number!r}): expected a whole number.")
+    return number
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .dense_members import DenseLayerMembers
 from .errors import CacheError, UnsupportedModeError
 from .finite import check_forward, every_forward
 from .kernels.layout import HeadKV, autocast_on
@@ -47,7 +48,7 @@ class LayerKV:
         return next(kept.shape for kept in given if isinstance(kept, cls))
 
 
-class LongCtxLayer(CacheLayerMixin):
+class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
     """The stores of one layer, one per role."""
 
     is_compileable = False
@@ -56,8 +57,7 @@ class LongCtxLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, plan: LayerPlan, max_tokens: int | None = None):
-        super().__init__()
-        self.plan = plan
+        self.plan, self.max_tokens, self.is_initialized = plan, max_tokens, False
         self.seen = 0
         self.whole = True  # False while stores are written, and for good when that was interrupted
         self.stores: list[Store] = [plan.stores[heads.role].new(heads, max_tokens) for heads in plan.heads]
@@ -105,7 +105,8 @@ class LongCtxLayer(CacheLayerMixin):
         return self.seen + _length(query_length), 0
 
     def get_max_length(self) -> int:
-        return -1
+        """Tokens the layer can hold, -1 for no limit."""
+        return -1 if self.max_tokens is None else self.max_tokens
 
     get_max_cache_shape = get_max_length
 

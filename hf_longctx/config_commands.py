@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .config import LongCtxConfig, load_shipped
-from .config_files import shipped
+from .config import LongCtxConfig
 from .config_find import find_config
+from .config_list import ranked, readme_table
 from .console import console
 from .registry import spec_word
 
@@ -28,7 +28,7 @@ SHARE = "Draw this share of retrieval heads, 0 to 1."
 
 @app.callback(invoke_without_command=True)
 def configs(context: typer.Context) -> None:
-    """List the shipped configs: checkpoint, where the head map comes from, and KV memory with 2 bytes per number."""
+    """List the shipped configs, best first: checkpoint, source of the head map, KV memory with 2 bytes per number."""
     if context.invoked_subcommand is None:
         _list(console())
 
@@ -57,16 +57,24 @@ def reference() -> None:
     typer.echo(text(), nl=False)
 
 
+@app.command("table")
+def print_table() -> None:
+    """The published checkpoints as Markdown, best first: the table of the README."""
+    typer.echo(readme_table(), nl=False)
+
+
 def _list(console: Console) -> None:
-    title = "KV MB of one row: dense -> patched, 2 bytes per number"
+    title = "Best first. KV MB of one row: dense -> patched, 2 bytes per number"
     table = Table(title=title, box=box.HORIZONTALS, show_lines=True, show_edge=False, pad_edge=False)
     table.add_column("config, checkpoint, heads from", overflow="fold")
     table.add_column("share", justify="right", no_wrap=True)
     table.add_column("KV MB", no_wrap=True)
-    for name in shipped():
-        config = load_shipped(name)
+    for one in ranked():
+        config = one.config
         first, *more = config.model.ids
-        said = Text.assemble((name, "bold"), f"\n{first}{f', +{len(more)} more' if more else ''}\n", _origin(config))
+        said = Text.assemble(
+            (one.name, "bold"), f"\n{first}{f', +{len(more)} more' if more else ''}\n", _origin(config)
+        )
         table.add_row(said, f"{_share(config):.1%}", "\n".join(_memory(config)))
     console.print(table)
     console.print("share: of the KV heads that keep every token. `hf-longctx configs show NAME` draws the head map.")

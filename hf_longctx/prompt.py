@@ -19,8 +19,16 @@ FORMS = "Give one text, or the ids of one text; ask() takes a list of them."
 
 # Arguments of generate() that a prompt sets itself, or that would make its result another thing.
 OWN = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "use_cache", *NAMES)
-OWN += ("cache_implementation", "prefill_chunk_size", "return_dict_in_generate")
-ONE_ROW = ("assistant_model", "prompt_lookup_num_tokens", "streamer")  # Transformers takes no batch with these
+OWN += ("cache_implementation", "prefill_chunk_size", "return_dict_in_generate", "token_healing")
+# Transformers takes no batch with these.
+ONE_ROW = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "streamer")
+# What of the first may stand in a generation config -> the values there that change nothing.
+STORED = {
+    "use_cache": (None, True),
+    "cache_implementation": (None, "dynamic", "dynamic_full"),
+    "prefill_chunk_size": (None,),
+    "token_healing": (None, False),
+}
 
 
 class Prompt:
@@ -102,7 +110,7 @@ class Prompt:
             raise ConfigError("questions: expected a list of texts. For one text use generate().")
         if type(batch_size) is not int or batch_size < 1:
             raise ConfigError(f"batch_size: got {batch_size!r}, expected a whole number from 1.")
-        if any(kwargs.get(name) is not None for name in ONE_ROW):
+        if any(self._option(name, kwargs) for name in ONE_ROW):
             batch_size = 1
         texts = [self.tokens(text) for text in questions]
         answers: list[Any] = [None] * len(texts)
@@ -139,12 +147,14 @@ class Prompt:
                 cache.stagger(pads)
             if expand > 1:
                 cache.batch_repeat_interleave(expand)
-        if kwargs.get("stop_strings") is not None:
+        if self._option("stop_strings", kwargs) is not None:
             kwargs = {"tokenizer": self.tokenizer, **kwargs}
+        if self._option("cache_implementation", kwargs) is not None:
+            kwargs = {**kwargs, "cache_implementation": None}  # Transformers takes no word beside a cache
         device = input_device(self.model)
         given = {"attention_mask": mask.long().to(device), CACHE: cache}
         out = self.model.generate(ids.to(device), **given, **kwargs)
-        return out[:, width:].tolist()
+        return getattr(out, "sequences", out)[:, width:].tolist()  # of a dict, where a generation config asks for one
 
     def _said(self, text: Text, row: list[int], kwargs: dict) -> str | list[int]:
         """One answer, without the token that ended it and the pads behind it."""
@@ -152,7 +162,7 @@ class Prompt:
         stops = set() if eos is None else {int(token) for token in torch.as_tensor(eos).flatten()}
         end = next((i for i, token in enumerate(row) if token in stops), len(row))
         said = row[:end]
-        if kwargs.get("stop_strings") is not None or kwargs.get("stopping_criteria") is not None:
+        if self._option("stop_strings", kwargs) is not None or kwargs.get("stopping_criteria") is not None:
             pad = self._option("pad_token_id", kwargs)  # a row that such a rule ended earlier than its neighbours
             while said and said[-1] == pad:
                 said.pop()
@@ -166,9 +176,13 @@ class Prompt:
 
     def _option(self, name: str, kwargs: dict) -> Any:
         """An argument of generate(), or what the generation configs say where it is not given."""
-        configs = (kwargs.get("generation_config"), getattr(self.model, "generation_config", None))
-        given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        given = (kwargs.get(name), *(getattr(config, name, None) for _, config in self._configs(kwargs)))
         return next((value for value in given if value is not None), None)
+
+    def _configs(self, kwargs: dict) -> list[tuple[str, Any]]:
+        """The generation configs, the first one first, and what they are called."""
+        stored = getattr(self.model, "generation_config", None)
+        return [("generation_config", kwargs.get("generation_config")), ("model.generation_config", stored)]
 
     def _check(self, kwargs: dict) -> None:
         own = [name for name in OWN if name in kwargs]
@@ -177,6 +191,14 @@ class Prompt:
                 f"{', '.join(own)}: a prompt sets this itself. For a generate() of your own take fork().cache and give "
                 "the whole text as input_ids."
             )
+        for name, harmless in STORED.items():
+            found = ((place, getattr(config, name, None)) for place, config in self._configs(kwargs))
+            place, value = next(((place, value) for place, value in found if value is not None), ("", None))
+            if value not in harmless:
+                raise ConfigError(
+                    f"{place}.{name}={value!r}: a prompt brings its own cache and has read its text, so this cannot be "
+                    f"done. Set {place}.{name} to {harmless[-1]!r} for this call."
+                )
         if not len(self.ids) > self.cache.seen:
             raise CacheError(
                 f"this prompt has {len(self.ids)} tokens, its cache has read {self.cache.seen}: somebody went on with "
