@@ -21,7 +21,8 @@ from .registry import dump
 from .tensor_file import TensorFile
 from .whole_file import written_whole
 
-FORMAT, VERSION = "hf_longctx cache", 1
+FORMAT, VERSION = "hf_longctx cache", 2
+READS = ("1", str(VERSION))  # in 1 the history of a ring has all its slots at once
 IDS = "ids"  # the tensor of token ids; those of layers are "layers.0.streaming...."
 SAVED = ("starts", "ends", "staggered")  # attributes of the cache itself
 BIAS = ".bias"  # ends the names of tensors that may hold -inf
@@ -147,10 +148,10 @@ def _told(file: TensorFile) -> Mapping[str, Any]:
     metadata = file.metadata
     if metadata.get("format") != FORMAT:
         raise CacheError(f"{file.path} is no file that cache.save wrote. Give one that is.")
-    if metadata["version"] != str(VERSION):
+    if metadata["version"] not in READS:
         raise CacheError(
-            f"{file.path} has format {metadata['version']}, this version of hf_longctx reads {VERSION}. Update it, or "
-            "read the prompt again and save."
+            f"{file.path} has format {metadata['version']}, this version of hf_longctx reads {' and '.join(READS)}. "
+            "Update it, or read the prompt again and save."
         )
     return json.loads(metadata["told"])
 

@@ -16,7 +16,7 @@ from .finite import check_forward, every_forward
 from .kernels.layout import HeadKV, autocast_on
 from .layer_plan import LayerPlan
 from .rows import Rows
-from .stores.base import Store
+from .stores.base import SLACK, Store
 
 SAVED = ("seen", "batch", "head_dim", "dense_bytes_per_token", "autocast")  # of a layer, in its file
 
@@ -51,12 +51,14 @@ class LongCtxLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, plan: LayerPlan, max_tokens: int | None = None):
+    def __init__(self, plan: LayerPlan, max_tokens: int | None = None, slack: int = SLACK):
         super().__init__()
         self.plan = plan
         self.seen = 0
         self.whole = True  # False while stores are written, and for good when that was interrupted
         self.stores: list[Store] = [plan.stores[heads.role].new(heads, max_tokens) for heads in plan.heads]
+        for store in self.stores:
+            store.slack = slack
         self.dense_bytes_per_token = 0
         self.checked = every_forward()
         self.autocast = False
@@ -104,6 +106,11 @@ class LongCtxLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length
+
+    def activate_past_recording(self) -> None:
+        """Remember what windows drop from now on, so that `SLACK` tokens can be taken back."""
+        for store in self.stores:
+            store.slack = SLACK
 
     @property
     def oldest_crop(self) -> int:

@@ -33,6 +33,7 @@ from .layer_plan import LayerPlan
 from .patch import attention_modules, make_plan, patch_model, state_of, unwrap
 from .registry import check_word, wrong
 from .sizes import DTYPES, dtype_of
+from .stores.base import SLACK
 
 MOST = 1 << 40  # tokens: what fits more than this has no limit
 DENSE, PATCHED, RESERVED = "dense", "patched", "patched, max_tokens"
@@ -147,7 +148,8 @@ class Subject:
         if way == DENSE:
             window = plan.stores["streaming"].recent if plan.sliding else None
             return len(plan.roles) * (tokens if window is None else self._windowed(tokens, window)) * self._slot
-        form = (tokens, self.head_dim, self.number, tokens if way == RESERVED else None)
+        max_tokens, slack = (tokens, SLACK) if way == RESERVED else (None, 0)
+        form = (tokens, self.head_dim, self.number, max_tokens, slack)
         heads = (len(heads.kv_heads) * plan.stores[heads.role].head_bytes(*form) for heads in plan.heads)
         return sum(heads) * self.settings.batch
 

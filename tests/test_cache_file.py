@@ -510,10 +510,10 @@ def test_other_files_are_refused(saved, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(CacheError, match=r"lacks something that caches have \(KeyError\('starts'\)\)"):
         LongCtxCache.load(path, model)
-    monkeypatch.setattr(cache_file, "VERSION", 2)
+    monkeypatch.setattr(cache_file, "VERSION", 3)
     cache.save(path)
     monkeypatch.undo()
-    with pytest.raises(CacheError, match="has format 2, this version of hf_longctx reads 1"):
+    with pytest.raises(CacheError, match="has format 3, this version of hf_longctx reads 1 and 2"):
         LongCtxCache.load(path, model)
 
 
