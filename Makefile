@@ -1,50 +1,57 @@
-# Every target makes the virtual environment first, where it is missing or older than pyproject.toml.
+# Every target makes the virtual environment first, where it is missing or older than pyproject.toml. `make demo` installs
+# the package alone; the other targets install everything: tests, notebooks, pictures, lm-eval.
 #   make demo                  the first thing to try
+#   make install               everything, and nothing run
 #   make notebooks             run examples/*.ipynb and save their outputs
 #   make test VENV=/some/where another environment
-#   make install TORCH="torch==2.9.1"   another PyTorch
+#   make install TORCH="torch==2.9.1"   another PyTorch; TORCH is what pip install is given, options as well
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+PACKAGE := $(VENV)/.installed
+EVERYTHING := $(VENV)/.installed-dev
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 .PHONY: install demo notebooks format lint test test-slow clean
 .NOTPARALLEL:
 
-install: $(INSTALLED)
+install: $(EVERYTHING)
 
-$(INSTALLED): pyproject.toml
+$(PACKAGE): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "$(PYTHON) is missing or older than Python 3.10. Name another one: make PYTHON=python3.11 ..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make virtual environments. On Debian: sudo apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(EVERYTHING): $(PACKAGE)
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $@
 
-demo: $(INSTALLED)
+demo: $(PACKAGE)
 	$(BIN)/hf-longctx demo
 
-notebooks: $(INSTALLED)
+notebooks: $(EVERYTHING)
 	$(BIN)/python examples/run_notebooks.py
 
-format: $(INSTALLED)
+format: $(EVERYTHING)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lint: $(INSTALLED)
+lint: $(EVERYTHING)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-test: $(INSTALLED)
+test: $(EVERYTHING)
 	$(PYTEST)
 
-test-slow: $(INSTALLED)
+test-slow: $(EVERYTHING)
 	$(PYTEST) --dist loadgroup -m slow
 
 clean:

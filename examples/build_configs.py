@@ -74,7 +74,8 @@ def build(entry: Data, files: Iterable[Data]) -> str:
     """The text of one checkpoint's config.
 
     Args:
-        entry: ``name``, ``ids`` and ``config`` (an excerpt of config.json) of ``checkpoints.yaml``.
+        entry: ``name``, ``ids`` and ``config`` (an excerpt of config.json) of ``checkpoints.yaml``; ``made_for`` where
+            that excerpt has another number of tokens than the checkpoint was made for.
         files: the data measured on its ids, each with its file name under ``file``.
 
     Raises:
@@ -87,6 +88,8 @@ def build(entry: Data, files: Iterable[Data]) -> str:
         raise ConfigError(f"{entry['name']}: no data file was measured on one of {', '.join(ids)}.")
     for data in files:
         check(data, facts)
+    if "made_for" in entry:
+        facts["max_position_embeddings"] = entry["made_for"]
     model = {"ids": Row(ids), **facts, "fingerprint": Line(facts["fingerprint"])}
     whole = {
         "model": model,

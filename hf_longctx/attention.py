@@ -7,6 +7,7 @@ answer, by the same visibility rule; plain tensors only save no memory.
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -15,17 +16,27 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from .cache_layer import LayerKV
-from .errors import UnsupportedModeError
+from .as_stock import StockMask, attend_as_stock, stock_mask
+from .cache_layer import NOT_OURS, LayerKV
+from .errors import UnsupportedModeError, UnsupportedModelError
 from .kernels import dispatch
 from .kernels.layout import HeadKV, RoleHeads, Segment, as_autocast, needs_grad
 from .layer_plan import LayerPlan, PrefillPlan
 from .prefill.base import select
 from .rows import Rows
+from .seam import CACHE
 from .stores.base import StoreSpec
 
 NAME = "longctx"
 ROWS = "longctx_rows"  # keyword argument by which the base model's pre-hook hands Rows to every layer
+
+# Keyword arguments that reach the attention function beside its own. Those that mean nothing here, as they do in
+# Transformers' own functions, or that the base model's pre-hook has read or refused; and those of the modules.
+UNUSED = frozenset(
+    ("cache_position", "is_causal", "num_items_in_batch", "output_attentions", "output_hidden_states")
+    + ("output_router_logits", "position_ids", "return_dict", "token_type_ids", "use_cache")
+)
+KNOWN = UNUSED | {"sliding_window", ROWS}
 
 
 def register() -> None:
@@ -34,18 +45,17 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, longctx_mask)
 
 
-def longctx_mask(*args, allow_is_causal_skip: bool = True, **kwargs) -> None:
-    """Mask function: padding reaches the layers as ``Rows``, so no mask is made.
+def longctx_mask(*args, allow_is_causal_skip: bool = True, config=None, **kwargs) -> Tensor | StockMask | None:
+    """Mask function: padding reaches the layers of a patched model as ``Rows``, so a mask is made on demand only.
 
-    Raises:
-        UnsupportedModeError: the call wants more than causal attention over padded rows.
+    The config of a patched model has ``longctx``; one with our word alone is of another model. What is more than causal
+    attention over padded rows is made at once: `attend` refuses it, and a model that is not patched reads it.
     """
-    if not allow_is_causal_skip:
-        raise UnsupportedModeError(
-            "this call needs a mask that is not plainly causal (packed sequences, or a mask function added to it). A "
-            "patched model supports causal attention over left- or right-padded rows: unpack the sequences, or "
-            "run it dense with model.set_attn_implementation('sdpa')."
-        )
+    if isinstance(kwargs.get("attention_mask"), StockMask):
+        return kwargs["attention_mask"]
+    make = partial(stock_mask, *args, allow_is_causal_skip=allow_is_causal_skip, config=config, **kwargs)
+    only_padding = allow_is_causal_skip and "allow_is_bidirectional_skip" not in kwargs
+    return StockMask(make) if only_padding and getattr(config, "longctx", None) is not None else make()
 
 
 def attend(
@@ -53,34 +63,43 @@ def attend(
     query: Tensor,
     key: Tensor | LayerKV,
     value: Tensor | LayerKV,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | StockMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer: ``[B, T, H, D]`` contiguous, and no weights.
+    """Attention of one layer: ``[B, T, H, D]`` contiguous, and no weights. A model without a patch runs as stock.
 
     Raises:
-        UnsupportedModeError: the module was not patched, a 4D mask or dropout was given.
+        UnsupportedModelError: the module asks for something that is not computed here, such as a softcap.
+        UnsupportedModeError: the module alone was called, or added after patching; a 4D mask or dropout was given; a
+            layer was run without the cache that the model was given.
     """
     plan: LayerPlan | None = getattr(module, "longctx_plan", None)
     rows: Rows | None = key.rows if isinstance(key, LayerKV) else kwargs.get(ROWS)
-    if plan is None or rows is None:
-        raise UnsupportedModeError(
-            f"{type(module).__name__} reached the '{NAME}' attention outside of a patched model's forward. Call "
-            "patch_model(model), and call the model or its base model, not an attention module alone."
-        )
+    if plan is None and rows is None:
+        more = {"scaling": scaling, "dropout": dropout, **kwargs}
+        return attend_as_stock(module, query, key, value, attention_mask, **more)
+    _check_place(module, plan, rows, kwargs)
     window = plan.stores["streaming"].recent if plan.sliding else None
     if kwargs.get("sliding_window") != window:
         raise UnsupportedModeError(
             f"layer {plan.layer_idx} has sliding_window={kwargs.get('sliding_window')} but was patched with {window}. "
             "Call patch_model again after changing the model's config."
         )
-    if attention_mask is not None or dropout:
+    if dropout or not (attention_mask is None or isinstance(attention_mask, StockMask)):
         asked = "dropout" if dropout else f"a mask of shape {tuple(attention_mask.shape)}"
         raise UnsupportedModeError(
             f"patched attention was given {asked}: it supports 2D padding masks and attention_dropout=0. Set "
             "config.attention_dropout to 0, or run dense with model.set_attn_implementation('sdpa')."
+        )
+    if not kwargs.keys() <= KNOWN:
+        _refuse_unknown(module, kwargs)
+    if rows.cached and not isinstance(key, LayerKV):
+        raise UnsupportedModeError(
+            f"layer {plan.layer_idx} was run without the LongCtxCache that the model was given, so nothing would be "
+            "kept: something between the model and its layers takes the cache away, as gradient checkpointing does. "
+            "Turn that off around generate(), or pass use_cache=False."
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     call = LayerCall(plan, rows, scale)
@@ -94,6 +113,32 @@ def attend(
         out = call.observed(query, key, value) if rows.observer else None
         out = call.plain(query, key, value) if out is None else out
     return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_unknown(module: nn.Module, given: dict) -> None:
+    asked = sorted(name for name in given.keys() - KNOWN if given[name] is not None)
+    if asked:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks its attention function for {', '.join(asked)}, which patched attention does "
+            "not compute: its answer would be wrong. This model cannot be patched; unpatch_model(model) runs it dense."
+        )
+
+
+def _check_place(module: nn.Module, plan: LayerPlan | None, rows: Rows | None, kwargs: dict) -> None:
+    """Refuse an attention module that has no plan, or that was reached without the forward it belongs to."""
+    if plan is not None and rows is not None:
+        return
+    name = type(module).__name__
+    if rows is None:
+        raise UnsupportedModeError(
+            f"{name} was reached without its base model's forward hooks. Call the model or its base model, as in "
+            "model(...): an attention module alone, or .forward(...), does not know where the rows of the batch start."
+        )
+    if kwargs.get(ROWS) is None:
+        raise UnsupportedModeError(NOT_OURS)
+    raise UnsupportedModeError(
+        f"{name} was put into the model after patch_model and has no roles for its heads. Call patch_model once more."
+    )
 
 
 class LayerCall:
@@ -272,5 +317,5 @@ class _NoBackward(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         raise UnsupportedModeError(
             "gradients do not flow through the tokens a LongCtxCache kept. For training call the model with the whole "
-            "sequence and use_cache=False, or pass past_key_values=DynamicCache()."
+            f"sequence and use_cache=False, or pass {CACHE}=DynamicCache()."
         )

@@ -16,9 +16,16 @@ from .finite import check_forward, every_forward
 from .kernels.layout import HeadKV, autocast_on
 from .layer_plan import LayerPlan
 from .rows import Rows
+from .saved import SavedStore, SavedTensors, Told
 from .stores.base import SLACK, Store
+from .tensor_file import DTYPES
 
 SAVED = ("seen", "batch", "head_dim", "dense_bytes_per_token", "autocast")  # of a layer, in its file
+
+NOT_OURS = (
+    "a LongCtxCache reached an attention function that is not the patched one: the model is not patched, or was "
+    "unpatched while the cache lived. Patch it again, or start with a new cache."
+)
 
 
 @dataclass
@@ -31,10 +38,7 @@ class LayerKV:
     @property
     def shape(self) -> None:
         """What any other attention function asks a key for first."""
-        raise UnsupportedModeError(
-            "a LongCtxCache reached an attention function that is not the patched one: the model is not patched, or "
-            "was unpatched while the cache lived. Patch it again, or start with a new cache."
-        )
+        raise UnsupportedModeError(NOT_OURS)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None) -> None:
@@ -158,6 +162,37 @@ class LongCtxLayer(CacheLayerMixin):
             tensors |= {f"{store.heads.role}.{name}": tensor for name, tensor in kept.items()}
         numbers = {name: getattr(self, name) for name in SAVED}
         return tensors, {**numbers, "dtype": str(self.dtype).removeprefix("torch."), "stores": stores}
+
+    def check(
+        self,
+        plain: Mapping[str, Told],
+        tensors: SavedTensors,
+        prefix: str,
+        rows: Rows,
+        *,
+        head_dim: int,
+        staggered: bool,
+    ) -> None:
+        """Raise CacheError unless ``restore`` can take ``plain`` and the tensors whose names begin with ``prefix``.
+
+        ``rows`` are all that was seen; ``head_dim`` is the model's, ``staggered`` the cache's.
+        """
+        words = [str(dtype).removeprefix("torch.") for dtype in DTYPES if dtype.is_floating_point]
+        dtype = getattr(torch, plain["dtype"].one_of(*words))
+        expected = {"seen": rows.total, "batch": rows.batch, "head_dim": head_dim}
+        expected["dense_bytes_per_token"] = 2 * head_dim * dtype.itemsize * len(self.plan.roles)
+        for name, value in expected.items():
+            plain[name].number(value, value)
+        plain["autocast"].one_of(False, True)
+        stores = plain["stores"].fields(*(store.heads.role for store in self.stores))
+        for store in self.stores:
+            told, n = stores[store.heads.role], len(store.heads.kv_heads)
+            where = f"{prefix}{store.heads.role}."
+            saved = SavedStore(told, tensors, where, rows, n, head_dim, dtype, staggered)
+            if staggered and not store.staggers:
+                saved.refuse("the cache is staggered, which this store cannot be")
+            store.check(saved)
+            saved.close()
 
     def restore(self, read: Callable[[str], Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
         """Fill this empty layer with what ``saved`` gave, each tensor as ``read(name)`` gives it, onto ``device``."""

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
-from . import config_commands
+from . import __version__, config_commands
 from .bench import commands as bench
 from .compare_commands import command as compare
 from .console import console
@@ -17,10 +17,13 @@ from .eval_commands import command as evaluate
 from .identify_commands import command as identify
 from .identify_prefill_commands import command as identify_prefill
 from .plan_commands import command as plan
+from .progress import Stopped
+
+INTERRUPTED = 130  # exit status, as of a command that a shell's Ctrl-C ended
 
 
 class Commands(TyperGroup):
-    """Shows our own errors as one line: they say what to do, a traceback would hide it."""
+    """Shows our own errors, and a Ctrl-C, as one line: they say what to do, a traceback would hide it."""
 
     def invoke(self, ctx: typer.Context) -> Any:
         try:
@@ -28,6 +31,10 @@ class Commands(TyperGroup):
         except LongCtxError as error:
             Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt as stop:
+            told = str(stop) if isinstance(stop, Stopped) else "Stopped."
+            Console(stderr=True).print(told, markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(INTERRUPTED) from None
 
 
 class Verbatim(TyperCommand):
@@ -41,9 +48,23 @@ class Verbatim(TyperCommand):
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
-    help="Head-classified KV caches and sparse prefill for Hugging Face Transformers.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf-longctx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Head-classified KV caches and sparse prefill for Hugging Face Transformers."""
 
 
 @app.command()
@@ -80,4 +101,4 @@ app.command("plan")(plan)
 
 def main() -> None:
     """The console script."""
-    app()
+    app(prog_name="hf-longctx")

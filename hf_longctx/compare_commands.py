@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from . import compare
 from .assets import embedded
 from .bench.environment import environment
 from .console import console
-from .evaluate.prompts import read_text
 from .identify_commands import DTYPES, Config, Device, Dtype, Model, check_output, device_of, load_model
 from .registry import check_word
 
@@ -38,22 +35,25 @@ def command(
     device: Device = None,
 ) -> None:
     """Dense against patched on a prompt of yours: where the answers part, agreement, KL, KV bytes and times."""
+    from . import compare
+    from .evaluate.prompts import read_text
+
     check_word(dtype, DTYPES, "--dtype")
     if json is not None:
         check_output(json, (".json",), "--json")
     text = read_text(prompt_file, "--prompt-file")
     loaded, tokenizer = load_model(embedded(model), dtype, device_of(device))
-    with Console(stderr=True).status("compare: dense and patched in turns"):
-        found = compare(
-            loaded,
-            [{"role": "user", "content": text}] if chat else text,
-            config=config,
-            tokenizer=tokenizer,
-            max_new_tokens=max_new_tokens,
-            prompt_positions=prompt_positions,
-            rounds=rounds,
-            prefill_chunk_size=prefill_chunk_size,
-        )
+    found = compare(
+        loaded,
+        [{"role": "user", "content": text}] if chat else text,
+        config=config,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        prompt_positions=prompt_positions,
+        rounds=rounds,
+        prefill_chunk_size=prefill_chunk_size,
+        progress=True,
+    )
     if json is not None:
         json.write_text(to_json.dumps({"environment": environment(), **found.as_dict()}, indent=1) + "\n", "utf-8")
     console().print(str(found), markup=False, highlight=False, soft_wrap=True)

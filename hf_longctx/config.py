@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .bounds import MOST
 from .config_files import merge, read_file, read_shipped
 from .config_sections import (
     DecodeSection,
@@ -19,6 +20,7 @@ from .config_sections import (
     ModelSection,
     PrefillSection,
     StoresSection,
+    check_counts,
     check_rows,
     model_facts,
 )
@@ -86,6 +88,7 @@ class LongCtxConfig:
         """
         if "extends" in check_mapping(data, "config"):
             raise ConfigError("extends: works in config files only; load_shipped(NAME).override(...) does the same.")
+        check_counts(data)
         return make(cls, data)
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,6 +169,10 @@ class LongCtxConfig:
             ConfigError: the Transformers config lacks a head dimension.
         """
         facts = model_facts(hf_config)
+        fingerprint, made_for = facts.pop("fingerprint"), getattr(hf_config, "max_position_embeddings", None)
+        if type(made_for) is int and 0 < made_for <= MOST:
+            facts["max_position_embeddings"] = made_for
+        facts["fingerprint"] = fingerprint
         make(ModelSection, facts, "model")
         return facts
 

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .config import LongCtxConfig, load_shipped
-from .config_files import shipped
+from .config import LongCtxConfig
+from .config_find import find_config
+from .config_list import ranked, readme_table
 from .console import console
+from .registry import spec_word
 
 app = typer.Typer(help="The shipped configs, one per checkpoint: a list without a command, or one of them.")
 
@@ -26,21 +28,21 @@ SHARE = "Draw this share of retrieval heads, 0 to 1."
 
 @app.callback(invoke_without_command=True)
 def configs(context: typer.Context) -> None:
-    """List the shipped configs: checkpoint, where the head map comes from, and KV memory with 2 bytes per number."""
+    """List the shipped configs, best first: checkpoint, source of the head map, KV memory with 2 bytes per number."""
     if context.invoked_subcommand is None:
         _list(console())
 
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A shipped config; `hf-longctx configs` lists them.")],
+    name: Annotated[str, typer.Argument(help="Shipped config, one of its hub ids, YAML, or a model's folder.")],
     use: Annotated[str | None, typer.Option(help="Draw the head map of this alternative.")] = None,
     fraction: Annotated[float | None, typer.Option("--retrieval-fraction", "--fraction", help=SHARE)] = None,
 ) -> None:
     """The facts of one config, and its head map: one line per layer, one cell per KV head."""
     given = {"use": use, "retrieval_fraction": fraction}
     given = {key: value for key, value in given.items() if value is not None}
-    config = load_shipped(name)
+    config = find_config(name)
     config = config.override(heads=given) if given else config
     to = console()
     _facts(to, name, config)
@@ -55,16 +57,24 @@ def reference() -> None:
     typer.echo(text(), nl=False)
 
 
+@app.command("table")
+def print_table() -> None:
+    """The published checkpoints as Markdown, best first: the table of the README."""
+    typer.echo(readme_table(), nl=False)
+
+
 def _list(console: Console) -> None:
-    title = "KV MB of one row: dense -> patched, 2 bytes per number"
+    title = "Best first. KV MB of one row: dense -> patched, 2 bytes per number"
     table = Table(title=title, box=box.HORIZONTALS, show_lines=True, show_edge=False, pad_edge=False)
     table.add_column("config, checkpoint, heads from", overflow="fold")
     table.add_column("share", justify="right", no_wrap=True)
     table.add_column("KV MB", no_wrap=True)
-    for name in shipped():
-        config = load_shipped(name)
+    for one in ranked():
+        config = one.config
         first, *more = config.model.ids
-        said = Text.assemble((name, "bold"), f"\n{first}{f', +{len(more)} more' if more else ''}\n", _origin(config))
+        said = Text.assemble(
+            (one.name, "bold"), f"\n{first}{f', +{len(more)} more' if more else ''}\n", _origin(config)
+        )
         table.add_row(said, f"{_share(config):.1%}", "\n".join(_memory(config)))
     console.print(table)
     console.print("share: of the KV heads that keep every token. `hf-longctx configs show NAME` draws the head map.")
@@ -77,12 +87,15 @@ def _facts(console: Console, name: str, config: LongCtxConfig) -> None:
     grid = Table(title=name, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column(overflow="fold")
-    grid.add_row("checkpoints", "\n".join(model.ids))
+    if model.ids:
+        grid.add_row("checkpoints", "\n".join(model.ids))
     grid.add_row(
         "model",
         f"{model.model_type}: {model.num_hidden_layers} layers, {model.num_attention_heads} query heads, "
         f"{model.num_key_value_heads} KV heads, head_dim {model.head_dim}",
     )
+    if model.max_position_embeddings is not None:
+        grid.add_row("made for", f"{model.max_position_embeddings} tokens")
     grid.add_row("heads from", _origin(config))
     for key in [key for key in heads.active.source if key not in ("method", "from")]:
         grid.add_row(f"  {key}", Text(_plain(heads.active.source[key])))
@@ -155,7 +168,7 @@ def _budgets(table: Any) -> str:
     for index, count in counts.most_common():
         spec = table.budgets[index]
         fields = ", ".join(f"{key} {value}" for key, value in vars(spec).items())
-        lines.append(f"  {count:>5} query heads: {type(spec).__module__.rpartition('.')[2]}  {fields}".rstrip())
+        lines.append(f"  {count:>5} query heads: {spec_word(spec)}  {fields}".rstrip())
     return "\n".join(lines)
 
 

@@ -7,11 +7,9 @@ import os
 import re
 from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from . import strict_yaml
 from .errors import ConfigError
 from .registry import check_mapping, check_word
 
@@ -24,32 +22,13 @@ MAP_KEYS = ("scores", "roles")
 SHARE_KEYS = ("retrieval_fraction", "kv_budget")
 
 
-class StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """``yaml.safe_load`` that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def parse(text: str, where: str) -> dict[str, Any]:
     """The mapping a YAML text holds.
 
     Raises:
-        ConfigError: not YAML, a key given twice, a tag (``!!python/...``), an alias, or no mapping at the top.
+        ConfigError: as ``strict_yaml.read``, or no mapping at the top.
     """
-    try:
-        if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, StrictLoader)):
-            raise ConfigError(f"{where}: YAML aliases (*name) are not read; write the values out.")
-        return check_mapping(yaml.load(text, StrictLoader), where)
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{where}: not a YAML file this library reads: {error}") from None
+    return check_mapping(strict_yaml.read(text, where), where)
 
 
 def read_file(path: str | os.PathLike) -> dict[str, Any]:
@@ -59,9 +38,15 @@ def read_file(path: str | os.PathLike) -> dict[str, Any]:
         ConfigError: no such file, not YAML, or ``extends`` names no shipped config.
     """
     try:
-        text = Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        with open(path, "rb") as file:
+            data = file.read(strict_yaml.LARGEST_TEXT + 1)
+        strict_yaml.check_size(len(data), str(path))
+        text = data.decode("utf-8")
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # a path with a NUL in it, or bytes that are no text, are ValueErrors
+        shown = str(path) if str(path).isprintable() else repr(str(path))
+        raise ConfigError(f"{shown}: cannot be read: {error}") from None
     given = parse(text, str(path))
     if "extends" not in given:
         return given

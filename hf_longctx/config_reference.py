@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import config_sections
+from .bounds import LARGEST, MOST
 from .config import LongCtxConfig, kernel_words
-from .registry import is_required, load, words
+from .registry import is_required, load, spec_word, words
 
 FOLDERS = {"stores": "store", "prefill": "pattern", "decode": "select"}  # folder -> the key that names its words
 PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false", dict: "any mapping"}
@@ -114,7 +115,7 @@ BOUNDS = {"min": ">=", "above": ">", "max": "<="}
 
 def _telling(bound: float) -> bool:
     """Bounds that only keep numbers from overflowing tell a reader nothing."""
-    return bound < config_sections.MOST
+    return abs(bound) < MOST and abs(bound) != LARGEST
 
 
 def _default(field: dataclasses.Field) -> str:
@@ -122,7 +123,7 @@ def _default(field: dataclasses.Field) -> str:
         return ""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if field.metadata.get("folder"):
-        return f"`{type(value).__module__.rpartition('.')[2]}`"
+        return f"`{spec_word(value)}`"
     if value is None:
         return "none"
     if dataclasses.is_dataclass(value):

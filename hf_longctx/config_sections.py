@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 from . import head_map
+from .bounds import COUNT, FREE, MOST, MOST_HEADS, MOST_LAYERS, SCORE, SHARE, TOKENS, TOKENS_OR_NONE
 from .errors import ConfigError
-from .registry import check_word, word, wrong
+from .registry import check_word, short, spec_word, word, wrong
 
+UNSCALED, SCALINGS = "default", ("linear", "dynamic", "yarn")  # rope_types
 DEFAULT_FRACTION = 0.5  # of scores with neither retrieval_fraction nor kv_budget
-MOST = 2**31 - 1
-COUNT = {"min": 1, "max": MOST}
-TOKENS = {"min": 1, "max": 2**40, "unit": "tokens"}
-SHARE = {"min": 0.0, "max": 1.0}
+NUMBERS = {**COUNT, "unit": "numbers"}
+LAYERS = {"min": 1, "max": MOST_LAYERS, "unit": "layers"}
+HEADS = {"min": 1, "max": MOST_HEADS, "unit": "heads"}
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,10 @@ class Fingerprint:
         rope_type: how they are scaled, ``default`` for not at all.
     """
 
-    hidden_size: int | None = field(default=None, metadata=COUNT)
-    intermediate_size: int | None = field(default=None, metadata=COUNT)
-    vocab_size: int | None = field(default=None, metadata=COUNT)
-    rope_theta: float | None = field(default=None, metadata={"above": 0.0})
+    hidden_size: int | None = field(default=None, metadata=NUMBERS)
+    intermediate_size: int | None = field(default=None, metadata=NUMBERS)
+    vocab_size: int | None = field(default=None, metadata={**COUNT, "unit": "tokens"})
+    rope_theta: float | None = field(default=None, metadata={"above": 0.0, "max": 1e18})
     rope_type: str | None = None
 
 
@@ -46,16 +49,20 @@ class ModelSection:
         num_attention_heads: query heads of a layer.
         num_key_value_heads: KV heads of a layer.
         head_dim: numbers of a key.
-        ids: names of the checkpoints, as on the hub; ``auto`` finds the config by them.
+        ids: names of the checkpoints, as on the hub; the config is found by them, and they are free of meaning for the
+            run.
+        max_position_embeddings: tokens that the first of the checkpoints was made for, which ``plan`` says; free of
+            meaning for the run.
         fingerprint: tells checkpoints of equal dimensions apart.
     """
 
     model_type: str
-    num_hidden_layers: int = field(metadata=COUNT)
-    num_attention_heads: int = field(metadata=COUNT)
-    num_key_value_heads: int = field(metadata=COUNT)
-    head_dim: int = field(metadata=COUNT)
-    ids: tuple[str, ...] = ()
+    num_hidden_layers: int = field(metadata=LAYERS)
+    num_attention_heads: int = field(metadata=HEADS)
+    num_key_value_heads: int = field(metadata=HEADS)
+    head_dim: int = field(metadata={**NUMBERS, "max": 65536})
+    ids: tuple[str, ...] = field(default=(), metadata=FREE)
+    max_position_embeddings: int | None = field(default=None, metadata={**TOKENS, **FREE})
     fingerprint: Fingerprint = Fingerprint()
 
     def __post_init__(self) -> None:
@@ -64,14 +71,31 @@ class ModelSection:
 
     def mismatches(self, hf_config: Any) -> list[str]:
         """What disagrees with a Transformers config, one text per key; empty if it fits."""
-        theirs = model_facts(hf_config)
+        theirs, scaled = model_facts(hf_config), self.rope_note(hf_config) is not None
         pairs = [(f.name, getattr(self, f.name), theirs[f.name]) for f in fields(self) if f.name in theirs]
         pairs = [pair for pair in pairs if pair[0] != "fingerprint"]
         for f in fields(self.fingerprint):
             mine = getattr(self.fingerprint, f.name)
-            if mine is not None:
+            if mine is not None and not (scaled and f.name == "rope_type"):
                 pairs.append((f"fingerprint.{f.name}", mine, theirs["fingerprint"].get(f.name)))
-        return [f"{name} {mine!r} (model: {other!r})" for name, mine, other in pairs if mine != other]
+        return [f"{name} {short(mine)} (model: {short(other)})" for name, mine, other in pairs if mine != other]
+
+    def as_model(self) -> Any:
+        """What a Transformers config says of itself where this section fits it, for ``mismatches``."""
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("ids", "fingerprint")}
+        told = {f.name: getattr(self.fingerprint, f.name) for f in fields(self.fingerprint)}
+        rope = {key: told.pop(key) for key in ("rope_theta", "rope_type")}
+        return SimpleNamespace(**facts, **told, rope_parameters={k: v for k, v in rope.items() if v is not None})
+
+    def rope_note(self, hf_config: Any) -> str | None:
+        """In words that the model's owner scaled its RoPE since the heads were measured; None where that is not so.
+
+        It is the same checkpoint: Qwen2.5 is to be used with ``yarn`` beyond 32768 tokens.
+        """
+        mine, theirs = self.fingerprint.rope_type, model_facts(hf_config)["fingerprint"].get("rope_type")
+        if mine != UNSCALED or theirs not in SCALINGS:
+            return None
+        return f"rope_type {theirs}: the heads were measured with rope_type {mine}, before the model's RoPE was scaled"
 
 
 def model_facts(hf_config: Any) -> dict[str, Any]:
@@ -105,8 +129,8 @@ class Alternative:
         roles: instead of ``scores``, one text per layer, a letter R or S per KV head.
     """
 
-    source: dict = field(default_factory=dict)
-    scores: tuple[tuple[float, ...], ...] | None = None
+    source: dict = field(default_factory=dict, metadata=FREE)
+    scores: tuple[tuple[float, ...], ...] | None = field(default=None, metadata=SCORE)
     roles: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -136,13 +160,15 @@ class HeadsSection(Alternative):
     retrieval_fraction: float | None = field(default=None, metadata=SHARE)
     kv_budget: float | None = field(default=None, metadata={"above": 0.0, "max": 1.0})
     kv_budget_tokens: int = field(default=32768, metadata=TOKENS)
-    dense_layers: tuple[int, ...] = field(default=(), metadata={"min": 0, "max": MOST, "unit": "layer index"})
-    balance: int = field(default=1, metadata=COUNT)
+    dense_layers: tuple[int, ...] = field(
+        default=(), metadata={"min": 0, "max": MOST_LAYERS - 1, "unit": "layer index"}
+    )
+    balance: int = field(default=1, metadata={"min": 1, "max": MOST_HEADS, "unit": "slices"})
     granularity: str = field(default="kv_head", metadata={"choices": ("kv_head", "layer")})
     alternatives: dict[str, Alternative] = field(default_factory=dict)
     use: str | None = None
     confidence: str = field(default="none", metadata={"choices": ("measured", "low", "none")})
-    measured: dict = field(default_factory=dict)
+    measured: dict = field(default_factory=dict, metadata=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,6 +189,15 @@ class HeadsSection(Alternative):
     def active(self) -> Alternative:
         """Where scores or roles and their source are read: the alternative in use, or this section."""
         return self if self.use is None else self.alternatives[self.use]
+
+    @property
+    def doubt(self) -> str | None:
+        """In words that the heads were measured badly or not at all; None where they were, and for an alternative."""
+        if self.use is not None or self.confidence == "measured":
+            return None
+        if self.confidence == "low":
+            return "the confidence of this head map is low: hf-longctx eval says what it costs"
+        return "the confidence of this head map is none: nobody measured these heads (hf-longctx identify does)"
 
     def roles_for(self, streaming_tokens: Fraction, retrieval_tokens: Fraction) -> tuple[str, ...]:
         """Roles per layer; see `head_map.assign` for what a head of each role keeps at ``kv_budget_tokens``."""
@@ -227,8 +262,8 @@ class PrefillTable:
     """
 
     budgets: tuple[Any, ...] = word("prefill", "pattern", "retrieval")
-    map: tuple[tuple[int, ...], ...] = field(metadata={"min": 0, "max": MOST})
-    source: dict = field(default_factory=dict)
+    map: tuple[tuple[int, ...], ...] = field(metadata={"min": 0, "max": MOST, "unit": "index of a budget"})
+    source: dict = field(default_factory=dict, metadata=FREE)
 
     def __post_init__(self) -> None:
         for i, row in enumerate(self.map):
@@ -246,10 +281,10 @@ class PrefillSection:
         retrieval: one pattern for all query heads, or a table with one for each.
         tables: patterns per query head, by name.
         share_groups: one list per KV group, the union of its query heads' lists.
-        streaming: the store's own rule, the only word there is.
+        streaming: the store's own rule; one value is allowed, ``sink_recent``.
     """
 
-    min_tokens: int = field(default=4096, metadata={**TOKENS, "min": 0})
+    min_tokens: int = field(default=4096, metadata=TOKENS_OR_NONE)
     retrieval: Any = word("prefill", "pattern", "retrieval", "dense", instead=TableUse)
     tables: dict[str, PrefillTable] = field(default_factory=dict)
     share_groups: bool = False
@@ -258,6 +293,11 @@ class PrefillSection:
     def __post_init__(self) -> None:
         if isinstance(self.retrieval, TableUse):
             check_word(self.retrieval.table, self.tables, "retrieval.table")
+        if not self.streaming.store_rule:
+            raise ConfigError(
+                f"streaming: got pattern {spec_word(self.streaming)!r}, but streaming heads read a prompt by the rule "
+                "of their store, and nothing applies another pattern to them yet. What works: pattern 'sink_recent'."
+            )
 
     @property
     def table(self) -> PrefillTable | None:
@@ -270,13 +310,47 @@ class DecodeSection:
     """Which kept keys a decoded token reads.
 
     Attributes:
-        retrieval: of the heads that need the whole context.
+        retrieval: of the heads that need the whole context; one value is allowed, ``dense``.
     """
 
     retrieval: Any = word("decode", "select", "retrieval", "dense")
 
+    def __post_init__(self) -> None:
+        if not self.retrieval.reads_all:
+            raise ConfigError(
+                f"retrieval: got select {spec_word(self.retrieval)!r}, but a decoded token reads every cached token, "
+                "and nothing applies another selection yet. What works: select 'dense'."
+            )
 
-def check_rows(rows: tuple, layers: int, width: int, where: str, unit: str) -> None:
+
+def check_counts(data: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a map of plain ``data`` has not the rows and columns of its model section.
+
+    Only counts: no entry is looked at, so that a map of a million entries is refused at once. What is no list, and
+    a model section that says no counts, is left to the conversion of the sections.
+    """
+    model, heads = _part(data, "model"), _part(data, "heads")
+    tables = _part(_part(data, "prefill"), "tables")
+    layers, queries, width = (
+        model.get(key) for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    )
+    if not all(type(count) is int and 0 < count <= MOST_HEADS for count in (layers, queries, width)) or queries % width:
+        return
+    maps = {"heads": heads} | {f"heads.alternatives.{k}": one for k, one in _part(heads, "alternatives").items()}
+    found = [(f"{path}.scores", one, "scores", width, "KV heads") for path, one in maps.items()]
+    found += [(f"prefill.tables.{name}.map", one, "map", queries, "query heads") for name, one in tables.items()]
+    for where, one, key, columns, unit in found:
+        rows = one.get(key) if isinstance(one, Mapping) else None
+        if isinstance(rows, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in rows[: layers + 1]):
+            check_rows(rows, layers, columns, where, unit)
+
+
+def _part(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    part = data.get(key)
+    return part if isinstance(part, Mapping) else {}
+
+
+def check_rows(rows: Sequence, layers: int, width: int, where: str, unit: str) -> None:
     """Raise ConfigError unless ``rows`` is ``[layers][width]``."""
     if len(rows) != layers:
         raise ConfigError(f"{where}: got {len(rows)} rows, expected {layers}, one per layer.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import mean, median
 
@@ -20,6 +19,8 @@ from .config import LongCtxConfig
 from .console import count, no_bars, tables
 from .loading import AutoModelForCausalLM
 from .patch import patch_model, state_of, unpatch_model
+from .progress import Progress
+from .seam import CACHE, cache_of
 from .tasks.tiny_language import BLOCK, NOTE, Filler, exam
 
 MODEL = "tiny-llama"
@@ -73,13 +74,13 @@ def texts(seed: int, prompts: int, length: int, notes: int) -> Iterator[tuple[Te
 def ask(model: nn.Module, way: Way, text: Tensor, questions: Tensor, answers: Tensor) -> None:
     """Read the text once, then answer all its questions from copies of its cache."""
     start = time.perf_counter()
-    cache = model(text, logits_to_keep=1).past_key_values
+    cache = cache_of(model(text, logits_to_keep=1))
     way.prefill.append(time.perf_counter() - start)
     way.megabytes.append(cache_bytes(cache) / 1e6)
     cache.batch_repeat_interleave(len(questions))
     prompt = torch.cat([text.expand(len(questions), -1), questions], 1)
     start = time.perf_counter()
-    out = model.generate(prompt, past_key_values=cache, max_new_tokens=ANSWER, do_sample=False)
+    out = model.generate(prompt, **{CACHE: cache}, max_new_tokens=ANSWER, do_sample=False)
     way.decode.append((time.perf_counter() - start) / ANSWER)
     way.hits += (out[:, -ANSWER:] == answers).all(-1).tolist()
 
@@ -101,14 +102,14 @@ def run(
         model = AutoModelForCausalLM.from_pretrained(asset(MODEL), longctx=False).eval()
     model.generation_config.eos_token_id = None  # every answer has four words
     compared = ways(model)
-    busy = Console(stderr=True).status(f"demo: {prompts} prompts, each in three ways")
-    with busy if console is not None else nullcontext():
+    with Progress("demo", prompts * len(compared), "prompts and ways", shown=console is not None) as bar:
         for text, questions, answers in texts(seed, prompts, length, notes):
             for way in compared:
                 if way.config is not None:
                     patch_model(model, way.config)
                 ask(model, way, text, questions, answers)
                 unpatch_model(model)
+                bar.advance()
     if console is not None:
         tokenizer = AutoTokenizer.from_pretrained(asset(MODEL))
         console.print(f"\nA prompt of {length} words hides {notes} notes, like this one:")

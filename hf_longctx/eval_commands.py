@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from .assets import embedded
 from .console import console, tables
-from .evaluate.plan import Options, listed, values_of
-from .evaluate.run import evaluate
-from .evaluate.summary import LINE, Summary, line
-from .identify._processes import Processes
 from .identify_commands import DTYPES, Config, Device, Dtype, Model, device_of, load_model
 from .registry import check_word, make, words
-from .tasks import tasks_from
-from .tasks.answer import MODES
-from .tasks.language import HAYSTACKS
+from .tasks import HAYSTACKS, MODES, tasks_from
+
+if TYPE_CHECKING:
+    from .evaluate.summary import Summary
 
 TASKS = (
     f"Commas between tasks, colons before fields (needle:variant=multi_key). There are: {', '.join(words('tasks'))}."
@@ -63,7 +60,13 @@ def command(
 
     It also runs on several processes: `accelerate launch -m hf_longctx eval ...`; docs/evaluation.md has more.
     """
+    from .evaluate.page import check_plots
+    from .evaluate.plan import Options, listed, values_of
+    from .evaluate.run import evaluate
+    from .identify._processes import Processes
+
     check_word(dtype, DTYPES, "--dtype")
+    check_plots()
     options = {
         "lengths": listed(lengths, "--lengths", "512,2048"),
         "depths": listed(depths, "--depths", "0,0.5,1") if depths.strip() else [],
@@ -97,12 +100,19 @@ def command(
 
 
 def show(console: Console, summary: Summary, out: Path) -> None:
-    """The figures per length, and where the report is."""
+    """What was found in a sentence per variant, the figures per length, and where the report is."""
+    from .evaluate.sentence import sentences
+    from .evaluate.summary import LINE, line
+
+    for sentence in sentences(summary):
+        console.print(sentence, markup=False, highlight=False)
     rows = []
     for row in summary.by_length:
         rows += [None] * bool(rows)
         for name in row.cells:
             told = dict(zip(LINE, line(row, name), strict=True))
+            if told["to dense"].endswith("worse"):
+                told["to dense"] = f"[bold]{told['to dense']}[/]"
             rows.append([told[column] for column in SHORT])
     for table in tables("eval: all tasks together", SHORT, rows, console.width, left=("variant",), key=2):
         console.print(table)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+from .bounds import LARGEST
 from .errors import ConfigError
 
 
@@ -158,8 +159,8 @@ def slice_roles(roles: str, rank: int, size: int) -> str:
 def _check(rows: Sequence[Sequence], dense_layers: Sequence[int], balance: int) -> tuple[int, int]:
     if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
         raise ConfigError(f"heads: got rows of {sorted({len(r) for r in rows})} KV heads, expected equal rows.")
-    if any(not isinstance(row, str) and not all(map(math.isfinite, row)) for row in rows):
-        raise ConfigError("heads.scores: got nan or inf, expected finite numbers.")
+    if any(not isinstance(row, str) and not all(-LARGEST <= score <= LARGEST for score in row) for row in rows):
+        raise ConfigError(f"heads.scores: got nan or inf, or a number beyond {LARGEST:g}, expected finite numbers.")
     layers, width = len(rows), len(rows[0])
     for i, layer in enumerate(dense_layers):
         if not 0 <= layer < layers:

@@ -1,26 +1,30 @@
-"""The two seams of a patched model: what it does before every forward, and which cache ``generate`` makes.
+"""The seams of a patched model: what it does before every forward, and what ``generate`` and its batches start with.
 
-Both are small picklable objects. Every refusal happens here, before the first layer writes into a cache.
+All are small picklable objects. Every refusal happens here, before the first layer writes into a cache.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from .attention import NAME, ROWS, register
+from .attention import KNOWN, NAME, ROWS, register
 from .cache import LongCtxCache
 from .errors import CacheError, UnsupportedModeError
+from .mask_errors import Known
 from .patch_state import PatchState
+from .rotary import check_rotary
 from .rows import Rows, read_mask
+from .seam import CACHE, checkpointing_drops_cache, rename_cache
 
 # base model id -> observer; a context variable, so that threads that share a model do not see each other's.
 observers: ContextVar[Mapping[int, Any]] = ContextVar("hf_longctx_observers", default=MappingProxyType({}))
@@ -33,8 +37,8 @@ DENSE_MEMORY = ("offloaded", "quantized")
 # Generation modes that never take a token back.
 FORWARD_ONLY = ("greedy_search", "sample", "beam_search", "beam_sample")
 
-# Arguments of packed sequences and, the last one, of continuous batching.
-PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cache")
+# Arguments of packed sequences.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 class BeforeForward:
@@ -51,7 +55,8 @@ class BeforeForward:
         config = base.config
         named = _names(base, len(args))
         given = {**dict(zip(named, args, strict=True)), **kwargs}
-        cache = given.get("past_key_values")
+        rename_cache(given)
+        cache = given.get(CACHE)
         if config._attn_implementation != NAME:
             self._refuse_dense(cache, config._attn_implementation)
             return None
@@ -59,26 +64,34 @@ class BeforeForward:
         if not isinstance(inputs, Tensor):
             return None  # the model's own error says which inputs it needs
         _refuse_inputs(given)
+        _refuse_unknown(base, given)
         _refuse_modes(given, config, base.training)
+        _refuse_checkpointing(base, given.get(CACHE))
         cache = self._cache(base, given, config)
         if isinstance(cache, LongCtxCache):
             self._check_cache(base, cache)
         past = cache.get_seq_length() if cache is not None else 0
-        rows = read_mask(given.get("attention_mask"), inputs.shape[0], past, inputs.shape[1])
+        mask, ids = given.get("attention_mask"), given.get("input_ids")
+        rows = read_mask(
+            mask, inputs.shape[0], past, inputs.shape[1], ids=ids, known=lambda: Known.by(self.state.patched, config)
+        )
         _refuse_packed(given.get("position_ids"), rows)
+        if note := check_rotary(config, rows):
+            self.state.note(note)
         rows.observer = observers.get().get(id(base))
+        rows.cached = isinstance(cache, LongCtxCache)
         if isinstance(cache, LongCtxCache):
-            cache.begin(rows, given.get("input_ids"))
+            cache.begin(rows, ids)
             if cache.staggered and given.get("position_ids") is None:  # the model would count pads
                 given["position_ids"] = rows.positions(inputs.device)
         elif cache is not None:
             self.state.note(f"dense memory: a {type(cache).__name__} kept every token of every head")
         self.state.saw(rows, cache)
-        given["past_key_values"], given[ROWS] = cache, rows
+        given[CACHE], given[ROWS] = cache, rows
         return tuple(given.pop(name) for name in named), given
 
     def _cache(self, base: nn.Module, given: dict, config) -> Cache | None:
-        cache = given.get("past_key_values")
+        cache = given.get(CACHE)
         use_cache = given.get("use_cache")
         use_cache = config.use_cache if use_cache is None else use_cache
         if cache is not None or not use_cache or base.training:
@@ -96,7 +109,7 @@ class BeforeForward:
     def _check_cache(self, base: nn.Module, cache: LongCtxCache) -> None:
         if id(base) in observers.get():
             raise UnsupportedModeError(
-                "observe() shows every key, and a LongCtxCache drops some. Pass past_key_values=DynamicCache() or "
+                f"observe() shows every key, and a LongCtxCache drops some. Pass {CACHE}=DynamicCache() or "
                 "use_cache=False while observing."
             )
         if cache.plans != self.state.plans[: len(cache.plans)]:
@@ -114,7 +127,12 @@ def _names(base: nn.Module, positional: int) -> tuple[str, ...]:
 
 
 def _refuse_inputs(given: dict) -> None:
-    cache, mask = given.get("past_key_values"), given.get("attention_mask")
+    cache, mask = given.get(CACHE), given.get("attention_mask")
+    if cache is not None and not isinstance(cache, Cache):
+        raise UnsupportedModeError(
+            f"{CACHE} is a {type(cache).__name__}, which a patched model cannot read: it takes a LongCtxCache or "
+            "another Cache of Transformers. To run with this one: model.set_attn_implementation('sdpa')."
+        )
     if cache is not None and getattr(cache, "is_compileable", False):
         raise UnsupportedModeError(
             f"{type(cache).__name__} is a static cache, whose layers show more slots than they hold tokens. Leave "
@@ -129,8 +147,35 @@ def _refuse_inputs(given: dict) -> None:
     packed = [name for name in PACKED if given.get(name) is not None]
     if packed:
         raise UnsupportedModeError(
-            f"packed sequences and continuous batching are not supported (given: {', '.join(packed)}). Pass one "
-            "sequence per row, or run dense: model.set_attn_implementation('sdpa')."
+            f"packed sequences are not supported (given: {', '.join(packed)}). Pass one sequence per row, or run "
+            "dense: model.set_attn_implementation('sdpa')."
+        )
+
+
+def _refuse_unknown(base: nn.Module, given: dict) -> None:
+    """Arguments that reach the attention function by way of ``**kwargs``."""
+    asked = sorted(given.keys() - _parameters(type(base)) - KNOWN)
+    if any(given[name] is not None for name in asked):
+        raise UnsupportedModeError(
+            f"the model was given {', '.join(asked)}, which neither its forward nor patched attention knows. Leave it "
+            "out, or run dense with model.set_attn_implementation('sdpa') if another attention function uses it."
+        )
+
+
+@functools.cache
+def _parameters(base: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(base.forward).parameters)
+
+
+def _refuse_checkpointing(base: nn.Module, cache: Any) -> None:
+    """Checkpointed layers are run without their cache, in every Transformers; with its own caches too."""
+    if cache is None or not base.training or not checkpointing_drops_cache(torch.is_grad_enabled()):
+        return
+    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        raise UnsupportedModeError(
+            "gradient checkpointing in training mode runs every layer without the cache, so each new token would see "
+            "itself alone. Call model.eval() or model.gradient_checkpointing_disable() around generate(), or pass "
+            "use_cache=False."
         )
 
 
@@ -188,28 +233,94 @@ def _refuse_drafts(given: tuple) -> None:
         )
 
 
-class PrepareCache:
-    """Replaces ``_prepare_cache_for_generation`` of one model: generate() starts with a ``LongCtxCache``."""
+class OnModel:
+    """Replaces a method of one model.
+
+    Attributes:
+        name: of the method.
+    """
+
+    name: ClassVar[str]
 
     def __init__(self, model: nn.Module, state: PatchState):
         self.model = model
         self.state = state
 
+    @property
+    def original(self) -> Callable:
+        """The class's own method, bound to the model."""
+        return getattr(type(self.model), self.name).__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the model was switched to another attention since it was patched."""
+        return self.model.config._attn_implementation != NAME
+
+
+class Generate(OnModel):
+    """Replaces ``generate``: a cache is taken under both of its names."""
+
+    name = "generate"
+
+    def __call__(self, *args, **kwargs) -> Any:
+        rename_cache(kwargs)
+        return self.original(*args, **kwargs)
+
+
+class StartBatching(OnModel):
+    """Replaces ``init_continuous_batching``, which would switch the model to another attention before it asks."""
+
+    name = "init_continuous_batching"
+
+    def __call__(self, *args, **kwargs) -> Any:
+        if self.dense:
+            return self.original(*args, **kwargs)
+        raise UnsupportedModeError(
+            "continuous batching (generate_batch, cache_implementation='paged', transformers serve "
+            "--continuous-batching) has a cache of its own, which keeps every token of every head, so a patched model "
+            "refuses it. Use generate() with a padded batch, or run dense: model.set_attn_implementation('sdpa')."
+        )
+
+
+class PrepareCache(OnModel):
+    """Replaces ``_prepare_cache_for_generation``: generate() starts with a ``LongCtxCache``."""
+
+    name = "_prepare_cache_for_generation"
+
     def __call__(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
         model = self.model
         asked = generation_config.cache_implementation
-        given = model_kwargs.get("past_key_values") is not None
+        cache = model_kwargs.get(CACHE)
         no_cache = generation_config.use_cache is False or id(model.base_model) in observers.get()
-        dense = model.config._attn_implementation != NAME
-        if not dense and not given and asked not in (*OURS, *DENSE_MEMORY):
-            raise UnsupportedModeError(
-                f"cache_implementation='{asked}' is a fixed-size cache that a patched model cannot read. Leave it out, "
-                "or pass past_key_values=LongCtxCache(model, max_tokens=...) to reserve memory."
-            )
-        if isinstance(cache := model_kwargs.get("past_key_values"), LongCtxCache) and cache.seen:
-            _refuse_drafts((*args, *kwargs.values()))
-        if dense or given or no_cache or asked in DENSE_MEMORY:
-            return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+        if not self.dense:
+            _refuse_generate(cache, generation_config, (*args, *kwargs.values()))
+        if self.dense or cache is not None or no_cache or asked in DENSE_MEMORY:
+            return self.original(generation_config, model_kwargs, *args, **kwargs)
         rollback = _hands_back(generation_config, (*args, *kwargs.values()))
-        model_kwargs["past_key_values"] = LongCtxCache(model, rollback=rollback)
+        model_kwargs[CACHE] = LongCtxCache(model, rollback=rollback)
         return None
+
+
+ON_MODEL: tuple[type[OnModel], ...] = (Generate, StartBatching, PrepareCache)
+
+
+def _refuse_generate(cache: Any, generation_config: Any, given: tuple) -> None:
+    """What generate() would do wrong with this cache, or with none."""
+    asked = generation_config.cache_implementation
+    if cache is None and asked not in (*OURS, *DENSE_MEMORY):
+        raise UnsupportedModeError(
+            f"cache_implementation='{asked}' is a fixed-size cache that a patched model cannot read. Leave it out, "
+            f"or pass {CACHE}=LongCtxCache(model, max_tokens=...) to reserve memory."
+        )
+    if cache is not None and generation_config.use_cache is False:
+        raise UnsupportedModeError(
+            "use_cache=False (an argument, or in a generation config) with a cache: Transformers would read the whole "
+            "text at every step, on top of what the cache holds, and answer wrongly. Set use_cache=True, or leave out "
+            "the cache."
+        )
+    if isinstance(cache, LongCtxCache) and cache.seen:
+        _refuse_drafts(given)

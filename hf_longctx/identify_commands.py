@@ -6,21 +6,23 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from .assets import FOLDER, embedded
-from .config import LongCtxConfig
 from .console import console, no_bars
 from .errors import ConfigError
-from .identify import identify, methods
-from .identify._processes import Processes
-from .identify.base import Method
-from .registry import build, check_word, read_fields
+from .plots import head_map, new_figure, save
+from .registry import build, check_word, read_fields, words
+
+if TYPE_CHECKING:
+    import torch
+
+    from .config import LongCtxConfig
+    from .identify.base import Method
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PICTURES = (".png", ".pdf", ".svg")
@@ -40,7 +42,7 @@ Work = Annotated[Path | None, typer.Option(help="Folder where duo_gates saves it
 def command(
     model: Model,
     out: Annotated[Path, typer.Option(help="The YAML to write.", dir_okay=False)],
-    method: Annotated[str, typer.Option(help=f"One of: {', '.join(methods())}.")] = "two_needle",
+    method: Annotated[str, typer.Option(help=f"One of: {', '.join(words('identify'))}.")] = "two_needle",
     text: Annotated[Path | None, typer.Option(help="File or folder to take the documents' filler from.")] = None,
     retrieval_fraction: Share = None,
     target_drop: Drop = None,
@@ -58,12 +60,16 @@ def command(
 
     duo_gates also trains on several processes: `accelerate launch -m hf_longctx identify ...`; docs/heads.md has more.
     """
+    from .identify import identify
+    from .identify._processes import Processes
+
     given = read_fields(options or [], "--set", "--set steps=500")
     chosen: Method = build("identify", {"method": method, **given}, "method", "identify")
     check_word(dtype, DTYPES, "--dtype")
     check_output(out, (".yaml", ".yml"), "--out")
     if plot is not None:
         check_output(plot, PICTURES, "--plot")
+        new_figure(1, 1)  # before hours of measuring
     place = device_of(device)
     processes = Processes(place)
     loaded, tokenizer = load_model(embedded(model), dtype, place)
@@ -99,6 +105,8 @@ def check_output(path: Path, endings: tuple[str, ...], option: str) -> None:
 
 def device_of(name: str | None) -> torch.device:
     """The device asked for, or the accelerator that is this process's own, or the CPU."""
+    import torch
+
     if name is not None:
         try:
             device = torch.device(name)
@@ -135,8 +143,6 @@ def load_model(path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
 def _write(config: LongCtxConfig, out: Path, plot: Path | None) -> None:
     config.to_yaml(out)
     if plot is not None:
-        from .plots import head_map, save
-
         save(head_map(config), plot)
 
 

@@ -77,7 +77,7 @@ def identify_prefill(
             4 sizes of ``block_topk``, in proportion to ``cost`` and ``length``.
         seed: of everything drawn.
         work: a folder where every finished layer is saved, and which an interrupted search goes on from.
-        progress: show a progress bar on stderr.
+        progress: show how far it is on stderr: a bar, or where that is no terminal a line now and then.
 
     Returns:
         ``config`` with the table "searched" in use; its source says what was measured. Write it with ``to_yaml``.
@@ -187,20 +187,19 @@ class Search:
         left = set(range(subject.layers)) - set(subject.windowed) - set(self.layers)
         if not left:
             return
-        bar = iter(subject.track(range(len(left)), "patterns"))
+        bar = subject.track("patterns", len(self.layers) + len(left), "layers", done=len(self.layers))
 
         def look(layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute) -> None:
             if layer_idx not in left:
                 return
-            next(bar, None)
             self.layers[layer_idx] = self._layer(layer_idx, q, k, scaling)
             if file is not None:
                 with written_whole(file) as unfinished:
                     unfinished.write_text(json.dumps({"settings": settings, "layers": self.layers}), "utf-8")
+            bar.advance(saved=file is not None)
 
-        with observe(subject.model, look):
+        with bar, observe(subject.model, look):
             subject.model.base_model(subject.ids(self.ids), use_cache=False)
-        next(bar, None)
 
     def settings(self) -> dict[str, Any]:
         """What the saved layers depend on, plain data."""

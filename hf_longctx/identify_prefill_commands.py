@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from .assets import embedded
-from .config import LongCtxConfig
 from .console import console
 from .identify_commands import DTYPES, Device, Dtype, Model, check_output, device_of, load_model
-from .identify_prefill import TABLE, identify_prefill
 from .registry import check_word, dump
+
+if TYPE_CHECKING:
+    from .config import LongCtxConfig
 
 LENGTH = "32768, or what there is"
 
@@ -37,6 +38,8 @@ def command(
 
     A search that was interrupted goes on where it was when the same command is run again.
     """
+    from .identify_prefill import identify_prefill
+
     check_word(dtype, DTYPES, "--dtype")
     check_output(out, (".yaml", ".yml"), "--out")
     loaded, tokenizer = load_model(embedded(model), dtype, device_of(device))
@@ -57,6 +60,8 @@ def command(
 
 def show(console: Console, config: LongCtxConfig, out: Path) -> None:
     """Which budgets the heads got, what they keep, and what to do with it."""
+    from .identify_prefill import TABLE
+
     table = config.prefill.tables[TABLE]
     heads = [index for row in table.map for index in row]
     shown = Table(title="Patterns of the query heads")

@@ -16,24 +16,34 @@ from transformers import PreTrainedModel
 from .attention import NAME, register
 from .config import LongCtxConfig
 from .config_find import resolve
+from .contract import check_transformers
 from .errors import UnsupportedModelError
 from .family import Family, families, find_family
 from .head_map import slice_roles
-from .hooks import BeforeForward, PrepareCache, observers
+from .hooks import ON_MODEL, BeforeForward, OnModel, observers
 from .kernels import dispatch
 from .layer_plan import LayerPlan, PrefillPlan
+from .overrides import keywords
 from .patch_state import PatchState
 from .prefill.base import PatternSpec
 from .stores.sink_recent import SinkRecent
 
-PREPARE = "_prepare_cache_for_generation"
 UNMEASURED = "the heads of this model were not measured, so all of them keep every token and no memory is saved"
 
 logger = logging.getLogger(__name__)
 
 
 def patch_model(
-    model: nn.Module, config: str | Path | dict | LongCtxConfig = "auto", **sections: dict[str, Any]
+    model: nn.Module | None = None,
+    /,
+    config: str | Path | dict | LongCtxConfig = "auto",
+    *,
+    heads: dict[str, Any] | None = None,
+    stores: dict[str, Any] | None = None,
+    prefill: dict[str, Any] | None = None,
+    decode: dict[str, Any] | None = None,
+    kernel: str | None = None,
+    **others: Any,
 ) -> nn.Module:
     """Make every KV head of ``model`` keep only what its role needs, and return the same model.
 
@@ -42,28 +52,32 @@ def patch_model(
 
     Args:
         model: a loaded Llama, Mistral, Qwen2 or Qwen3 model, also inside a PEFT wrapper or under tensor parallel.
-        config: "auto" (the model's own ``config.longctx``, else the shipped config made for it), a shipped name, the
-            path of a YAML, a dict, or a ``LongCtxConfig``.
-        sections: overrides merged into the config, e.g. ``heads={"retrieval_fraction": 0.25}``.
+        config: "auto" (the model's own ``config.longctx``, else the shipped config made for it), a shipped name or a
+            hub id that a shipped config lists (both in any case), the path of a YAML, a dict, or a ``LongCtxConfig``.
+        heads, stores, prefill, decode, kernel: sections merged into the config, e.g.
+            ``heads={"retrieval_fraction": 0.25}``. None: as in the config.
+        others: ``model={...}``, the section that says which model the config fits, merged as well.
+            ``model={"fingerprint": {"vocab_size": None}}`` stops checking the vocabulary.
 
     Raises:
         UnsupportedModelError: the family is not in ``patches/``.
-        ConfigError: no config fits, or the config was made for another model.
+        ConfigError: no config fits, the config was made for another model, or an unknown keyword.
         UnsupportedModeError: the config names a kernel that cannot run its prefill pattern.
 
     Papers: head roles, DuoAttention arXiv:2410.10819; sinks, StreamingLLM arXiv:2309.17453.
     """
+    given = {"heads": heads, "stores": stores, "prefill": prefill, "decode": decode, "kernel": kernel}
+    model, sections = keywords("patch_model", model, given, others)
     hf_config = unwrap(model).base_model.config
     find_family(hf_config.model_type)
     if config == "auto" and (state := state_of(model)) and hf_config.longctx == state.config.to_dict():
         config = state.config  # given in this process: it may name paths, which a config that came with a model may not
-    settings = resolve(config, hf_config, getattr(hf_config, "_name_or_path", None))
-    if sections:
-        settings = settings.override(**sections)
-    settings.check_model(hf_config)
+    settings = resolve(config, hf_config, getattr(hf_config, "_name_or_path", None), sections)
     _apply(_patched_as(model), settings)
     if UNMEASURED in state_of(model).notes:
         logger.warning("%s: hf-longctx identify measures them", UNMEASURED)
+    if (scaled := settings.model.rope_note(hf_config)) is not None:
+        logger.warning("%s", scaled)
     return model
 
 
@@ -73,6 +87,7 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     base = inner.base_model
     family = find_family(base.config.model_type)
     modules = attention_modules(base, family)
+    check_transformers(inner, base, attention_copies(modules[0], family)[0])
     plans = [make_plan(module, settings, family, base.config) for module in modules]
     if any(plan.prefill is not None for plan in plans):
         dispatch.require(settings.kernel, "sparse_prefill", "this config's prefill pattern")
@@ -85,16 +100,18 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     private._attn_implementation = NAME
     _swap_config(model, original, private)
     for module, plan in zip(modules, plans, strict=True):
-        for part in module.modules():  # PEFT's modules_to_save holds several copies, each with a config of its own
-            if family.key_projection in part._modules:
-                part.longctx_plan, part.config = plan, private
+        for part in attention_copies(module, family):
+            part.longctx_plan, part.config = plan, private
     snapshot = copy.deepcopy(vars(private))
     base.longctx_state = PatchState(settings, original, snapshot, tuple(plans), weakref.ref(model))
     if settings.heads.source and settings.heads.confidence == "none" and "S" not in "".join(settings.roles()):
         base.longctx_state.note(UNMEASURED)
+    if (scaled := settings.model.rope_note(original)) is not None:
+        base.longctx_state.note(scaled)
     base.register_forward_pre_hook(BeforeForward(base.longctx_state), with_kwargs=True)
-    if hasattr(type(inner), PREPARE):
-        setattr(inner, PREPARE, PrepareCache(inner, base.longctx_state))
+    for replacement in ON_MODEL:
+        if hasattr(type(inner), replacement.name):
+            setattr(inner, replacement.name, replacement(inner, base.longctx_state))
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -119,14 +136,25 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         if isinstance(hook, BeforeForward):
             del base._forward_pre_hooks[key]
             base._forward_pre_hooks_with_kwargs.pop(key, None)
-    inner.__dict__.pop(PREPARE, None)
+    for replacement in ON_MODEL:
+        if isinstance(vars(inner).get(replacement.name), OnModel):  # somebody may have put another over it since
+            delattr(inner, replacement.name)
     del base.longctx_state
     return model
 
 
 @contextmanager
 def patched(
-    model: nn.Module, config: str | Path | dict | LongCtxConfig = "auto", **sections: dict[str, Any]
+    model: nn.Module | None = None,
+    /,
+    config: str | Path | dict | LongCtxConfig = "auto",
+    *,
+    heads: dict[str, Any] | None = None,
+    stores: dict[str, Any] | None = None,
+    prefill: dict[str, Any] | None = None,
+    decode: dict[str, Any] | None = None,
+    kernel: str | None = None,
+    **others: Any,
 ) -> Iterator[nn.Module]:
     """``with patched(model, config): ...``: as ``patch_model``, undone on exit, also after an exception.
 
@@ -137,6 +165,8 @@ def patched(
         UnsupportedModelError: as ``patch_model``.
         ConfigError: as ``patch_model``.
     """
+    given = {"heads": heads, "stores": stores, "prefill": prefill, "decode": decode, "kernel": kernel}
+    model, sections = keywords("patched", model, given, others)
     with _patch_kept(model):
         yield patch_model(model, config, **sections)
 
@@ -218,12 +248,34 @@ def attention_modules(base: nn.Module, family: Family) -> list[nn.Module]:
     """The attention modules of the base model, by layer index."""
     layers = getattr(base, family.layers, None)
     modules = [getattr(layer, family.attention) for layer in layers or () if hasattr(layer, family.attention)]
-    if not modules or not all(hasattr(module, "layer_idx") for module in modules):
+    wrapper = next((type(module).__name__ for module in modules if not hasattr(module, "layer_idx")), None)
+    if wrapper is not None:
         raise UnsupportedModelError(
-            f"{type(base).__name__} has no '{family.layers}[i].{family.attention}' with a layer_idx, where "
-            f"{family.model_type} models keep their attention."
+            f"'{family.layers}[i].{family.attention}' is a {wrapper}, which has no layer_idx: something was put around "
+            "the attention, as PEFT's adaption prompt does. Call patch_model first, and wrap the patched model."
+        )
+    if not modules:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no '{family.layers}[i].{family.attention}', where {family.model_type} models "
+            "keep their attention."
         )
     return modules
+
+
+def attention_copies(module: nn.Module, family: Family) -> list[nn.Module]:
+    """The attention module itself, or the copies inside PEFT's modules_to_save, each of which has its own config.
+
+    Raises:
+        UnsupportedModelError: it has no projection of the name that the family says.
+    """
+    found = [part for part in module.modules() if family.key_projection in part._modules]
+    if not found:
+        names = ", ".join(module._modules) or "none"
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no '{family.key_projection}'; it has {names}. Set key_projection in "
+            f"patches/{family.model_type}.py to the one that makes the keys."
+        )
+    return found
 
 
 def make_plan(module: nn.Module, settings: LongCtxConfig, family: Family, hf_config: Any) -> LayerPlan:
@@ -281,7 +333,7 @@ def tensor_parallel(module: nn.Module, family: Family, kv_heads: int) -> tuple[i
 def _patched_as(model: nn.Module) -> nn.Module:
     """The module that was patched, when ``model`` is a part of it; else ``model`` itself."""
     state = state_of(model)
-    whole = state.whole() if state is not None and state.whole is not None else None
+    whole = None if state is None else state.patched
     return model if whole is None else whole
 
 

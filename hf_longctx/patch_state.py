@@ -77,6 +77,11 @@ class PatchState:
                 setattr(self.original, name, value)
 
     @property
+    def patched(self):
+        """The module that was patched, while somebody still holds it and it was not copied or unpickled."""
+        return None if self.whole is None else self.whole()
+
+    @property
     def last_cache(self):
         """The cache of the last forward, while somebody still holds it."""
         return self._cache() if self._cache is not None else None

@@ -13,7 +13,7 @@ import yaml
 from .config import LongCtxConfig
 from .errors import ConfigError, LongCtxError
 from .ladder import RULE, Overrides, Rung, ladder, offloaded
-from .memory import DENSE, PATCHED, RESERVED, MemorySettings, Need, Subject, find, loaded, longest
+from .memory import DENSE, PATCHED, RESERVED, UNKNOWN_LENGTH, MemorySettings, Need, Subject, find, loaded, longest
 from .sizes import parse_bytes, word_of
 
 SMALL_CHUNK = 512  # tokens: what a refusal offers
@@ -167,14 +167,17 @@ def _quality(config: LongCtxConfig, rung: Rung) -> Iterator[str]:
     else:
         origin = f"{source.get('method', form)} of {source.get('from', 'unknown origin')}"
         yield f"{said}, by {origin}; what that costs was not measured (heads.measured): hf-longctx eval measures it"
+    if heads.doubt is not None and kept < len(roles):
+        yield heads.doubt
     if "stores" in rung.overrides:
         yield f"what these stores cost was not measured on this model: {_flow(rung.overrides['stores'])}"
 
 
 def _beyond(subject: Subject, context: int) -> Iterator[str]:
-    made_for = getattr(subject.dense, "max_position_embeddings", None)
-    if not subject.notes and made_for and context > made_for:
-        yield f"the model was made for {made_for} tokens"
+    if subject.made_for is None:
+        yield UNKNOWN_LENGTH
+    elif context > subject.made_for:
+        yield f"the model was made for {subject.made_for} tokens"
 
 
 def _refusal(last: Subject, way: str, tried: list[Rung]) -> str:

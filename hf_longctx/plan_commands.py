@@ -15,11 +15,13 @@ from .console import console
 from .environment import environment
 from .identify_commands import check_output
 from .registry import check_word
-from .sizes import DTYPES, parse_bytes
+from .sizes import DTYPES, parse_bytes, parse_tokens
 
 INDENT = " " * 10  # of what continues a line of a plan
 
-Context = Annotated[int, typer.Option(help="Tokens of the prompt and the answer together, in each row.", min=1)]
+Context = Annotated[
+    str, typer.Option(help="Tokens of prompt and answer together, in each row: 131072 or 128k (k: 1024).")
+]
 Reserve = Annotated[
     bool, typer.Option("--reserve", help="Count a LongCtxCache made with max_tokens, without spare room.")
 ]
@@ -33,7 +35,7 @@ def command(
     memory: Memory,
     dtype: Dtype = "bf16",
     batch: Batch = 1,
-    chunk: Chunk = 4096,
+    chunk: Chunk = "4096",
     weights: Weights = None,
     config: Config = None,
     reserve: Reserve = False,
@@ -47,11 +49,11 @@ def command(
             check_output(path, endings, option)
     found = LongCtxConfig.plan(
         model,
-        context=context,
+        context=parse_tokens(context, "--context"),
         memory=parse_bytes(memory, "--memory"),
         dtype=dtype,
         batch=batch,
-        chunk=chunk,
+        chunk=parse_tokens(chunk, "--prefill-chunk-size", 0),
         weights=None if weights is None else parse_bytes(weights, "--weights"),
         config=config,
         reserve=reserve,

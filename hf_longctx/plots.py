@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from .config import LongCtxConfig
 from .errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .config import LongCtxConfig
 
 
 def new_figure(width: float, height: float) -> Figure:

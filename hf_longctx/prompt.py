@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .cache import LongCtxCache
 from .errors import CacheError, ConfigError
+from .seam import CACHE, NAMES
 from .tasks.answer import input_device
 
 Text = str | Sequence[int] | Tensor  # words, or token ids
@@ -17,7 +18,7 @@ Text = str | Sequence[int] | Tensor  # words, or token ids
 FORMS = "Give one text, or the ids of one text; ask() takes a list of them."
 
 # Arguments of generate() that a prompt sets itself, or that would make its result another thing.
-OWN = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache")
+OWN = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "use_cache", *NAMES)
 OWN += ("cache_implementation", "prefill_chunk_size", "return_dict_in_generate")
 ONE_ROW = ("assistant_model", "prompt_lookup_num_tokens", "streamer")  # Transformers takes no batch with these
 
@@ -56,7 +57,7 @@ class Prompt:
         for piece in new.split(chunk_size or max(1, len(new))):
             if len(piece):
                 given = piece[None].to(input_device(self.model))
-                self.model(given, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                self.model(given, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
         return len(new)
 
     def generate(self, text: Text = "", *, return_handle: bool = False, **kwargs: Any) -> Any:
@@ -138,7 +139,7 @@ class Prompt:
         if kwargs.get("stop_strings") is not None:
             kwargs = {"tokenizer": self.tokenizer, **kwargs}
         device = input_device(self.model)
-        given = {"attention_mask": mask.long().to(device), "past_key_values": cache}
+        given = {"attention_mask": mask.long().to(device), CACHE: cache}
         out = self.model.generate(ids.to(device), **given, **kwargs)
         return out[:, width:].tolist()
 

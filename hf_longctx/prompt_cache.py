@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .cache import LongCtxCache, storage_bytes
 from .errors import ConfigError, UnsupportedModeError
 from .prompt import Prompt, Text, as_ids, words
+from .prompt_learning import refuse_prompt_learning
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class PromptCache:
 
     Raises:
         UnsupportedModelError: the model is not patched.
+        UnsupportedModeError: the model has prompt learning (PEFT).
         ConfigError: a number out of bounds.
     """
 
@@ -48,6 +50,7 @@ class PromptCache:
             if number is not None and (type(number) is not int or number < 1):
                 raise ConfigError(f"{name}: got {number!r}, expected a whole number from 1, or None.")
         LongCtxCache(model)  # refuses a model that is not patched
+        refuse_prompt_learning(model)
         self.model, self.tokenizer, self.max_bytes, self.chunk_size = model, tokenizer, max_bytes, chunk_size
         self.hits = self.misses = self.tokens_read = self.tokens_reused = self.evicted = 0
         self._lock = threading.Lock()  # of the table and the counters; never held while the model runs
@@ -81,10 +84,11 @@ class PromptCache:
 
         Raises:
             ConfigError: nothing was given, or words without a tokenizer.
-            UnsupportedModeError: the model is in training mode.
+            UnsupportedModeError: the model is in training mode, or has prompt learning (PEFT).
         """
         if self.model.training:
             raise UnsupportedModeError("PromptCache needs the model in eval mode: call model.eval() first.")
+        refuse_prompt_learning(self.model)  # such an adapter may have been activated since
         ids = self._ids(prompt, template)
         key, empty = ids.numpy().tobytes(), LongCtxCache(self.model)
         while True:

@@ -12,33 +12,48 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import math
 import pkgutil
 import reprlib
+import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
-import yaml
-
+from . import strict_yaml
+from .bounds import LARGEST, MOST
 from .errors import ConfigError
 
-NOT_WORDS = {"base"}
+# Files of a folder that are no words. Not said in the folder, whose package may take seconds to import.
+NOT_WORDS = {"tasks": {"answer", "documents", "haystack", "language", "metrics", "tiny_language"}}
 DEEPEST = 16  # levels of a free mapping; a YAML alias can make one that never ends
+LONGEST = 80  # characters of a word that a message repeats, or that is compared with the known ones
+MOST_ITEMS = 2**16  # of a list or mapping; with fewer layers and heads than that, rows are counted before they are read
 
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out a number of more than 4300 digits.
+        return super().repr_int(x, level) if x.bit_length() < 14000 else f"a number of {x.bit_length()} bits"
+
+
+_short = _Short()
+_short.maxstring = _short.maxother = LONGEST
+short = _short.repr
 
 
 def words(folder: str) -> tuple[str, ...]:
-    """The words of ``hf_longctx/<folder>``: its file names, sorted, without ``base`` and underscore names.
+    """The words of ``hf_longctx/<folder>``: its file names, sorted, without ``base``, underscore names and NOT_WORDS.
 
-    A folder with other files that are no words names them in its own ``NOT_WORDS``.
+    Nothing of the folder is imported.
     """
-    package = importlib.import_module(f"hf_longctx.{folder}")
-    left_out = NOT_WORDS | getattr(package, "NOT_WORDS", set())
-    names = (module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
+    name = f"hf_longctx.{folder}"
+    package = sys.modules.get(name)
+    path = importlib.util.find_spec(name).submodule_search_locations if package is None else package.__path__
+    left_out = {"base"} | NOT_WORDS.get(folder, set())
+    names = (module.name for module in pkgutil.iter_modules(path) if not module.ispkg)
     return tuple(sorted(name for name in names if name not in left_out and not name.startswith("_")))
 
 
@@ -102,17 +117,22 @@ def make(cls: type, mapping: object, where: str = "", name: str = "") -> Any:
     try:
         return cls(**values)
     except ConfigError as error:
-        raise ConfigError(join(where, str(error))) from None
+        raise ConfigError(f"{where}.{error}" if where else str(error)) from None
 
 
 def dump(spec: Any, key: str | None = None) -> dict[str, Any]:
     """Plain data from which ``build`` (with ``key``: the word comes first) or ``make`` gives an equal object back."""
-    plain: dict[str, Any] = {} if key is None else {key: type(spec).__module__.rpartition(".")[2]}
+    plain: dict[str, Any] = {} if key is None else {key: spec_word(spec)}
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
         if field.init and not (value is None and field.default is None):
             plain[field.name] = _plain(value, field.metadata)
     return plain
+
+
+def spec_word(spec: Any) -> str:
+    """The word of a spec: the name of its file."""
+    return type(spec).__module__.rpartition(".")[2]
 
 
 def word(folder: str, key: str, role: str, default: str | None = None, instead: type | None = None) -> Any:
@@ -136,6 +156,7 @@ def convert(value: object, hint: Any, where: str, metadata: Mapping[str, Any]) -
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise wrong(where, value, "a list")
+        check_count(value, where)
         return tuple(convert(item, args[0], f"{where}[{i}]", metadata) for i, item in enumerate(value))
     if origin is dict:
         return {k: convert(v, args[1], join(where, k), metadata) for k, v in check_mapping(value, where).items()}
@@ -160,12 +181,12 @@ def read_fields(pairs: Iterable[str], where: str, example: str) -> dict[str, Any
         name = name.strip().replace("-", "_")
         if name in given:
             raise ConfigError(f"{where}: {name} is given twice.")
-        try:
-            given[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
         if not equals:
-            raise ConfigError(f"{where}: got {pair!r}, expected NAME=VALUE, e.g. {example}.")
+            raise ConfigError(f"{where}: got {short(pair)}, expected NAME=VALUE, e.g. {example}.")
+        try:
+            given[name] = check_plain(strict_yaml.read(value, name), name)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: got {short(pair)}, expected NAME=VALUE, e.g. {example}. {error}") from None
     return given
 
 
@@ -173,6 +194,7 @@ def check_mapping(value: object, where: str) -> dict[str, Any]:
     """A copy of ``value`` if it is a mapping with text keys, or a ConfigError."""
     if not isinstance(value, Mapping):
         raise wrong(where or "config", value, "a mapping")
+    check_count(value, where or "config")
     for key in value:
         if not isinstance(key, str):
             raise wrong(join(where, _short.repr(key)), key, "a key that is text")
@@ -187,10 +209,17 @@ def check_plain(value: Any, where: str, depth: int = 0) -> Any:
         items = check_mapping(value, where).items()
         return {key: check_plain(item, join(where, key), depth + 1) for key, item in items}
     if isinstance(value, (list, tuple)):
+        check_count(value, where)
         return [check_plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
-    if value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
+    if value is None or isinstance(value, str) or (isinstance(value, (int, float)) and _is_finite(value)):
         return value
     raise wrong(where, value, "text, a finite number, a list or a mapping (put a date in quotes)")
+
+
+def check_count(value: Sized, where: str) -> None:
+    """Raise ConfigError for more items than any config has, before they are looked at."""
+    if len(value) > MOST_ITEMS:
+        raise ConfigError(f"{where}: got {len(value)} entries, expected at most {MOST_ITEMS}.")
 
 
 def check_word(value: object, known: Iterable[str], where: str) -> None:
@@ -205,13 +234,15 @@ def is_required(field: dataclasses.Field) -> bool:
 
 
 def join(where: str, name: str) -> str:
-    """The full path of a field."""
+    """The full path of a field, as a message says it."""
+    name = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
     return f"{where}.{name}" if where else name
 
 
 def near(given: object, known: Iterable[str]) -> str:
     """`` Did you mean ...?`` or nothing."""
-    match = difflib.get_close_matches(given.lower(), list(known), 1, 0.5) if isinstance(given, str) else []
+    comparable = isinstance(given, str) and len(given) <= LONGEST
+    match = difflib.get_close_matches(given.lower(), list(known), 1, 0.5) if comparable else []
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
@@ -244,34 +275,39 @@ def _convert_word(value: object, where: str, metadata: Mapping[str, Any]) -> Any
 
 def _convert_scalar(value: object, hint: type, where: str, metadata: Mapping[str, Any]) -> Any:
     kinds: dict[type, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    fits = kinds[hint] + _bounds(metadata)
     accepted = (int, float) if hint is float else hint
     # To Python a bool is an int; to a reader of the YAML it is not.
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         hint_text = " YAML reads 1e6 as text: write 1.0e+6." if hint is float and isinstance(value, str) else ""
-        raise wrong(where, value, fits, hint_text)
+        raise wrong(where, value, kinds[hint] + _bounds(metadata, value), hint_text)
     if "choices" in metadata and hint is str:
         check_word(value, metadata["choices"], where)
-    elif "choices" in metadata and value not in metadata["choices"]:
-        raise wrong(where, value, fits)
-    if hint in (int, float):
-        if not _fits(value, metadata):
-            raise wrong(where, value, fits)
-        return hint(value)
-    return value
+    elif not _fits(value, hint, metadata):
+        raise wrong(where, value, kinds[hint] + _bounds(metadata, value))
+    return hint(value)
 
 
-def _fits(value: int | float, metadata: Mapping[str, Any]) -> bool:
+def _is_finite(value: int | float) -> bool:
     try:
-        finite = math.isfinite(value)
+        return math.isfinite(value)
     except OverflowError:
-        finite = False
+        return False
+
+
+def _fits(value: Any, hint: type, metadata: Mapping[str, Any]) -> bool:
+    if hint not in (int, float):
+        return True
+    if "choices" in metadata and value not in metadata["choices"]:
+        return False
     low, high, above = metadata.get("min"), metadata.get("max"), metadata.get("above")
     too_low = (low is not None and value < low) or (above is not None and value <= above)
-    return finite and not too_low and not (high is not None and value > high)
+    return _is_finite(value) and not too_low and not (high is not None and value > high)
 
 
-def _bounds(metadata: Mapping[str, Any]) -> str:
+def _bounds(metadata: Mapping[str, Any], value: object) -> str:
+    """What fits, in words; a maximum that only keeps numbers from overflowing is named where it was passed."""
+    if metadata.get("max", 0) >= MOST and not (isinstance(value, (int, float)) and value > metadata["max"]):
+        metadata = {key: bound for key, bound in metadata.items() if key != "max" and bound != -LARGEST}
     names: dict[str, Callable[[Any], str]] = {
         "min": lambda bound: f"at least {bound}",
         "above": lambda bound: f"above {bound}",

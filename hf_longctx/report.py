@@ -12,7 +12,7 @@ from .patch import state_of
 from .patch_state import Kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """Plain numbers about a patched model and the cache of its last forward.
 
@@ -76,6 +76,8 @@ class Report:
         lines += [f"offloaded     {_mb(count)} {place}" for place, count in self.offloaded.items()]
         lines += [f"note          {note}" for note in self.notes]
         return "\n".join(lines)
+
+    __repr__ = __str__  # what a notebook shows
 
 
 def report(model: nn.Module) -> Report:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedModeError
+from . import mask_errors
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Rows:
             shown nothing but pads so far is open: its start is ``past + new``.
         ends: slot after each row's last real token, or None where no row ends in pads.
         observer: see ``hf_longctx.observe``.
+        cached: every layer must bring the cache that this forward was given or got, a ``LongCtxCache``.
         used, notes, prefill: kernels that ran, what ran slower than asked for, and sparse prefills, for the report.
     """
 
@@ -72,6 +73,7 @@ class Rows:
     starts: tuple[int, ...] | None = None
     ends: tuple[int, ...] | None = None
     observer: Callable | None = None
+    cached: bool = False
     used: set[str] = field(default_factory=set)
     notes: set[str] = field(default_factory=set)
     prefill: PrefillCounts = field(default_factory=PrefillCounts)
@@ -145,8 +147,20 @@ class Rows:
         return self.memo(("tail_bias", end, device, dtype), make)
 
 
-def read_mask(mask: Tensor | None, batch: int, past: int, new: int) -> Rows:
+def read_mask(
+    mask: Tensor | None,
+    batch: int,
+    past: int,
+    new: int,
+    *,
+    ids: Tensor | None = None,
+    known: Callable[[], mask_errors.Known] = mask_errors.Known,
+) -> Rows:
     """Rows from a 2D attention mask ``[B, past + new]`` (1 = real token), with one read of the device.
+
+    Args:
+        ids: the new tokens ``[B, T]``, where they are known, for what a message says.
+        known: gives what is known of the model, for the same; asked where the mask is refused.
 
     Raises:
         UnsupportedModeError: a mask of another shape, or with holes between real tokens.
@@ -155,10 +169,7 @@ def read_mask(mask: Tensor | None, batch: int, past: int, new: int) -> Rows:
         return Rows(batch, past, new)
     total = past + new
     if tuple(mask.shape) != (batch, total):
-        raise UnsupportedModeError(
-            f"attention_mask has shape {tuple(mask.shape)}, but this forward needs {(batch, total)}: one column for "
-            f"each of the {past} cached and {new} new tokens. Pass the mask of the whole sequence."
-        )
+        raise mask_errors.wrong_shape(mask, batch, past, new, known())
     real = mask.bool()
     slots = torch.arange(total, device=mask.device)
     first = torch.where(real, slots, total).amin(-1)
@@ -167,10 +178,7 @@ def read_mask(mask: Tensor | None, batch: int, past: int, new: int) -> Rows:
     starts, ends, counts = torch.stack([first, last, counts]).tolist()
     for row, (start, end, count) in enumerate(zip(starts, ends, counts, strict=True)):
         if count and count != end - start + 1:
-            raise UnsupportedModeError(
-                f"attention_mask has holes: row {row} has {count} real tokens between columns {start} and {end}. Real "
-                "tokens must be consecutive: pad on the left for generation, on the right for training."
-            )
+            raise mask_errors.holes(real, ids, row, known())
     ends = tuple(end + 1 if count else total for end, count in zip(ends, counts, strict=True))
     right_padded = any(end < total for end in ends)
     return Rows(batch, past, new, tuple(starts) if any(starts) else None, ends if right_padded else None)

@@ -7,10 +7,11 @@ metadata has a CRC-32 of every tensor and one of all the rest: that finds damage
 from __future__ import annotations
 
 import json
+import stat
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -79,6 +80,7 @@ class TensorFile:
 
     Attributes:
         metadata: as ``write`` was given it.
+        shapes: dtype (a value of `DTYPES`, where it is one that ``write`` knows) and shape of every tensor, by name.
 
     Raises:
         CacheError: there is no such file, it is not whole, or it is something else.
@@ -87,21 +89,23 @@ class TensorFile:
     def __init__(self, path: Path, check: Check = None):
         self.path, self._check = path, check
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for whoever writes to it
+                raise ValueError("it is no regular file")
             self._file = safe_open(path, "pt")
             told = dict(self._file.metadata() or {})
             if not {TENSORS, REST} <= told.keys():
                 raise ValueError("it has no checksums")
-            self._sums = {str(name): str(crc) for name, crc in json.loads(told.pop(TENSORS)).items()}
+            self._sums = {str(name): str(crc) for name, crc in plain(told.pop(TENSORS)).items()}
             rest, self.metadata = told.pop(REST), told
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
-            shapes = {name: [one.get_dtype(), list(one.get_shape())] for name, one in slices.items()}
+            self.shapes = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
         except FileNotFoundError:
             raise CacheError(f"there is no file {path}.") from None
         except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as error:
             raise CacheError(
                 f"{path} is no file that cache.save wrote, or only a part of one ({error}). Save the cache again."
             ) from None
-        if rest != _crc_of_rest(shapes, told, self._sums) or shapes.keys() != self._sums.keys():
+        if rest != _crc_of_rest(self.shapes, told, self._sums) or self.shapes.keys() != self._sums.keys():
             self._refuse("its header")
 
     def __getitem__(self, name: str) -> Tensor:
@@ -127,6 +131,18 @@ class TensorFile:
         )
 
 
+def plain(text: str) -> Any:
+    """What a text of JSON says; ValueError where it is none, has NaN or infinity, or is nested too deeply."""
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"it has {word} for a number")
+
+
 def _bytes(tensor: Tensor) -> memoryview:
     """The tensor's numbers in the order of its indices; a copy where they lie otherwise, or on another device."""
     flat = tensor.detach().cpu().contiguous()
@@ -149,7 +165,7 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], sums: Ma
     return len(text).to_bytes(8, "little") + text
 
 
-def _crc_of_rest(shapes: Mapping[str, list], metadata: Mapping[str, str], crcs: Mapping[str, str]) -> str:
+def _crc_of_rest(shapes: Mapping[str, Sequence], metadata: Mapping[str, str], crcs: Mapping[str, str]) -> str:
     told = json.dumps([shapes, metadata, crcs], sort_keys=True)
     return f"{zlib.crc32(told.encode()):08x}"
 

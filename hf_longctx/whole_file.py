@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -19,21 +21,24 @@ UNFINISHED = ".unfinished"
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """Where to write what becomes ``path`` in one step when the block ends, and is on the disk then.
 
     A kill leaves the file of before, and at most ``.NAME.xxxxxxxxxxxxxxxx.unfinished`` beside it, which the next call
     for the same path removes. The folder is made if it is not there.
+
+    Args:
+        mode: who may read and write the file, less what the umask takes away; that of a file it replaces is lost.
 
     Raises:
         OSError: it cannot be written; the file of before is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in left_over(path):
-        with suppress(OSError), left.open("rb") as file:  # somebody else removed it
-            if lock(file, alone=True):
+        with suppress(OSError), open(left, "rb", opener=_no_pipe) as file:  # somebody else removed it
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode) and lock(file, alone=True):
                 left.unlink()
-    unfinished, held = _fresh(path)
+    unfinished, held = _fresh(path, mode)
     try:
         yield unfinished
         with unfinished.open("rb+") as written:
@@ -52,11 +57,16 @@ def left_over(path: Path) -> list[Path]:
     return sorted(entry for entry in path.parent.iterdir() if name.fullmatch(entry.name))
 
 
-def _fresh(path: Path) -> tuple[Path, IO]:
+def _no_pipe(path: str, flags: int) -> int:
+    """Opens what anybody may have put there: a pipe without waiting for its other end, and no link."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
+
+
+def _fresh(path: Path, mode: int) -> tuple[Path, IO]:
     """A new unfinished file, locked so that no other writer takes it for that of a killed one."""
     while True:
         unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}{UNFINISHED}")
-        held = unfinished.open("xb")
+        held = open(unfinished, "xb", opener=partial(os.open, mode=mode))  # noqa: SIM115
         if fcntl is None:
             held.close()  # Windows renames no open file
             return unfinished, held

@@ -30,6 +30,7 @@ from hf_longctx import (
 from hf_longctx.kernels._streamed import Streamed
 from hf_longctx.kernels.layout import HeadKV, Segment
 from hf_longctx.registry import load, words
+from hf_longctx.stores.base import Store
 from hf_longctx.stores.full import Full, FullStore
 from hf_longctx.whole_file import left_over
 
@@ -256,6 +257,15 @@ class HalvesStore(FullStore):
         segments = [kept] if rows.past == 0 else list(self.segments.values())
         return HeadKV(self.heads, segments, self.spec, state=self.state)
 
+    def check(self, saved):
+        parts, seen = saved.segments(), saved.rows.total
+        after = parts["kept"].plain(1, seen - 1, seen + 256)
+        parts["halves"].of_kind(Halves, "extra")["extra"].number(5, 5)
+        shape = (saved.rows.batch, saved.heads, seen - after, saved.head_dim)
+        parts["halves"].holds(dict.fromkeys("kv", (saved.dtype, shape)))
+        saved.number("forwards", 2, 2)
+        saved.state(saved.dtype, sum=(saved.rows.batch,))
+
 
 def test_streamed_segments_numbers_and_state(tmp_path, monkeypatch):
     model = patched_tiny("llama", "retrieval")
@@ -268,9 +278,31 @@ def test_streamed_segments_numbers_and_state(tmp_path, monkeypatch):
     assert (store.forwards, store.state["sum"].tolist(), loaded.nbytes) == (2, [2.0], cache.nbytes)
     for token in torch.randint(3, 97, (4, 1, 1)):
         assert torch.equal(read(model, loaded, token), read(model, cache, token))
-    monkeypatch.setattr(HalvesStore, "kinds", (Segment,))
-    with pytest.raises(CacheError, match=r"lacks something that caches have \(KeyError\('Halves'\)\)"):
-        LongCtxCache.load(tmp_path / "a", model)
+    with monkeypatch.context() as patch:
+        patch.setattr(HalvesStore, "check", FullStore.check)
+        with pytest.raises(CacheError, match=r"retrieval: its segments are \[.halves., .kept.\], expected"):
+            LongCtxCache.load(tmp_path / "a", model)
+    for left_out, said in (("number", "numbers: got"), ("state", "state: got"), ("segments", "segments: got")):
+
+        def check(store, saved, left_out=left_out):
+            parts = saved.segments() if left_out != "segments" else {}
+            for part in parts.values():
+                shape = (1, saved.heads, part.shape("k")[2], saved.head_dim)
+                part.holds(dict.fromkeys("kv", (saved.dtype, shape)))
+            if left_out != "number":
+                saved.number("forwards", 2, 2)
+            if left_out != "state":
+                saved.state(saved.dtype, sum=(1,))
+
+        monkeypatch.setattr(HalvesStore, "check", check)
+        with pytest.raises(CacheError, match=rf"{said} .*of which the store said nothing \(Store.check\)"):
+            LongCtxCache.load(tmp_path / "a", model)
+
+
+def test_a_store_must_say_what_a_file_of_it_may_hold():
+    unstated = {name: member for name, member in vars(FullStore).items() if name != "check"}
+    with pytest.raises(TypeError, match="abstract method '?check"):
+        type("Unstated", (Store,), unstated)(Full(), None, None)
 
 
 def test_the_same_cache_gives_the_same_bytes_and_stays_as_it_is(tmp_path):
@@ -508,7 +540,9 @@ def test_other_files_are_refused(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_file, "SAVED", ())
     cache.save(path)
     monkeypatch.undo()
-    with pytest.raises(CacheError, match=r"lacks something that caches have \(KeyError\('starts'\)\)"):
+    with pytest.raises(
+        CacheError, match=r"the file.cache: got no keys, expected an object with the keys starts, ends, staggered"
+    ):
         LongCtxCache.load(path, model)
     monkeypatch.setattr(cache_file, "VERSION", 3)
     cache.save(path)

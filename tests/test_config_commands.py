@@ -13,6 +13,7 @@ from hf_longctx.cli import app
 from hf_longctx.config import load_shipped
 from hf_longctx.config_commands import SHADES, _shades
 from hf_longctx.config_files import shipped
+from hf_longctx.config_list import readme_table
 from hf_longctx.config_reference import FOLDERS, _section, meanings, reference
 from hf_longctx.registry import words
 
@@ -54,6 +55,22 @@ def test_every_config_is_listed_whole(width):
     low = [name for name in shipped() if load_shipped(name).heads.confidence == "low"]
     assert done.output.count("(low confidence)") == len(low) > 0
     assert "4295 ->  2168" in done.output and "17180 ->  8611" in done.output and "50.0%" in done.output
+
+
+def test_the_best_are_listed_first():
+    listed = [line.split()[0] for line in invoke(width=100).output.splitlines() if line.split()[:1]]
+    listed = [name for name in listed if name in shipped()]
+    assert sorted(listed) == sorted(shipped())
+
+    def rank(name: str) -> tuple:
+        config = load_shipped(name)
+        dense, kept = config.kv_bytes(131072)
+        own = config.model.ids[0].startswith("hf-longctx/")
+        return own, ("measured", "low", "none").index(config.heads.confidence), round(kept / dense, 3), name
+
+    assert listed == sorted(shipped(), key=rank) and listed[0] == "llama-2-7b-32k-instruct"
+    assert listed[-3:] == ["tiny-llama", "tiny-mistral", "tiny-qwen3"], "the embedded ones last"
+    assert invoke("table").output == readme_table()
 
 
 @pytest.mark.parametrize("width", [80, 100])

@@ -126,7 +126,7 @@ def test_wrong_files_name_the_file(tmp_path):
     refused(lambda: read("kernel: auto\nkernel: cpu\n"), str(path), "key 'kernel' is given twice", "line 2")
     refused(lambda: read("heads: {balance: 1, 'balance': 2}\n"), "key 'balance' is given twice")
     refused(lambda: read("kernel: !!python/object/apply:os.getcwd []\n"), str(path), "python/object")
-    refused(lambda: read("a: [\n"), str(path), "not a YAML file")
+    refused(lambda: read("a: [\n"), str(path), "not YAML that")
     refused(lambda: read("? [a]\n: 1\n"), str(path))
     refused(lambda: read(""), str(path), "got None", "a mapping")
     refused(lambda: read("3: 4\n"), str(path), "text")

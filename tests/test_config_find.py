@@ -10,7 +10,7 @@ from config_cases import FINGERPRINT, config, hf, plain, refused, ship, write
 
 from hf_longctx import config_files
 from hf_longctx.config import load_shipped
-from hf_longctx.config_find import resolve
+from hf_longctx.config_find import find_name, resolve, shipped_name
 
 
 @pytest.fixture
@@ -99,8 +99,8 @@ def test_auto_by_fingerprint_is_logged(folder, caplog):
 
 
 def test_auto_needs_the_whole_fingerprint(folder):
-    ship(folder, "tiny-1b", fingerprint={"hidden_size": 64})
-    refused(lambda: resolve("auto", hf(), "me/finetune"), "tiny-1b: fingerprint.intermediate_size is missing")
+    ship(folder, "tiny-1b", fingerprint={key: FINGERPRINT[key] for key in FINGERPRINT if key != "vocab_size"})
+    refused(lambda: resolve("auto", hf(), "me/finetune"), "tiny-1b: fingerprint.vocab_size is missing")
     ship(folder, "tiny-1b")
     refused(
         lambda: resolve("auto", hf(vocab_size=1001), "me/finetune"),
@@ -108,12 +108,87 @@ def test_auto_needs_the_whole_fingerprint(folder):
     )
 
 
-def test_auto_that_finds_nothing_says_how_to_make_one(folder):
-    refused(lambda: resolve("auto", hf(), "a/b"), "'a/b'", "none", "hf-longctx identify", "LongCtxConfig.describe")
-    for i in range(10):
-        ship(folder, f"m{i}", fingerprint={**FINGERPRINT, "vocab_size": 1}, num_hidden_layers=3 + (i > 4))
-    message = refused(lambda: resolve("auto", hf(), "a/b"), "m0: fingerprint.vocab_size 1 (model: 1000)", "and 2 more")
-    assert message.index("m4:") < message.index("m5: num_hidden_layers")
+def test_auto_that_finds_nothing_says_first_how_to_make_one(folder):
+    asked = "no shipped config fits the model {!r}. Measure its heads: hf-longctx identify {} --out my.yaml, then patch"
+    for name, said in (("a/b", "a/b"), ("/my models/a", "'/my models/a'"), ("", "MODEL")):
+        message = refused(lambda name=name: resolve("auto", hf(), name))
+        assert message.startswith("config='auto': " + asked.format(name, said)) and "\n" not in message
+
+
+def test_auto_lists_a_few_configs_of_nearly_this_model(folder):
+    for i in range(5):
+        ship(folder, f"m{i}", fingerprint={**FINGERPRINT, "vocab_size": 1})
+    ship(folder, "n0", fingerprint={**FINGERPRINT, "vocab_size": 1, "rope_theta": 1.0})
+    ship(folder, "far", fingerprint={**FINGERPRINT, "vocab_size": 1, "rope_theta": 1.0, "hidden_size": 1})
+    ship(folder, "deeper", num_hidden_layers=4)
+    first, *lines = refused(lambda: resolve("auto", hf(), "a/b")).splitlines()
+    assert first.endswith('--out my.yaml, then patch_model(model, "my.yaml").')
+    assert lines[1:] == [f"  m{i}: fingerprint.vocab_size 1 (model: 1000)" for i in range(3)] + ["  and 3 more"]
+
+
+SCALED = ("linear", "dynamic", "yarn")
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_auto_finds_the_config_of_a_model_whose_rope_was_scaled(folder, kind):
+    ship(folder, "tiny-1b", fingerprint={**FINGERPRINT, "rope_type": "default"})
+    model = hf(rope_parameters={"rope_type": kind, "rope_theta": 5e5, "factor": 4.0})
+    for name in ("org/Tiny-1B", "me/finetune"):
+        assert resolve("auto", model, name) == load_shipped("tiny-1b")
+    wider = hf(rope_parameters=model.rope_parameters, vocab_size=7)
+    for name in ("org/Tiny-1B", "me/finetune"):
+        message = refused(lambda name=name: resolve("auto", wider, name), "fingerprint.vocab_size 1000 (model: 7)")
+        assert "rope_type" not in message
+    ship(folder, "measured", fingerprint={**FINGERPRINT, "rope_type": kind}, ids=["org/Scaled"])
+    assert resolve("auto", model, "me/finetune") == load_shipped("measured"), "the one that was measured so"
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [("default", "llama3"), ("default", "longrope"), ("yarn", "default"), ("yarn", "linear"), ("llama3", "yarn")],
+)
+def test_other_rope_types_are_other_models(folder, mine, theirs):
+    ship(folder, "tiny-1b", fingerprint={**FINGERPRINT, "rope_type": mine})
+    model = hf(rope_parameters={"rope_type": theirs, "rope_theta": 5e5})
+    refused(lambda: resolve("tiny-1b", model), f"fingerprint.rope_type {mine!r} (model: {theirs!r})")
+    theta = hf(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
+    ship(folder, "tiny-1b", fingerprint={**FINGERPRINT, "rope_type": "default"})
+    refused(lambda: resolve("tiny-1b", theta), "fingerprint.rope_theta 500000.0 (model: 10000.0)")
+
+
+@pytest.mark.parametrize("name", ["tiny-1b", "TINY-1b", "org/Tiny-1B", "ORG/tiny-1b"])
+def test_a_config_by_its_name_or_one_of_its_ids_in_any_case(folder, name):
+    ship(folder, "tiny-1b")
+    ship(folder, "other", ids=["org/Other"])
+    assert find_name(name) == shipped_name(name) == "tiny-1b"
+    assert resolve(name, hf()) == load_shipped("tiny-1b")
+
+
+def test_names_that_say_too_little_or_too_much(folder, tmp_path):
+    ship(folder, "tiny-1b")
+    ship(folder, "twin")
+    refused(lambda: resolve("org/tiny-1b", hf()), "2 shipped configs go by 'org/tiny-1b': tiny-1b, twin. Name one")
+    ship(folder, "twin", ids=["org/Twin-1B"])
+    assert resolve("org/tiny-1b", hf()).model.ids == ("org/Tiny-1B",)
+    assert find_name("Tiny-1B-chat") is None and find_name("x/Tiny-1B") is None and find_name("") is None
+    refused(lambda: shipped_name("org/Tiny-1"), "got 'org/Tiny-1', but no shipped", "Did you mean 'org/Tiny-1B'?")
+    refused(lambda: shipped_name("tiny-1", "MODEL"), "MODEL: got 'tiny-1', expected one of: tiny-1b, twin.")
+    refused(lambda: shipped_name(str(tmp_path)), "is a folder, expected a shipped name")
+    assert len(refused(lambda: shipped_name("org/" + "x" * 10**6))) < 400
+
+
+def test_every_shipped_id_leads_to_one_config():
+    for name in config_files.shipped():
+        for known in load_shipped(name).model.ids:
+            assert find_name(known.upper()) == name
+
+
+def test_overrides_are_laid_over_before_the_model_is_checked(folder):
+    ship(folder, "tiny-1b")
+    over = {"model": {"fingerprint": {"vocab_size": None}}, "kernel": "stock"}
+    found = resolve("tiny-1b", hf(vocab_size=7), None, over)
+    assert found.kernel == "stock" and found.model.fingerprint.vocab_size is None
+    refused(lambda: resolve("tiny-1b", hf(), None, {"model": {"head_dim": 8}}), "head_dim 8 (model: 16)")
 
 
 def test_auto_reads_the_model_section_of_any_layout(folder):

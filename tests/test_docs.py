@@ -27,6 +27,7 @@ from hf_longctx.assets import embedded
 from hf_longctx.cli import app
 from hf_longctx.config import load_shipped
 from hf_longctx.config_files import shipped
+from hf_longctx.config_list import readme_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -34,7 +35,7 @@ MODEL = "hf-longctx/tiny-llama"
 PROGRAM = ("hf-longctx", ".venv/bin/hf-longctx")
 MAKE = "a target of the Makefile, which sets up and calls what the other tests call"
 # Snippets that no test runs, by page. A new one needs a reason on the page and a number here.
-NOT_RUN = Counter({"README.md": 2, "CONTRIBUTING.md": 3, "benchmarks.md": 18, "evaluation.md": 4, "heads.md": 2})
+NOT_RUN = Counter({"README.md": 3, "CONTRIBUTING.md": 3, "benchmarks.md": 18, "evaluation.md": 4, "heads.md": 2})
 
 BOX = r'(\w+)(?:\["([^"]+)"\])?'  # of a diagram: its name, and its text where it is drawn
 
@@ -177,6 +178,39 @@ def test_the_published_configs_of_each_confidence_are_counted():
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \|", (ROOT / "docs" / "choosing.md").read_text("utf-8"), re.M)
     names = [name for name in shipped() if not name.startswith("tiny-")]
     assert {word: int(n) for word, n in rows} == Counter(load_shipped(name).heads.confidence for name in names)
+
+
+def test_the_readme_has_the_published_checkpoints_best_first():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert readme_table() in text, "hf-longctx configs table prints it"
+    rows = [re.split(r" *\| *", line)[1:4] for line in readme_table().splitlines()[2:]]
+    found, order = {}, []
+    for ids, confidence, share in rows:
+        word, percent = confidence.partition(":")[0], float(share.removesuffix(" %"))
+        order.append((("measured", "low", "none").index(word), percent))
+        found |= dict.fromkeys(ids.split(", "), (word, percent))
+    assert order == sorted(order)
+    names = [name for name in shipped() if not name.startswith("tiny-")]
+    assert len(found) == len(names) and f"Those of {len(names)} published" in text
+    for config in map(load_shipped, names):
+        dense, patched = config.kv_bytes(131072)
+        first, confidence = config.model.ids[0], config.heads.confidence
+        shown = first.rpartition("/")[2] if confidence == "none" else first
+        assert found[shown] == (confidence, round(100 * patched / dense))
+
+
+def test_the_table_of_what_it_works_with_names_its_tests():
+    text = (ROOT / "docs" / "faq.md").read_text("utf-8")
+    rows = [
+        re.split(r" *\| *", line)[1:5]
+        for line in text.splitlines()
+        if re.match(r"\| [^|]+\| (yes|no|untested) \|", line)
+    ]
+    table = text.partition("|---|---|---|---|\n")[2].partition("\n\n")[0]
+    assert len(rows) == len(table.splitlines()) >= 30, "every line says yes, no or untested"
+    for thing, answer, _, test in rows:
+        assert not test or (ROOT / test.strip("`")).is_file(), f"{thing}: there is no {test}"
+        assert bool(test) == (answer == "yes") or answer == "no", f"{thing}: {answer}, shown by {test or 'nothing'}"
 
 
 def test_every_make_target_is_there():

@@ -27,6 +27,7 @@ from hf_longctx import (
     report,
 )
 from hf_longctx.prompt import Prompt, groups
+from hf_longctx.seam import CACHE
 from hf_longctx.stores.base import SLACK, SPARE
 from hf_longctx.stores.sink_recent import SinkRecentStore
 
@@ -213,7 +214,7 @@ def test_many_questions_hold_the_prompt_once(number, monkeypatch):
 
     def watched(*args, **kwargs):
         out = generate(*args, **kwargs)
-        seen.append(held(kwargs["past_key_values"]))
+        seen.append(held(kwargs[CACHE]))
         assert report(model).nbytes == seen[-1]
         return out
 
@@ -378,7 +379,8 @@ def test_refusals():
             ConfigError, match=f"token ids: got a {type(given).__name__} of something else. Give one text"
         ):
             prompts.prefill(given)
-    for name in ("attention_mask", "past_key_values", "use_cache", "return_dict_in_generate", "prefill_chunk_size"):
+    own = ("attention_mask", "past_key_values", "cache", "use_cache", "return_dict_in_generate", "prefill_chunk_size")
+    for name in own:
         with pytest.raises(ConfigError, match=f"{name}: a prompt sets this itself"):
             handle.generate([5], **{name: True})
     with pytest.raises(ConfigError, match="list of texts"):

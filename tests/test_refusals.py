@@ -183,7 +183,12 @@ def test_an_attention_module_on_its_own(model):
     attention = model.base_model.layers[0].self_attn
     states = torch.randn(1, 4, model.config.hidden_size)
     cos = torch.randn(1, 4, 8)
-    refuse(model, UnsupportedModeError, "outside of a patched model", lambda: attention(states, (cos, cos), None))
+    refuse(
+        model,
+        UnsupportedModeError,
+        "without its base model.s forward hooks",
+        lambda: attention(states, (cos, cos), None),
+    )
 
 
 def test_dropout_and_continuous_batching():

@@ -12,6 +12,7 @@ from test_generate import prompt
 from tiny import left_padded
 
 from hf_longctx import CacheError, LongCtxCache, report
+from hf_longctx.seam import CACHE
 from hf_longctx.stores.base import SLACK
 
 WINDOWS = [case for case in CASES if role_of(case) == "streaming"]
@@ -204,8 +205,8 @@ def test_a_loop_that_takes_back_is_told_how():
 
     def loop(model, input_ids, **kwargs):
         with torch.no_grad():
-            model(input_ids, past_key_values=kwargs["past_key_values"])
-        kwargs["past_key_values"].crop(-2)
+            model(input_ids, past_key_values=kwargs[CACHE])
+        kwargs[CACHE].crop(-2)
         return input_ids
 
     with pytest.raises(CacheError, match=r"cannot take back 2 tokens.*LongCtxCache\(model\) of your own"):

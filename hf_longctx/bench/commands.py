@@ -6,9 +6,9 @@ import importlib
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..console import console
+from ..progress import Progress
 from . import outputs
 from .environment import Busy, retune
 from .memory_commands import command as memory
@@ -179,8 +179,8 @@ def gpu(
     from .gpu_show import as_json, show
 
     settings = GpuSettings(**given)
-    with Console(stderr=True).status(f"bench gpu: {rounds} rounds, which takes minutes at full size"):
-        data = as_json(settings, *bench(settings))
+    with _progress("gpu", settings, (*settings.tokens, *settings.decode_tokens)) as bar:
+        data = as_json(settings, *bench(settings, bar.advance))
     outputs.write(json, None, data)
     show(console(), data)
 
@@ -201,14 +201,20 @@ def _bench(benchmark: str, given: dict[str, Any], what: dict[str, str | None] | 
     module = importlib.import_module(f"{__package__}.{benchmark}")
     subject = settings if what is None else module.subject(settings, **what)
     busy = Busy()
-    with Console(stderr=True).status(f"bench {benchmark}: {settings.rounds} rounds, which takes minutes at full size"):
-        results = module.run(subject)
+    with _progress(benchmark, settings, settings.tokens) as bar:
+        results = module.run(subject, bar.advance)
     if what is None:
         data = as_json(benchmark, settings, results, busy.others())
     else:
         data = as_json(benchmark, subject.settings, results, busy.others(), module.facts(subject, results))
     outputs.write(json, png, data)  # before the table, which a closed pipe may cut off
     show(console(), data)
+
+
+def _progress(benchmark: str, settings: Settings, lengths: tuple[int, ...]) -> Progress:
+    """Of all rounds of all lengths; a round of more tokens weighs more."""
+    each = len(settings.dtypes) * settings.rounds
+    return Progress(f"bench {benchmark}", each * len(lengths), "rounds", weight=each * sum(lengths))
 
 
 def _settings(benchmark: str, given: dict[str, Any]) -> Settings:

@@ -17,7 +17,7 @@ from ..prefill.base import select
 from ..prefill.dense import Dense
 from .block_lists import list_answer
 from .columns import Column, check_same, dtype_of, kept_buffers, random_heads
-from .measure import Samples, turns
+from .measure import Samples, Told, quiet, turns
 from .patterns import choosers, local_heads, parse
 from .prefill import QKV, WARM, attend, check_kernel, spread
 from .settings import Settings
@@ -127,20 +127,20 @@ def _drawn(config: LongCtxConfig, seed: int, name: str) -> tuple[int, dict]:
 
 
 @torch.no_grad()
-def run(subject: Subject) -> list[dict]:
+def run(subject: Subject, told: Told = quiet) -> list[dict]:
     """One result per dtype and length, shortest first, until it is clear that longer prompts win as well."""
     results = []
     for word in subject.settings.dtypes:
         found: list[dict] = []
         for tokens in sorted(set(subject.settings.tokens)):
-            found.append(_case(subject, word, tokens))
+            found.append(_case(subject, word, tokens, told))
             if is_clear(found):
                 break
         results += found
     return results
 
 
-def _case(subject: Subject, word: str, tokens: int) -> dict:
+def _case(subject: Subject, word: str, tokens: int, told: Told) -> dict:
     settings, dtype = subject.settings, dtype_of(word)
     roles = settings.all_heads("R")
     prefills = {DENSE: None, SPARSE: subject.prefill}
@@ -153,7 +153,7 @@ def _case(subject: Subject, word: str, tokens: int) -> dict:
     for name, column in columns.items():
         error = max(error, _check(column, name, short, attend(column, short, Samples(), Samples()), word))
     times = {name: Samples() for name in columns}
-    for number, name in turns(columns, settings.rounds):
+    for number, name in turns(columns, settings.rounds, tokens, told):
         out = attend(columns[name], qkv, times[name], Samples())
         if number == 0:
             error = max(error, _check(columns[name], name, qkv, out, word))

@@ -17,18 +17,18 @@ from .columns import (
     random_heads,
     streaming_answer,
 )
-from .measure import Samples, turns
+from .measure import Samples, Told, quiet, turns
 from .settings import Settings
 from .static_cache import StaticColumn, refusal
 
 
 @torch.no_grad()
-def run(settings: Settings) -> list[dict]:
+def run(settings: Settings, told: Told = quiet) -> list[dict]:
     """One result per dtype and length; ``columns`` holds figures and every raw time."""
-    return [_case(settings, word, tokens) for word in settings.dtypes for tokens in settings.tokens]
+    return [_case(settings, word, tokens, told) for word in settings.dtypes for tokens in settings.tokens]
 
 
-def _case(settings: Settings, word: str, tokens: int) -> dict:
+def _case(settings: Settings, word: str, tokens: int, told: Told) -> dict:
     dtype = dtype_of(word)
     roles = {STOCK: None, RETRIEVAL: settings.all_heads("R"), HALF: settings.half_streaming()}
     columns = {name: Column.of(settings, dtype, role) for name, role in roles.items()}
@@ -45,7 +45,7 @@ def _case(settings: Settings, word: str, tokens: int) -> dict:
     kept, error = _first_token(settings, columns, roles[HALF], word)
     times = {name: Samples() for name in columns}
     sums = {name: Samples() for name in columns}
-    for _, name in turns(columns, settings.rounds):
+    for _, name in turns(columns, settings.rounds, tokens, told):
         for _ in range(settings.steps):
             token = _token(settings, dtype)
             kept[name] = times[name].time(lambda: _step(columns[name], token), settings.layers)  # noqa: B023

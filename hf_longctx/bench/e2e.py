@@ -13,6 +13,7 @@ from .. import report, unpatch_model
 from ..errors import ConfigError
 from ..layer_plan import FEWEST
 from ..prefill.base import BLOCK
+from ..seam import CACHE, cache_of
 from .columns import (
     HALF,
     RETRIEVAL,
@@ -26,7 +27,7 @@ from .columns import (
     patch,
     sparse_name,
 )
-from .measure import Samples, paired_ratio, turns
+from .measure import Samples, Told, paired_ratio, quiet, turns
 from .prefill import WARM, check_kernel
 from .presses import Press, find, kept_share
 from .settings import VOCABULARY, Settings
@@ -51,7 +52,7 @@ class How:
 
 
 @torch.no_grad()
-def run(settings: Settings) -> list[dict]:
+def run(settings: Settings, told: Told = quiet) -> list[dict]:
     """One result per dtype and length; every column is the same model, patched and unpatched between the turns.
 
     Raises:
@@ -70,7 +71,7 @@ def run(settings: Settings) -> list[dict]:
             columns = _columns(settings, tokens, press)
             not_measured = _refused(settings, model, columns, min(tokens, WARM))
             ran = {name: how for name, how in columns.items() if name not in not_measured}
-            results.append(_case(settings, word, model, tokens, ran) | {"not_measured": not_measured})
+            results.append(_case(settings, word, model, tokens, ran, told) | {"not_measured": not_measured})
     return results
 
 
@@ -115,12 +116,12 @@ def _refused(settings: Settings, model: Any, columns: dict[str, How], tokens: in
     return {name: why for name, why in found.items() if why is not None}
 
 
-def _case(settings: Settings, word: str, model: Any, tokens: int, columns: dict[str, How]) -> dict:
+def _case(settings: Settings, word: str, model: Any, tokens: int, columns: dict[str, How], told: Told) -> dict:
     ids = torch.randint(VOCABULARY, (1, tokens + 1))
     error = _check(settings, word, model, columns, ids)
     prefill, decode = ({name: Samples() for name in columns} for _ in range(2))
     first, ran = {}, {}
-    for number, name in turns(columns, settings.rounds):
+    for number, name in turns(columns, settings.rounds, tokens, told):
         logits, ran[name] = _turn(settings, model, columns[name], ids, prefill[name], decode[name])
         if number == 0 and name in (STOCK, STATIC, RETRIEVAL):
             first[name] = logits
@@ -158,14 +159,14 @@ def _turn(
     ran, tokens = {"kernel": SDPA}, ids.shape[1] - 1
     if how.patch is not None:
         patch(model, settings, **how.patch)
-    given = {"past_key_values": new_cache(model, tokens + 1)} if how.static else {}
+    given = {CACHE: new_cache(model, tokens + 1)} if how.static else {}
     where = {}
     try:
         with nullcontext() if how.press is None else how.press(model):
             out = prefill.time(lambda: model(ids[:, :-1], use_cache=True, logits_to_keep=keep, **given))
-        kept = {"past_key_values": out.past_key_values, "use_cache": True}
+        kept = {CACHE: cache_of(out), "use_cache": True}
         if how.press is not None:
-            ran["kept"] = kept_share(out.past_key_values, tokens, settings.kv_heads)
+            ran["kept"] = kept_share(cache_of(out), tokens, settings.kv_heads)
             where = {"position_ids": torch.tensor([[tokens]])}  # the compressed cache counts fewer
         after = decode.time(lambda: model(ids[:, -1:], **kept, **where))
         if how.patch is not None:

@@ -23,7 +23,7 @@ from .block_lists import name_of, random_list
 from .columns import Column, check_same, dtype_of, kept_buffers, make_model, patch, random_heads
 from .gpu_clock import Clock, DeviceClock, bandwidth
 from .gpu_settings import GpuSettings
-from .measure import Samples, turns
+from .measure import Samples, Told, quiet, turns
 
 CHECKED = 64  # queries, spread over the prompt, whose answer is checked
 DENSE, STREAMING = "dense", "streaming"
@@ -48,7 +48,7 @@ class Way:
     kept_bytes: int | None = None
 
 
-def bench(settings: GpuSettings) -> tuple[list[dict], float]:
+def bench(settings: GpuSettings, told: Told = quiet) -> tuple[list[dict], float]:
     """The results of `run` on the first CUDA device, and its bandwidth in GB/s.
 
     Raises:
@@ -62,11 +62,11 @@ def bench(settings: GpuSettings) -> tuple[list[dict], float]:
     device = torch.device("cuda")
     clock = DeviceClock(device)
     gb_per_s = bandwidth(clock, clock.buffer)
-    return run(settings, device, clock), gb_per_s
+    return run(settings, device, clock, told), gb_per_s
 
 
 @torch.no_grad()
-def run(settings: GpuSettings, device: torch.device, clock: Clock) -> list[dict]:
+def run(settings: GpuSettings, device: torch.device, clock: Clock, told: Told = quiet) -> list[dict]:
     """One result per dtype, case and length; ``columns`` holds figures and every raw time.
 
     Raises:
@@ -77,7 +77,7 @@ def run(settings: GpuSettings, device: torch.device, clock: Clock) -> list[dict]
         for case, lengths in ((_prefill, settings.tokens), (_decode, settings.decode_tokens)):
             for tokens in lengths:
                 try:
-                    results.append(case(settings, word, tokens, device, clock))
+                    results.append(case(settings, word, tokens, device, clock, told))
                 except torch.OutOfMemoryError as error:
                     raise LongCtxError(
                         f"{tokens} tokens do not fit on the device ({error}). Name shorter ones with --tokens and "
@@ -86,7 +86,7 @@ def run(settings: GpuSettings, device: torch.device, clock: Clock) -> list[dict]
     return results
 
 
-def _prefill(settings: GpuSettings, word: str, tokens: int, device: torch.device, clock: Clock) -> dict:
+def _prefill(settings: GpuSettings, word: str, tokens: int, device: torch.device, clock: Clock, told: Told) -> dict:
     """A whole prompt at once: dense, by block lists, and over sinks and a window."""
     scale, sink = settings.head_dim**-0.5, settings.sink
     with torch.device(device):
@@ -117,11 +117,11 @@ def _prefill(settings: GpuSettings, word: str, tokens: int, device: torch.device
         "case": "prefill",
         "dtype": word,
         "tokens": tokens,
-        **_measure(settings, word, ways, want, at, clock, missing),
+        **_measure(settings, word, ways, want, at, clock, missing, tokens, told),
     }
 
 
-def _decode(settings: GpuSettings, word: str, tokens: int, device: torch.device, clock: Clock) -> dict:
+def _decode(settings: GpuSettings, word: str, tokens: int, device: torch.device, clock: Clock, told: Told) -> dict:
     """One token over caches filled with random keys, through the attention that a patched model calls."""
     dtype, counts = dtype_of(word), (settings.heads, settings.kv_heads, settings.kv_heads)
     with torch.device(device):
@@ -154,7 +154,7 @@ def _decode(settings: GpuSettings, word: str, tokens: int, device: torch.device,
         "case": "decode",
         "dtype": word,
         "tokens": tokens,
-        **_measure(settings, word, ways, want, at, clock, missing),
+        **_measure(settings, word, ways, want, at, clock, missing, tokens, told),
     }
 
 
@@ -234,6 +234,8 @@ def _measure(
     at: Tensor,
     clock: Clock,
     missing: dict[str, str],
+    tokens: int,
+    told: Told,
 ) -> dict:
     """Check every way, then time those that this device has, in turns."""
     error, found = 0.0, {}
@@ -253,7 +255,7 @@ def _measure(
     if not dense:
         raise LongCtxError(f"no dense attention could be measured here: {missing}. Please report this.")
     samples = {name: Samples() for name in found}
-    for _, name in turns(found, settings.rounds):
+    for _, name in turns(found, settings.rounds, tokens, told):
         samples[name].ms.append(clock(found[name].work))
     figures = {name: _figures(way, samples[name]) for name, way in found.items()}
     best = min(dense, key=lambda name: samples[name].median)

@@ -37,13 +37,21 @@ class Samples:
         return {"median_ms": self.median, "low_ms": low, "high_ms": high, "raw_ms": self.ms}
 
 
-def turns(columns: Mapping[str, object], rounds: int) -> Iterator[tuple[int, str]]:
-    """(round, column name): every column once per round, another one first each time."""
+Told = Callable[[int], object]  # called after every round with the tokens of its case
+
+
+def quiet(tokens: int) -> None:
+    """Tells nobody."""
+
+
+def turns(columns: Mapping[str, object], rounds: int, tokens: int, told: Told) -> Iterator[tuple[int, str]]:
+    """(round, column name): every column once per round, another one first each time; then ``told(tokens)``."""
     names = list(columns)
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             yield number, name
+        told(tokens)
 
 
 def paired_ratio(samples: Samples, base: Samples) -> float:

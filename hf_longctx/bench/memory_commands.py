@@ -9,24 +9,23 @@ from rich.console import Console
 
 from ..console import console, tables
 from ..registry import check_word
-from ..sizes import DTYPES, parse_bytes
+from ..sizes import DTYPES, parse_bytes, parse_tokens
 from . import outputs
 from .outputs import Json, Png
 
 if TYPE_CHECKING:
     from ..memory import Subject
 
-Model = Annotated[str, typer.Argument(help="Shipped config, YAML, local folder, or hub id.")]
+Model = Annotated[str, typer.Argument(help="Shipped config, one of its hub ids, YAML, local folder, or hub id.")]
 Memory = Annotated[str, typer.Option(help="In all, e.g. 24GB (10^9 bytes each) or 24GiB.")]
 Dtype = Annotated[str, typer.Option(help="fp32 or bf16 (fp16 takes as much).")]
 Batch = Annotated[int, typer.Option(help="Rows of that length.", min=1)]
-Chunk = Annotated[
-    int, typer.Option("--prefill-chunk-size", "--chunk", help="Tokens of the prompt per forward; 0 for all.", min=0)
-]
+CHUNK = "Tokens of the prompt per forward (4096 or 4k; k: 1024); 0 for all."
+Chunk = Annotated[str, typer.Option("--prefill-chunk-size", "--chunk", help=CHUNK)]
 Weights = Annotated[str | None, typer.Option(help="Size of the weights, e.g. 5.7GB of quantised ones.")]
 Config = Annotated[str | None, typer.Option(help="What to patch a folder or hub id with.", show_default="auto")]
 Check = Annotated[bool, typer.Option("--check", help="Also allocate the KV caches and count their bytes.")]
-CheckTokens = Annotated[int | None, typer.Option(help="Check so many tokens instead of the longest context.", min=1)]
+CheckTokens = Annotated[str | None, typer.Option(help="Check so many tokens (8192 or 8k), not the longest context.")]
 
 
 def command(
@@ -34,7 +33,7 @@ def command(
     memory: Memory,
     dtype: Dtype = "bf16",
     batch: Batch = 1,
-    chunk: Chunk = 4096,
+    chunk: Chunk = "4096",
     weights: Weights = None,
     config: Config = None,
     check: Check = False,
@@ -49,9 +48,11 @@ def command(
     from ..memory import MemorySettings, find
     from .show import as_json
 
-    settings = MemorySettings(parse_bytes(memory, "--memory"), dtype, batch, chunk, size)
+    per_forward = parse_tokens(chunk, "--prefill-chunk-size", 0)
+    tokens = None if check_tokens is None else parse_tokens(check_tokens, "--check-tokens")
+    settings = MemorySettings(parse_bytes(memory, "--memory"), dtype, batch, per_forward, size)
     subject = find(model, settings, config)
-    results = measure(subject, check or check_tokens is not None, check_tokens)
+    results = measure(subject, check or tokens is not None, tokens)
     outputs.write(json, png, {**as_json("memory", settings, results), "model": model, "notes": list(subject.notes)})
     show(console(), subject, results)
 
@@ -80,7 +81,7 @@ def measure(subject: Subject, check: bool, check_tokens: int | None) -> list[dic
 
 def show(console: Console, subject: Subject, results: list[dict[str, Any]]) -> None:
     """The table, how it was counted, and what is not known."""
-    s, made_for = subject.settings, getattr(subject.dense, "max_position_embeddings", None)
+    s = subject.settings
     title = f"bench memory: longest context in {s.memory / 1e9:.2f} GB, {subject.name}"
     names = ["", "tokens", "of dense", "weights GB", "KV GB", "working GB"]
     names += ["KV allocated"] * any(result["checked"] is not None for result in results)
@@ -98,8 +99,10 @@ def show(console: Console, subject: Subject, results: list[dict[str, Any]]) -> N
         "a calculation (docs/benchmarks.md has the rule), attention kernels for GPUs may need more.",
         *subject.notes,
     ]
-    if not subject.notes and made_for:
-        lines.append(f"The model was made for {made_for} tokens.")
+    from ..memory import UNKNOWN_LENGTH
+
+    said = UNKNOWN_LENGTH if subject.made_for is None else f"the model was made for {subject.made_for} tokens"
+    lines += [f"{one[0].upper()}{one[1:]}." for one in (said, subject.config.heads.doubt) if one is not None]
     if any(result["longest"] == 0 for result in results):
         lines.append(f"The weights alone take {subject.weights / 1e9:.2f} GB.")
     for line in lines:

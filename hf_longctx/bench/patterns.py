@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-import yaml
 from torch import Tensor
 
+from .. import strict_yaml
 from ..errors import ConfigError
 from ..kernels.layout import BlockList
 from ..prefill.base import BLOCK, PatternSpec, select
-from ..registry import build, wrong
+from ..registry import build, short, wrong
 from .settings import Settings
 
 NEAREST = 15.0  # score of a key at distance 0, above that of a key of no distance
@@ -49,9 +49,9 @@ def parse(text: str, where: str) -> dict:
         if not equals or name in mapping:
             raise wrong(where, text, "WORD or WORD:field=value:field=value, each field once")
         try:
-            mapping[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{where}.{name}: {value!r} is not a YAML value: {error}") from None
+            mapping[name] = strict_yaml.read(value, name)
+        except ConfigError as error:
+            raise ConfigError(f"{where}.{name}: {short(value)} is not a YAML value: {error}") from None
     return mapping
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .block_lists import ListColumn, list_answer, name_of
 from .columns import RETRIEVAL, STOCK, STREAMING, Column, check_same, dtype_of, random_heads, streaming_answer
-from .measure import Samples, turns
+from .measure import Samples, Told, quiet, turns
 from .patterns import Chooser, choosers, local_heads
 from .settings import Settings
 
@@ -24,16 +24,16 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
-def run(settings: Settings) -> list[dict]:
+def run(settings: Settings, told: Told = quiet) -> list[dict]:
     """One result per dtype and length. Only the half of the KV heads that would be streaming is computed."""
     streaming = settings.half_streaming()[0].count("S")
     group = settings.heads // settings.kv_heads
     half = replace(settings, layers=1, heads=streaming * group, kv_heads=streaming)
     patterns = {one.name: one for one in choosers(settings.patterns)}
-    return [_case(half, word, tokens, patterns) for word in settings.dtypes for tokens in settings.tokens]
+    return [_case(half, word, tokens, patterns, told) for word in settings.dtypes for tokens in settings.tokens]
 
 
-def _case(settings: Settings, word: str, tokens: int, patterns: Mapping[str, Chooser]) -> dict:
+def _case(settings: Settings, word: str, tokens: int, patterns: Mapping[str, Chooser], told: Told) -> dict:
     dtype = dtype_of(word)
     roles = {STOCK: None, RETRIEVAL: settings.all_heads("R"), STREAMING: settings.all_heads("S")}
     columns = {name: Column.of(settings, dtype, role) for name, role in roles.items()}
@@ -50,7 +50,7 @@ def _case(settings: Settings, word: str, tokens: int, patterns: Mapping[str, Cho
         pattern.choose(*local)
     times, updates, outs = ({name: Samples() for name in (*columns, *patterns)} for _ in range(3))
     densities = {}
-    for number, name in turns({**columns, **patterns}, settings.rounds):
+    for number, name in turns({**columns, **patterns}, settings.rounds, tokens, told):
         if name in patterns:
             densities[name] = times[name].time(lambda: patterns[name].choose(*local)).density  # noqa: B023
             continue

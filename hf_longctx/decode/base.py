@@ -13,6 +13,8 @@ class SelectSpec:
 
     Attributes:
         roles: the roles whose heads the selection serves.
+        reads_all: it reads every kept key, which is all that runs so far: a config with another one is refused.
     """
 
     roles: ClassVar[tuple[str, ...]] = ()
+    reads_all: ClassVar[bool] = False

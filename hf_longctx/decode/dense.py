@@ -12,3 +12,4 @@ class Dense(SelectSpec):
     """Read every kept key."""
 
     roles = ("retrieval",)
+    reads_all = True

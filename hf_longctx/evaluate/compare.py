@@ -16,6 +16,7 @@ from ..config import LongCtxConfig
 from ..errors import ConfigError
 from ..identify.base import modes_kept
 from ..patch import patched, state_of, unpatched, unwrap
+from ..progress import Progress
 from ..report import report
 from .forwards import Answer, forced, greedy, output_head
 from .measures import NextToken, SameTokens, next_token, same_tokens
@@ -45,7 +46,7 @@ class Side:
     decode_ms: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Dense against patched on one prompt. ``str()`` is a short table, ``as_dict()`` plain data for JSON.
 
@@ -101,6 +102,8 @@ class Comparison:
         lines += [f"note           {note}" for note in self.notes]
         return "\n".join(lines)
 
+    __repr__ = __str__  # what a notebook shows
+
     def _answers(self) -> list[str]:
         if self.same.prefix == self.same.compared:
             return [f"answers        equal{_quoted(self.dense.text)}"]
@@ -120,6 +123,7 @@ def compare(
     prompt_positions: int = 256,
     rounds: int = 3,
     prefill_chunk_size: int | None = None,
+    progress: bool = False,
     **sections: dict[str, Any],
 ) -> Comparison:
     """Run one prompt dense and patched, and say how far the answers and the predictions agree, and what each costs.
@@ -138,6 +142,7 @@ def compare(
         prompt_positions: tokens at the end of the prompt whose prediction is compared.
         rounds: timed runs of either way, in turns; 0 measures no times.
         prefill_chunk_size: tokens of the prompt per forward, both ways; None: all of them at once.
+        progress: show how far it is on stderr: a bar, or where that is no terminal a line now and then.
         sections: overrides merged into the config, as for ``patch_model``.
 
     Raises:
@@ -164,16 +169,23 @@ def compare(
                 return greedy(model, ids, max_new_tokens, stop, prefill_chunk_size)
 
         head = output_head(model)
-        first = {name: run(name) for name in ("dense", "patched")}
-        answer = ids.new_tensor(first["dense"].tokens)
-        dense_states = forced(model, ids, answer, last, prefill_chunk_size)
-        with way("patched"):
-            states = forced(model, ids, answer, last, prefill_chunk_size)
-            told = report(model)
-        times: dict[str, list[Answer]] = {name: [] for name in first}
-        for number in range(rounds):
-            for name in (list(times), list(reversed(times)))[number % 2]:
-                times[name].append(run(name))
+        with Progress("compare", 4 + 2 * rounds, "runs", shown=progress) as bar:
+            first = {}
+            for name in ("dense", "patched"):
+                first[name] = run(name)
+                bar.advance()
+            answer = ids.new_tensor(first["dense"].tokens)
+            dense_states = forced(model, ids, answer, last, prefill_chunk_size)
+            bar.advance()
+            with way("patched"):
+                states = forced(model, ids, answer, last, prefill_chunk_size)
+                told = report(model)
+            bar.advance()
+            times: dict[str, list[Answer]] = {name: [] for name in first}
+            for number in range(rounds):
+                for name in (list(times), list(reversed(times)))[number % 2]:
+                    times[name].append(run(name))
+                    bar.advance()
         on_prompt = next_token(dense_states[:last], states[:last], head) if last else None
         on_answer = next_token(dense_states[last:], states[last:], head)
     same = same_tokens(first["dense"].tokens, first["patched"].tokens)

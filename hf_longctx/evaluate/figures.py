@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..plots import new_figure
@@ -18,6 +19,10 @@ COLOURS = ("#222222", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#e
 MARKERS = "osD^vPX*"
 PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}  # under words, over lines
 WIDE = 4  # heat maps beside each other, at most
+ABREAST = 3  # panels beside each other, at most
+PLACES = tuple(  # of a point's name: side, and its distance in points; the nearest first
+    (side, dx, sign * dy) for dy in (9, 18, 27, 36) for sign in (-1, 1) for side, dx in (("left", 5), ("right", -5))
+)
 FAR = 16  # from the shortest to the longest length, beyond which their axis is logarithmic
 
 
@@ -28,8 +33,11 @@ def figures(summary: Summary) -> Iterator[tuple[str, str, Figure]]:
         if rows:
             caption = f"{task}: accuracy by length of the prompt and depth of the facts asked for"
             yield f"depth-{slug(task)}", caption, heat_maps(task, rows, summary.variants)
-    sweep = " Values of the sweep are written beside their points." if summary.swept else ""
-    caption = f"Accuracy over all tasks against the KV bytes held, as a share of dense.{sweep}"
+    sweep = " Values of the sweep stand beside their points." if summary.swept else ""
+    caption = (
+        "Accuracy over all tasks against the KV bytes held, as a share of dense. The axis of the accuracy is fitted "
+        f"to it. Bars: 95% interval of the difference to dense, on the same prompts.{sweep}"
+    )
     yield "accuracy-kv", caption, tradeoff(summary)
     caption = "KV cache once the context is read (mean), time to the first token and per further token (medians)"
     yield "costs", caption, costs(summary)
@@ -68,26 +76,82 @@ def heat_maps(task: str, rows: list[Row], variants: tuple[str, ...]) -> Figure:
 
 
 def tradeoff(summary: Summary) -> Figure:
-    """Accuracy against the share of dense KV bytes, a line per length through all variants."""
-    figure = new_figure(6.4, 4.2)
-    axes = figure.add_subplot()
-    for number, row in enumerate(summary.by_length):
-        points = sorted((cell.cache_share, cell.accuracy, name) for name, cell in row.cells.items())
-        x, y, names = zip(*points, strict=True)
-        style = {"color": _colour(number + 1), "marker": MARKERS[number % len(MARKERS)]}
-        axes.plot([100 * share for share in x], y, label=f"{_tokens(row.length)} tokens", **style, markersize=5)
-        if number == len(summary.by_length) - 1:
-            for share, accuracy, name in points:
-                side = "left" if share < 0.9 * x[-1] else "right"  # where the curve, which rises, leaves room
-                said = {"textcoords": "offset points", "xytext": (5, -11), "ha": side, "fontsize": 7, "bbox": PAPER}
-                axes.annotate(_said(summary, name), (100 * share, accuracy), **said)
-    axes.set_xlabel("KV cache, % of dense")
-    axes.set_ylabel("accuracy")
-    axes.set_ylim(-0.03, 1.05)
-    axes.set_xlim(0, 106 * max(cell.cache_share for row in summary.by_length for cell in row.cells.values()))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    """Accuracy against the share of dense KV bytes: per length a curve through all variants, each with its name.
+
+    The curves have panels of their own, with the same axes, so that every point has room for its name. The bars are the
+    intervals of the difference to dense, which has none, around the accuracy of dense.
+    """
+    rows = summary.by_length
+    high = -(-len(rows) // ABREAST)
+    wide = -(-len(rows) // high)
+    figure = new_figure(max(5.6, 1 + 3.6 * wide), 0.6 + 3 * high)
+    every = figure.subplots(high, wide, squeeze=False, sharex=True, sharey=True).ravel().tolist()
+    points = [_points(summary, row) for row in rows]
+    for number, (axes, row, own) in enumerate(zip(every, rows, points, strict=False)):
+        axes.set_title(f"{_tokens(row.length)} tokens", fontsize=9)
+        style = {"color": _colour(number + 1), "marker": MARKERS[number % len(MARKERS)], "markersize": 5, "capsize": 3}
+        x, y = [point.share for point in own], [point.accuracy for point in own]
+        bars = [[point.accuracy - point.low for point in own], [point.high - point.accuracy for point in own]]
+        axes.errorbar(x, y, yerr=bars, linewidth=1.5, elinewidth=1, **style)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=8, labelbottom=True)
+    for axes in every[len(rows) :]:
+        axes.remove()
+    every[0].set_xlim(0, 1.16 * max(point.share for own in points for point in own))
+    every[0].set_ylim(*_fitted([value for own in points for point in own for value in (point.low, point.high)]))
+    figure.supxlabel("KV cache, % of dense", fontsize=9)
+    figure.supylabel("accuracy", fontsize=9)
+    figure.draw_without_rendering()  # now the labels' sizes are known
+    for axes, own in zip(every, points, strict=False):
+        _label(axes, own)
     return figure
+
+
+@dataclass(frozen=True)
+class Point:
+    """A variant at one length: KV bytes in % of dense, accuracy, and its interval."""
+
+    said: str
+    share: float
+    accuracy: float
+    low: float
+    high: float
+
+
+def _points(summary: Summary, row: Row) -> list[Point]:
+    dense, found = row.cells[DENSE].accuracy, []
+    for name, cell in row.cells.items():
+        lost, ends = cell.difference, (cell.accuracy, cell.accuracy)
+        if lost is not None and lost.low is not None and lost.high is not None:
+            ends = (min(cell.accuracy, dense + lost.low), max(cell.accuracy, dense + lost.high))
+        found.append(Point(_said(summary, name), 100 * cell.cache_share, cell.accuracy, *ends))
+    return sorted(found, key=lambda point: point.share)
+
+
+def _fitted(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis for these accuracies: at least a tenth apart, with room for names, but little above 1."""
+    low, high = min(values), max(values)
+    span = max(0.1, high - low)
+    return low - 0.3 * span, min(high + 0.3 * span, 1 + 0.1 * span)
+
+
+def _label(axes: Axes, points: Sequence[Point]) -> None:
+    """Each point's name beside it, where it covers no other name and no point."""
+    from matplotlib.transforms import Bbox
+
+    taken = [axes.transData.transform((point.share, point.accuracy)) for point in points]
+    boxes = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in taken]
+    for point in points:
+        at = (point.share, point.accuracy)
+        said = {"textcoords": "offset points", "va": "center", "fontsize": 7, "bbox": PAPER, "in_layout": False}
+        label = axes.annotate(point.said, at, xytext=(0, 0), **said)
+        for side, dx, dy in PLACES:
+            label.set(position=(dx, dy), ha=side)
+            box = label.get_window_extent()
+            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+            if inside and not box.padded(3).count_overlaps(boxes):
+                break
+        boxes.append(box)
 
 
 def _said(summary: Summary, name: str) -> str:

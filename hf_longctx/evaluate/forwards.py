@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from ..cache import cache_bytes
 from ..errors import ConfigError, UnsupportedModelError
 from ..patch import unwrap
+from ..seam import CACHE, cache_of
 from ..tasks.answer import input_device
 from .measures import LOGITS, Perplexity
 
@@ -49,13 +50,13 @@ def greedy(model: nn.Module, ids: Tensor, most: int, stop: Collection[int] = (),
     """
     cache, start = None, now(ids.device)
     for piece in ids.split(chunk or ids.shape[1], 1):
-        out = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+        out = model(input_ids=piece, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        cache = cache_of(out)
     tokens = [int(out.logits[0, -1].argmax())]
     read, held = now(ids.device), cache_bytes(cache)
     first = time.perf_counter()
     while len(tokens) < most and tokens[-1] not in stop:
-        out = model(input_ids=ids.new_tensor([tokens[-1:]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=ids.new_tensor([tokens[-1:]]), **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         tokens.append(int(out.logits[0, -1].argmax()))
     decoded = 1000 * (now(ids.device) - first) / (len(tokens) - 1) if len(tokens) > 1 else None
     return Answer(tuple(tokens), held, read - start, decoded)
@@ -69,8 +70,8 @@ def forced(model: nn.Module, ids: Tensor, answer: Tensor, last: int, chunk: int 
     """
     base, cache, tail = unwrap(model).base_model, None, None
     for piece in ids.split(chunk or ids.shape[1], 1):
-        out = base(input_ids=piece, past_key_values=cache, use_cache=True)
-        cache, hidden = out.past_key_values, out.last_hidden_state[0]
+        out = base(input_ids=piece, **{CACHE: cache}, use_cache=True)
+        cache, hidden = cache_of(out), out.last_hidden_state[0]
         tail = (hidden if tail is None else torch.cat([tail, hidden]))[-last - 1 :].clone()
     return torch.cat([tail, follow(model, cache, answer[:-1])]) if len(answer) > 1 else tail
 
@@ -79,7 +80,7 @@ def forced(model: nn.Module, ids: Tensor, answer: Tensor, last: int, chunk: int 
 def follow(model: nn.Module, cache: Any, ids: Tensor) -> Tensor:
     """Hidden states ``[T, D]`` of tokens ``ids [T]`` that come after those in the cache, which grows."""
     base = unwrap(model).base_model
-    pieces = (base(input_ids=piece[None], past_key_values=cache, use_cache=True) for piece in ids.split(STEP))
+    pieces = (base(input_ids=piece[None], **{CACHE: cache}, use_cache=True) for piece in ids.split(STEP))
     return torch.cat([out.last_hidden_state[0] for out in pieces])
 
 

@@ -15,6 +15,13 @@ from ..errors import ConfigError
 
 LOGITS = 1 << 24  # logits computed at once: 64 MB in float32
 DRAWS = 1 << 22  # indices drawn at once
+FEW = 6  # pairs: all of 5 differ in the same direction by chance in 1 of 16 runs, too often for 95%
+ENOUGH = 30  # pairs: where none of them differs, up to one in ten others may
+MARGIN = 0.05  # of the accuracy: the loss that "as well as" rules out
+RULE = (
+    f"As well as: at least {ENOUGH} prompts, and a 95% interval that contains 0 and goes no lower than -{MARGIN:g}. "
+    f"Worse and better: at least {FEW} prompts, and a 95% interval below or above 0."
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,15 @@ class Interval:
     high: float | None
     pairs: int
     confidence: float
+
+    @property
+    def verdict(self) -> str | None:
+        """``"as well as"``, ``"worse"`` or ``"better"``, by ``RULE``; None where the pairs are too few to tell."""
+        if self.low is None or self.high is None:
+            return None
+        if self.pairs >= FEW and (self.high < 0 or self.low > 0):
+            return "worse" if self.high < 0 else "better"
+        return "as well as" if self.pairs >= ENOUGH and -MARGIN <= self.low <= 0 <= self.high else None
 
 
 def paired_bootstrap(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,28 @@ from typing import Any
 from ..plots import new_figure, save
 from ..whole_file import written_whole
 from .figures import figures
+from .measures import RULE
 from .plan import DENSE
 from .records import Record
+from .sentence import sentences
 from .summary import LINE, Summary, line
 
 SHOWN = 24  # prompts whose raw outputs are on the page, and questions of each
 CUT = 400  # characters of each
+PER_INCH = 96  # of a picture, in CSS pixels: its letters have the size of the page's, and a phone scrolls it
+LOST = LINE.index("to dense")
+VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+# Words of a table are never broken: where it is too wide, it scrolls. What was said may be one long word, which is.
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
-table { border-collapse: collapse; font-size: 13px; } .wide { overflow-x: auto; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; } h1, p { overflow-wrap: break-word; }
+.verdict { font-size: 1.15em; font-weight: bold; }
+.wide, figure { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
 th, td { padding: 3px 9px; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
-th { background: #f4f4f4; } td.text, th.text { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; }
-figure { margin: 1em 0; } img { max-width: 100%; } figcaption { color: #555; }
+th { background: #f4f4f4; vertical-align: bottom; } td { white-space: nowrap; } .text, .said { text-align: left; }
+td.said { min-width: 12em; white-space: pre-wrap; overflow-wrap: anywhere; }
+td.worse { font-weight: bold; background: #fbe3df; }
+figure { margin: 1em 0; } figcaption { color: #555; }
 pre { background: #f4f4f4; padding: 1em; overflow-x: auto; font-size: 12px; } summary { cursor: pointer; }
 """
 
@@ -44,10 +53,9 @@ def write_report(folder: Path, summary: Summary, headers: Sequence[Record], reco
         path = folder / f"{name}.png"
         save(figure, path)
         data = base64.b64encode(path.read_bytes()).decode()
-        said = escape(caption)
-        shown.append(
-            f'<figure><img alt="{said}" src="data:image/png;base64,{data}"><figcaption>{said}</figcaption></figure>'
-        )
+        said, width = escape(caption), round(PER_INCH * figure.get_figwidth())
+        image = f'<img alt="{said}" width="{width}" src="data:image/png;base64,{data}">'
+        shown.append(f"<figure>{image}<figcaption>{said}</figcaption></figure>")
     with written_whole(folder / "index.html") as path:
         path.write_text(page(summary, headers, list(records), shown), "utf-8")
 
@@ -55,13 +63,15 @@ def write_report(folder: Path, summary: Summary, headers: Sequence[Record], reco
 def page(summary: Summary, headers: Sequence[Record], records: Sequence[Record], shown: Sequence[str]) -> str:
     """The page's HTML; ``shown``: its pictures, as HTML."""
     title = f"hf-longctx eval: {headers[0]['model']}"
+    first, *swept = sentences(summary)
     parts = [
         f"<h1>{escape(title)}</h1>",
-        *(f"<p>{escape(line)}</p>" for line in told(summary, headers)),
+        f'<p class="verdict">{escape(first)}</p>',
+        *(f"<p>{escape(line)}</p>" for line in (*swept, *told(summary, headers))),
         "<h2>By task and length</h2>",
-        table(LINE, [line(row, name) for row in summary.by_task for name in summary.variants], text=3),
+        table(LINE, [line(row, name) for row in summary.by_task for name in summary.variants], text=3, mark=LOST),
         "<h2>Over everything</h2>",
-        table(LINE, [line(summary.overall, name) for name in summary.variants], text=3),
+        table(LINE, [line(summary.overall, name) for name in summary.variants], text=3, mark=LOST),
         *_perplexity(summary),
         "<h2>Pictures</h2>",
         *shown,
@@ -72,7 +82,7 @@ def page(summary: Summary, headers: Sequence[Record], records: Sequence[Record],
         "<h2>Settings and versions</h2>",
         *(f"<details><summary>process {i}</summary>{_json(header)}</details>" for i, header in enumerate(headers)),
     ]
-    head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+    head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{VIEWPORT}<title>{escape(title)}</title>'
     return f"{head}<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
 
 
@@ -97,6 +107,7 @@ def told(summary: Summary, headers: Sequence[Record]) -> list[str]:
     lines = [
         f"{summary.overall.cells[DENSE].cases} prompts per variant, {options['dtype']}, seed {options['seed']}; all "
         "variants answered the same prompts in turns, greedily.",
+        RULE,
         "Same next token and KL(dense || variant): along dense's answers. KV MB: bytes really held once the context is "
         "read. Prefill: until the first token; both times are medians over the prompts.",
         f"hf_longctx {on['hf_longctx']}, torch {on['torch']}, transformers {on['transformers']}, Python "
@@ -110,14 +121,28 @@ def told(summary: Summary, headers: Sequence[Record]) -> list[str]:
     return lines + [f"{name}: {note}." for name, notes in summary.notes.items() for note in notes]
 
 
-def table(names: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> str:
-    """An HTML table of plain texts, the first ``text`` columns to the left."""
+def table(
+    names: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    text: int,
+    said: Collection[int] = (),
+    mark: int | None = None,
+) -> str:
+    """An HTML table of plain texts.
+
+    Args:
+        text: the first ``text`` columns are to the left.
+        said: columns of long texts, whose words may be broken.
+        mark: a cell of this column that ends with "worse" stands out.
+    """
+
+    def kind(i: int, value: str) -> str:
+        if i == mark and value.endswith("worse"):
+            return ' class="worse"'
+        return ' class="said"' if i in said else ' class="text"' if i < text else ""
 
     def cells(tag: str, values: Sequence[str]) -> str:
-        return "".join(
-            f'<{tag} class="text">{escape(value)}</{tag}>' if i < text else f"<{tag}>{escape(value)}</{tag}>"
-            for i, value in enumerate(values)
-        )
+        return "".join(f"<{tag}{kind(i, value)}>{escape(value)}</{tag}>" for i, value in enumerate(values))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in rows)
     return f'<div class="wide"><table><tr>{cells("th", names)}</tr>\n{body}</table></div>'
@@ -150,7 +175,7 @@ def _outputs(records: Sequence[Record]) -> list[str]:
         f"{SHOWN} questions. All are in the records."
     )
     names = ["prompt", "variant", "question", "expected", "answer", "score of the prompt"]
-    return [f"<p>{said}</p>", table(names, rows, text=5)]
+    return [f"<p>{said}</p>", table(names, rows, text=5, said=(2, 3, 4))]
 
 
 def _head(text: str) -> str:

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import yaml
 from torch import Tensor, nn
 
+from .. import strict_yaml
 from ..config import LongCtxConfig
 from ..errors import ConfigError
 from ..patch import patched, state_of
-from ..registry import near
-from ..tasks.answer import MODES
+from ..registry import near, short
+from ..tasks import MODES
 from ..tasks.base import DEPTH, LENGTH, SEED, Sample, Task
 from ..tasks.haystack import TextHaystack
 from ..tasks.language import Language
@@ -45,7 +45,7 @@ class Options:
 
     lengths: tuple[int, ...] = field(metadata=LENGTH)
     depths: tuple[float, ...] = field(default=(0.0, 0.25, 0.5, 0.75, 1.0), metadata=DEPTH)
-    samples: int = field(default=8, metadata={"min": 1, "max": 2**31})
+    samples: int = field(default=8, metadata={"min": 1, "max": 2**31, "unit": "prompts"})
     seed: int = field(default=0, metadata=SEED)
     mode: str = field(default="requests", metadata={"choices": MODES})
     prefill_chunk_size: int | None = field(default=None, metadata=LENGTH)
@@ -248,11 +248,11 @@ def listed(text: str, where: str, example: str) -> list[Any]:
         ConfigError: there are none, or this is no such list.
     """
     try:
-        values = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
+        values = strict_yaml.read(f"[{text}]", where)
+    except ConfigError:
         values = None
     if not isinstance(values, list) or not values or any(value is None for value in values):
-        raise ConfigError(f"{where}: got {text!r}, expected values with commas between them, e.g. {example}.")
+        raise ConfigError(f"{where}: got {short(text)}, expected values with commas between them, e.g. {example}.")
     return values
 
 

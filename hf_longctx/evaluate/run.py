@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ..config import LongCtxConfig
@@ -23,6 +21,7 @@ from ..identify._processes import Processes
 from ..identify._work import model_hash
 from ..identify.base import modes_kept
 from ..patch import patched, state_of, unpatched, unwrap
+from ..progress import Progress
 from ..registry import dump, make
 from ..report import report
 from ..tasks import tasks_from
@@ -72,7 +71,7 @@ def evaluate(
         text, haystack, chat: what the prompts are made of, as for ``tasks.language.language_for``.
         perplexity: a UTF-8 text whose perplexity is measured too.
         name: what to call the model in the report; None: what it was loaded from.
-        progress: show a bar on stderr.
+        progress: show how far it is on stderr: a bar, or where that is no terminal a line now and then.
         options: the fields of ``Options``: ``lengths``, ``depths``, ``samples``, ``seed`` and so on.
 
     Returns:
@@ -175,19 +174,16 @@ class Runner:
         }
         left = [case for case in self.plan.cases if missing[case]]
         mine = left[processes.rank :: processes.count]
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        console = Console(stderr=True)
-        with (
-            book.open(processes.rank) as writer,
-            Progress(*columns, *times, console=console, disable=not progress, speed_estimate_period=3600) as bar,
-        ):
-            tokens = bar.add_task("eval", total=sum(case.length * len(missing[case]) for case in mine))
+        before = len(done) if processes.count == 1 else 0  # of several processes each shows what it has left itself
+        count = sum(len(missing[case]) for case in mine)
+        tokens = sum(case.length * len(missing[case]) for case in mine)
+        bar = Progress("eval", before + count, "results", shown=progress, done=before, weight=tokens)
+        with book.open(processes.rank) as writer, bar:
             self.warm_up(mine)
             for number, case in enumerate(mine):
                 for record in self.records(case, missing[case], number):
                     writer.append(record)
-                    bar.advance(tokens, case.length)
+                    bar.advance(case.length, saved=True)
 
     def warm_up(self, cases: Sequence[Case | Window]) -> None:
         """Every variant once, so that nothing is timed that happens only the first time."""

@@ -172,7 +172,7 @@ def line(row: Row, name: str) -> list[str]:
         name,
         str(cell.cases),
         f"{cell.accuracy:.3f}",
-        "" if lost is None else f"{lost.difference:+.3f}",
+        marked(lost),
         interval(lost),
         "" if cell.agreement is None else f"{cell.agreement:.1%}",
         "" if cell.kl is None else f"{cell.kl:.2g}",
@@ -181,6 +181,14 @@ def line(row: Row, name: str) -> list[str]:
         f"{cell.prefill_s:.3g}",
         "" if cell.decode_ms is None else f"{cell.decode_ms:.3g}",
     ]
+
+
+def marked(lost: Interval | None) -> str:
+    """``+0.020``, and ``-0.667 worse`` where the difference is significant; empty for dense."""
+    if lost is None:
+        return ""
+    said = f" {lost.verdict}" if lost.verdict in ("worse", "better") else ""
+    return f"{lost.difference:+.3f}{said}"
 
 
 def interval(lost: Interval | None) -> str:

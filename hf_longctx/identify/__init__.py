@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..bounds import TOKENS
 from ..config import LongCtxConfig
 from ..config_find import checkpoint_name
 from ..errors import ConfigError, UnsupportedModeError, UnsupportedModelError
@@ -22,7 +23,7 @@ from .base import Method, Subject, modes_kept
 
 SHARE = {"min": 0.0, "max": 1.0}
 DROP = {"min": 0.0, "max": 0.999}
-TOKENS = {"min": 2, "max": 2**40, "unit": "tokens"}
+MEASURED = {**TOKENS, "min": 2}
 SEED = {"min": 0, "max": 2**63 - 1}
 
 
@@ -62,7 +63,7 @@ def identify(
         sink, recent: tokens a streaming head keeps, in the measurement and in the config.
         seed: of everything drawn.
         work: a folder where a method that trains saves its state, and goes on from.
-        progress: show progress bars on stderr.
+        progress: show how far it is on stderr: a bar, or where that is no terminal a line now and then.
         options: fields of the method.
 
     Returns:
@@ -103,7 +104,7 @@ def _check(
     for name, value, hint, bounds in (
         ("retrieval_fraction", fraction, float | None, SHARE),
         ("target_drop", target_drop, float | None, DROP),
-        ("measure_tokens", tokens, int | None, TOKENS),
+        ("measure_tokens", tokens, int | None, MEASURED),
         ("seed", seed, int, SEED),
     ):
         convert(value, hint, name, bounds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -145,11 +145,13 @@ class ShareSearch:
 
         def measure(heads: int) -> Quality:
             with patched(model, config, heads={"retrieval_fraction": round(heads / scores.size, 6)}):
-                return self.yardstick.measure(self.subject.model)
+                quality = self.yardstick.measure(self.subject.model)
+            bar.advance()
+            return quality
 
         cuts = usable_cuts(scores.ravel().tolist())
-        steps = self.subject.track(range(math.ceil(math.log2(len(cuts)))), "share")
-        found, curve = bisect(cuts, self.dense, measure, self.yardstick.drop, self.target, steps)
+        with self.subject.track("share", math.ceil(math.log2(len(cuts))), "shares") as bar:
+            found, curve = bisect(cuts, self.dense, measure, self.yardstick.drop, self.target)
         return round(found / scores.size, 6), curve
 
 
@@ -159,7 +161,6 @@ def bisect(
     measure: Callable[[int], Quality],
     drop: Callable[[Quality, Quality], float],
     target: float,
-    steps: Iterable[int] = (),
 ) -> tuple[int, list[dict[str, float]]]:
     """(smallest usable number of retrieval heads whose drop is at most ``target``, the measured curve).
 
@@ -169,19 +170,15 @@ def bisect(
         usable: numbers of retrieval heads that can be told apart, ascending, the last one all heads.
         dense: figures with all heads.
         measure: figures with so many retrieval heads.
-        steps: advanced by one with every measurement, for a progress bar.
     """
-    low, high, bar = -1, len(usable) - 1, iter(steps)
+    low, high = -1, len(usable) - 1
     rows = [{"retrieval_heads": usable[-1], **dense, "drop": 0.0}]
     while high - low > 1:
-        next(bar, None)
         middle = (low + high) // 2
         quality = measure(usable[middle])
         lost = round(drop(dense, quality), 4)
         rows.append({"retrieval_heads": usable[middle], **quality, "drop": lost})
         low, high = (low, middle) if lost <= target else (middle, high)
-    for _ in bar:
-        pass
     return usable[high], sorted(rows, key=lambda row: -row["retrieval_heads"])
 
 

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..progress import Progress
 from ..tasks.answer import input_device
 from ..tasks.documents import Documents
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class Subject:
         windowed: layers with a sliding window of the model's own, whose heads are never retrieval heads.
         longest: tokens the model was made for.
         work: a folder for what a long run saves and goes on from, or None.
-        progress: show bars on stderr.
+        progress: show on stderr how far it is.
         measured: what a method leaves for ``heads.measured`` of the config, plain data.
         doubts: why the scores may say nothing about this model; with any the config's confidence is low.
     """
@@ -77,14 +76,9 @@ class Subject:
         logger.warning("%s. Compare with another method, or measure the share with target_drop.", reason)
         self.doubts.append(reason)
 
-    def track(self, steps: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
-        """``steps`` with a progress bar, where one is wanted."""
-        if not self.progress:
-            return steps
-        from rich.console import Console
-        from rich.progress import track
-
-        return track(steps, label, total=total, console=Console(stderr=True))
+    def track(self, label: str, total: int, unit: str, done: int = 0, shown: bool = True) -> Progress:
+        """Shows how many of ``total`` are done, where that is wanted; ``done`` of them by an earlier run."""
+        return Progress(label, total, unit, shown=shown and self.progress, done=done)
 
     def length(self, given: int | None, default: int, name: str = "length") -> int:
         """``given`` tokens, or ``default`` cut to what the model was made for; more than that is only warned of."""

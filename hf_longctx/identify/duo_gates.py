@@ -50,15 +50,15 @@ class DuoGates(Method):
     paper = "arXiv:2410.10819"
     saves = True
 
-    steps: int = field(default=2000, metadata={"min": 1, "max": 10**6})
+    steps: int = field(default=2000, metadata={"min": 1, "max": 10**6, "unit": "steps"})
     lr: float = field(default=0.02, metadata={"above": 0.0, "max": 1.0})
     reg_weight: float = field(default=0.05, metadata={"min": 0.0, "max": 1e6})
     length: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
     min_length: int | None = field(default=None, metadata={"min": 16, "max": 2**24, "unit": "tokens"})
-    facts: int | None = field(default=None, metadata={"min": 1, "max": 1024})
-    documents_per_step: int = field(default=1, metadata={"min": 1, "max": 1024})
+    facts: int | None = field(default=None, metadata={"min": 1, "max": 1024, "unit": "facts"})
+    documents_per_step: int = field(default=1, metadata={"min": 1, "max": 1024, "unit": "documents"})
     gradient_checkpointing: bool = True
-    checkpoint_every: int = field(default=50, metadata={"min": 1, "max": 10**6})
+    checkpoint_every: int = field(default=50, metadata={"min": 1, "max": 10**6, "unit": "steps"})
 
     def scores(self, subject: Subject) -> Tensor:
         if torch.is_inference_mode_enabled():
@@ -70,14 +70,17 @@ class DuoGates(Method):
         settings = self._settings(subject, lengths, ranks) if file is not None else {}
         if file is not None and (state := self._found(file, settings, ranks)) is not None:
             gates.go_on_from(state)
-        steps = range(len(gates.losses), self.steps)
-        with frozen(subject.model, self.gradient_checkpointing), torch.enable_grad():
-            for step in subject.track(steps, "gates") if ranks.main else steps:
+        done = len(gates.losses)
+        bar = subject.track("gates", self.steps, "steps", done=done, shown=ranks.main)
+        with frozen(subject.model, self.gradient_checkpointing), torch.enable_grad(), bar:
+            for step in range(done, self.steps):
                 grad, loss = self._gradient(subject, gates.values, step, lengths, ranks)
                 gates.step(grad, loss, self.lr * self.warmth(step))
                 due = (step + 1) % self.checkpoint_every == 0 or step + 1 == self.steps
-                if file is not None and due and ranks.main:
+                due = due and file is not None
+                if due and ranks.main:
                     save(file, gates.state(), settings)
+                bar.advance(saved=due)
         self._measure(subject, gates, lengths, ranks)
         return gates.values.detach().double().cpu()
 

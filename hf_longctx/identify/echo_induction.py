@@ -30,8 +30,8 @@ class EchoInduction(Method):
     reads_documents = False
 
     tokens: int | None = field(default=None, metadata={"min": 8, "max": 2**24, "unit": "tokens"})
-    copies: int = field(default=4, metadata={"min": 2, "max": 1024})
-    induction_per_echo: float = field(default=14.0, metadata={"above": 0.0})
+    copies: int = field(default=4, metadata={"min": 2, "max": 1024, "unit": "copies"})
+    induction_per_echo: float = field(default=14.0, metadata={"above": 0.0, "max": 1e6})
 
     @torch.no_grad()
     def scores(self, subject: Subject) -> Tensor:
@@ -41,6 +41,7 @@ class EchoInduction(Method):
             raise ConfigError(f"copies: got {count}, but the model was made for {subject.longest} tokens in all.")
         ids = subject.ids(subject.documents.noise(subject.rng(1), tokens)).repeat(1, count)
         echo, induction = torch.zeros(2, subject.layers, subject.heads, dtype=torch.float64)
+        bar = subject.track("echo and induction", subject.layers, "layers")
 
         def look(layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute) -> None:
             queries = torch.arange(tokens, tokens * count, device=q.device)
@@ -51,8 +52,9 @@ class EchoInduction(Method):
                     at = same.clamp(min=0).expand(len(weight), -1)[..., None]
                     echo[layer_idx] += (weight.gather(-1, at)[..., 0] * had).sum(-1).cpu().double()
                     induction[layer_idx] += (weight.gather(-1, at + 1)[..., 0] * had).sum(-1).cpu().double()
+            bar.advance()
 
-        with observe(subject.model, look):
+        with bar, observe(subject.model, look):
             subject.model.base_model(ids, use_cache=False)
         asked = tokens * (count - 1)
         echo[list(subject.windowed)] = induction[list(subject.windowed)] = 0  # the softmax above knows no window

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..patch import observe
+from ..seam import CACHE, cache_of
 from ..tasks.documents import Document
 from ._attention import weights
 from .base import Method, Subject
@@ -38,10 +39,10 @@ class RetrievalScore(Method):
 
     shortest: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
     longest: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
-    lengths: int = field(default=5, metadata={"min": 1, "max": 1024})
-    depths: int = field(default=10, metadata={"min": 1, "max": 1024})
-    facts: int = field(default=1, metadata={"min": 1, "max": 1024})
-    samples: int = field(default=1, metadata={"min": 1, "max": 1024})
+    lengths: int = field(default=5, metadata={"min": 1, "max": 1024, "unit": "lengths"})
+    depths: int = field(default=10, metadata={"min": 1, "max": 1024, "unit": "depths"})
+    facts: int = field(default=1, metadata={"min": 1, "max": 1024, "unit": "facts"})
+    samples: int = field(default=1, metadata={"min": 1, "max": 1024, "unit": "documents"})
 
     @torch.no_grad()
     def scores(self, subject: Subject) -> Tensor:
@@ -53,11 +54,13 @@ class RetrievalScore(Method):
             for sample in range(self.samples)
         ]
         total, counted = torch.zeros(subject.layers, subject.heads, dtype=torch.float64), 0
-        for run, (length, depth, _) in enumerate(subject.track(grid, "retrieval score")):
-            document = subject.documents.draw(subject.rng(3, run), length, self.facts, depth)
-            right, copied = copies(subject, document)
-            if right >= 0.5:
-                total, counted = total + copied, counted + 1
+        with subject.track("retrieval score", len(grid), "documents") as bar:
+            for run, (length, depth, _) in enumerate(grid):
+                document = subject.documents.draw(subject.rng(3, run), length, self.facts, depth)
+                right, copied = copies(subject, document)
+                if right >= 0.5:
+                    total, counted = total + copied, counted + 1
+                bar.advance()
         if not counted:
             raise UnsupportedModelError(
                 f"retrieval_score: the model found the needle in none of {len(grid)} documents of up to {lengths[-1]} "
@@ -104,8 +107,8 @@ def copies(subject: Subject, document: Document) -> tuple[float, Tensor]:
     cache, step, right = None, ids, 0
     with observe(subject.model, look):
         for expected in document.ids[document.answers[0]]:
-            out = subject.model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            out = subject.model(step, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+            cache, step = cache_of(out), out.logits[:, -1:].argmax(-1)
             token = step.item()
             right += token == expected
             place = place_of[looked_at]  # -1 outside the needle, so also where a head looks at its own answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,25 +29,28 @@ class TwoNeedle(Method):
     paper = "arXiv:2605.16928"
 
     length: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
-    facts: int = field(default=8, metadata={"min": 1, "max": 1024})
-    samples: int = field(default=1, metadata={"min": 1, "max": 1024})
+    facts: int = field(default=8, metadata={"min": 1, "max": 1024, "unit": "facts"})
+    samples: int = field(default=1, metadata={"min": 1, "max": 1024, "unit": "documents"})
 
     @torch.no_grad()
     def scores(self, subject: Subject) -> Tensor:
         length = subject.length(self.length, 8192)
         mass = torch.zeros(subject.layers, subject.heads, dtype=torch.float64)
-        for sample in subject.track(range(self.samples), "two needles"):
-            document = subject.documents.draw(subject.rng(2, sample), length, self.facts, depth=0.05)
-            late = torch.from_numpy(document.answers.ravel() - 1)  # where each token of an answer is predicted
-            early = slice(int(document.needles.min()), int(document.needles.max()) + 1)
+        bar = subject.track("two needles", self.samples * subject.layers, "layers")
 
-            def look(
-                layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute, late=late, early=early
-            ) -> None:
-                for _, weight in weights(q, k, scaling, late.to(q.device)):
-                    mass[layer_idx] += weight[..., early].sum((-1, -2)).cpu().double() / len(late)
+        def look(
+            late: Tensor, early: slice, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute
+        ) -> None:
+            for _, weight in weights(q, k, scaling, late.to(q.device)):
+                mass[layer_idx] += weight[..., early].sum((-1, -2)).cpu().double() / len(late)
+            bar.advance()
 
-            with observe(subject.model, look):
-                subject.model.base_model(subject.ids(document.ids), use_cache=False)
+        with bar:
+            for sample in range(self.samples):
+                document = subject.documents.draw(subject.rng(2, sample), length, self.facts, depth=0.05)
+                late = torch.from_numpy(document.answers.ravel() - 1)  # where each token of an answer is predicted
+                early = slice(int(document.needles.min()), int(document.needles.max()) + 1)
+                with observe(subject.model, partial(look, late, early)):
+                    subject.model.base_model(subject.ids(document.ids), use_cache=False)
         subject.measured |= {"length": length, "samples": self.samples}
         return subject.per_group(mass / self.samples)

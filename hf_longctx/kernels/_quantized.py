@@ -62,13 +62,21 @@ class Packed(Streamed):
     @classmethod
     def empty(cls, k: Tensor, v: Tensor, heads: int, slots: int, bits: int, group: int, first: int) -> Packed:
         """Room for ``slots`` tokens of ``heads`` heads, like ``k`` and ``v`` in batch, head_dim, dtype and device."""
-        tensors = []
+        shapes = cls.shapes((k.shape[0], heads), k.shape[3], v.shape[3], slots, bits, group, k.dtype)
         with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
-            for x, scales in ((k, (slots // group, 2, k.shape[3])), (v, (slots, 2))):
-                shape = (x.shape[0], heads)
-                tensors.append(x.new_empty(*shape, slots, x.shape[3] * bits // 8, dtype=torch.uint8))
-                tensors.append(x.new_empty(*shape, *scales))
-        return cls(*tensors, bits, group, first)
+            return cls(*(k.new_empty(shape, dtype=dtype) for dtype, shape in shapes.values()), bits, group, first)
+
+    @staticmethod
+    def shapes(
+        rows: tuple[int, int], k_dim: int, v_dim: int, slots: int, bits: int, group: int, dtype: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor; ``rows``: B and n."""
+        return {
+            "k": (torch.uint8, (*rows, slots, k_dim * bits // 8)),
+            "k_scale": (dtype, (*rows, slots // group, 2, k_dim)),
+            "v": (torch.uint8, (*rows, slots, v_dim * bits // 8)),
+            "v_scale": (dtype, (*rows, slots, 2)),
+        }
 
     @property
     def slots(self) -> int:

@@ -23,10 +23,12 @@ class PatternSpec:
     Attributes:
         roles: the roles (``"retrieval"``, ``"streaming"``) whose heads the pattern serves.
         reads_all: the pattern always lists every causal block, so that dense attention computes the same.
+        store_rule: its heads run their store's own rule, which is all that streaming heads do so far.
     """
 
     roles: ClassVar[tuple[str, ...]] = ()
     reads_all: ClassVar[bool] = False
+    store_rule: ClassVar[bool] = False
 
     @classmethod
     def select(cls, heads: Sequence[PatternSpec], q: Tensor, k: Tensor, scale: float) -> BlockList:

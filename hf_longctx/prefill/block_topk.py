@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..bounds import COUNT
 from ..kernels.layout import BlockList
 from ._blocks import BlockPattern, always_read, best, mean_pool, pooled_scores, query_pieces
 from .base import BLOCK
@@ -28,7 +29,7 @@ class BlockTopk(BlockPattern):
         top_k: key blocks per query block.
     """
 
-    top_k: int = field(default=100, metadata={"min": 1, "unit": "blocks"})
+    top_k: int = field(default=100, metadata={**COUNT, "unit": "blocks"})
 
     @classmethod
     def select(cls, heads: Sequence[BlockTopk], q: Tensor, k: Tensor, scale: float) -> BlockList:

@@ -12,6 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from ..bounds import TOKENS
 from ..kernels.layout import BlockList
 from ._blocks import BlockPattern, always_read, best, cover, mean_pool, pooled_scores, query_pieces, shares
 from .base import BLOCK
@@ -43,7 +44,7 @@ class Flexprefill(BlockPattern):
 
     gamma: float = field(default=0.95, metadata={"min": 0.0, "max": 1.0})
     tau: float = field(default=0.1, metadata={"min": 0.0, "max": 1.0})
-    min_budget: int = field(default=1024, metadata={"min": 1, "unit": "tokens"})
+    min_budget: int = field(default=1024, metadata=TOKENS)
 
     @classmethod
     def select(cls, heads: Sequence[Flexprefill], q: Tensor, k: Tensor, scale: float) -> BlockList:

@@ -12,3 +12,4 @@ class SinkRecent(PatternSpec):
     """Read what the streaming store's visibility rule names; its numbers are the store's."""
 
     roles = ("streaming",)
+    store_rule = True

@@ -12,6 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from ..bounds import TOKENS
 from ..kernels._pieces import pieces
 from ..kernels.layout import BlockList
 from . import _blocks
@@ -45,8 +46,8 @@ class VerticalSlash(PatternSpec):
 
     roles = ("retrieval",)
 
-    vertical: int = field(default=1000, metadata={"min": 1, "unit": "tokens"})
-    slash: int = field(default=6096, metadata={"min": 1, "unit": "tokens"})
+    vertical: int = field(default=1000, metadata=TOKENS)
+    slash: int = field(default=6096, metadata=TOKENS)
 
     @classmethod
     def select(cls, heads: Sequence[VerticalSlash], q: Tensor, k: Tensor, scale: float) -> BlockList:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..bounds import TOKENS, TOKENS_OR_NONE
 from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
+from ..saved import SavedStore, short
 from ._page import Folder, HostMemory, Page
 from ._pages import Entry, PagedKV, Pages
 from .base import SLACK, Store, StoreSpec, room
@@ -26,8 +28,8 @@ class Paged(StoreSpec):
 
     roles = ("retrieval",)
 
-    page: int = field(default=1024, metadata={"min": 16, "max": 2**31 - 1, "unit": "tokens"})
-    recent: int = field(default=4096, metadata={"min": 0, "max": 2**31 - 1, "unit": "tokens"})
+    page: int = field(default=1024, metadata={**TOKENS, "min": 16})
+    recent: int = field(default=4096, metadata=TOKENS_OR_NONE)
 
     def kept(self, tokens: int) -> int:
         return tokens - max(0, tokens - self.recent) // self.page * self.page
@@ -146,6 +148,16 @@ class PagedStore(Store):
             self.segments["pages"] = self.pages.first(target)
         if recent is not None:
             recent.length = max(0, target - paged)
+
+    def check(self, saved: SavedStore) -> None:
+        seen, parts = saved.rows.total, saved.segments()
+        if list(parts) not in (["recent"], ["pages", "recent"]):
+            saved.refuse(f"its segments are {short(list(parts))}, expected pages (where there are any) and recent")
+        left = seen - (Pages.check(parts["pages"], self.spec.page) if "pages" in parts else 0)
+        most = self.spec.recent + self.spec.page
+        if not 0 <= left <= most:
+            saved.refuse(f"{left} of {seen} tokens are in no page, expected 0 to {most}")
+        parts["recent"].plain(left, left, most)
 
     def restored(
         self, kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import UnsupportedModeError
 from ..kernels._streamed import Streamed
 from ..kernels.layout import HeadKV, Segment
+from ..saved import SavedSegment, short
 from . import _fetch
 from ._page import Folder, HostMemory, Page
 
@@ -134,6 +135,35 @@ class Pages(Streamed):
                 numbers[str(at)] = known.setdefault(id(entry.index), len(known))
                 tensors[f"index {numbers[str(at)]}"] = entry.index
         return tensors, {"pages": len(self.entries), **numbers}
+
+    @classmethod
+    def check(cls, saved: SavedSegment, page: int) -> int:
+        """Slots of all pages; CacheError unless `restored` can take them and each holds up to ``page`` of them."""
+        numbers, batch = saved.told["numbers"].value, saved.store.rows.batch
+        told = saved.of_kind(cls, *(numbers if isinstance(numbers, dict) else ()))
+        if "pages" not in told:
+            saved.told["numbers"].refuse("it does not say how many pages there are")
+        count = told.pop("pages").number(1, len(saved.store.tensors.shapes))
+        if more := told.keys() - set(map(str, range(count))):
+            saved.told["numbers"].refuse(f"there is no page {short(min(more))}")
+        tensors, rows, slots = {}, [], 0  # rows: fewest of the pages that each index chooses from
+        for at in range(count):
+            shape = saved.shape(f"{at}.k")
+            if len(shape) != 4 or not 1 <= shape[2] <= page:
+                saved.told["tensors"].refuse(f"page {at} is {list(shape)}, expected up to {page} tokens")
+            known = told[str(at)].number(0, len(rows)) if str(at) in told else None
+            held, slots = batch if known is None else shape[0], slots + shape[2]
+            form = (saved.store.dtype, (held, saved.store.heads, shape[2], saved.store.head_dim))
+            tensors |= {f"{at}.k": form, f"{at}.v": form}
+            if known is not None:
+                tensors[f"index {known}"] = (torch.int64, (batch,))
+                rows[known:] = [min([held, *rows[known : known + 1]]), *rows[known + 1 :]]
+        saved.holds(tensors)
+        for number, held in enumerate(rows):
+            low, high = torch.aminmax(saved.read(f"index {number}"))
+            if low < 0 or high >= held:
+                saved.told["tensors"].refuse(f"index {number} has rows {low} to {high} of {held}")
+        return slots
 
     @classmethod
     def restored(

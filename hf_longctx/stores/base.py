@@ -20,6 +20,7 @@ from ..kernels import _streamed
 from ..kernels._streamed import Streamed
 from ..kernels.layout import HeadKV, RoleHeads, Segment
 from ..rows import Rows
+from ..saved import SavedStore
 
 SPARE = 16  # slots: free room that a growing buffer has at least when it is made
 SLACK = 255  # tokens that a store which remembers what its windows drop can take back
@@ -187,6 +188,15 @@ class Store(ABC):
         numbers = {name: getattr(self, name) for name in self.numbers}
         return tensors, {"segments": parts, "state": list(self.state), "numbers": numbers}
 
+    @abstractmethod
+    def check(self, saved: SavedStore) -> None:
+        """Raise CacheError unless ``saved`` can be what `saved` gave of such a store: a file is believed in nothing.
+
+        States the names, kinds and lengths of the segments, which numbers may be what, and the state, all from what was
+        seen (``saved.rows``); what it does not speak of is refused. What `restore` makes is used without another check,
+        by kernels that read where they are told to.
+        """
+
     def restore(self, read: Callable[[str], Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
         """Fill this empty store with what `saved` gave, each tensor as ``read(name)`` gives it, onto ``device``."""
         with torch.inference_mode(False):  # as in new_segment
@@ -200,7 +210,13 @@ class Store(ABC):
     def restored(
         self, kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device
     ) -> Segment | Streamed:
-        """One of `segments`, of the class named ``kind``; a store whose classes need more than that overrides it."""
+        """One of `segments`, of the class named ``kind``; a store whose classes need more than that overrides it.
+
+        A buffer gets the room it had, but where nothing was reserved at most twice what the store would make for as
+        many tokens: it had more after a long text was rolled back, and a file may ask for any.
+        """
+        if kind == Segment.__name__ and self.max_tokens is None:
+            numbers = {**numbers, "capacity": min(numbers["capacity"], 2 * room(tensors["k"].shape[2], None))}
         return {known.__name__: known for known in self.kinds}[kind].restored(tensors, numbers, device)
 
     def tensors(self) -> Iterator[Tensor]:

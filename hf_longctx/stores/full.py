@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
+from ..saved import MOST, SavedStore, short
 from .base import Store, StoreSpec
 
 
@@ -107,6 +108,19 @@ class FullStore(Store):
                 parts.append(part)
             low = high
         return parts
+
+    def check(self, saved: SavedStore) -> None:
+        parts, left, ends = saved.segments(), saved.rows.total, {0}
+        names = [f"shared {at}" for at in range(len(parts) - ("kept" in parts))] + ["kept"] * ("kept" in parts)
+        if list(parts) != names:
+            saved.refuse(f"its segments are {short(list(parts))}, expected those of forks (shared 0, ...), then kept")
+        for name, part in parts.items():
+            own = name == "kept"
+            left -= part.plain(left if own else 1, left, (self.max_tokens or MOST) if own else None, shared=not own)
+            ends.add(saved.rows.total - left)
+        aligned = saved.number("aligned", 0, saved.rows.total)
+        if left or aligned not in ends or (aligned > 0) != saved.staggered:
+            saved.refuse(f"{left} of the tokens seen are in no segment, or aligned {aligned} is not where one ends")
 
     def crop(self, rows: Rows, target: int) -> None:
         low = 0

@@ -29,7 +29,7 @@ class OffloadedDisk(Paged):
 
     places: ClassVar[tuple[str, ...]] = ("resident", "folder")
 
-    resident: int = field(default=2**30, metadata={"min": 1, "unit": "bytes"})
+    resident: int = field(default=2**30, metadata={"min": 1, "max": 2**50, "unit": "bytes"})
     folder: str | None = field(default=None, metadata={"path": True})
 
     def new(self, heads: RoleHeads, max_tokens: int | None) -> OffloadedDiskStore:

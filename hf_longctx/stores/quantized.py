@@ -6,6 +6,7 @@ enough, from its exact numbers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..kernels._quantized import BLOCK, Packed
 from ..kernels.layout import HeadKV, RoleHeads, Segment
 from ..rows import Rows
+from ..saved import MOST, SavedSegment, SavedStore, short
 from .base import SLACK, Call, Store, StoreSpec, room
 
 
@@ -261,6 +263,53 @@ class QuantizedStore(Store):
             for piece in pieces:
                 own.copy_from(piece)
             self.segments["packed"] = own
+
+    def check(self, saved: SavedStore) -> None:
+        seen, parts = saved.rows.total, saved.segments()
+        counts = [self.spec.packed(seen - start) for start in saved.starts]
+        exact = min(seen, *(start + count for start, count in zip(saved.starts, counts, strict=True)))
+        base = saved.number("base", max(0, seen - self.spec.window()), exact)
+        if "exact" not in parts:
+            saved.refuse(f"its segments are {short(list(parts))}, expected exact among them")
+        parts.pop("exact").plain(seen - base, seen - base, self.spec.window())
+        own, end = parts.pop("packed", None), 0
+        if not all(name.startswith("shared ") for name in parts):
+            saved.refuse(f"its segments are {short(list(parts))}, expected those of forks (shared ...)")
+        for piece in parts.values():  # of what all rows had packed, one after the other
+            end += self._check_piece(piece, end, (1, min(counts) - end))
+        most = max(0, max(counts) - end)
+        if own is not None:
+            self._check_piece(own, end, (most, most), whole=max(0, min(counts) - end))
+        elif most:
+            saved.refuse(f"{most} packed tokens of its longest row are in no segment")
+
+    def _check_piece(self, piece: SavedSegment, first: int, held: tuple[int, int], whole: int | None = None) -> int:
+        """Tokens of a piece that begins at row position ``first``: from ``held[0]`` to ``held[1]``.
+
+        ``whole``: most slots that all rows filled, in the piece to which others are added; a shared one is full.
+        """
+        told = piece.of_kind(Packed, "bits", "group", "first", "whole", "shared", "rows", "slots")
+        spec, shared, shape = self.spec, whole is None, piece.shape("k")
+        for name, value in (("bits", spec.bits), ("group", spec.group), ("first", first)):
+            told[name].number(value, value)
+        count = shape[2] if len(shape) == 4 else -1
+        if not held[0] <= count <= held[1]:
+            told["slots"].refuse(f"its keys are {list(shape)}, expected {held[0]} to {held[1]} tokens")
+        slots = told["slots"].number(count, count if shared else max(count, self.max_tokens or MOST))
+        filled = told["whole"].number(count if shared else 0, count if shared else whole)
+        if slots % spec.group or filled % spec.group:
+            told["slots"].refuse(f"got {slots}, of which {filled} are whole, expected groups of {spec.group} tokens")
+        rows, dim = (piece.rows(told, shared), piece.store.heads), piece.store.head_dim
+        piece.holds(Packed.shapes(rows, dim, dim, count, spec.bits, spec.group, piece.store.dtype))
+        return count
+
+    def restored(
+        self, kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device
+    ) -> Segment | Packed:
+        if kind == Packed.__name__ and self.max_tokens is None:  # as in Store.restored
+            most = 2 * room(tensors["k"].shape[2], None) // self.spec.group * self.spec.group
+            numbers = {**numbers, "slots": min(numbers["slots"], most)}
+        return super().restored(kind, tensors, numbers, device)
 
     def filled(self, rows: Rows) -> dict[str, Segment | Packed]:
         """Slots that no token of their row fills are left out, or zeros where another row fills them."""

@@ -13,9 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..bounds import TOKENS, TOKENS_OR_NONE
 from ..errors import CacheError
 from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
+from ..saved import SavedStore, short
 from .base import SLACK, Call, Store, StoreSpec, blanked, room
 
 
@@ -32,8 +34,8 @@ class SinkRecent(StoreSpec):
 
     roles = ("streaming",)
 
-    sink: int = field(default=64, metadata={"min": 0, "unit": "tokens"})
-    recent: int = field(default=256, metadata={"min": 1, "unit": "tokens"})
+    sink: int = field(default=64, metadata=TOKENS_OR_NONE)
+    recent: int = field(default=256, metadata=TOKENS)
 
     def new(self, heads: RoleHeads, max_tokens: int | None) -> SinkRecentStore:
         return SinkRecentStore(self, heads, max_tokens)
@@ -235,6 +237,19 @@ class SinkRecentStore(Store):
         if target <= self.window and self.max_tokens is None:
             self.segments.pop("history", None)
             self.oldest = 0
+
+    def check(self, saved: SavedStore) -> None:
+        seen, sink, recent = saved.rows.total, self.spec.sink, self.spec.recent
+        parts, most = saved.segments(), min(seen, self.window)
+        oldest = saved.number("oldest", max(0, seen - recent - SLACK), max(sink, seen - recent))
+        dropped = max(0, seen - recent - max(sink, oldest))  # tokens that are remembered
+        rings = [["kept", "history"]] if dropped else [["kept"], ["kept", "history"]]
+        if list(parts) not in rings:
+            saved.refuse(f"its segments are {short(list(parts))}, expected {rings[0]} after {seen} tokens")
+        # Longer than the longest row where a longer one has left the batch.
+        parts["kept"].plain(min(most, max(seen - start for start in saved.starts)), most, self.window)
+        if "history" in parts:
+            parts["history"].plain(max(2, dropped + 1), SLACK + 1, None)
 
     def filled(self, rows: Rows) -> dict[str, Segment]:
         """Slots that no token of their row fills, or that hold what was rejected, are zeros."""

@@ -14,11 +14,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..bounds import TOKENS, TOKENS_OR_NONE
 from ..errors import CacheError
 from ..kernels import _compensated
 from ..kernels._compensated import Windows, total
 from ..kernels.layout import HeadKV, RoleHeads, Segment
 from ..rows import Rows
+from ..saved import MOST, SavedStore, short
 from .base import SLACK, SPARE, Call, Store, StoreSpec, blanked, room, spare
 
 
@@ -31,7 +33,7 @@ class Growing:
         fraction: share of the row's tokens so far, the query's own among them.
     """
 
-    min: int = field(default=4000, metadata={"min": 1, "unit": "tokens"})
+    min: int = field(default=4000, metadata=TOKENS)
     fraction: float = field(default=0.2, metadata={"above": 0.0, "max": 0.9})
 
 
@@ -50,8 +52,8 @@ class SinkRecentCompensated(StoreSpec):
 
     roles = ("streaming",)
 
-    sink: int = field(default=64, metadata={"min": 0, "unit": "tokens"})
-    recent: int | Growing = field(default=256, metadata={"min": 1, "unit": "tokens"})
+    sink: int = field(default=64, metadata=TOKENS_OR_NONE)
+    recent: int | Growing = field(default=256, metadata=TOKENS)
 
     def new(self, heads: RoleHeads, max_tokens: int | None) -> SinkRecentCompensatedStore:
         return SinkRecentCompensatedStore(self, heads, max_tokens)
@@ -306,6 +308,22 @@ class SinkRecentCompensatedStore(Store):
         for name, length in (("sinks", min(self.spec.sink, target - self.begin)), ("recent", target - self.low)):
             if name in self.segments:
                 self.segments[name].length = length
+
+    def check(self, saved: SavedStore) -> None:
+        seen, sink, parts = saved.rows.total, self.spec.sink, saved.segments()
+        begin = saved.number("begin", 0, min(saved.starts))  # the row that began there may have left the batch
+        low = saved.number("low", 0, min(seen, begin + self.spec.edge(seen - begin - 1)))
+        expected = {"sinks"} if sink else set()
+        expected |= {"recent"} if low < seen or "recent" in parts else set()
+        if parts.keys() != expected:
+            saved.refuse(f"its segments are {short(list(parts))}, expected {sorted(expected)}")
+        if "sinks" in parts:
+            count = min(sink, seen - begin)
+            parts["sinks"].plain(count, count, sink)
+        if "recent" in parts:
+            parts["recent"].plain(seen - low, seen - low, self.max_tokens or MOST)
+        shape = (saved.rows.batch, saved.heads, 1, saved.head_dim)
+        saved.state(torch.float64, k=shape, v=shape)
 
     def filled(self, rows: Rows) -> dict[str, Segment]:
         """The sinks of a row that is shorter are zeros behind its end."""

@@ -10,8 +10,8 @@ from ..registry import build, read_fields, wrong
 if TYPE_CHECKING:
     from .base import Task
 
-# Files of this folder that are no tasks.
-NOT_WORDS = {"answer", "documents", "haystack", "language", "metrics", "tiny_language"}
+MODES = ("requests", "turns")  # SCBench's multi-request and multi-turn modes
+HAYSTACKS = ("sentences", "noise")  # filler where the user gives no text
 
 
 def task_from(text: str) -> Task:

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..devices import device_of
 from ..errors import UnsupportedModeError
 from ..registry import check_word, convert
+from ..seam import CACHE, cache_of
+from . import MODES
 from .base import Question, Sample
-
-MODES = ("requests", "turns")  # SCBench's multi-request and multi-turn modes
 
 
 @torch.no_grad()
@@ -83,8 +84,8 @@ class Reader:
     def read(self, ids: Sequence[int] | np.ndarray) -> int:
         """Read token ids, and return the greedy choice for the next one."""
         tokens = torch.as_tensor(np.asarray(ids, dtype=np.int64), device=input_device(self.model))[None]
-        out = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
+        out = self.model(tokens, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
+        self.cache = cache_of(out)
         return _greedy(out.logits)
 
     def ask(self, question: Question, room: int, between: Sequence[int] = ()) -> list[int]:
@@ -111,4 +112,4 @@ def input_device(model: nn.Module) -> torch.device:
     """Where a model takes its input ids."""
     embeddings = model.get_input_embeddings()
     hook = getattr(embeddings, "_hf_hook", None)  # accelerate's, where weights are offloaded
-    return torch.device(getattr(hook, "execution_device", None) or embeddings.weight.device)
+    return torch.device(getattr(hook, "execution_device", None) or device_of(embeddings, model))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..bounds import TOKENS
 from ..errors import ConfigError
 from ..registry import convert, dump, load, words
 from .documents import place
@@ -21,7 +22,7 @@ from .haystack import weave
 from .language import Language, TinyLanguage
 from .metrics import METRICS
 
-LENGTH = {"min": 1, "max": 2**40, "unit": "tokens"}
+LENGTH = TOKENS
 DEPTH = {"min": 0.0, "max": 1.0}
 SEED = {"min": 0, "max": 2**63 - 1}
 DRAWS = 16  # tries until no answer stands in the filler by accident

@@ -30,9 +30,9 @@ class CommonWords(Task):
     paper = "arXiv:2404.06654"
     deep = False
 
-    words: int = field(default=10, metadata={"min": 1, "max": 1024})
-    count: int = field(default=30, metadata={"min": 2, "max": 2**20})
-    others: int = field(default=3, metadata={"min": 1, "max": 2**20})
+    words: int = field(default=10, metadata={"min": 1, "max": 1024, "unit": "words"})
+    count: int = field(default=30, metadata={"min": 2, "max": 2**20, "unit": "times"})
+    others: int = field(default=3, metadata={"min": 1, "max": 2**20, "unit": "times"})
 
     def __post_init__(self) -> None:
         if self.others >= self.count:

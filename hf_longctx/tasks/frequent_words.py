@@ -37,7 +37,7 @@ class FrequentWords(Task):
     deep = False
 
     alpha: float = field(default=2.0, metadata={"min": 1.1, "max": 8.0})
-    words: int = field(default=3, metadata={"min": 1, "max": 64})
+    words: int = field(default=3, metadata={"min": 1, "max": 64, "unit": "words"})
 
     def draft(self, language, length, depth, rng) -> Draft:
         def build(n: int) -> tuple[list[str], list[str], list[int]]:

@@ -34,7 +34,7 @@ class KeyValue(Task):
     paper = "arXiv:2307.03172"
     text_only = False
 
-    questions: int = field(default=1, metadata={"min": 1, "max": 512})
+    questions: int = field(default=1, metadata={"min": 1, "max": 512, "unit": "questions"})
 
     def draft(self, language, length, depth, rng) -> Draft:
         count = self.questions

@@ -12,11 +12,10 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..registry import check_word
-from . import tiny_language
+from . import HAYSTACKS, tiny_language
 from ._words import Words, ids, names
 from .haystack import Haystack, Sentences, TextHaystack, TinyFiller, TokenNoise, is_tiny_language, ordinary_tokens
 
-HAYSTACKS = ("sentences", "noise")
 REACH = 128  # tokens that a fact moves towards the beginning, to stand between two sentences
 SAID = "0123456789abcdefghijklmnopqrstuvwxyz"
 

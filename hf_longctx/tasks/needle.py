@@ -43,8 +43,8 @@ class Needle(Task):
     text_only = False
 
     variant: str = field(default="single", metadata={"choices": VARIANTS})
-    needles: int | None = field(default=None, metadata={"min": 2, "max": 512})
-    questions: int = field(default=1, metadata={"min": 1, "max": 512})
+    needles: int | None = field(default=None, metadata={"min": 2, "max": 512, "unit": "needles"})
+    questions: int = field(default=1, metadata={"min": 1, "max": 512, "unit": "questions"})
 
     def __post_init__(self) -> None:
         if self.variant == "single" and self.needles is not None:

@@ -39,8 +39,8 @@ class Threading(Task):
 
     paper = "arXiv:2411.05000"
 
-    hops: int = field(default=4, metadata={"min": 1, "max": 256})
-    threads: int = field(default=1, metadata={"min": 1, "max": 64})
+    hops: int = field(default=4, metadata={"min": 1, "max": 256, "unit": "pairs"})
+    threads: int = field(default=1, metadata={"min": 1, "max": 64, "unit": "threads"})
 
     def draft(self, language, length, depth, rng) -> Draft:
         wording: Wording = START if self.threads == 1 else STARTS

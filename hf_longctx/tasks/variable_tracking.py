@@ -34,8 +34,8 @@ class VariableTracking(Task):
 
     paper = "arXiv:2404.06654"
 
-    chains: int = field(default=1, metadata={"min": 1, "max": 64})
-    hops: int = field(default=4, metadata={"min": 1, "max": 256})
+    chains: int = field(default=1, metadata={"min": 1, "max": 64, "unit": "chains"})
+    hops: int = field(default=4, metadata={"min": 1, "max": 256, "unit": "assignments"})
 
     def draft(self, language, length, depth, rng) -> Draft:
         each = self.hops + 1

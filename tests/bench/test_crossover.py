@@ -71,7 +71,9 @@ def test_it_is_clear_after_two_wins_the_second_of_them_large():
 
 def test_measuring_stops_when_it_is_clear_and_starts_with_the_shortest(monkeypatch):
     worst = {256: 0.5, 512: 1.2, 1024: 1.4, 2048: 1.6, 4096: 3.0}
-    monkeypatch.setattr(crossover, "_case", lambda subject, word, tokens: made_up({tokens: worst[tokens]}, word)[0])
+    monkeypatch.setattr(
+        crossover, "_case", lambda subject, word, tokens, told: made_up({tokens: worst[tokens]}, word)[0]
+    )
     settings = Settings((4096, 512, 256, 2048, 1024, 256), **SHAPE)
     subject = crossover.subject(settings)
     results = crossover.run(subject)

@@ -186,9 +186,9 @@ def test_goals_belong_to_the_default_shape():
 def test_command_prints_a_table_and_writes_every_raw_time(tmp_path, monkeypatch):
     """On the processor: the command runs but for the device that is asked for."""
 
-    def on_the_processor(settings):
+    def on_the_processor(settings, told):
         buffer = torch.zeros(1 << 18)
-        return gpu.run(settings, CPU, stopwatch), gpu_clock.bandwidth(stopwatch, buffer)
+        return gpu.run(settings, CPU, stopwatch, told), gpu_clock.bandwidth(stopwatch, buffer)
 
     monkeypatch.setattr(gpu, "bench", on_the_processor)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -60,14 +60,7 @@ def test_a_picture_that_cannot_be_written_is_refused_first(benchmark, name, mess
 
 
 def test_a_picture_without_matplotlib_is_refused_first(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr("hf_longctx.bench.decode.run", lambda *args: pytest.fail("measured something"))
     done = CliRunner().invoke(app, ["bench", "decode", "--png", str(tmp_path / "x.png")])
     assert done.exit_code == 2 and "matplotlib is not installed" in done.stderr

@@ -2,13 +2,14 @@
 
 They need transformers, torch and pytest, nothing of hf_longctx. A failure after an upgrade of Transformers names the
 assumption that broke. Where versions differ in a way that duck typing handles, a test accepts both: the suite was run
-on Transformers 5.0.0 and 5.23.0 and must stay free of version numbers.
+on Transformers 5.0.0, 5.23.0 and 5.24.0 and must stay free of version numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import pickle
 from collections.abc import Callable, Iterator
@@ -20,12 +21,15 @@ import transformers
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 NAME = "contract_probe"  # a registered name: free of "flash", "sdpa", "flex_attention", "/", "paged|"
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 LAYERS, VOCAB, EOS = 2, 61, 60
 RELIES = "hf_longctx relies on: "
-BASE_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"}
+FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+CACHE = "cache" if "cache" in FIELDS else "past_key_values"  # one name or the other, everywhere
+BASE_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", CACHE}
 MASK_ARGS = {
     "batch_size",
     "kv_length",
@@ -158,7 +162,7 @@ class CacheMaker:
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         self.args, self.kwargs = (generation_config, model_kwargs, *args), kwargs
-        model_kwargs["past_key_values"] = ProbeCache(self.log)
+        model_kwargs[CACHE] = ProbeCache(self.log)
 
 
 class BaseHook:
@@ -169,7 +173,7 @@ class BaseHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self.seen.append((args, dict(kwargs)))
-        past = kwargs.get("past_key_values")
+        past = kwargs.get(CACHE)
         self.past.append(0 if past is None else past.get_seq_length())
         return args, {**kwargs, **self.inject}
 
@@ -256,7 +260,7 @@ def logged(log: list[tuple[str, Any]], word: str) -> list[Any]:
 
 def test_attention_gets_what_update_returned(model: Any, probe: Probe) -> None:
     cache = ProbeCache(probe.log)
-    model(make_ids(), past_key_values=cache)
+    model(make_ids(), **{CACHE: cache})
     order = [(name, value[0] if name == "update" else value) for name, value in probe.log]
     expected = [(name, layer) for layer in range(LAYERS) for name in ("update", "attention")]
     assert order == expected, RELIES + f"in each layer: cache update, at once the attention function; saw {order}"
@@ -265,10 +269,13 @@ def test_attention_gets_what_update_returned(model: Any, probe: Probe) -> None:
 
 
 def test_update_may_get_extra_arguments(model: Any, probe: Probe) -> None:
-    model(make_ids(), past_key_values=ProbeCache(probe.log))
+    model(make_ids(), **{CACHE: ProbeCache(probe.log)})
     extra = [(args, kwargs) for _, args, kwargs in logged(probe.log, "update")]
-    ok = all(not kwargs and (not args or isinstance(args[0], dict | None)) for args, kwargs in extra)
-    assert ok, RELIES + f"layer.update(k, v) with at most one positional cache_kwargs dict (5.0, 5.2); saw {extra}"
+    ok = all(set(kwargs) <= {"kwargs"} and (not args or isinstance(args[0], dict | None)) for args, kwargs in extra)
+    assert ok, (
+        RELIES
+        + f"layer.update(k, v) with at most a positional cache_kwargs dict (5.0, 5.2) or kwargs= (5.24); saw {extra}"
+    )
 
 
 def test_attention_arguments_and_result_layout(model: Any, probe: Probe, family: str) -> None:
@@ -310,7 +317,7 @@ def test_implementation_is_read_at_call_time(model: Any, probe: Probe) -> None:
 
 def test_opaque_value_fails_loudly_in_sdpa(probe: Probe, family: str) -> None:
     with pytest.raises((TypeError, AttributeError)):
-        make_model(family, "sdpa")(make_ids(), past_key_values=ProbeCache(probe.log))
+        make_model(family, "sdpa")(make_ids(), **{CACHE: ProbeCache(probe.log)})
 
 
 # --------------------------------------------------------------------------------------------------- 2. custom keywords
@@ -355,9 +362,30 @@ def test_extra_keyword_under_gradient_checkpointing(model: Any, probe: Probe, re
 
 def test_gradient_checkpointing_drops_the_cache(model: Any, probe: Probe) -> None:
     checkpointing(model)
-    model(make_ids(), past_key_values=ProbeCache(probe.log), use_cache=True).logits.sum().backward()
+    model(make_ids(), **{CACHE: ProbeCache(probe.log)}, use_cache=True).logits.sum().backward()
     plain = all(isinstance(c["key"], torch.Tensor) for c in probe.calls)
     assert plain and not logged(probe.log, "update"), RELIES + "checkpointed layers get no cache: plain tensors arrive"
+
+
+def test_checkpointing_without_gradients_drops_the_cache_or_keeps_it_whole(model: Any, probe: Probe) -> None:
+    checkpointing(model)
+    cache = ProbeCache(probe.log)
+    with torch.no_grad():
+        model(make_ids(), **{CACHE: cache}, use_cache=True)
+    lengths = {layer.get_seq_length() for layer in cache.layers}
+    assert lengths in ({0}, {9}), RELIES + f"without gradients too it is all layers or none; saw {lengths}"
+    kept = [isinstance(c["key"], Handle) for c in probe.calls]
+    assert kept == [lengths == {9}] * LAYERS, RELIES + "a layer that keeps its cache hands on what update returned"
+
+
+def test_modules_pass_known_keywords_only(model: Any, probe: Probe) -> None:
+    model(make_ids(), num_items_in_batch=torch.tensor(9), output_hidden_states=True)
+    model(make_ids(), use_cache=False, output_attentions=True)
+    generate(model, make_ids(), new=2)
+    known = {"position_ids", "use_cache", "sliding_window", "num_items_in_batch", "cache_position"}
+    known |= {"output_hidden_states", "output_attentions"}
+    seen = {name for c in probe.calls for name, value in c["kwargs"].items() if value is not None}
+    assert seen <= known, RELIES + f"attention modules pass {sorted(known)} beside scaling and dropout; saw {seen}"
 
 
 # ------------------------------------------------------------------------------------------------------------- 3. masks
@@ -424,7 +452,7 @@ def test_packed_positions_are_announced(model: Any, probe: Probe) -> None:
 def test_packed_positions_with_a_cache_are_not_announced(model: Any, probe: Probe) -> None:
     hook = hook_base(model)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    model(make_ids(), position_ids=positions, past_key_values=ProbeCache(probe.log))
+    model(make_ids(), position_ids=positions, **{CACHE: ProbeCache(probe.log)})
     assert probe.masks[0]["allow_is_causal_skip"] is True, RELIES + "with a cache the mask function cannot see packing"
     assert hook.inputs()["position_ids"] is positions, (
         RELIES + "packing is visible in position_ids at the base pre-hook"
@@ -433,8 +461,8 @@ def test_packed_positions_with_a_cache_are_not_announced(model: Any, probe: Prob
 
 def test_mask_sizes_count_slots(model: Any, probe: Probe) -> None:
     cache = ProbeCache(probe.log)
-    model(make_ids(length=6), past_key_values=cache)
-    model(make_ids(length=3), past_key_values=cache)
+    model(make_ids(length=6), **{CACHE: cache})
+    model(make_ids(length=3), **{CACHE: cache})
     got = probe.masks[-1]
     assert (got["kv_length"], got["kv_offset"]) == (9, 0), (
         RELIES + "kv_length, kv_offset come from layer.get_mask_sizes"
@@ -462,7 +490,7 @@ def test_pre_hook_sees_keywords_only(model: Any, probe: Probe) -> None:
     assert kwargs["input_ids"] is ids and kwargs["attention_mask"] is mask, (
         RELIES + "inputs reach the base pre-hook untouched"
     )
-    assert kwargs["use_cache"] is None and kwargs["past_key_values"] is None, RELIES + "unset inputs arrive as None"
+    assert kwargs["use_cache"] is None and kwargs[CACHE] is None, RELIES + "unset inputs arrive as None"
 
 
 def test_direct_base_call_can_be_bound_to_names(model: Any, probe: Probe) -> None:
@@ -474,16 +502,16 @@ def test_direct_base_call_can_be_bound_to_names(model: Any, probe: Probe) -> Non
 
 def test_pre_hook_can_replace_inputs(model: Any, probe: Probe) -> None:
     cache, positions = ProbeCache(probe.log), torch.arange(5, 14)[None]
-    hook_base(model, past_key_values=cache, position_ids=positions, attention_mask=None, use_cache=True)
+    hook_base(model, **{CACHE: cache}, position_ids=positions, attention_mask=None, use_cache=True)
     out = model(make_ids(), attention_mask=torch.ones(1, 9, dtype=torch.long))
-    assert out.past_key_values is cache, RELIES + "the cache injected by the base pre-hook is used and returned"
+    assert out[CACHE] is cache, RELIES + "the cache injected by the base pre-hook is used and returned"
     assert cache.get_seq_length() == 9, RELIES + "the injected cache is filled"
     assert probe.masks[0]["attention_mask"] is None, RELIES + "the pre-hook can replace attention_mask"
 
 
 def test_cache_is_injected_even_without_use_cache(model: Any, probe: Probe) -> None:
     cache = ProbeCache(probe.log)
-    hook_base(model, past_key_values=cache)
+    hook_base(model, **{CACHE: cache})
     model(make_ids(), use_cache=False)
     assert cache.get_seq_length() == 9, RELIES + "use_cache does not guard update: the pre-hook itself must not inject"
 
@@ -491,15 +519,15 @@ def test_cache_is_injected_even_without_use_cache(model: Any, probe: Probe) -> N
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_use_cache_none_means_the_config(probe: Probe, family: str, use_cache: bool) -> None:
     out = make_model(family, use_cache=use_cache)(make_ids())
-    assert (out.past_key_values is not None) is use_cache, RELIES + "use_cache=None resolves to config.use_cache"
+    assert (out.get(CACHE) is not None) is use_cache, RELIES + "use_cache=None resolves to config.use_cache"
 
 
 def test_positions_come_from_the_cache(model: Any, probe: Probe) -> None:
     cache, rotary = ProbeCache(probe.log), []
     seen = lambda m, args, kwargs: rotary.append(kwargs.get("position_ids", args[-1]))  # noqa: E731
     model.get_decoder().rotary_emb.register_forward_pre_hook(seen, with_kwargs=True)
-    model(make_ids(length=6), past_key_values=cache)
-    model(make_ids(length=3), past_key_values=cache)
+    model(make_ids(length=6), **{CACHE: cache})
+    model(make_ids(length=3), **{CACHE: cache})
     assert rotary[-1].tolist() == [[6, 7, 8]], RELIES + "missing position_ids start at cache.get_seq_length()"
 
 
@@ -530,10 +558,8 @@ def test_prepare_cache_is_looked_up_on_the_instance(model: Any, probe: Probe) ->
     assert len(maker.args) == 5 and not maker.kwargs, (
         RELIES + "_prepare_cache_for_generation gets five positional arguments"
     )
-    assert maker.args[1]["past_key_values"] is out.past_key_values, (
-        RELIES + "model_kwargs['past_key_values'] is the cache used"
-    )
-    assert out.past_key_values.get_seq_length() == 9 + 3, RELIES + "the cache holds all tokens but the last"
+    assert maker.args[1][CACHE] is out[CACHE], RELIES + f"model_kwargs['{CACHE}'] is the cache used"
+    assert out[CACHE].get_seq_length() == 9 + 3, RELIES + "the cache holds all tokens but the last"
     batch, length = maker.args[3:]
     assert (batch, length) == (1, 9 + 4 - 1), (
         RELIES + "arguments 4 and 5 are the batch size and the maximum cache length"
@@ -569,16 +595,16 @@ def test_batch_is_expanded_before_the_cache_is_made(model: Any, probe: Probe) ->
 
 def test_user_cache_wins(model: Any, probe: Probe) -> None:
     cache = ProbeCache(probe.log)
-    out = generate(model, make_ids(), past_key_values=cache, return_dict_in_generate=True)
-    assert out.past_key_values is cache, RELIES + "a cache passed to generate is used"
+    out = generate(model, make_ids(), **{CACHE: cache}, return_dict_in_generate=True)
+    assert out[CACHE] is cache, RELIES + "a cache passed to generate is used"
     assert getattr(cache, "_is_user_defined", True) is True, RELIES + "the original method may mark it _is_user_defined"
 
 
 def test_user_cache_is_in_model_kwargs(model: Any, probe: Probe) -> None:
     cache, seen = ProbeCache(probe.log), []
-    model._prepare_cache_for_generation = lambda config, kwargs, *rest: seen.append(kwargs.get("past_key_values"))
-    out = generate(model, make_ids(), past_key_values=cache, return_dict_in_generate=True)
-    assert seen[0] is cache and out.past_key_values is cache, RELIES + "a user cache is visible in model_kwargs"
+    model._prepare_cache_for_generation = lambda config, kwargs, *rest: seen.append(kwargs.get(CACHE))
+    out = generate(model, make_ids(), **{CACHE: cache}, return_dict_in_generate=True)
+    assert seen[0] is cache and out[CACHE] is cache, RELIES + "a user cache is visible in model_kwargs"
 
 
 def test_use_cache_false_reaches_the_override(model: Any, probe: Probe) -> None:
@@ -589,6 +615,14 @@ def test_use_cache_false_reaches_the_override(model: Any, probe: Probe) -> None:
     assert seen == [False], RELIES + "generation_config.use_cache is False in the override"
     assert [k["use_cache"] for _, k in hook.seen] == [False] * 4, RELIES + "use_cache=False reaches the base pre-hook"
     assert hook.inputs(1)["input_ids"].shape[1] == 10, RELIES + "without a cache every step reads the whole row"
+
+
+def test_use_cache_false_with_a_cache_reads_the_whole_text_over_it(model: Any, probe: Probe) -> None:
+    hook = hook_base(model)
+    with contextlib.suppress(RuntimeError):  # 5.0: the mask is narrower than the cache, a kernel may choke on it
+        generate(model, make_ids(), use_cache=False, **{CACHE: ProbeCache(probe.log)})
+    steps = [(past, kwargs["input_ids"].shape[1]) for past, (_, kwargs) in zip(hook.past, hook.seen, strict=True)]
+    assert steps[1] == (9, 10), RELIES + f"use_cache=False with a cache goes wrong (so we refuse it); saw {steps}"
 
 
 def test_mask_of_ones_is_dropped_or_kept_whole(model: Any, probe: Probe) -> None:
@@ -679,7 +713,7 @@ def test_next_turn_feeds_only_new_tokens(model: Any, probe: Probe) -> None:
     del model._prepare_cache_for_generation
     turn = torch.cat([first.sequences, make_ids(length=5)], dim=1)
     start = len(hook.seen)
-    second = generate(model, turn, past_key_values=first.past_key_values)
+    second = generate(model, turn, **{CACHE: first[CACHE]})
     fed, past = hook.inputs(start), hook.past[start]
     assert past == 12 and fed["input_ids"].shape[1] == 18 - 12, (
         RELIES + "with a filled cache generate feeds only new tokens"
@@ -696,7 +730,7 @@ def test_chunks_with_a_filled_cache_can_be_recognised(model: Any, probe: Probe) 
     hook = hook_base(model)
     turn = torch.cat([first.sequences, make_ids(length=5)], dim=1)
     with contextlib.suppress(RuntimeError):  # 5.0: the mask is narrower than the cache, a kernel may choke on it
-        generate(model, turn, new=1, past_key_values=first.past_key_values, prefill_chunk_size=4)
+        generate(model, turn, new=1, **{CACHE: first[CACHE]}, prefill_chunk_size=4)
     fed, mask = hook.inputs(), hook.inputs()["attention_mask"]
     new = fed["input_ids"].shape[1]
     width = None if mask is None else mask.shape[1]
@@ -712,7 +746,7 @@ def test_no_auto_compile_for_our_cache(model: Any, probe: Probe) -> None:
     config = transformers.GenerationConfig(compile_config=transformers.CompileConfig())
     config.compile_config._compile_all_devices = True
     static = StaticCache(config=model.config, max_cache_len=32)
-    asked = [model._valid_auto_compile_criteria({"past_key_values": c}, config) for c in (ProbeCache([]), static)]
+    asked = [model._valid_auto_compile_criteria({CACHE: c}, config) for c in (ProbeCache([]), static)]
     assert asked == [False, True], RELIES + "generate compiles by itself only when cache.is_compileable"
 
 
@@ -727,7 +761,7 @@ def test_is_compileable_tells_caches_apart(family: str) -> None:
 
 def test_dynamic_cache_hands_on_plain_tensors(model: Any, probe: Probe) -> None:
     cache = DynamicCache(config=model.config)
-    model(make_ids(), past_key_values=cache)
+    model(make_ids(), **{CACHE: cache})
     assert isinstance(probe.calls[0]["key"], torch.Tensor), (
         RELIES + "a foreign cache hands plain tensors to our function"
     )
@@ -834,6 +868,44 @@ def test_rope_parameters_location(family: str) -> None:
     assert rope.get("rope_type") == "default", RELIES + "rope_type is in config.rope_parameters"
 
 
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "original_max_position_embeddings": 8,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_angles_that_depend_on_the_length(probe: Probe, kind: str) -> None:
+    rope = {**ROPES[kind], "rope_theta": 1e4}
+    length = 8 if kind != "yarn" else 32
+    model = make_model("llama", rope_parameters=rope, max_position_embeddings=length)
+
+    def angles(*lengths: int) -> list[torch.Tensor]:
+        rotary, x = model.model.rotary_emb, torch.zeros(1, 1)
+        return [rotary(x, torch.arange(n)[None])[0][0, :4].clone() for n in lengths]
+
+    below, at, above, far = angles(4, 8, 9, 20)
+    assert torch.equal(below, at), RELIES + "up to the limit angles are always the same"
+    assert torch.equal(at, above) is (kind not in ("dynamic", "longrope")), RELIES + f"beyond it, {kind}"
+    assert torch.equal(above, far) is (kind != "dynamic"), RELIES + f"far beyond it, {kind}"
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_the_kind_and_the_limit_are_in_rope_parameters(kind: str) -> None:
+    config = make_config("llama", rope_parameters={**ROPES[kind], "rope_theta": 1e4}, max_position_embeddings=8)
+    assert config.rope_parameters["rope_type"] == kind, RELIES + "config.rope_parameters['rope_type']"
+    limit = config.rope_parameters.get("original_max_position_embeddings", config.max_position_embeddings)
+    assert limit == 8, RELIES + "the limit is original_max_position_embeddings, or max_position_embeddings"
+
+
 def sliding_model(family: str, implementation: str = NAME) -> Any:
     if family == "mistral":
         return make_model(family, implementation, sliding_window=4)
@@ -871,12 +943,17 @@ def test_no_window_is_none(model: Any, probe: Probe, family: str) -> None:
     assert windows == [None, None], RELIES + f"without a window sliding_window is None or absent; saw {windows}"
 
 
-def test_continuous_batching_is_refused_or_visible(model: Any, probe: Probe) -> None:
-    hook = hook_base(model)
-    with contextlib.suppress(Exception):  # refused by name before the model runs: nothing to do for us
-        model.generate_batch([make_ids()[0].tolist()], generation_config=model.generation_config, progress_bar=False)
-    seen = [kwargs for _, kwargs in hook.seen]
-    visible = all({"cache", "read_index", "write_index"} <= set(kwargs) for kwargs in seen)
-    assert visible and not probe.calls, (
-        RELIES + "generate_batch refuses our name or passes cache=, read_index=, write_index="
-    )
+@pytest.mark.parametrize("way", ["generate_batch", "paged"])
+def test_batches_start_with_init_continuous_batching_of_the_instance(model: Any, probe: Probe, way: str) -> None:
+    class Asked(Exception):
+        pass
+
+    def init(*args: Any, **kwargs: Any) -> None:
+        raise Asked
+
+    model.init_continuous_batching = init
+    with pytest.raises(Asked):
+        if way == "paged":
+            generate(model, make_ids(), cache_implementation="paged")
+        else:
+            model.generate_batch([[3, 4, 5]], generation_config=model.generation_config)

@@ -7,72 +7,12 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from eval_cases import EVIL, SWEPT, headers_of, plan_of, records_of
 
 from hf_longctx import ConfigError, plots
-from hf_longctx.config import load_shipped
 from hf_longctx.evaluate.figures import costs, figures, heat_maps, tradeoff
 from hf_longctx.evaluate.page import write_report
-from hf_longctx.evaluate.plan import Options, Plan, Variant, Window, cases_of
 from hf_longctx.evaluate.summary import summarize
-from hf_longctx.registry import make
-from hf_longctx.tasks import tasks_from
-
-EVIL = "<script>alert('said')</script><img src=x onerror=alert(1)>"
-CONFIG = load_shipped("tiny-llama")
-SWEPT = ("dense", "patched", "recent=16", "recent=32", "recent=128")
-
-
-def plan_of(names=("dense", "patched"), tasks="needle,key_value:questions=2,common_words", text=True) -> Plan:
-    variants = [Variant(names[0]), *(Variant(name, CONFIG, name.partition("=")[2] or None) for name in names[1:])]
-    options = make(Options, {"lengths": [512, 2048, 16384], "depths": [0, 0.5, 1], "samples": 2})
-    windows = [Window(0, 1, 40), Window(20, 40, 60)] if text else []
-    return Plan(tuple(variants), (*cases_of(tasks_from(tasks), options), *windows), options)
-
-
-def records_of(plan: Plan) -> list[dict]:
-    """Made-up records; variant number v and case number c decide every figure."""
-    found = []
-    for v, variant in enumerate(plan.variants):
-        for c, case in enumerate(plan.cases):
-            record = {"variant": variant.name, "case": case.key}
-            if isinstance(case, Window):
-                found.append(record | {"nll": 10.0 + v, "tokens": case.end - case.scored})
-                continue
-            score = max(0.0, 1 - 0.2 * v - 0.01 * (c % 7))
-            found.append(
-                record
-                | {
-                    "task": case.task.name,
-                    "length": case.length,
-                    "depth": case.depth,
-                    "score": score,
-                    "scores": [score],
-                }
-                | {"outputs": [EVIL], "expected": [["an & answer"]], "questions": [EVIL * 40], "output_ids": [[1]]}
-                | {
-                    "cache_bytes": 1000 * case.length // (1 + v),
-                    "prefill_s": case.length / (1 + v),
-                    "decode_ms": 2.0 + v,
-                }
-                | {
-                    "positions": 5,
-                    "agreement": 0.8,
-                    "kl": 0.1 * v,
-                    "kl_max": 0.5,
-                    "density": None,
-                    "kernels": ["cpu"],
-                    "notes": [EVIL] * v,
-                }
-            )
-    return found
-
-
-def headers_of(plan: Plan, processes=1) -> list[dict]:
-    on = {"hf_longctx": "1", "torch": "2", "transformers": "5", "python": "3", "cpu": "C", "threads": 1, "cores": 2}
-    settings = {"dtype": "float32", "seed": 0}
-    heads = {variant.name: [4, 16] for variant in plan.variants[1:]}
-    header = {"model": EVIL, "settings": settings, "environment": on, "retrieval_heads": heads, "processes": processes}
-    return [header] * processes
 
 
 class Page(HTMLParser):
@@ -122,7 +62,16 @@ def test_the_page_needs_nothing_else_and_runs_nothing(written):
     page = Page(written[2])
     assert not {"script", "link", "iframe", "object", "svg"} & set(page.tags)
     assert all(value.startswith("data:image/png") for _, name, value in page.attributes if name in ("src", "href"))
-    assert {name for _, name, _ in page.attributes} == {"lang", "charset", "class", "src", "alt"}
+    assert {name for _, name, _ in page.attributes} == {
+        "lang",
+        "charset",
+        "name",
+        "content",
+        "class",
+        "src",
+        "alt",
+        "width",
+    }
     assert "url(" not in written[2] and "@import" not in written[2]
     said = "".join(page.text)
     assert said.count(EVIL) > 10, "answers, the model's name and notes are shown as they are"
@@ -138,7 +87,7 @@ def test_the_tables_have_the_figures(written):
     assert found[3:7] == [
         "6",
         f"{cell.accuracy:.3f}",
-        f"{lost.difference:+.3f}",
+        f"{lost.difference:+.3f} worse",
         f"{lost.low:+.3f} to {lost.high:+.3f}",
     ]
     assert found[7:] == ["80.0%", "0.1", "0.26", "50%", "256", "3"]
@@ -160,15 +109,56 @@ def test_a_heat_map_shows_the_accuracies(written):
         assert [label.get_text() for label in axes.get_xticklabels()] == ["512", "2048", "16k"]
 
 
-def test_the_trade_off_has_a_line_per_length_through_every_variant(written):
+def test_the_trade_off_has_a_panel_per_length_with_a_curve_through_every_variant(written):
     _, summary, _ = written
-    (axes,) = tradeoff(summary).axes
-    assert len(axes.lines) == 3
-    for line, row in zip(axes.lines, summary.by_length, strict=True):
+    every = tradeoff(summary).axes
+    assert [axes.get_title() for axes in every] == ["512 tokens", "2048 tokens", "16k tokens"]
+    for axes, row in zip(every, summary.by_length, strict=True):
+        (curve,) = (one for one in axes.lines if len(one.get_xdata()) == len(SWEPT) and one.get_linestyle() == "-")
         want = sorted((100 * cell.cache_share, cell.accuracy) for cell in row.cells.values())
-        assert list(zip(*line.get_data(), strict=True)) == want
-    assert {text.get_text() for text in axes.texts} == {"dense", "patched", "16", "32", "128"}
-    assert axes.get_xlim()[1] > 100 and axes.get_ylim()[1] > 1
+        assert list(zip(*curve.get_data(), strict=True)) == want
+        assert {text.get_text() for text in axes.texts} == {"dense", "patched", "16", "32", "128"}
+        assert axes.get_xlim()[1] > 100
+
+
+def test_the_trade_off_draws_the_intervals_around_dense(written):
+    _, summary, _ = written
+    for axes, row in zip(tradeoff(summary).axes, summary.by_length, strict=True):
+        (container,) = axes.containers
+        drawn = {round(one[0, 0], 6): tuple(one[:, 1]) for one in container.lines[2][0].get_segments()}
+        for name, cell in row.cells.items():
+            lost, dense = cell.difference, row.cells["dense"].accuracy
+            want = (cell.accuracy,) * 2 if lost is None else (dense + lost.low, dense + lost.high)
+            assert drawn[round(100 * cell.cache_share, 6)] == pytest.approx(want), name
+
+
+@pytest.mark.parametrize(
+    ("scores", "low", "high"), [((1.0, 1.0), 0.9, 1.02), ((0.95, 0.9), 0.85, 1.02), ((1, 0), -0.5, 1.2)]
+)
+def test_the_axis_of_the_accuracy_is_fitted_to_the_data(scores, low, high):
+    plan = plan_of(tasks="needle", text=False)
+    of = dict(zip(("dense", "patched"), scores, strict=True))
+    records = [record | {"score": of[record["variant"]]} for record in records_of(plan)]
+    begin, end = tradeoff(summarize(plan, records)).axes[0].get_ylim()
+    assert low < begin < min(scores) and max(scores) < end < high
+
+
+CROWDED = ("dense", "patched", *(f"retrieval_fraction=0.{i}" for i in range(1, 10)))
+
+
+@pytest.mark.parametrize("names", [("dense", "patched"), SWEPT, CROWDED], ids=len)
+def test_the_names_on_a_curve_cover_no_other_name_and_no_point(names):
+    plan = plan_of(names, tasks="needle", text=False)
+    records = records_of(plan)
+    figure = tradeoff(summarize(plan, records))
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert len(boxes) == len(names)
+        assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+        (curve,) = (one for one in axes.lines if len(one.get_xdata()) == len(names) and one.get_linestyle() == "-")
+        assert not any(box.contains(*at) for at in axes.transData.transform(curve.get_xydata()) for box in boxes)
+        assert all(axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1) for box in boxes)
 
 
 def test_the_costs_are_those_of_the_lengths(written):

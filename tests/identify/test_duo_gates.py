@@ -301,17 +301,24 @@ class StopsAt(Subject):
 
     stop = 5
 
-    def track(self, steps, label, total=None):
+    def track(self, label, total, unit, done=0, shown=True):
         self.seen = []
-        for step in steps:
-            if step == self.stop:
+        bar = super().track(label, total, unit, done, shown)
+        counted = bar.advance
+
+        def advance(saved=False):
+            counted(saved=saved)
+            self.told = [bar.done, bar.saved, bar.total]
+            self.seen = list(range(done, bar.done))
+            if bar.done == self.stop:
                 raise KeyboardInterrupt
-            self.seen.append(step)
-            yield step
+
+        bar.advance = advance
+        return bar
 
 
 class Counts(StopsAt):
-    stop = None
+    stop = -1
 
 
 METHOD = DuoGates(**SHORT, checkpoint_every=3)

@@ -44,7 +44,7 @@ def target(tmp_path_factory) -> Path:
         for path in in_the_tree(name):
             (copy / name / path).parent.mkdir(parents=True, exist_ok=True)
             (copy / name / path).write_bytes((ROOT / name / path).read_bytes())
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
         (copy / name).write_bytes((ROOT / name).read_bytes())
     pip("wheel", str(copy), "--no-deps", "--wheel-dir", str(folder), cwd=folder)
     (wheel,) = folder.glob("hf_longctx-*.whl")
@@ -123,6 +123,10 @@ def test_the_metadata_has_the_command_the_licence_and_the_range(target):
             "requires": ours.requires,
             "python": ours.metadata["Requires-Python"],
             "version": ours.version,
+            "author": ours.metadata["Author"],
+            "urls": ours.metadata.get_all("Project-URL"),
+            "classifiers": ours.metadata.get_all("Classifier"),
+            "described": [ours.metadata["Description-Content-Type"], ours.metadata.get_payload()],
         }))
         """,
     )
@@ -131,6 +135,11 @@ def test_the_metadata_has_the_command_the_licence_and_the_range(target):
     assert seen["commands"] == {"hf-longctx": "hf_longctx.cli:main"}
     assert (seen["licence"], seen["files"], seen["python"]) == ("Apache-2.0 AND MIT", ["LICENSE", "NOTICE"], ">=3.10")
     assert seen["version"] == hf_longctx.__version__
+    assert (seen["author"], seen["urls"]) == ("hf_longctx contributors", None)
+    assert "Operating System :: POSIX :: Linux" in seen["classifiers"]
+    kind, text = seen["described"]
+    assert kind == "text/markdown" and text.startswith("# hf_longctx\n") and "patch_model(model)" in text
+    assert "![" not in text and "](docs/" not in text, "pictures and links of the checkout show nothing outside of it"
     assert any(one.startswith("transformers") and ">=5.0" in one and "!=5.2.*" in one for one in seen["requires"])
 
 

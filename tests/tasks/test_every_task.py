@@ -17,7 +17,7 @@ from tiny_tokenizer import byte_bpe
 
 from hf_longctx import tasks
 from hf_longctx.errors import ConfigError
-from hf_longctx.registry import load, words
+from hf_longctx.registry import NOT_WORDS, load, words
 from hf_longctx.tasks import passkey, task_from
 from hf_longctx.tasks.base import Sample, Task
 from hf_longctx.tasks.language import language_for
@@ -48,7 +48,7 @@ def test_the_listing_is_the_tasks_and_each_has_its_cases():
         "variable_tracking",
     )
     assert {case.partition(":")[0] for case in CASES} == set(words("tasks"))
-    assert all((Path(tasks.__file__).parent / f"{name}.py").exists() for name in tasks.NOT_WORDS)
+    assert all((Path(tasks.__file__).parent / f"{name}.py").exists() for name in NOT_WORDS["tasks"])
     assert len(SPOKEN) == 6 * 14 + 6 and len(DEEP) == 6 * 11 + 6
     for word in words("tasks"):
         task = load("tasks", word)
