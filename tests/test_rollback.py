@@ -11,7 +11,8 @@ from test_cache import patched_tiny, read
 from test_generate import prompt
 from tiny import left_padded
 
-from hf_longctx import CacheError, LongCtxCache, report
+from hf_longctx import CacheError, LongCtxCache, cache_file, report
+from hf_longctx.rows import Rows
 from hf_longctx.seam import CACHE
 from hf_longctx.stores.base import SLACK
 
@@ -212,3 +213,30 @@ def test_a_loop_that_takes_back_is_told_how():
     with pytest.raises(CacheError, match=r"cannot take back 2 tokens.*LongCtxCache\(model\) of your own"):
         model.generate(**asked, custom_generate=loop)
     assert model.generate(**asked, custom_generate=loop, past_key_values=LongCtxCache(model)).shape == (1, 45)
+
+
+@pytest.mark.parametrize("lengths", [[60], [60, 43, 2]])
+@torch.no_grad()
+def test_files_of_the_first_format_are_read(lengths, tmp_path, monkeypatch):
+    """In them a history has 256 slots from its first token on, whose modulus is 255."""
+    model = patched_tiny()
+    ids, mask = left_padded([length + 20 for length in lengths])
+    cache = LongCtxCache(model)
+    read(model, cache, ids[:, :60], mask[:, :60])
+    for layer in cache.layers:
+        (store,) = (store for store in layer.stores if "history" in store.segments)
+        past, rows = store.segments["history"], Rows(len(lengths), 0, 60, cache.starts)
+        assert past.k.shape[2] == 57
+        store.segments["history"] = grown = store.new_segment(past.k, past.v, 256)
+        store._copy_history(past, grown, rows, store.oldest, 60 - 16)
+        grown.length = 256
+    monkeypatch.setattr(cache_file, "VERSION", 1)
+    cache.save(tmp_path / "old")
+    loaded = LongCtxCache.load(tmp_path / "old", model)
+    assert loaded.nbytes == cache.nbytes and history(loaded) == 3 * 256
+    loaded.crop(-25)
+    for at, end in ((35, 36), (36, 60), (60, 61), (61, 80)):
+        got = read(model, loaded, ids[:, at:end], mask[:, :end])
+        want = read(model, LongCtxCache(model), ids[:, :end], mask[:, :end])
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+        assert history(loaded) < 3 * 100, "from the first token on it has the slots that it needs"
