@@ -1,7 +1,8 @@
 """What a context takes in memory, dense and patched, and the longest that fits: a calculation in bytes.
 
 ``bench memory`` and ``plan`` stand on it. Weights + KV cache + the working memory of a prefill. The KV cache is counted
-slot by slot, spare room included, and ``bench memory --check`` allocates it for real. The working memory is what one
+slot by slot, spare room included, and ``bench memory --check`` allocates it for real: as ``generate`` makes it, or with
+``max_tokens``, where it also holds what streaming heads remember to take tokens back. The working memory is what one
 layer's forward of one chunk of the prompt holds:
 
 - its activations, in numbers per token: 4 hidden + 3 intermediate + 2 head_dim in the MLP, or
