@@ -1,7 +1,8 @@
 """What a context takes in memory, dense and patched, and the longest that fits: a calculation in bytes.
 
 ``bench memory`` and ``plan`` stand on it. Weights + KV cache + the working memory of a prefill. The KV cache is counted
-slot by slot, spare room included, and ``bench memory --check`` allocates it for real. The working memory is what one
+slot by slot, spare room included, and ``bench memory --check`` allocates it for real: as ``generate`` makes it, or with
+``max_tokens``, where it also holds what streaming heads remember to take tokens back. The working memory is what one
 layer's forward of one chunk of the prompt holds:
 
 - its activations, in numbers per token: 4 hidden + 3 intermediate + 2 head_dim in the MLP, or
@@ -25,6 +26,7 @@ from .layer_plan import LayerPlan
 from .patch import attention_modules, make_plan, patch_model
 from .registry import check_word, wrong
 from .sizes import DTYPES, dtype_of
+from .stores.base import SLACK
 
 MOST = 1 << 40  # tokens: what fits more than this has no limit
 UNKNOWN_LENGTH = (
@@ -144,7 +146,8 @@ class Subject:
         if way == DENSE:
             window = plan.stores["streaming"].recent if plan.sliding else None
             return len(plan.roles) * (tokens if window is None else self._windowed(tokens, window)) * self._slot
-        form = (tokens, self.head_dim, self.number, tokens if way == RESERVED else None)
+        max_tokens, slack = (tokens, SLACK) if way == RESERVED else (None, 0)
+        form = (tokens, self.head_dim, self.number, max_tokens, slack)
         heads = (len(heads.kv_heads) * plan.stores[heads.role].head_bytes(*form) for heads in plan.heads)
         return sum(heads) * self.settings.batch
 

@@ -57,8 +57,8 @@ def stores(monkeypatch):
     class Quantized(Full):
         bits: int = 8
 
-        def head_bytes(self, tokens, head_dim, number, max_tokens=None):
-            return super().head_bytes(tokens, head_dim, number, max_tokens) * self.bits // (8 * number)
+        def head_bytes(self, tokens, head_dim, number, *room):
+            return super().head_bytes(tokens, head_dim, number, *room) * self.bits // (8 * number)
 
     Quantized.__module__ = "hf_longctx.stores.quantized"
     made, words = types.ModuleType(Quantized.__module__), registry.words
@@ -258,10 +258,20 @@ def test_what_cannot_fit_is_refused_with_what_would(given, reserve, stores):
     need = last.need(way, TOKENS)
     assert f"a context of at most {tokens} tokens" in said and f"The longest context with it: {tokens}." in said
     assert f"The smallest (recent 64) needs {need.total / 1e6:.2f} MB" in said and "fewer than 2 rows" in said
-    assert ("(reserve)" in said) is not reserve
+    assert "(reserve)" not in said, "it can take tokens back, which costs more here than room to grow"
     enough = float(re.search(r"memory of at least (\S+) MB", said)[1])
     assert plan(path, config, memory=f"{enough}MB", batch=2, reserve=reserve).need == need
     assert len(plan(path, config, memory=size, batch=2, context=tokens, reserve=reserve).rungs) <= 6
+
+
+def test_a_cache_that_never_grows_is_offered_where_it_helps(given):
+    path, config = given()
+    form = {"context": 2**15, "batch": 2}
+    for reserve in (False, True):
+        size = rungs(path, config, tokens=2**15, way=RESERVED if reserve else PATCHED, batch=2)[-1].need.total - 1
+        with pytest.raises(LongCtxError) as refused:
+            plan(path, config, memory=size, reserve=reserve, **form)
+        assert ("(reserve)" in str(refused.value)) is not reserve
 
 
 def test_a_slower_place_is_offered_where_it_helps(given):
