@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from .as_stock import StockMask, attend_as_stock, longctx_mask
-from .cache_layer import NOT_OURS, LayerKV
+from .cache_layer import NAME, NOT_OURS, LayerKV
 from .errors import UnsupportedModeError, UnsupportedModelError
 from .kernels import dispatch
 from .kernels.layout import HeadKV, RoleHeads, Segment, as_autocast, needs_grad
@@ -26,7 +26,6 @@ from .rows import Rows
 from .seam import CACHE
 from .stores.base import StoreSpec
 
-NAME = "longctx"
 ROWS = "longctx_rows"  # keyword argument by which the base model's pre-hook hands Rows to every layer
 
 # Keyword arguments that reach the attention function beside its own. Those that mean nothing here, as they do in
