@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from .attention import KNOWN, NAME, ROWS, register
 from .cache import LongCtxCache
 from .errors import CacheError, UnsupportedModeError
+from .graphs import refuse_graphs
 from .mask_errors import Known
 from .patch_state import PatchState
 from .rotary import check_rotary
@@ -57,6 +58,7 @@ class BeforeForward:
         if config._attn_implementation != NAME:
             self._refuse_dense(cache, config._attn_implementation)
             return None
+        refuse_graphs()
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if not isinstance(inputs, Tensor):
             return None  # the model's own error says which inputs it needs
