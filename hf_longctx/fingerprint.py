@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config_sections import model_facts
+from .config_model import model_facts
 from .errors import UnsupportedModeError
+from .weights import flat, packed_weights, plain_parts
 
 NUMBERS = 256  # of each weight, evenly spaced
 WRAPPERS = (".base_layer", ".original_module")  # what PEFT puts around a weight's own name
@@ -28,7 +29,8 @@ def fingerprint(base: nn.Module) -> dict[str, Any]:
         base: the base model (``model.base_model``), without output head.
 
     Raises:
-        UnsupportedModeError: weights lie elsewhere (meta device, offloaded) or are spread over processes.
+        UnsupportedModeError: weights lie elsewhere (meta device, offloaded), are spread over processes, or are of a
+            class that does not show what it packs.
     """
     facts = model_facts(base.config)
     dimensions = {**facts.pop("fingerprint"), **facts}
@@ -62,7 +64,7 @@ def _weights(base: nn.Module, skipped: tuple[str, ...]) -> Iterator[tuple[str, T
     for path, module in base.named_modules():
         if getattr(module, "_hf_device_mesh", None) is not None:
             _refuse(path, "spread over processes (tensor parallel)")
-        own = {**module._parameters, **module._buffers}
+        own = {**module._parameters, **module._buffers, **dict(packed_weights(module))}
         for name, tensor in own.items():
             full = f"{path}.{name}" if path else name
             if (
@@ -78,7 +80,14 @@ def _weights(base: nn.Module, skipped: tuple[str, ...]) -> Iterator[tuple[str, T
                 _refuse(full, "spread over processes (tensor parallel)")
             for wrapper in WRAPPERS:
                 full = full.replace(wrapper, "")
-            found[full] = tensor
+            parts = plain_parts(full, tensor)
+            if not parts:
+                raise UnsupportedModeError(
+                    f"a file names the model it was made with, which cannot be told: {full} is of class "
+                    f"{type(tensor).__name__}, which does not show its numbers. Save and load caches with a model "
+                    "whose weights are plain tensors, or of a class with __tensor_flatten__ (as torchao's)."
+                )
+            found.update(parts)
     yield from sorted(found.items())
 
 
@@ -109,7 +118,7 @@ def _digest(weights: Iterator[tuple[str, Tensor]]) -> str:
 
 def _numbers(tensor: Tensor) -> Tensor:
     """Bytes of ``NUMBERS`` evenly spaced numbers, the first and the last among them."""
-    flat = tensor.contiguous().view(-1)
-    count = min(NUMBERS, len(flat))
-    places = torch.arange(count) * (len(flat) - 1) // max(count - 1, 1)
-    return flat.view(torch.uint8).view(len(flat), -1)[places.to(flat.device)].flatten()
+    numbers = flat(tensor)
+    count = min(NUMBERS, len(numbers))
+    places = torch.arange(count) * (len(numbers) - 1) // max(count - 1, 1)
+    return numbers.view(torch.uint8).view(len(numbers), -1)[places.to(numbers.device)].flatten()

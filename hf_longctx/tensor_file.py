@@ -72,6 +72,14 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
             yield from pieces(row)
 
 
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of its numbers in the order of its indices."""
+    crc = 0
+    for piece in pieces(tensor):
+        crc = zlib.crc32(_bytes(piece), crc)
+    return crc
+
+
 class TensorFile:
     """A file that ``write`` made; a tensor is read and checked when it is asked for.
 
@@ -116,10 +124,8 @@ class TensorFile:
         """
         if name not in self._sums:
             raise CacheError(f"{self.path} has no tensor {name}, which it must have. Save the cache again.")
-        tensor, crc = self._file.get_tensor(name), 0
-        for piece in pieces(tensor):
-            crc = zlib.crc32(_bytes(piece), crc)
-        if self._sums[name] != f"{crc:08x}":
+        tensor = self._file.get_tensor(name)
+        if self._sums[name] != f"{checksum(tensor):08x}":
             self._refuse(name)
         for piece in pieces(tensor) if self._check is not None else ():
             self._check(name, piece)

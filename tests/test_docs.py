@@ -230,6 +230,24 @@ def test_commands_stand_in_fenced_blocks(page):
     assert not hidden, f"{page.name}: put these into ```sh blocks, so that they are run: {hidden}"
 
 
+def anchors(page: Path) -> set[str]:
+    """What the links into a page may name: its headings, as GitHub turns them into anchors."""
+    heads = re.findall(r"^#+ (.*)", page.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.M | re.S)
+    links = [link for link in re.findall(r"\[[^]]*\]\(([^)]+)\)", prose) if not link.startswith("http")]
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+    assert page.name != "README.md" or len(links) >= 20
+
+
 def test_a_wrong_snippet_is_caught(tmp_path):
     def one(language, text, comment=""):
         return snippets(tmp_path, f"{comment}\n```{language}\n{text}\n```")[0]

@@ -7,9 +7,12 @@ import torch
 from memory import Allocations
 from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, config_for, tiny_model
+from torch.utils._pytree import tree_map_only
 
 from hf_longctx import CacheError, LongCtxCache, UnsupportedModeError, patch_model
 from hf_longctx.fingerprint import NUMBERS, fingerprint
+from hf_longctx.identify._work import model_hash
+from hf_longctx.tasks.answer import input_device
 
 
 def of(model) -> dict:
@@ -145,3 +148,93 @@ def test_weights_elsewhere_are_refused(tmp_path):
     with pytest.raises(UnsupportedModeError, match="layers.1.self_attn.k_proj is spread over processes"):
         cache.save(tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+# Weights that are no plain tensors.
+
+
+class Hidden(torch.Tensor):
+    """A weight kept in 8 bits that can be multiplied, moved and detached, and nothing else, as torchao's."""
+
+    @staticmethod
+    def __new__(cls, codes, step):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=step.dtype, device=codes.device)
+
+    def __init__(self, codes, step):
+        self.codes, self.step = codes, step
+
+    @classmethod
+    def of(cls, whole):
+        step = whole.abs().amax() / 127
+        return cls((whole / step).round().to(torch.int8), step)
+
+    def whole(self):
+        return self.codes * self.step
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::detach", "aten::alias"):
+            return cls(args[0].codes, args[0].step)
+        if func._schema.name in ("aten::t", "aten::mm", "aten::addmm", "aten::linear"):
+            return func(*tree_map_only(cls, cls.whole, args), **(kwargs or {}))
+        raise NotImplementedError(f"{func} is not for {cls}")
+
+
+class Packed(Hidden):
+    """One that shows what it packs, as torchao's do."""
+
+    def __tensor_flatten__(self):
+        return ["codes", "step"], {}
+
+
+def packed(kind) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = tiny_model("llama").requires_grad_(False)
+    if kind == "dynamic":
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    else:
+        for module in model.base_model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight = torch.nn.Parameter(kind.of(module.weight.data), requires_grad=False)
+    return patch_model(model, config_for(model))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", [Packed, "dynamic"])
+def test_packed_weights_count_and_their_caches_are_saved(kind, tmp_path):
+    model, ids = packed(kind), torch.arange(3, 60)[None]
+    cache = LongCtxCache(model)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.save(tmp_path / "cache")
+        loaded = LongCtxCache.load(tmp_path / "cache", model)
+        want = model(ids[:, :1], past_key_values=cache).logits
+        assert torch.equal(model(ids[:, :1], past_key_values=loaded).logits, want)
+    assert input_device(model) == torch.device("cpu")
+    before, hashed = of(model), model_hash(model)
+    assert of(packed(kind)) == before and model_hash(packed(kind)) == hashed
+    linear = model.base_model.layers[1].mlp.up_proj
+    if kind == "dynamic":
+        weight, bias = linear._packed_params._weight_bias()
+        codes = weight.int_repr()
+        codes[0, 0] += 1
+        other = torch._make_per_tensor_quantized_tensor(codes, weight.q_scale(), weight.q_zero_point())
+        linear.set_weight_bias(other, bias)
+    else:
+        linear.weight.codes[0, 0] += 1
+        assert model_hash(model) != hashed
+    assert {key for key in before if of(model)[key] != before[key]} == {"weights"}
+    with pytest.raises(CacheError, match="was made with another model"):
+        LongCtxCache.load(tmp_path / "cache", model)
+
+
+def test_a_weight_that_hides_its_numbers_is_named(tmp_path):
+    model = packed(Hidden)
+    with torch.no_grad():
+        cache = model(torch.arange(3, 60)[None]).past_key_values
+    with pytest.raises(
+        UnsupportedModeError,
+        match="layers.0.self_attn.q_proj.weight is of class Hidden, which does not show .*__tensor_flatten__",
+    ):
+        cache.save(tmp_path / "cache")
+    assert model_hash(model)

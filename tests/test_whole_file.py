@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -106,6 +107,37 @@ def test_only_what_killed_writers_left_is_removed(tmp_path):
         assert path.read_text() == "second"
     assert path.read_text() == "first"
     assert sorted(os.listdir(tmp_path)) == sorted([*others, path.name])
+
+
+def test_a_pipe_or_a_link_among_what_was_left_stops_nobody(tmp_path):
+    path, names = tmp_path / "file", [tmp_path / f".file.{digit * 16}.unfinished" for digit in "abc"]
+    (tmp_path / "target").write_text("of somebody else")
+    os.mkfifo(names[0])
+    names[1].symlink_to(tmp_path / "target")
+    names[2].symlink_to("/dev/zero")
+    assert left_over(path) == names
+    signal.alarm(20)  # a writer that waits for the pipe's other end would wait for good
+    try:
+        with written_whole(path) as unfinished:
+            unfinished.write_text("whole")
+    finally:
+        signal.alarm(0)
+    assert path.read_text() == "whole" and left_over(path) == names, "they are not ours"
+    assert (tmp_path / "target").read_text() == "of somebody else"
+
+
+def test_who_may_read_the_file(tmp_path):
+    before = os.umask(0o022)
+    try:
+        for name, given, wanted in (("plain", {}, 0o644), ("private", {"mode": 0o600}, 0o600)):
+            (tmp_path / name).write_text("old")
+            (tmp_path / name).chmod(0o666)
+            with written_whole(tmp_path / name, **given) as unfinished:
+                assert stat.S_IMODE(unfinished.stat().st_mode) == wanted, "from its first byte on"
+                unfinished.write_text("new")
+            assert stat.S_IMODE((tmp_path / name).stat().st_mode) == wanted
+    finally:
+        os.umask(before)
 
 
 def test_a_writer_whose_file_was_taken_for_left_over_begins_anew(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..patch import unwrap
+from ..weights import plain_parts
 
 
 def work_file(work: Path | None, name: str) -> Path | None:
@@ -45,6 +46,6 @@ def model_hash(model: nn.Module) -> str:
     told = hashlib.sha256()
     for name, weight in unwrap(model).named_parameters():
         told.update(f"{name}{tuple(weight.shape)}".encode())
-        if not weight.is_meta:
-            told.update(weight.detach().flatten()[:8].float().cpu().numpy().tobytes())
+        for _, part in () if weight.is_meta else plain_parts(name, weight):
+            told.update(part.flatten()[:8].float().cpu().numpy().tobytes())
     return told.hexdigest()[:16]

@@ -73,9 +73,10 @@ def cache_folder() -> Path:
     try:
         folder = (asked if asked.is_absolute() else Path.home() / ".cache") / "hf_longctx"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # A link that somebody else made may lead to any folder of one's own; who can write above can rename.
-        mine = _own(folder.stat()) and folder.lstat().st_uid == os.getuid()
-        if not mine or any(_open_to_all(above.stat()) for above in folder.resolve().parents):
+        # A link that somebody else made may lead to any folder of one's own; who can write above can rename. What is
+        # checked is the folder that links lead to now, and that is the one to use.
+        mine, folder = folder.lstat().st_uid == os.getuid(), folder.resolve()
+        if not mine or not _own(folder.stat()) or any(_others_can_rename(above.stat()) for above in folder.parents):
             raise BuildError(f"others can write to {folder}: remove it, or set XDG_CACHE_HOME to a folder of your own")
         if stat.S_IMODE(folder.stat().st_mode) != 0o700:
             folder.chmod(0o700)
@@ -84,9 +85,13 @@ def cache_folder() -> Path:
     return folder
 
 
-def _open_to_all(status: os.stat_result) -> bool:
-    """Whether everybody may rename what lies in this folder, as in none with the sticky bit."""
-    return bool(status.st_mode & stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
+def _others_can_rename(status: os.stat_result) -> bool:
+    """Whether anybody but this user and root may rename what lies in this folder.
+
+    Its owner may, and whoever may write to it, the sticky bit aside.
+    """
+    writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
+    return status.st_uid not in (0, os.getuid()) or bool(writable)
 
 
 def _own(status: os.stat_result) -> bool:

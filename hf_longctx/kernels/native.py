@@ -3,7 +3,8 @@
 Keys and values are read where they lie, in float32 or bfloat16; the softmax and its sums are float32. Threads, as many
 as `torch.set_num_threads` says, live for one call, so a process may fork at any time. What a function here does not
 compute (a gradient that only keys need, a score bias over several queries) it hands to the cpu kernel, and ``auto``
-takes that kernel where there is no compiler. ``HF_LONGCTX_NATIVE=0`` turns this one off.
+takes that kernel where there is no compiler. ``HF_LONGCTX_NATIVE=0`` turns this one off. Tensors, lengths and
+lists that do not fit each other are a ValueError: the library would read outside of them.
 
 Shapes as in `cpu.py`: ``B`` batch, ``H`` query heads, ``n`` KV heads of one role, ``G = H // n``, ``T`` query tokens,
 ``S`` key tokens, ``D`` head_dim.
@@ -18,6 +19,7 @@ from array import array
 from collections.abc import Iterable
 from ctypes import c_double, c_int, c_void_p
 from functools import cache
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -97,22 +99,29 @@ class _Call:
 
     def segment(self, segment: Segment) -> tuple[int, ...]:
         """``Segment``; where rows differ, the length is the capacity, which bounds what is read."""
-        lengths, bias, strides = 0, 0, (0, 0, 0)
+        lengths, bias, strides, length = 0, 0, (0, 0, 0), segment.longest
+        if not 0 <= length <= min(segment.k.shape[2], segment.v.shape[2]):
+            _refuse(f"{segment.k.shape[2]} keys and {segment.v.shape[2]} values for a length of {length}")
         if isinstance(segment.length, Tensor):
-            lengths = self.pointer(segment.length.to(torch.int64).contiguous())
+            lengths = self.lengths(segment.length, segment.k)
         if segment.bias is not None:
             added = segment.bias.float()[(None,) * (4 - segment.bias.dim())]
             added = added.expand(segment.k.shape[0], segment.k.shape[1], 1, segment.longest)
             bias, strides = self.pointer(added), (added.stride(0), added.stride(1), added.stride(3))
-        length = min(segment.longest, segment.k.shape[2])
         return *self.heads(segment.k), *self.heads(segment.v), length, lengths, bias, *strides
 
-    def piece(self, piece: Packed) -> tuple[int, ...]:
+    def lengths(self, lengths: Tensor, k: Tensor) -> int:
+        if lengths.shape != k.shape[:1] or lengths.device != k.device:
+            _refuse(f"lengths {list(lengths.shape)} on {lengths.device} for keys {list(k.shape)} on {k.device}")
+        return self.pointer(lengths.to(torch.int64).contiguous())
+
+    def piece(self, piece: Packed, q: Tensor) -> tuple[int, ...]:
         """``Packed``"""
+        _check_piece(piece, q)
         tensors = (piece.k, piece.k_scale.flatten(3), piece.v, piece.v_scale)
         length, lengths = piece.length(0, piece.longest), 0
         if isinstance(length, Tensor):
-            length, lengths = piece.longest, self.pointer(length)
+            length, lengths = piece.longest, self.lengths(length, piece.k)
         return *(number for x in tensors for number in self.heads(x)), length, lengths, piece.bits, piece.group
 
     def segments(self, segments: list[Segment]) -> list[int]:
@@ -126,9 +135,45 @@ class _Call:
         shape = (batch, heads, kv_heads, q_len, dim, torch.get_num_threads())
         packed = array("q", (*shape, *self.heads(q), *self.heads(out), *arguments))
         function = getattr(_load()[0], f"hf_longctx_{name}")
-        if not function(q.dtype == torch.bfloat16, scale, packed.buffer_info()[0]):
+        used = function(q.dtype == torch.bfloat16, scale, packed.buffer_info()[0])
+        if used < 0:
+            _refuse(f"{heads} query heads for {kv_heads} KV heads")
+        if not used:
             raise MemoryError(f"kernel native: no memory for the temporaries of {name}")
         return out
+
+
+def _refuse(what: str) -> NoReturn:
+    """The library reads where it is told to: what does not fit would end the process, or give another answer."""
+    raise ValueError(f"kernel native was given {what}: they do not belong together. Use what the cache returned.")
+
+
+def _check_piece(piece: Packed, q: Tensor) -> None:
+    slots, dim, heads = piece.slots, q.shape[3], piece.k.shape[1]
+    if piece.bits not in (4, 8) or piece.group < 1 or slots % piece.group or not 0 <= piece.longest <= slots:
+        _refuse(f"{slots} slots of {piece.bits} bits in groups of {piece.group} for a length of {piece.longest}")
+    expected = Packed.shapes((q.shape[0], heads), dim, dim, slots, piece.bits, piece.group, q.dtype)
+    for (name, (dtype, shape)), x in zip(expected.items(), piece.tensors(), strict=True):
+        if x.shape != shape or x.dtype != dtype or x.device != q.device:
+            _refuse(f"{name} {x.dtype} {list(x.shape)} on {x.device} for {dtype} {list(shape)} on {q.device}")
+
+
+def _check_lists(blocks: BlockList, q: Tensor) -> None:
+    """That every block and column of a list lies within the keys, and every count within its list."""
+    (batch, lists, queries, width), shape = blocks.indices.shape, blocks.counts.shape
+    columns = (batch, lists, blocks.columns.shape[-1])
+    if (blocks.block < 1 or batch != q.shape[0] or q.shape[1] % lists or shape != (batch, lists, queries)) or (
+        queries != blocks.key_blocks - blocks.first // blocks.block
+        or blocks.columns.shape != columns
+        or blocks.column_counts.shape != columns[:2]
+    ):
+        _refuse(f"lists {list(blocks.indices.shape)} of blocks of {blocks.block} for queries {list(q.shape)}")
+    bounds = ((blocks.indices, blocks.key_blocks), (blocks.counts, width + 1))
+    bounds += ((blocks.columns, blocks.kv_len), (blocks.column_counts, columns[2] + 1))
+    for numbers, end in bounds:
+        low, high = torch.aminmax(numbers) if numbers.numel() else (0, 0)
+        if low < 0 or high >= end:
+            _refuse(f"lists with {int(low)} to {int(high)} where {end} ends")
 
 
 def _computes(scale: float, q: Tensor, *kv: Tensor) -> bool:
@@ -136,6 +181,8 @@ def _computes(scale: float, q: Tensor, *kv: Tensor) -> bool:
     if supports(q.device, q.dtype, q.shape[3], needs_grad(q, *kv)) is not None:
         return False
     batch, kv_heads, dim = q.shape[0], kv[0].shape[1] if kv else 0, q.shape[3]
+    if kv and (not kv_heads or q.shape[1] % kv_heads):
+        _refuse(f"{q.shape[1]} query heads for {kv_heads} KV heads")
     for x in kv:
         if x.dtype != q.dtype or x.device != q.device or (x.shape[0], x.shape[1], x.shape[3]) != (batch, kv_heads, dim):
             return False
@@ -168,8 +215,11 @@ def decode_packed(q: Tensor, segments: list[Segment | Packed], scale: float) -> 
         if piece.bits == 4 and q.shape[3] % (2 * _load()[0].hf_longctx_width()):
             return None
     call = _Call()
-    numbers = [*call.segments(plain), len(pieces), *(number for piece in pieces for number in call.piece(piece))]
-    return call.run("decode", q, segments[0].k.shape[1], scale, numbers)
+    kv_heads = {segment.k.shape[1] for segment in segments}
+    if len(kv_heads) != 1:
+        _refuse(f"segments of {sorted(kv_heads)} KV heads")
+    numbers = [*call.segments(plain), len(pieces), *(number for piece in pieces for number in call.piece(piece, q))]
+    return call.run("decode", q, *kv_heads, scale, numbers)
 
 
 def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
@@ -201,6 +251,11 @@ def streaming_prefill(
     """
     if not _computes(scale, q, sink_k, sink_v, k, v):
         return cpu.streaming_prefill(q, sink_k, sink_v, k, v, recent=recent, first=first, scale=scale)
+    seen = first + k.shape[2]
+    if recent < 1 or not sink_k.shape[2] <= first or q.shape[2] > seen:
+        _refuse(
+            f"a window of {recent}, {sink_k.shape[2]} sinks and a band from {first} to {seen} for {q.shape[2]} queries"
+        )
     call = _Call()
     sinks, band = (call.segment(Segment(*pair, pair[0].shape[2])) for pair in ((sink_k, sink_v), (k, v)))
     return call.run("streaming", q, k.shape[1], scale, (first, recent, *sinks, *band))
@@ -220,6 +275,9 @@ def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: fl
         )
     if not _computes(scale, q, k, v):
         return (reference if needs_grad(q, k, v) else cpu).sparse_prefill(q, k, v, blocks, scale)
+    if v.shape[2] < blocks.kv_len:
+        _refuse(f"{v.shape[2]} values for {blocks.kv_len} keys")
+    _check_lists(blocks, q)
     call = _Call()
     tensors = (blocks.indices, blocks.counts, blocks.columns, blocks.column_counts)
     sizes = (lists, blocks.indices.shape[2], blocks.indices.shape[3], blocks.columns.shape[2])

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CacheError
+from ..tensor_file import checksum
 
-GONE = "Nobody may delete page files while their cache lives. Call cache.reset() and read the prompt again."
+GONE = "Nobody may touch page files while their cache lives. Call cache.reset() and read the prompt again."
 
 
 class Page(ABC):
@@ -93,19 +94,28 @@ class HostMemory:
 
 
 class DiskPage(Page):
-    """A page in a safetensors file, mapped into memory while somebody reads it."""
+    """A page in a safetensors file, mapped into memory while somebody reads it.
+
+    Its checksum is compared at every reading: disks rot, and a file in a folder for temporary ones is easily written
+    over. A file kept open and without a name would be one open file for each page, of which a long context has more
+    than a process may have.
+    """
 
     def __init__(self, path: str, folder: Folder, k: Tensor, v: Tensor):
         self.path, self.folder = path, folder
+        self.written = [_form(x) for x in (k, v)]
         self.rows, self.tokens, self.nbytes = k.shape[0], k.shape[2], k.nbytes + v.nbytes
         weakref.finalize(self, _delete, path, os.getpid())
 
     def read(self) -> tuple[Tensor, Tensor]:
         try:
             with safe_open(self.path, framework="pt") as file:
-                return file.get_tensor("k"), file.get_tensor("v")
+                found = file.get_tensor("k"), file.get_tensor("v")
         except (OSError, SafetensorError) as error:
             raise CacheError(f"the page file {self.path} of this cache cannot be read: {error}. {GONE}") from error
+        if [_form(x) for x in found] != self.written:
+            raise CacheError(f"the page file {self.path} of this cache is not what was written to it. {GONE}")
+        return found
 
     def soon(self) -> None:
         if hasattr(os, "posix_fadvise"):
@@ -153,7 +163,8 @@ class Folder:
         """
         path = os.path.join(self.path, f"{next(self.numbers)}.safetensors")
         try:
-            save_file({name: x.detach().cpu().contiguous() for name, x in (("k", k), ("v", v))}, path)
+            k, v = (x.detach().cpu().contiguous() for x in (k, v))
+            save_file({"k": k, "v": v}, path)
         except (OSError, SafetensorError) as error:
             _delete(path, os.getpid())
             raise CacheError(
@@ -176,6 +187,11 @@ def _unpickled_host_page(k: Tensor, v: Tensor, pinned: bool) -> HostPage:
 
 def _unpickled_disk_page(folder: Folder, k: Tensor, v: Tensor) -> DiskPage:
     return folder.write(k, v)
+
+
+def _form(x: Tensor) -> tuple:
+    """What a tensor that is read again must have in common with the one that was written."""
+    return x.dtype, x.shape, checksum(x)
 
 
 def _delete(path: str, process: int) -> None:

@@ -109,13 +109,44 @@ def test_a_library_or_folder_that_others_can_write_is_not_used(tiny, monkeypatch
         build.library()
     path.parent.chmod(0o700)
     above = path.parent.parent
-    above.chmod(0o777)
-    with pytest.raises(build.BuildError, match="others can write"):
-        build.library()
-    above.chmod(0o1777)
-    assert build.library().parent == path.parent, "with the sticky bit only its owner can rename the folder"
+    for mode in (0o777, 0o770, 0o2775):
+        above.chmod(mode)
+        with pytest.raises(build.BuildError, match="others can write"):
+            build.library()
+    for mode in (0o1777, 0o1775, 0o755):
+        above.chmod(mode)
+        assert build.library().parent == path.parent, "with the sticky bit only its owner can rename the folder"
     owner = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: owner)
+    with pytest.raises(build.BuildError, match="others can write"):
+        build.library()
+
+
+def test_a_folder_below_that_of_somebody_else_is_not_used(tiny, tmp_path, monkeypatch):
+    path, real = build.library(), Path.stat
+    for uid, safe in ((os.getuid(), True), (0, True), (os.getuid() + 1, False)):
+
+        def owned(path, *args, uid=uid, **kwargs):
+            found = real(path, *args, **kwargs)
+            if path != tmp_path:
+                return found
+            return os.stat_result((*found[:4], uid, *found[5:]))
+
+        monkeypatch.setattr(Path, "stat", owned)
+        if safe:
+            assert build.library() == path
+            continue
+        with pytest.raises(build.BuildError, match="others can write"):
+            build.library()
+
+
+def test_the_folder_that_was_checked_is_the_one_that_is_used(tiny, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "link"))
+    path = build.library()
+    assert path.parent == tmp_path / "disk" / "hf_longctx", "who turns the link elsewhere later turns nothing"
+    (tmp_path / "disk").chmod(0o777)
     with pytest.raises(build.BuildError, match="others can write"):
         build.library()
 

@@ -224,6 +224,28 @@ def test_a_file_cut_short_is_an_error(tmp_path):
         read(model, cache, torch.randint(3, 97, (1, 1)))
 
 
+@pytest.mark.parametrize("how", ["another number", "another file", "numbers in another order"])
+def test_a_page_that_was_changed_while_its_cache_lives_is_an_error(how, tmp_path):
+    model = model_in(tmp_path)
+    cache = LongCtxCache(model)
+    read(model, cache, torch.randint(3, 97, (1, 100)))
+    first, second = files(tmp_path)[:2]
+    whole = first.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    changed = {
+        "another number": whole[:-1] + bytes([whole[-1] ^ 1]),
+        "another file": second.read_bytes(),
+        "numbers in another order": whole[:header] + whole[header:][8:] + whole[header : header + 8],
+    }[how]
+    assert changed != whole, "a control"
+    first.write_bytes(changed)
+    with pytest.raises(CacheError, match="page file .* is not what was written to it. Nobody may touch .*cache.reset"):
+        read(model, cache, torch.randint(3, 97, (1, 1)))
+    first.write_bytes(whole)
+    cache.crop(0)
+    assert read(model, cache, torch.randint(3, 97, (1, 1))).isfinite().all(), "a control: the page as it was"
+
+
 # Bounded memory.
 
 
