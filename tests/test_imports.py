@@ -55,6 +55,8 @@ LAYERS = {
     "fingerprint": {"errors", "config_model"},
     "cache_file": {"errors", "registry", "rows", "layer_plan", "whole_file", "finite", "tensor_file", "fingerprint"},
     "dense_members": {"errors"},
+    "graphs": {"errors"},
+    "positions": {"errors", "rows"},
     "cache_layer": {"errors", "kernels", "rows", "stores", "layer_plan", "finite", "dense_members"},
     "cache": {"errors", "kernels", "rows", "stores", "cache_layer", "token_ids", "cache_file", "dense_members"},
     "seam": {"errors"},
