@@ -56,7 +56,7 @@ def test_the_help_of_every_command_and_the_version_import_nothing_heavy():
         asked = [["--version"], *every(typer.main.get_command(app))]
         for words in asked:
             app(words, standalone_mode=False)
-        assert len(asked) == 18, len(asked)
+        assert len(asked) == 19, len(asked)
     """
     assert not loaded(commands) & set(HEAVY)
 
