@@ -51,7 +51,7 @@ def printed(width: int) -> list[list[str]]:
 
 
 def test_the_commands_are_counted():
-    assert len(EVERY) == 15
+    assert len(EVERY) == 16
     assert sum(len(command.params) for command in EVERY.values()) > 100
 
 
