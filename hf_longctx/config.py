@@ -14,15 +14,14 @@ import yaml
 
 from .bounds import MOST
 from .config_files import merge, read_file, read_shipped
+from .config_model import ModelSection, model_facts
 from .config_sections import (
     DecodeSection,
     HeadsSection,
-    ModelSection,
     PrefillSection,
     StoresSection,
     check_counts,
     check_rows,
-    model_facts,
 )
 from .errors import ConfigError
 from .registry import check_mapping, check_word, dump, make, words

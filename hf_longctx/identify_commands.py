@@ -17,6 +17,7 @@ from .console import console, no_bars
 from .errors import ConfigError
 from .plots import head_map, new_figure, save
 from .registry import build, check_word, read_fields, words
+from .sizes import parse_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ PLACE = "the accelerator if there is one, else the CPU"
 Device = Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.", show_default=PLACE)]
 Share = Annotated[float | None, typer.Option(help="Share of retrieval heads to write.")]
 Drop = Annotated[float | None, typer.Option(help="Find the smallest share that loses at most this much of dense.")]
-Tokens = Annotated[int | None, typer.Option(help="Tokens of a document or text --target-drop is measured on.")]
+Tokens = Annotated[str | None, typer.Option(help="Tokens of a document or text --target-drop is measured on (4k).")]
 Options = Annotated[list[str] | None, typer.Option("--set", help="An option of the method: --set steps=500. Repeat.")]
 Work = Annotated[Path | None, typer.Option(help="Folder where duo_gates saves its state.", show_default="beside --out")]
 
@@ -80,7 +81,7 @@ def command(
         text=text,
         retrieval_fraction=retrieval_fraction,
         target_drop=target_drop,
-        measure_tokens=measure_tokens,
+        measure_tokens=None if measure_tokens is None else parse_tokens(measure_tokens, "--measure-tokens"),
         sink=sink,
         recent=recent,
         seed=seed,

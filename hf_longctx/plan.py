@@ -13,7 +13,8 @@ import yaml
 from .config import LongCtxConfig
 from .errors import ConfigError, LongCtxError
 from .ladder import RULE, Overrides, Rung, ladder, offloaded
-from .memory import DENSE, PATCHED, RESERVED, UNKNOWN_LENGTH, MemorySettings, Need, Subject, find, loaded, longest
+from .memory import DENSE, PATCHED, RESERVED, UNKNOWN_LENGTH, MemorySettings, Need, Subject, longest
+from .memory_find import find, loaded
 from .sizes import parse_bytes, word_of
 
 SMALL_CHUNK = 512  # tokens: what a refusal offers

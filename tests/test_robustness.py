@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from tiny import config_for, left_padded, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -170,20 +170,6 @@ def test_prefix_tuning_runs_with_dense_memory():
     want = model.generate(input_ids=IDS, max_new_tokens=5)
     patch_model(model, config_for(model, "retrieval"))
     assert torch.equal(model.generate(input_ids=IDS, max_new_tokens=5), want)
-
-
-@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
-def test_virtual_tokens_in_front_of_a_prompt(kind):
-    torch.manual_seed(5)
-    model = get_peft_model(tiny_model(), kind(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
-    asked = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 5}
-    want = model.generate(**asked)
-    patch_model(model, config_for(model, "retrieval"))
-    out = model.generate(**asked, return_dict_in_generate=True)
-    assert torch.equal(out.sequences, want) and isinstance(out.past_key_values, LongCtxCache)
-    asked["attention_mask"][0, :3] = 0  # the virtual tokens come before the pads
-    with pytest.raises(UnsupportedModeError, match="holes"):
-        model.generate(**asked)
 
 
 @torch.no_grad()

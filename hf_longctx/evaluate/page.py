@@ -31,6 +31,7 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; } h1, p { over
 .wide, figure { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
 th, td { padding: 3px 9px; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
 th { background: #f4f4f4; vertical-align: bottom; } td { white-space: nowrap; } .text, .said { text-align: left; }
+td.text { white-space: normal; }
 td.said { min-width: 12em; white-space: pre-wrap; overflow-wrap: anywhere; }
 td.worse { font-weight: bold; background: #fbe3df; }
 figure { margin: 1em 0; } figcaption { color: #555; }

@@ -61,6 +61,7 @@ def test_in_a_browser_no_cell_is_narrower_than_its_longest_word(tmp_path):
     done = subprocess.run(
         [*command, "--dump-dom", place.as_uri()], capture_output=True, text=True, timeout=120, check=False
     )
+    assert done.stdout.count("measured") == 2, f"{BROWSER}: {done.stderr}"
     found = json.loads(html.unescape(done.stdout.split("measured")[1]))
     for width in WIDTHS:
         seen = found[f"own{width}"]
