@@ -21,7 +21,7 @@ from .dense_members import DenseCacheMembers
 from .errors import CacheError, UnsupportedModelError
 from .kernels.layout import as_autocast
 from .rows import Rows
-from .stores.base import SPARE
+from .stores.base import SLACK
 from .token_ids import TokenIds
 
 
@@ -32,12 +32,15 @@ class LongCtxCache(DenseCacheMembers, Cache):
         model: a model that ``patch_model`` patched (or a wrapper around one).
         max_tokens: reserve room for so many tokens at the first forward and never allocate again. More tokens than
             that are a ``CacheError``. None: buffers grow, by an eighth at a time.
+        rollback: whether streaming heads remember the last 255 tokens that they dropped, so that `crop` and `stagger`
+            can take them back. False saves that memory, as ``generate`` does for a cache that it does not hand out;
+            `activate_past_recording` turns it on later.
 
     Raises:
         UnsupportedModelError: the model is not patched.
     """
 
-    def __init__(self, model: nn.Module, max_tokens: int | None = None):
+    def __init__(self, model: nn.Module, max_tokens: int | None = None, *, rollback: bool = True):
         patched = next((module for module in model.modules() if "longctx_state" in vars(module)), None)
         if patched is None:
             raise UnsupportedModelError("LongCtxCache needs a patched model: call patch_model(model) first.")
@@ -45,7 +48,8 @@ class LongCtxCache(DenseCacheMembers, Cache):
             raise CacheError(f"max_tokens must be a positive whole number of tokens, given {max_tokens!r}.")
         # Early-exit drafting lowers the number of layers for a while.
         plans = patched.longctx_state.plans[: patched.config.num_hidden_layers]
-        super().__init__(layers=[LongCtxLayer(plan, max_tokens) for plan in plans])
+        slack = SLACK if rollback else 0
+        super().__init__(layers=[LongCtxLayer(plan, max_tokens, slack) for plan in plans])
         self.plans = plans
         self.model = weakref.ref(patched)
         self.max_tokens = max_tokens
@@ -218,7 +222,8 @@ class LongCtxCache(DenseCacheMembers, Cache):
         Also mends a cache whose forward was interrupted: every layer goes back to what all layers have seen.
 
         Raises:
-            CacheError: a streaming head has dropped tokens that the shorter sequence needs; nothing is changed.
+            CacheError: a streaming head has dropped tokens that the shorter sequence needs, and does not remember
+                them; nothing is changed.
         """
         seen, tokens_to_remove = self.seen, _whole(tokens_to_remove, "crop")
         target = min(seen, tokens_to_remove) if tokens_to_remove > 0 else max(0, seen + tokens_to_remove)
@@ -227,12 +232,8 @@ class LongCtxCache(DenseCacheMembers, Cache):
             return
         self._refuse_half_written()
         for layer in self.layers:
-            if target < min(possible := layer.oldest_crop, layer.seen):
-                raise CacheError(
-                    f"cannot crop from {layer.seen} to {target} tokens: layer {layer.plan.layer_idx} can go back to "
-                    f"{possible} at most, older tokens of its streaming heads are gone (at most {SPARE - 1} can be "
-                    "taken back, so drafts must not be longer). Call cache.reset() and read the prompt again."
-                )
+            if target < min(layer.oldest_crop, layer.seen):
+                raise CacheError(self._no_way_back(layer, target))
         for layer in self.layers:
             layer.crop_to(Rows(max(self.batch_size, 1), 0, layer.seen, self.starts), target)
         if self.starts is not None:
@@ -241,6 +242,21 @@ class LongCtxCache(DenseCacheMembers, Cache):
             self.ends = tuple(min(end, target) for end in self.ends)
         self.token_ids.crop(target)
         self.rows = None
+
+    def _no_way_back(self, layer: LongCtxLayer, target: int) -> str:
+        """Why ``layer`` cannot be cropped to ``target`` tokens."""
+        if not self.is_recording_past(layer.plan.layer_idx):
+            return (
+                f"cannot take back {layer.seen - target} tokens: this cache was made with rollback=False (generate() "
+                "makes it so where it does not hand it out), so its streaming heads do not remember what they dropped. "
+                "Call cache.activate_past_recording() before it reads what may be taken back, or pass a "
+                "LongCtxCache(model) of your own."
+            )
+        return (
+            f"cannot crop from {layer.seen} to {target} tokens: layer {layer.plan.layer_idx} can go back to "
+            f"{layer.oldest_crop} at most, older tokens of its streaming heads are gone (at most {SLACK} can be "
+            "taken back, so drafts must not be longer). Call cache.reset() and read the prompt again."
+        )
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
@@ -334,7 +350,13 @@ class LongCtxCache(DenseCacheMembers, Cache):
         self.starts, self.rows, self.staggered = tuple(pads), None, True
 
     def activate_past_recording(self) -> None:
-        """Nothing to turn on: streaming heads always remember what a bounded rollback needs."""
+        """Let streaming heads remember what they drop from now on: for a cache made with ``rollback=False``."""
+        for layer in self.layers:
+            layer.activate_past_recording()
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Whether the streaming heads of a layer remember what they drop."""
+        return all(store.slack for store in self.layers[layer_idx].stores)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` was; CacheError for a half-written cache."""

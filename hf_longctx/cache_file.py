@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import tensor_file
 from .cache_layer import SAVED as LAYER_SAVED
-from .config_sections import model_facts
+from .config_model import model_facts
 from .devices import device_of
 from .errors import CacheError, LongCtxError
 from .fingerprint import fingerprint
@@ -26,7 +26,8 @@ from .saved import MOST, SavedTensors, Told, short
 from .tensor_file import TensorFile
 from .whole_file import written_whole
 
-FORMAT, VERSION = "hf_longctx cache", 1
+FORMAT, VERSION = "hf_longctx cache", 2
+READS = ("1", str(VERSION))  # in 1 the history of a ring has all its slots at once
 IDS = "ids"  # the tensor of token ids; those of layers are "layers.0.streaming...."
 SAVED = ("starts", "ends", "staggered")  # attributes of the cache itself
 PRIVATE = 0o600  # the file holds somebody's text
@@ -214,13 +215,14 @@ def _told(file: TensorFile) -> Told:
     metadata = file.metadata
     if metadata.get("format") != FORMAT:
         raise CacheError(f"{file.path} is no file that cache.save wrote. Give one that is.")
-    if metadata.get("version") != str(VERSION):
+    if metadata.get("version") not in READS:
         raise CacheError(
-            f"{file.path} has format {metadata.get('version', '')[:9]}, this version of hf_longctx reads {VERSION}. "
+            f"{file.path} has format {metadata.get('version', '')[:9]}, this version of hf_longctx reads "
+            f"{' and '.join(READS)}. "
             "Update it, or read the prompt again and save."
         )
     try:
-        return Told(str(file.path), "the file", tensor_file.plain(metadata["told"]))
+        return Told(str(file.path), "file", tensor_file.plain(metadata["told"]))
     except (KeyError, ValueError) as error:
         raise CacheError(f"{file.path} is no file that cache.save wrote ({error}). Save the cache again.") from None
 

@@ -18,7 +18,7 @@ from .kernels.layout import HeadKV, autocast_on
 from .layer_plan import LayerPlan
 from .rows import Rows
 from .saved import SavedStore, SavedTensors, Told
-from .stores.base import Store
+from .stores.base import SLACK, Store
 from .tensor_file import DTYPES
 
 SAVED = ("seen", "batch", "head_dim", "dense_bytes_per_token", "autocast")  # of a layer, in its file
@@ -56,11 +56,13 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, plan: LayerPlan, max_tokens: int | None = None):
+    def __init__(self, plan: LayerPlan, max_tokens: int | None = None, slack: int = SLACK):
         self.plan, self.max_tokens, self.is_initialized = plan, max_tokens, False
         self.seen = 0
         self.whole = True  # False while stores are written, and for good when that was interrupted
         self.stores: list[Store] = [plan.stores[heads.role].new(heads, max_tokens) for heads in plan.heads]
+        for store in self.stores:
+            store.slack = slack
         self.dense_bytes_per_token = 0
         self.checked = every_forward()
         self.autocast = False
@@ -109,6 +111,11 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         return -1 if self.max_tokens is None else self.max_tokens
 
     get_max_cache_shape = get_max_length
+
+    def activate_past_recording(self) -> None:
+        """Remember what windows drop from now on, so that `SLACK` tokens can be taken back."""
+        for store in self.stores:
+            store.slack = SLACK
 
     @property
     def oldest_crop(self) -> int:

@@ -29,7 +29,9 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except LongCtxError as error:
-            Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
+            to, said = Console(stderr=True), f"{type(error).__name__}: {error}"
+            # A terminal would break a long line inside a word; in a file a line stays whole, to be searched for.
+            to.print(said, style="red", markup=False, highlight=False, soft_wrap=not to.is_terminal)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stop:
             told = str(stop) if isinstance(stop, Stopped) else "Stopped."

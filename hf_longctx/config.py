@@ -14,15 +14,14 @@ import yaml
 
 from .bounds import MOST
 from .config_files import merge, read_file, read_shipped
+from .config_model import ModelSection, model_facts
 from .config_sections import (
     DecodeSection,
     HeadsSection,
-    ModelSection,
     PrefillSection,
     StoresSection,
     check_counts,
     check_rows,
-    model_facts,
 )
 from .errors import ConfigError
 from .registry import check_mapping, check_word, dump, make, words
@@ -34,7 +33,7 @@ NOT_KERNELS = {"layout", "dispatch"}
 NUMBER = 2  # bytes of a number in bf16 and fp16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LongCtxConfig:
     """One checkpoint's config; ``docs/reference.md`` lists every key.
 
@@ -65,6 +64,16 @@ class LongCtxConfig:
             where = f"prefill.tables.{name}.map"
             check_rows(table.map, layers, model.num_attention_heads, where, "query heads")
         self.roles()
+
+    def __repr__(self) -> str:
+        """What a notebook shows: for which model, and how many heads keep every token. ``to_dict`` has all of it."""
+        heads, model = "".join(self.roles()), self.model
+        name = model.ids[0] if model.ids else f"a {model.model_type}"
+        origin = self.heads.active.source.get("method", "given")
+        return (
+            f"LongCtxConfig({name}, {heads.count('R')} of {len(heads)} KV heads keep every token "
+            f"(method: {origin}, confidence: {self.heads.confidence}))"
+        )
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike) -> LongCtxConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Annotated, Any
 
@@ -11,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .config import LongCtxConfig
-from .config_find import find_config
+from .config import LongCtxConfig, load_shipped
+from .config_files import shipped
+from .config_find import is_file_name, resolve, shipped_name
 from .config_list import ranked, readme_table
 from .console import console
+from .errors import ConfigError
 from .registry import spec_word
 
 app = typer.Typer(help="The shipped configs, one per checkpoint: a list without a command, or one of them.")
@@ -78,6 +81,27 @@ def _list(console: Console) -> None:
         table.add_row(said, f"{_share(config):.1%}", "\n".join(_memory(config)))
     console.print(table)
     console.print("share: of the KV heads that keep every token. `hf-longctx configs show NAME` draws the head map.")
+
+
+def find_config(name: str) -> LongCtxConfig:
+    """The config that a name stands for: a shipped one, a hub id that it lists, a YAML, or a model's folder.
+
+    Nothing is fetched, and no weight is read.
+
+    Raises:
+        ConfigError: there is none; the message says what there is.
+    """
+    if is_file_name(name):
+        return LongCtxConfig.from_yaml(name)
+    if not os.path.isdir(name) or name in shipped():
+        return load_shipped(shipped_name(name, "NAME"))
+    from transformers import AutoConfig  # a second, which only a folder is worth
+
+    try:
+        hf_config = AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: a folder without a config.json that Transformers reads: {error}") from None
+    return resolve("auto", hf_config, name)
 
 
 def _facts(console: Console, name: str, config: LongCtxConfig) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .config import LongCtxConfig, load_shipped
 from .config_files import shipped, shipped_model
-from .config_sections import ModelSection
+from .config_model import ModelSection
 from .errors import ConfigError
 from .registry import LONGEST, check_word, make, short, wrong
 
@@ -98,27 +98,6 @@ def shipped_name(name: str, where: str = "config") -> str:
         f"{where}: got {short(name)}, but no shipped config has this name or lists this id; `hf-longctx configs` lists "
         f"the shipped ones, `hf-longctx identify` makes one.{hint}"
     )
-
-
-def find_config(name: str) -> LongCtxConfig:
-    """The config that a name stands for: a shipped one, a hub id that it lists, a YAML, or a model's folder.
-
-    Nothing is fetched, and no weight is read.
-
-    Raises:
-        ConfigError: there is none; the message says what there is.
-    """
-    if is_file_name(name):
-        return LongCtxConfig.from_yaml(name)
-    if not os.path.isdir(name) or name in shipped():
-        return load_shipped(shipped_name(name, "NAME"))
-    from transformers import AutoConfig  # a second, which only a folder is worth
-
-    try:
-        hf_config = AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: a folder without a config.json that Transformers reads: {error}") from None
-    return resolve("auto", hf_config, name)
 
 
 def _models() -> dict[str, ModelSection]:

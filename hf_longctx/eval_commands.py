@@ -12,6 +12,7 @@ from .assets import embedded
 from .console import console, tables
 from .identify_commands import DTYPES, Config, Device, Dtype, Model, device_of, load_model
 from .registry import check_word, make, words
+from .sizes import parse_tokens
 from .tasks import HAYSTACKS, MODES, tasks_from
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ Haystack = Annotated[str | None, typer.Option(help=f"Filler without a text: {', 
 Chat = Annotated[bool, typer.Option("--chat", help="Put the tokenizer's chat template around every question.")]
 Ppl = Annotated[Path | None, typer.Option(help="A UTF-8 text whose perplexity is measured too.", dir_okay=False)]
 WINDOW = "the longest of --lengths"
-Window = Annotated[int | None, typer.Option(help="Tokens a token of it is predicted in.", show_default=WINDOW)]
-Chunk = Annotated[int | None, typer.Option(help="Tokens of a context per forward.", show_default="all")]
+Window = Annotated[str | None, typer.Option(help="Tokens a token of it is predicted in.", show_default=WINDOW)]
+Chunk = Annotated[str | None, typer.Option(help="Tokens of a context per forward.", show_default="all")]
 Mode = Annotated[str, typer.Option(help=f"How the questions about one context are asked: {', '.join(MODES)}.")]
 
 
@@ -38,7 +39,7 @@ def command(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the results and the report.", file_okay=False)],
     tasks: Annotated[str, typer.Option(help=TASKS)],
-    lengths: Annotated[str, typer.Option(help="Tokens of a prompt, its question included: 512,2048.")],
+    lengths: Annotated[str, typer.Option(help="Tokens of a prompt, its question included: 512,2k (k: 1024).")],
     depths: Depths = "0,0.25,0.5,0.75,1",
     samples: Annotated[int, typer.Option(help="Prompts per task, length and depth.")] = 8,
     config: Config = "auto",
@@ -68,13 +69,13 @@ def command(
     check_word(dtype, DTYPES, "--dtype")
     check_plots()
     options = {
-        "lengths": listed(lengths, "--lengths", "512,2048"),
+        "lengths": [parse_tokens(one, "--lengths") for one in listed(lengths, "--lengths", "512,2048")],
         "depths": listed(depths, "--depths", "0,0.5,1") if depths.strip() else [],
         "samples": samples,
         "seed": seed,
         "mode": mode,
-        "prefill_chunk_size": prefill_chunk_size,
-        "perplexity_window": perplexity_window,
+        "prefill_chunk_size": _tokens(prefill_chunk_size, "--prefill-chunk-size"),
+        "perplexity_window": _tokens(perplexity_window, "--perplexity-window", 2),
     }
     tasks_from(tasks), make(Options, options), sweep is not None and list(values_of(sweep))  # before the model loads
     place = device_of(device)
@@ -97,6 +98,10 @@ def command(
     )
     if main:
         show(console(), found, out)
+
+
+def _tokens(given: str | None, option: str, least: int = 1) -> int | None:
+    return None if given is None else parse_tokens(given, option, least)
 
 
 def show(console: Console, summary: Summary, out: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config_sections import model_facts
+from .config_model import model_facts
 from .errors import UnsupportedModeError
 from .weights import flat, packed_weights, plain_parts
 

@@ -34,6 +34,9 @@ observers: ContextVar[Mapping[int, Any]] = ContextVar("hf_longctx_observers", de
 OURS = (None, "dynamic", "dynamic_full")
 DENSE_MEMORY = ("offloaded", "quantized")
 
+# Generation modes that never take a token back.
+FORWARD_ONLY = ("greedy_search", "sample", "beam_search", "beam_sample")
+
 # Arguments of packed sequences.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -211,6 +214,15 @@ def _refuse_packed(position_ids: Tensor | None, rows: Rows) -> None:
         )
 
 
+def _hands_back(generation_config: Any, given: tuple) -> bool:
+    """Whether somebody may take tokens back from the cache that generate() makes: its caller, or what it drafts with.
+
+    ``given`` are the other arguments of ``_prepare_cache_for_generation``, the generation mode among them.
+    """
+    kept = generation_config.return_dict_in_generate or getattr(generation_config, "is_assistant", False)
+    return bool(kept) or not any(getattr(one, "value", None) in FORWARD_ONLY for one in given)
+
+
 def _refuse_drafts(given: tuple) -> None:
     """Seen in Transformers 5.23, with its own caches too: the first step reads what the cache holds once more."""
     if "assisted_generation" in (getattr(one, "value", None) for one in given):
@@ -288,7 +300,8 @@ class PrepareCache(OnModel):
             _refuse_generate(cache, generation_config, (*args, *kwargs.values()))
         if self.dense or cache is not None or no_cache or asked in DENSE_MEMORY:
             return self.original(generation_config, model_kwargs, *args, **kwargs)
-        model_kwargs[CACHE] = LongCtxCache(model)
+        rollback = _hands_back(generation_config, (*args, *kwargs.values()))
+        model_kwargs[CACHE] = LongCtxCache(model, rollback=rollback)
         return None
 
 

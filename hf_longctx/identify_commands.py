@@ -17,6 +17,7 @@ from .console import console, no_bars
 from .errors import ConfigError
 from .plots import head_map, new_figure, save
 from .registry import build, check_word, read_fields, words
+from .sizes import parse_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ PLACE = "the accelerator if there is one, else the CPU"
 Device = Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.", show_default=PLACE)]
 Share = Annotated[float | None, typer.Option(help="Share of retrieval heads to write.")]
 Drop = Annotated[float | None, typer.Option(help="Find the smallest share that loses at most this much of dense.")]
-Tokens = Annotated[int | None, typer.Option(help="Tokens of a document or text --target-drop is measured on.")]
+Tokens = Annotated[str | None, typer.Option(help="Tokens of a document or text --target-drop is measured on (4k).")]
 Options = Annotated[list[str] | None, typer.Option("--set", help="An option of the method: --set steps=500. Repeat.")]
 Work = Annotated[Path | None, typer.Option(help="Folder where duo_gates saves its state.", show_default="beside --out")]
 
@@ -60,7 +61,7 @@ def command(
 
     duo_gates also trains on several processes: `accelerate launch -m hf_longctx identify ...`; docs/heads.md has more.
     """
-    from .identify import identify
+    from .identify import identify, needs_tokenizer
     from .identify._processes import Processes
 
     given = read_fields(options or [], "--set", "--set steps=500")
@@ -72,7 +73,7 @@ def command(
         new_figure(1, 1)  # before hours of measuring
     place = device_of(device)
     processes = Processes(place)
-    loaded, tokenizer = load_model(embedded(model), dtype, place)
+    loaded, tokenizer = load_model(embedded(model), dtype, place, needs_tokenizer(chosen, text, target_drop))
     config = identify(
         loaded,
         tokenizer,
@@ -80,7 +81,7 @@ def command(
         text=text,
         retrieval_fraction=retrieval_fraction,
         target_drop=target_drop,
-        measure_tokens=measure_tokens,
+        measure_tokens=None if measure_tokens is None else parse_tokens(measure_tokens, "--measure-tokens"),
         sink=sink,
         recent=recent,
         seed=seed,
@@ -90,7 +91,7 @@ def command(
     )
     if processes.main:
         _write(config, out, plot)
-        show(console(), config, out)
+        show(console(), config, out, retrieval_fraction is None and target_drop is None)
 
 
 def check_output(path: Path, endings: tuple[str, ...], option: str) -> None:
@@ -121,8 +122,8 @@ def device_of(name: str | None) -> torch.device:
     return torch.device("cpu") if found is None else torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def load_model(path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
-    """The dense model on ``device``, and its tokenizer.
+def load_model(path: str, dtype: str, device: torch.device, needs_tokenizer: bool = True) -> tuple[Any, Any]:
+    """The dense model on ``device``, and its tokenizer; None where it has none and needs none.
 
     Raises:
         ConfigError: there is no such model, or Transformers cannot load it.
@@ -135,9 +136,14 @@ def load_model(path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
     try:
         with no_bars() if quiet else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(path, longctx=False, dtype=dtype).to(device)
-            return model.eval(), AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"MODEL: {path!r} cannot be loaded: {error}") from None
+    try:
+        return model.eval(), AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        if needs_tokenizer:
+            raise ConfigError(f"MODEL: the tokenizer of {path!r} cannot be loaded: {error}") from None
+        return model.eval(), None
 
 
 def _write(config: LongCtxConfig, out: Path, plot: Path | None) -> None:
@@ -146,8 +152,11 @@ def _write(config: LongCtxConfig, out: Path, plot: Path | None) -> None:
         save(head_map(config), plot)
 
 
-def show(console: Console, config: LongCtxConfig, out: os.PathLike) -> None:
-    """What was found, in a few lines, and what to do with it."""
+DEFAULTS = {0.5: "Half of the heads", 0.25: "A quarter of the heads"}
+
+
+def show(console: Console, config: LongCtxConfig, out: os.PathLike, default: bool = False) -> None:
+    """What was found, in a few lines, and what to do with it; ``default``: nobody said which share it should be."""
     roles = "".join(config.roles())
     curve = config.heads.measured.get("curve", [])
     if curve:
@@ -160,8 +169,19 @@ def show(console: Console, config: LongCtxConfig, out: os.PathLike) -> None:
     console.print(
         f"{roles.count('R')} of {len(roles)} KV heads are retrieval heads "
         f"(retrieval_fraction {config.heads.retrieval_fraction}). Written to {out}.\n"
-        f'Use it: patch_model(model, "{out}")',
+        f'Use it: patch_model(model, "{out}")' + (_how_to_choose(config, out) if default else ""),
         markup=False,
         highlight=False,
         soft_wrap=True,
+    )
+
+
+def _how_to_choose(config: LongCtxConfig, out: os.PathLike) -> str:
+    share = config.heads.retrieval_fraction
+    return (
+        f"\n\n{DEFAULTS.get(share, f'This share ({share:.1%})')} is a default, nothing measured it. To choose:\n"
+        "  --target-drop 0.02         the smallest share that loses at most 2 % of dense\n"
+        "  --retrieval-fraction 0.25  this share\n"
+        "or later, from the scores in the file:\n"
+        f'  patch_model(model, "{out}", heads={{"kv_budget": 0.4}})'
     )

@@ -30,6 +30,7 @@ from .prefill.base import BLOCK, PatternSpec, select
 from .prefill.block_topk import BlockTopk
 from .prefill.vertical_slash import VerticalSlash
 from .registry import build, convert, dump, wrong
+from .tasks.documents import documents_for
 from .tasks.haystack import TextHaystack
 from .whole_file import written_whole
 
@@ -99,7 +100,8 @@ def identify_prefill(
     dispatch.require(wanted.kernel, "sparse_prefill", "a prefill pattern")
     with torch.no_grad(), modes_kept(model), patched(model, all_retrieval(model)):
         model.eval()
-        subject = subject_of(model, tokenizer, text, seed, None if work is None else Path(work), progress)
+        documents = documents_for(tokenizer, text)
+        subject = subject_of(model, tokenizer, documents, seed, None if work is None else Path(work), progress)
         ids = _prompt(subject, tokenizer, length)
         specs = default_candidates(len(ids), cost) if specs is None else specs
         search = Search(subject, ids, specs, cost)

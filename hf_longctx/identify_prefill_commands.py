@@ -13,6 +13,7 @@ from .assets import embedded
 from .console import console
 from .identify_commands import DTYPES, Device, Dtype, Model, check_output, device_of, load_model
 from .registry import check_word, dump
+from .sizes import parse_tokens
 
 if TYPE_CHECKING:
     from .config import LongCtxConfig
@@ -27,7 +28,7 @@ def command(
         "auto"
     ),
     text: Annotated[Path | None, typer.Option(help="File or folder to read the prompt from.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of the prompt.", show_default=LENGTH)] = None,
+    length: Annotated[str | None, typer.Option(help="Tokens of the prompt, e.g. 32k.", show_default=LENGTH)] = None,
     cost: Annotated[float, typer.Option(help="Share of the key blocks that a head may read.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     work: Annotated[Path | None, typer.Option(help="Folder for finished layers.", show_default="beside --out")] = None,
@@ -48,7 +49,7 @@ def command(
         tokenizer,
         config=config,
         text=text,
-        length=length,
+        length=None if length is None else parse_tokens(length, "--length"),
         cost=cost,
         seed=seed,
         work=out.with_suffix(".work") if work is None else work,

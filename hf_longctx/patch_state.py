@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .break_even import Form
 from .cache import LongCtxCache, storage_bytes
 from .config import LongCtxConfig
 from .layer_plan import LayerPlan
@@ -18,8 +19,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Kept:
-    """What a ``LongCtxCache`` held at one moment, as in ``Report``."""
+    """What a ``LongCtxCache`` held at one moment, as in ``Report``.
 
+    Attributes:
+        form: what it would hold at other lengths.
+    """
+
+    form: Form
     seen: int
     nbytes: int
     nbytes_dense: int
@@ -29,7 +35,7 @@ class Kept:
     @classmethod
     def by(cls, cache: LongCtxCache) -> Kept:
         layers = tuple(storage_bytes(layer.tensors()) for layer in cache.layers)
-        return cls(cache.seen, cache.nbytes, cache.nbytes_dense, layers, cache.nbytes_offloaded)
+        return cls(Form.of(cache), cache.seen, cache.nbytes, cache.nbytes_dense, layers, cache.nbytes_offloaded)
 
 
 @dataclass

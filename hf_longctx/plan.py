@@ -13,14 +13,15 @@ import yaml
 from .config import LongCtxConfig
 from .errors import ConfigError, LongCtxError
 from .ladder import RULE, Overrides, Rung, ladder, offloaded
-from .memory import DENSE, PATCHED, RESERVED, UNKNOWN_LENGTH, MemorySettings, Need, Subject, find, loaded, longest
+from .memory import DENSE, PATCHED, RESERVED, UNKNOWN_LENGTH, MemorySettings, Need, Subject, longest
+from .memory_find import find, loaded
 from .sizes import parse_bytes, word_of
 
 SMALL_CHUNK = 512  # tokens: what a refusal offers
 SIZES = 11, 8, 12, 10  # columns of a rung's numbers: its line has room in 80
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What was chosen, and why; ``str(plan)`` says it in words.
 
@@ -105,6 +106,8 @@ class Plan:
                 f"reserve   with {cache}, which never grows, it needs {total}; the rule can count so (reserve)"
             )
         return "\n".join([*lines, f"rule      {RULE}", *(f"note      {note}" for note in self.notes)])
+
+    __repr__ = __str__  # what a notebook shows
 
     def _line(self, label: str, need: Need) -> str:
         numbers = (f"{part / self._unit[1]:.2f}" for part in (need.weights, need.kv, need.working, need.total))

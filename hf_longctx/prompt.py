@@ -49,6 +49,9 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        return f"Prompt({len(self)} tokens, {self.nbytes / 1e6:.2f} MB)"
+
     @property
     def nbytes(self) -> int:
         """Bytes that its cache holds, those that it shares included."""

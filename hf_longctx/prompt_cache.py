@@ -61,6 +61,10 @@ class PromptCache:
         """Prompts in the table."""
         return len(self._table)
 
+    def __repr__(self) -> str:
+        used = f"hits: {self.hits}, misses: {self.misses}, tokens reused: {self.tokens_reused}"
+        return f"PromptCache(prompts: {len(self)}, {self.nbytes / 1e6:.2f} MB, {used})"
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory behind all prompts of the table; what they share counts once."""

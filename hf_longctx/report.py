@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -24,7 +25,10 @@ class Report:
         nbytes, nbytes_dense: bytes it holds, and bytes a dense cache would hold.
         layers: bytes it holds per layer.
         offloaded: bytes that it keeps outside of the device by choice, by where they are.
-        alive: whether that cache still exists. If not (``generate`` drops it with its answer), the five above are what
+        saves_from: tokens from which on a prompt in such a cache takes less than in a dense one, None where it never
+            does: buffers have room to grow, and windows only save what is longer.
+        reserved: its ``max_tokens``.
+        alive: whether that cache still exists. If not (``generate`` drops it with its answer), the seven above are what
             was noted last: after the prompt, and then whenever the cache had grown by an eighth.
         kernels: kernels that ran.
         notes: what ran slower or otherwise than asked for.
@@ -49,6 +53,8 @@ class Report:
     nbytes_dense: int | None = None
     layers: tuple[int, ...] = field(default=())
     offloaded: dict[str, int] = field(default_factory=dict)
+    saves_from: int | None = None
+    reserved: int | None = None
     alive: bool = False
 
     def __str__(self) -> str:
@@ -69,6 +75,7 @@ class Report:
             gone = "" if self.alive else " (it is gone now)"
             kept = f"{_mb(self.nbytes)} after {self.seen} tokens"
             lines.append(f"KV cache      {kept}, {share:.0%} of dense {_mb(self.nbytes_dense)}{gone}")
+            lines += [f"              {why}" for why in self._why_more()]
         elif self.forwards:
             lines.append("KV cache      none alive, and none was continued after its prompt")
         else:
@@ -78,6 +85,18 @@ class Report:
         return "\n".join(lines)
 
     __repr__ = __str__  # what a notebook shows
+
+    def _why_more(self) -> Iterator[str]:
+        """Why the cache takes more than a dense one, where it does."""
+        if self.nbytes <= self.nbytes_dense:
+            return
+        why = "buffers have room to grow"
+        if self.reserved is not None:
+            why = f"max_tokens={self.reserved} is reserved"
+        if self.saves_from is None:
+            yield f"more than dense at any length: {why}"
+        elif self.seen < self.saves_from:
+            yield f"more than dense below {self.saves_from} tokens: {why}"
 
 
 def report(model: nn.Module) -> Report:
@@ -104,7 +123,9 @@ def report(model: nn.Module) -> Report:
         dense=state.prefill.dense,
         density=state.prefill.density,
         own_density=state.prefill.own_density,
-        **(vars(kept) if kept is not None else {}),
+        **({name: value for name, value in vars(kept).items() if name != "form"} if kept is not None else {}),
+        saves_from=kept.form.saves_from if kept is not None and kept.seen else None,
+        reserved=kept.form.max_tokens if kept is not None else None,
         alive=alive,
     )
 

@@ -100,7 +100,7 @@ class SavedTensors:
         expected = (DTYPES[dtype], shape)
         if (found := self.shapes.get(name)) != expected:
             got = "is not there" if found is None else f"is {found[0]} {short(list(found[1]))}"
-            Told(self.path, f"tensor {name}", None).refuse(f"it {got}, expected {expected[0]} {list(shape)}")
+            Told(self.path, f"tensor {name[:SHORT]}", None).refuse(f"it {got}, expected {expected[0]} {list(shape)}")
 
     def close(self) -> None:
         """Raise CacheError where the file has tensors that nobody spoke of."""
@@ -237,10 +237,3 @@ class SavedSegment:
         shape = (rows, self.store.heads, length, self.store.head_dim)
         self.holds(dict.fromkeys("kv", (self.store.dtype, shape)))
         return length
-
-
-def starts_of(told: Told, batch: int, high: int) -> tuple[int, ...] | None:
-    """Slots row by row (0 to ``high``), or None."""
-    if told.value is None:
-        return None
-    return tuple(item.number(0, high) for item in told.items(batch))

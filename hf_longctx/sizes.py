@@ -42,7 +42,7 @@ def parse_tokens(text: str | int, where: str, least: int = 1) -> int:
     Raises:
         ConfigError: ``where`` is no such number, or less than ``least``.
     """
-    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,6})?)\s*([kKmM]?)\s*", str(text).replace("_", ""))
+    found = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,6})?)\s*([kKmM]?)\s*", str(text).replace("_", ""))
     count = None if found is None else Fraction(found[1]) * TOKEN_UNITS[found[2].lower()]
     if count is None or count != int(count) or not least <= count <= MOST:
         raise ConfigError(

@@ -15,7 +15,7 @@ from tiny import config_for, left_padded, tiny_model
 
 from hf_longctx import CacheError, LongCtxCache, patch_model
 from hf_longctx.kernels import cpu
-from hf_longctx.stores.sink_recent import SLACK
+from hf_longctx.stores.base import SLACK
 
 
 def patched_tiny(roles="mixed", sink=4, recent=16, **kwargs):
@@ -125,28 +125,61 @@ def capacities(cache) -> list[tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("prompt", [1, 20, 63, 700, 3000])
-def test_growth_is_bounded_and_already_there_at_prefill(prompt):
+@pytest.mark.parametrize("rollback", [False, True])
+@pytest.mark.parametrize("prompt", [1, 20, 63, 290, 310, 700, 3000])
+def test_growth_is_bounded_and_already_there_at_prefill(prompt, rollback):
     model = patched_tiny(recent=300)
-    cache = LongCtxCache(model)
+    cache = LongCtxCache(model, rollback=rollback)
     read(model, cache, torch.randint(3, 97, (1, prompt)))
     before = cache.nbytes
     for step in range(40):
         for slots, tokens in capacities(cache):
-            assert slots <= tokens + max(256, tokens // 8)
+            dropped = min(255, cache.seen - tokens) if rollback else 0
+            history = dropped + max(16, dropped // 8) + 1 if dropped else 0
+            assert slots <= tokens + max(16, tokens // 8) + history
         read(model, cache, torch.randint(3, 97, (1, 1)))
         if step == 0:
             assert cache.nbytes == before, "the first decoded token must not copy the cache"
 
 
-def test_many_decoded_tokens_copy_the_cache_seldom():
-    model = patched_tiny("retrieval", layers=1)
-    cache, buffers = LongCtxCache(model), []
-    read(model, cache, torch.randint(3, 97, (1, 100)))
-    for _ in range(600):
-        read(model, cache, torch.randint(3, 97, (1, 1)))
-        buffers.append(cache.layers[0].stores[0].segments["kept"].k.data_ptr())
-    assert sum(a != b for a, b in zip(buffers[:-1], buffers[1:], strict=True)) == 2
+def written(model, tokens, step=1, **kwargs):
+    """A cache of one layer filled by hand, ``step`` tokens at a time, and the slots copied when its buffer grew."""
+    cache, copied, grown, held = LongCtxCache(model, **kwargs), 0, 0, None
+    keys = torch.randn(1, 4, step, 8, dtype=torch.float64)
+    for _ in range(tokens // step):
+        cache.update(keys, keys, 0)
+        segments = cache.layers[0].stores[0].segments
+        places = [segment.k.data_ptr() for segment in segments.values()]
+        if held is not None and places != held[0]:
+            copied, grown = copied + held[1], grown + 1
+        held = places, sum(segment.k.shape[2] for segment in segments.values())
+    return cache, copied, grown
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(100, 6), (1000, 25), (30_000, 54)])
+def test_many_decoded_tokens_copy_the_cache_seldom(tokens, most):
+    _, copied, grown = written(patched_tiny("retrieval", layers=1), tokens)
+    assert grown <= most, "by an eighth, by 16 slots at first"
+    assert copied <= 9 * tokens
+
+
+def test_a_streaming_ring_and_its_history_are_made_as_they_fill():
+    model = patched_tiny("streaming", sink=64, recent=256, layers=1)
+    for rollback in (False, True):
+        cache, sizes = LongCtxCache(model, rollback=rollback), {}
+        for at in range(1, 800):
+            cache.update(*(torch.zeros(1, 4, 1, 8) for _ in "kv"), 0)
+            sizes[at] = {name: segment.k.shape[2] for name, segment in cache.layers[0].stores[0].segments.items()}
+        assert sizes[1] == {"kept": 17} and sizes[17] == {"kept": 17} and sizes[18] == {"kept": 34}
+        assert sizes[320] == {"kept": 320}
+        history = {at: size.get("history", 0) for at, size in sizes.items()}
+        if not rollback:
+            assert set(history.values()) == {0} and sizes[799] == {"kept": 320}
+            continue
+        assert (history[320], history[321], history[337], history[338]) == (0, 18, 18, 35)
+        assert all(history[at] > min(255, at - 320) for at in range(321, 800)), "what left the ring has a slot"
+        assert history[574] == history[799] == 256
+        assert len(set(history.values())) == 15, "14 times, by 17 slots at first"
 
 
 def test_max_tokens_never_allocates_the_cache_again():

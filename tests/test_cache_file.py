@@ -541,13 +541,13 @@ def test_other_files_are_refused(saved, tmp_path, monkeypatch):
     cache.save(path)
     monkeypatch.undo()
     with pytest.raises(
-        CacheError, match=r"the file.cache: got no keys, expected an object with the keys starts, ends, staggered"
+        CacheError, match=r"file.cache: got no keys, expected an object with the keys starts, ends, staggered"
     ):
         LongCtxCache.load(path, model)
-    monkeypatch.setattr(cache_file, "VERSION", 2)
+    monkeypatch.setattr(cache_file, "VERSION", 3)
     cache.save(path)
     monkeypatch.undo()
-    with pytest.raises(CacheError, match="has format 2, this version of hf_longctx reads 1"):
+    with pytest.raises(CacheError, match="has format 3, this version of hf_longctx reads 1 and 2"):
         LongCtxCache.load(path, model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 import typer
@@ -142,3 +143,14 @@ def test_what_was_measured_is_saved_although_the_pipe_is_closed(tmp_path, monkey
     done = invoke("bench", "decode", "--tokens", 65, "--rounds", 1, *shape, "--json", tmp_path / "out.json")
     assert isinstance(done.exception, (BrokenPipeError, SystemExit)) and done.exit_code
     assert (tmp_path / "out.json").stat().st_size > 1000
+
+
+def test_an_error_breaks_between_words_in_a_terminal_and_nowhere_in_a_file():
+    args = ["configs", "show", "meta-llama/Llama-3.1-8B-Instrct"]
+    form = {"COLUMNS": "80", "NO_COLOR": "1"}
+    plain = CliRunner().invoke(app, args, env=form)
+    shown = CliRunner().invoke(app, args, env={**form, "FORCE_COLOR": "1"})
+    assert plain.exit_code == shown.exit_code == 2
+    (line,) = plain.output.splitlines()
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", one).rstrip() for one in shown.output.splitlines()]
+    assert len(line) > 80 and max(map(len, lines)) <= 80 and " ".join(lines) == line

@@ -19,6 +19,7 @@ from config_cases import SCORES, refused
 from tiny import tiny_model
 
 from hf_longctx import ConfigError, LongCtxConfig, config_sections, patch_model, registry, unpatch_model
+from hf_longctx.config_model import ModelSection
 from hf_longctx.config_reference import meanings
 from hf_longctx.decode.base import SelectSpec
 from hf_longctx.patch import state_of
@@ -191,7 +192,7 @@ def test_a_key_that_nothing_reads_is_caught(monkeypatch):
 
 
 def test_what_is_free_of_meaning_says_so():
-    for cls in (config_sections.ModelSection, config_sections.HeadsSection, config_sections.PrefillTable):
+    for cls in (ModelSection, config_sections.HeadsSection, config_sections.PrefillTable):
         for one in dataclasses.fields(cls):
             assert ("free of meaning for the run" in meanings(cls)[one.name]) == bool(one.metadata.get("free"))
 

@@ -324,3 +324,43 @@ def test_nobody_else_may_read_a_saved_cache(full, tmp_path):
     path.chmod(0o644)
     cache.save(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_history_has_a_slot_for_every_token_that_it_remembers(tmp_path):
+    """60 tokens over a ring of 16: 40 left it, and the slots of the history say where each of them is."""
+    model, forger = forger_of("sink_recent", tmp_path, (60,))
+    false = tmp_path / "false"
+    layers = [("kept", layer, "stores", "streaming") for layer in range(2)]
+
+    def slots(length, capacity):
+        def edit(tensors, told):
+            cut("history.k", "history.v", how=lambda t: t.repeat(1, 1, 8, 1)[:, :, :length])(tensors, told)
+            for place in layers:
+                numbers = at(told, (*place, "segments", 1, "numbers"))
+                numbers |= {"length": length, "capacity": capacity}
+
+        return edit
+
+    def without(oldest):
+        def edit(tensors, told):
+            for place in layers:
+                store = at(told, place)
+                del store["segments"][1]
+                store["numbers"]["oldest"] = oldest
+            for name in [name for name in tensors if ".history." in name]:
+                del tensors[name]
+
+        return edit
+
+    for length, capacity in ((40, 40), (2, 2), (1, 1), (0, 0), (257, 257), (57, 58), (57, 2**40)):
+        refused((model, forger, false), slots(length, capacity), r"(length|capacity): got .*, expected")
+    for length in (41, 256):
+        assert LongCtxCache.load(forger.write(false, slots(length, length)), model).seen == 60, "a control"
+    for oldest in (0, 4, 43):
+        refused(
+            (model, forger, false),
+            without(oldest),
+            r"expected \['kept', 'history'\]",
+        )
+    nothing = LongCtxCache.load(forger.write(false, without(44)), model)
+    assert nothing.oldest_crop == 60, "a control: a cache that remembers nothing"

@@ -17,8 +17,8 @@ from tiny import FAMILIES, config_for, left_padded, tiny_model
 from hf_longctx import CacheError, LongCtxCache, patch_model, report
 from hf_longctx.cache import storage_bytes
 from hf_longctx.kernels.layout import Segment
+from hf_longctx.stores.base import SLACK, SPARE
 from hf_longctx.stores.full import FullStore
-from hf_longctx.stores.sink_recent import SLACK
 
 
 class Text:
@@ -160,8 +160,8 @@ def test_a_fork_holds_new_tokens_and_rings_alone():
     held = storage_bytes(tensor for cache in caches for layer in cache.layers for tensor in layer.tensors())
     token = 2 * 8 * 8  # bytes: k and v of one head, 8 numbers in float64
     prefix, rings = (4 * token * slots for slots in (3375, 4 + 24 + SLACK + 1))
-    assert held == prefix + 10 * rings + 9 * 4 * token * (30 + 256)
-    assert report(model).nbytes == caches[-1].nbytes == prefix + rings + 4 * token * (30 + 256)
+    assert held == prefix + 10 * rings + 9 * 4 * token * (30 + SPARE)
+    assert report(model).nbytes == caches[-1].nbytes == prefix + rings + 4 * token * (30 + SPARE)
 
 
 def test_many_rows_over_one_prompt_hold_it_once():
@@ -174,7 +174,7 @@ def test_many_rows_over_one_prompt_hold_it_once():
     fork.rows([5, 0, 0], "reorder")
     assert fork.more(1) < 1e-6
     own = storage_bytes([t for layer in fork.cache.layers for t in layer.tensors()]) - text.cache.nbytes
-    assert own == 3 * 4 * 2 * 8 * 8 * (11 + 256)
+    assert own == 3 * 4 * 2 * 8 * 8 * (11 + SPARE)
     alone = LongCtxCache(model)
     read(model, alone, text.ids.repeat(6, 1))
     assert alone.nbytes == 6 * text.cache.nbytes, "a control"
@@ -189,7 +189,7 @@ def test_short_turns_do_not_pile_spare_room_up():
     store = text.cache.layers[0].stores[0]
     assert len(store.segments) == 21
     slots = sum(segment.k.untyped_storage().nbytes() for segment in store.segments.values()) // (4 * 8 * 8)
-    assert slots == 400 + 19 * 5 + 5 + 256
+    assert slots == 400 + 400 // 8 + 19 * 5 + 5 + SPARE
 
 
 def test_a_rollback_to_less_than_half_lets_go_of_the_rest():

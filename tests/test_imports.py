@@ -25,14 +25,18 @@ OURS = {name for name in vars(hf_longctx.errors) if name.endswith("Error")}
 # File or folder -> the files and folders of this package that it imports. A folder may import itself; `__init__` stands
 # for the public names. A new file at the top of the package gets a line here; a new store, pattern, selector, kernel or
 # family does not.
-CONFIG = {"errors", "registry", "head_map", "config_files", "config_sections", "config"}
+CONFIG = {"errors", "bounds", "strict_yaml", "registry", "head_map", "config_files", "config_model", "config_sections"}
+CONFIG |= {"config"}
 LAYERS = {
     "errors": set(),
     "whole_file": set(),
-    "registry": {"errors"},
-    "head_map": {"errors"},
-    "config_files": {"errors", "registry"},
-    "config_sections": {"errors", "registry", "head_map"},
+    "bounds": set(),
+    "strict_yaml": {"errors"},
+    "registry": {"errors", "bounds", "strict_yaml"},
+    "head_map": {"errors", "bounds"},
+    "config_files": {"errors", "registry", "strict_yaml"},
+    "config_model": {"bounds", "registry"},
+    "config_sections": {"errors", "bounds", "registry", "head_map", "config_model"},
     "config": CONFIG - {"config"},
     "config_find": CONFIG,
     "family": {"errors"},
@@ -41,14 +45,14 @@ LAYERS = {
     "mask_errors": {"errors", "prompt_learning"},
     "rows": {"mask_errors"},
     "kernels": {"errors"},
-    "stores": {"errors", "kernels", "rows"},
-    "prefill": {"errors", "kernels", "rows"},
+    "stores": {"errors", "bounds", "kernels", "rows"},
+    "prefill": {"errors", "bounds", "kernels", "rows"},
     "decode": {"errors", "kernels", "rows"},
     "layer_plan": {"kernels", "stores", "prefill"},
     "token_ids": set(),
     "finite": {"errors"},
     "tensor_file": {"errors"},
-    "fingerprint": {"errors", "config_sections"},
+    "fingerprint": {"errors", "config_model"},
     "cache_file": {"errors", "registry", "rows", "layer_plan", "whole_file", "finite", "tensor_file", "fingerprint"},
     "dense_members": {"errors"},
     "cache_layer": {"errors", "kernels", "rows", "stores", "layer_plan", "finite", "dense_members"},
@@ -61,19 +65,20 @@ LAYERS = {
     | {"as_stock"},
     "patch_state": {"errors", "config", "rows", "layer_plan", "cache"},
     "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam", "rotary"} | {"mask_errors"},
+    "overrides": CONFIG,
     "patch": CONFIG
     | {"config_find", "family", "rows", "kernels", "stores", "prefill", "layer_plan", "cache", "attention"}
-    | {"patch_state", "hooks", "contract"},
+    | {"patch_state", "hooks", "contract", "overrides"},
     "loading": {"errors", "config", "patch"},
     "report": {"errors", "cache", "patch", "patch_state"},
-    "tasks": {"errors", "registry", "seam"},
+    "tasks": {"errors", "bounds", "registry", "seam"},
     "identify": {"errors", "registry", "head_map", "config", "config_find", "kernels", "patch", "tasks", "whole_file"}
-    | {"progress", "seam"},
+    | {"seam", "bounds", "progress"},
     "identify_prefill": CONFIG
     | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"}
     | {"whole_file"},
     "evaluate": {"errors", "environment", "registry", "config", "cache", "patch", "report", "tasks", "identify"}
-    | {"assets", "plots", "whole_file", "progress", "seam"},
+    | {"assets", "plots", "whole_file", "progress", "seam", "strict_yaml"},
     "prompt": {"errors", "cache", "tasks", "seam"},
     "prompt_cache": {"errors", "cache", "prompt", "prompt_learning"},
     "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"}
@@ -81,25 +86,34 @@ LAYERS = {
     "environment": set(),
     "console": set(),
     "progress": set(),
-    "sizes": {"errors", "registry"},
+    "sizes": {"errors", "bounds", "registry"},
     "ladder": CONFIG | {"memory"},
-    "plan": CONFIG | {"ladder", "memory", "sizes"},
-    "memory": CONFIG | {"assets", "config_find", "family", "layer_plan", "patch", "sizes"},
+    "plan": CONFIG | {"ladder", "memory", "memory_find", "sizes"},
+    "memory": CONFIG | {"family", "layer_plan", "patch", "sizes"},
+    "memory_find": CONFIG | {"assets", "config_find", "family", "memory", "patch", "sizes"},
     "plots": {"errors", "config"},
     # What stands on the public names, which it may also take from the files that define them.
     "assets": {"errors"},
-    "identify_commands": {"console", "errors", "registry", "config", "loading", "assets", "identify", "plots"},
-    "identify_prefill_commands": {"console", "registry", "config", "assets", "identify_commands", "identify_prefill"},
+    "identify_commands": {"console", "errors", "registry", "config", "loading", "assets", "identify", "plots", "sizes"},
+    "identify_prefill_commands": {
+        "console",
+        "registry",
+        "config",
+        "assets",
+        "identify_commands",
+        "identify_prefill",
+        "sizes",
+    },
     "compare_commands": {"__init__", "console", "errors", "registry", "assets", "bench", "evaluate"}
     | {"identify_commands"},
-    "eval_commands": {"console", "registry", "assets", "identify", "identify_commands", "tasks", "evaluate"},
+    "eval_commands": {"console", "registry", "assets", "identify", "identify_commands", "tasks", "evaluate", "sizes"},
     "plan_commands": {"bench", "config", "console", "environment", "identify_commands", "registry", "sizes"},
     "__main__": {"cli"},
     "demo": {"__init__", "console", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"}
     | {"progress", "seam"},
     "bench": CONFIG
     | {"__init__", "environment", "family", "kernels", "prefill", "layer_plan", "cache", "patch", "loading", "report"}
-    | {"assets", "plots", "tasks", "console", "progress", "memory", "sizes", "seam"},
+    | {"assets", "plots", "tasks", "console", "progress", "memory", "memory_find", "sizes", "seam"},
     "config_reference": CONFIG,
     "config_list": CONFIG | {"assets"},
     "config_commands": CONFIG | {"config_find", "config_list", "config_reference", "console"},
@@ -110,7 +124,8 @@ LAYERS = {
 # What a method imports only when it is called, to hand on to: no part of the order, and never at the top of a file.
 LATE = {"config": {"plan"}}
 TRANSFORMERS = {"cache", "cache_layer", "attention", "hooks", "patch", "loading", "demo", "bench", "identify"}
-TRANSFORMERS |= {"as_stock", "identify_commands", "environment", "memory", "console", "seam", "contract"}
+TRANSFORMERS |= {"as_stock", "identify_commands", "environment", "memory_find", "console", "seam", "contract"}
+TRANSFORMERS |= {"config_commands"}
 COMMANDS = ("cli", "compare_commands", "config_commands", "config_reference", "eval_commands")
 COMMANDS += ("identify_commands", "identify_prefill_commands", "plan_commands")
 NOT_AT_IMPORT = (
@@ -121,6 +136,7 @@ NOT_AT_IMPORT = (
     "patches",
     "plots",
     "memory",
+    "memory_find",
     "sizes",
     "plan",
     "ladder",

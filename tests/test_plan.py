@@ -15,12 +15,13 @@ import torch
 from tiny import config_for, tiny_config, tiny_model
 from typer.testing import CliRunner
 
-from hf_longctx import ConfigError, LongCtxConfig, LongCtxError, ladder, memory, patch_model, registry
+from hf_longctx import ConfigError, LongCtxConfig, LongCtxError, ladder, memory_find, patch_model, registry
 from hf_longctx.bench.memory_check import fill
 from hf_longctx.cli import app
 from hf_longctx.config import load_shipped
 from hf_longctx.ladder import BITS, RULE, fewer_heads
-from hf_longctx.memory import DENSE, PATCHED, RESERVED, MemorySettings, find, longest
+from hf_longctx.memory import DENSE, PATCHED, RESERVED, MemorySettings, longest
+from hf_longctx.memory_find import find
 from hf_longctx.patch import state_of
 from hf_longctx.stores.full import Full
 
@@ -56,8 +57,8 @@ def stores(monkeypatch):
     class Quantized(Full):
         bits: int = 8
 
-        def head_bytes(self, tokens, head_dim, number, max_tokens=None):
-            return super().head_bytes(tokens, head_dim, number, max_tokens) * self.bits // (8 * number)
+        def head_bytes(self, tokens, head_dim, number, *room):
+            return super().head_bytes(tokens, head_dim, number, *room) * self.bits // (8 * number)
 
     Quantized.__module__ = "hf_longctx.stores.quantized"
     made, words = types.ModuleType(Quantized.__module__), registry.words
@@ -257,10 +258,20 @@ def test_what_cannot_fit_is_refused_with_what_would(given, reserve, stores):
     need = last.need(way, TOKENS)
     assert f"a context of at most {tokens} tokens" in said and f"The longest context with it: {tokens}." in said
     assert f"The smallest (recent 64) needs {need.total / 1e6:.2f} MB" in said and "fewer than 2 rows" in said
-    assert ("(reserve)" in said) is not reserve
+    assert "(reserve)" not in said, "it can take tokens back, which costs more here than room to grow"
     enough = float(re.search(r"memory of at least (\S+) MB", said)[1])
     assert plan(path, config, memory=f"{enough}MB", batch=2, reserve=reserve).need == need
     assert len(plan(path, config, memory=size, batch=2, context=tokens, reserve=reserve).rungs) <= 6
+
+
+def test_a_cache_that_never_grows_is_offered_where_it_helps(given):
+    path, config = given()
+    form = {"context": 2**15, "batch": 2}
+    for reserve in (False, True):
+        size = rungs(path, config, tokens=2**15, way=RESERVED if reserve else PATCHED, batch=2)[-1].need.total - 1
+        with pytest.raises(LongCtxError) as refused:
+            plan(path, config, memory=size, reserve=reserve, **form)
+        assert ("(reserve)" in str(refused.value)) is not reserve
 
 
 def test_a_slower_place_is_offered_where_it_helps(given):
@@ -338,7 +349,7 @@ def test_the_rule_is_said_and_stands_in_the_docs(given):
 
 
 def test_a_shipped_config_needs_no_weights(monkeypatch):
-    monkeypatch.setattr(memory.AutoModelForCausalLM, "from_pretrained", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(memory_find.AutoModelForCausalLM, "from_pretrained", lambda *args: pytest.fail("loaded"))
     found = LongCtxConfig.plan("llama-3.1-8b-instruct", context=131072, memory="24GB")
     subject = find("llama-3.1-8b-instruct", MemorySettings(24 * 10**9))
     assert found.rungs[0].need == subject.need(PATCHED, 131072) and found.rungs[0].need.total > 24 * 10**9

@@ -9,6 +9,7 @@ import typer
 
 from ..console import console
 from ..progress import Progress
+from ..sizes import parse_tokens
 from . import outputs
 from .environment import Busy, retune
 from .memory_commands import command as memory
@@ -36,7 +37,7 @@ Malloc = Annotated[
 
 @app.command()
 def decode(
-    tokens: Annotated[str, typer.Option(help="Lengths of the filled caches.")] = "8192,32768",
+    tokens: Annotated[str, typer.Option(help="Lengths of the filled caches: 8192,32k (k: 1024).")] = "8192,32768",
     dtype: Dtypes = "fp32,bf16",
     layers: Layers = 4,
     heads: Heads = 32,
@@ -60,7 +61,7 @@ def decode(
 
 @app.command()
 def prefill(
-    tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "8192,32768",
+    tokens: Annotated[str, typer.Option(help="Lengths of the prompt: 8192,32k (k: 1024).")] = "8192,32768",
     dtype: Dtypes = "fp32,bf16",
     layers: Layers = 4,
     heads: Heads = 32,
@@ -86,7 +87,7 @@ def prefill(
 
 @app.command()
 def e2e(
-    tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "512,1024",
+    tokens: Annotated[str, typer.Option(help="Lengths of the prompt: 8192,32k (k: 1024).")] = "512,1024",
     dtype: Dtypes = "fp32,bf16",
     layers: Annotated[
         int | None, typer.Option(help="Layers.", show_default="4, or 8 with a prompt of 32768 tokens or more")
@@ -118,7 +119,9 @@ def e2e(
 
 @app.command()
 def crossover(
-    tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "512,1024,2048,4096,8192,16384,32768",
+    tokens: Annotated[
+        str, typer.Option(help="Lengths of the prompt: 8192,32k (k: 1024).")
+    ] = "512,1024,2048,4096,8192,16384,32768",
     dtype: Dtypes = "fp32",
     config: Annotated[
         str | None, typer.Option(help="Take shape, roles and patterns from this shipped config or .yaml.")
@@ -153,8 +156,12 @@ app.command("memory")(memory)
 
 @app.command()
 def gpu(
-    tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "16384,32768,65536,131072",
-    decode_tokens: Annotated[str, typer.Option(help="Lengths of the filled caches.")] = "32768,131072,524288,1048576",
+    tokens: Annotated[
+        str, typer.Option(help="Lengths of the prompt: 8192,32k (k: 1024).")
+    ] = "16384,32768,65536,131072",
+    decode_tokens: Annotated[
+        str, typer.Option(help="Lengths of the filled caches: 8192,32k (k: 1024).")
+    ] = "32768,131072,524288,1048576",
     densities: Annotated[str, typer.Option(help="Percents of the blocks that block lists read.")] = "5,10,20",
     retrieval: Annotated[str, typer.Option(help="Percents of the KV heads that keep all, in decoding.")] = "25,50",
     kernels: Annotated[str, typer.Option(help="Kernels; the first is held to the goals.")] = "triton,flash,cpu",
@@ -170,8 +177,10 @@ def gpu(
     """The kernels on a CUDA GPU: prompts and decoding, of one layer, against the best dense attention there."""
     given = locals()
     outputs.check(given.pop("json"))
-    for name in ("tokens", "decode_tokens", "densities", "retrieval"):
-        given[name] = _numbers(given[name], f"--{name.replace('_', '-')}", "numbers such as 25,50")
+    given["tokens"] = _lengths(tokens, "--tokens")
+    given["decode_tokens"] = _lengths(decode_tokens, "--decode-tokens")
+    for name in ("densities", "retrieval"):
+        given[name] = _numbers(given[name], f"--{name}", "numbers such as 25,50")
     given["kernels"] = tuple(word.strip() for word in kernels.split(",") if word.strip())
 
     from .gpu import bench
@@ -220,7 +229,7 @@ def _progress(benchmark: str, settings: Settings, lengths: tuple[int, ...]) -> P
 def _settings(benchmark: str, given: dict[str, Any]) -> Settings:
     """The settings that the options mean; an option that is None has its default."""
     given["dtypes"] = _words(given.pop("dtype"))
-    given["tokens"] = _numbers(given["tokens"], "--tokens", "lengths such as 8192,32768")
+    given["tokens"] = _lengths(given["tokens"], "--tokens")
     if "densities" in given:
         given["densities"] = _numbers(given["densities"], "--densities", "percents such as 10,20,30")
         given["patterns"] = _words(given["patterns"])
@@ -231,6 +240,10 @@ def _settings(benchmark: str, given: dict[str, Any]) -> Settings:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _lengths(text: str, option: str) -> tuple[int, ...]:
+    return tuple(parse_tokens(part, option) for part in _words(text))
 
 
 def _numbers(text: str, option: str, example: str) -> tuple[int, ...]:

@@ -43,7 +43,8 @@ def fill(subject: Subject, way: str, tokens: int) -> int:
     if way == DENSE:
         cache: Cache = DynamicCache(config=subject.dense)
     else:
-        cache = LongCtxCache(subject.patch(), max_tokens=tokens if way == RESERVED else None)
+        own = way == RESERVED
+        cache = LongCtxCache(subject.patch(), tokens if own else None, rollback=own)
     most = 0
     for index, plan in enumerate(subject.plans):
         step = subject.chunk(tokens) if way == DENSE and plan.sliding else tokens

@@ -45,7 +45,8 @@ def command(
     check_word(dtype, DTYPES, "--dtype")
     outputs.check(json, png)
     size = None if weights is None else parse_bytes(weights, "--weights")
-    from ..memory import MemorySettings, find
+    from ..memory import MemorySettings
+    from ..memory_find import find
     from .show import as_json
 
     per_forward = parse_tokens(chunk, "--prefill-chunk-size", 0)

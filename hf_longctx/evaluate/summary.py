@@ -50,7 +50,7 @@ class Row:
     cells: Mapping[str, Cell]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
     """What an evaluation found.
 
@@ -76,6 +76,13 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        from .sentence import sentences  # stands on this file
+
+        return "\n".join(sentences(self))
+
+    __repr__ = __str__  # what a notebook shows
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from ..errors import ConfigError, UnsupportedModeError, UnsupportedModelError
 from ..head_map import usable_fraction
 from ..patch import patched, state_of, unwrap
 from ..registry import build, convert, dump, words
-from ..tasks.documents import documents_for
+from ..tasks.documents import Documents, RandomTokens, documents_for
 from ._share import ShareSearch
 from .base import Method, Subject, modes_kept
 
@@ -50,7 +50,8 @@ def identify(
 
     Args:
         model: a loaded causal language model of a family in ``patches/``, on any device, patched or not.
-        tokenizer: its tokenizer; the documents are made with it.
+        tokenizer: its tokenizer; the documents are made with it. "echo_induction" needs none without ``text`` and
+            ``target_drop``: given None, it draws from all of the model's token ids but the special ones.
         method: a word of ``hf_longctx/identify``: "duo_gates" (arXiv:2410.10819), "retrieval_score"
             (arXiv:2404.15574), "echo_induction" (arXiv:2407.15891) or "two_needle" (arXiv:2605.16928).
         text: a file or folder to take the documents' filler from, instead of random tokens.
@@ -70,8 +71,8 @@ def identify(
         A config with the scores, where they come from, and what was measured; write it with ``to_yaml``.
 
     Raises:
-        ConfigError: an unknown method or option, an argument out of bounds or without a use, an unreadable text,
-            another model's tokenizer, or scores in which no head stands out.
+        ConfigError: an unknown method or option, an argument out of bounds or without a use, an unreadable text, no
+            tokenizer where one is needed, another model's tokenizer, or scores in which no head stands out.
         UnsupportedModelError: the family is not in ``patches/``, the model has no LM head, or it answers nothing.
         UnsupportedModeError: the model is spread over processes by tensor parallelism.
     """
@@ -80,7 +81,9 @@ def identify(
     plain = all_retrieval(model, sink, recent)
     with modes_kept(model), patched(model, plain):
         model.eval()
-        subject = subject_of(model, tokenizer, text, seed, work, progress)
+        without = tokenizer is None and not needs_tokenizer(chosen, text, target_drop)
+        documents = RandomTokens(_plain_ids(unwrap(model))) if without else documents_for(tokenizer, text)
+        subject = subject_of(model, tokenizer, documents, seed, work, progress)
         search = None if target_drop is None else ShareSearch(subject, measure_tokens, target_drop)
         scores = chosen.scores(subject)
         scores[list(subject.windowed)] = 0  # their heads keep the model's own window, whatever they score
@@ -126,7 +129,20 @@ def all_retrieval(model: nn.Module, sink: int = 64, recent: int = 256) -> LongCt
     return LongCtxConfig.from_dict({"model": described, "heads": {"roles": roles}, "stores": {"streaming": streaming}})
 
 
-def subject_of(model: nn.Module, tokenizer: Any, text: Any, seed: int, work: Any, progress: bool) -> Subject:
+def needs_tokenizer(chosen: Method, text: Any, target_drop: Any) -> bool:
+    """Whether ``identify`` with these arguments reads or writes any text."""
+    return chosen.needs_tokenizer or text is not None or target_drop is not None
+
+
+def _plain_ids(inner: nn.Module) -> list[int]:
+    """The model's token ids but those that its configs call special."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    given = [getattr(one, name, None) for one in (inner.config, inner.generation_config) for name in names]
+    special = {i for one in given if one is not None for i in (one if isinstance(one, (list, tuple)) else [one])}
+    return [i for i in range(inner.get_input_embeddings().num_embeddings) if i not in special]
+
+
+def subject_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int, work: Any, progress: bool) -> Subject:
     """What is measured, of a model patched with ``all_retrieval``; errors as ``identify``."""
     inner = unwrap(model)
     hf_config, plans = inner.base_model.config, state_of(model).plans
@@ -141,9 +157,8 @@ def subject_of(model: nn.Module, tokenizer: Any, text: Any, seed: int, work: Any
     windowed = tuple(plan.layer_idx for plan in plans if plan.sliding)
     if len(windowed) == len(plans):
         raise ConfigError("identify: every layer has a sliding window of its own, so there is nothing to measure.")
-    documents = documents_for(tokenizer, text)
-    reach, known = max(tokenizer.get_vocab().values(), default=0), inner.get_input_embeddings().num_embeddings
-    if reach >= known:
+    reach = 0 if tokenizer is None else max(tokenizer.get_vocab().values(), default=0)
+    if reach >= (known := inner.get_input_embeddings().num_embeddings):
         raise ConfigError(f"tokenizer: its ids reach {reach}, but the model knows {known}. Is it this model's own?")
     return Subject(
         model=inner,
@@ -156,6 +171,7 @@ def subject_of(model: nn.Module, tokenizer: Any, text: Any, seed: int, work: Any
         longest=min(hf_config.max_position_embeddings, documents.longest or hf_config.max_position_embeddings),
         work=None if work is None else Path(work),
         progress=progress,
+        measured={"tokenizer": "none"} if tokenizer is None else {},
     )
 
 

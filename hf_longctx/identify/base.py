@@ -105,11 +105,13 @@ class Method(ABC):
         paper: where the method comes from.
         reads_documents: whether its texts are the subject's documents, so that the user's own text has a use.
         saves: whether it saves its state in the subject's work folder.
+        needs_tokenizer: whether it writes documents; otherwise random token ids are all it reads.
     """
 
     paper: ClassVar[str]
     reads_documents: ClassVar[bool] = True
     saves: ClassVar[bool] = False
+    needs_tokenizer: ClassVar[bool] = True
 
     @abstractmethod
     def scores(self, subject: Subject) -> Tensor:

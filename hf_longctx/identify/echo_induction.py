@@ -27,7 +27,7 @@ class EchoInduction(Method):
     """
 
     paper = "arXiv:2407.15891"
-    reads_documents = False
+    reads_documents = needs_tokenizer = False
 
     tokens: int | None = field(default=None, metadata={"min": 8, "max": 2**24, "unit": "tokens"})
     copies: int = field(default=4, metadata={"min": 2, "max": 1024, "unit": "copies"})

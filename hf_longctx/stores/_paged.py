@@ -14,7 +14,7 @@ from ..rows import Rows
 from ..saved import SavedStore, short
 from ._page import Folder, HostMemory, Page
 from ._pages import Entry, PagedKV, Pages
-from .base import Store, StoreSpec, room
+from .base import SLACK, Store, StoreSpec, room
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Paged(StoreSpec):
     def kept(self, tokens: int) -> int:
         return tokens - max(0, tokens - self.recent) // self.page * self.page
 
-    def slots(self, tokens: int, max_tokens: int | None = None) -> int:
+    def slots(self, tokens: int, max_tokens: int | None = None, slack: int = SLACK) -> int:
         return room(self.kept(tokens), max_tokens, self.recent + self.page)
 
     def span(self) -> None:

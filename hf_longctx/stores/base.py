@@ -22,7 +22,8 @@ from ..kernels.layout import HeadKV, RoleHeads, Segment
 from ..rows import Rows
 from ..saved import SavedStore
 
-SPARE = 256  # slots: free room a growing buffer keeps at least, and the slots of the history of a ring
+SPARE = 16  # slots: free room that a growing buffer has at least when it is made
+SLACK = 255  # tokens that a store which remembers what its windows drop can take back
 
 
 class Call(Protocol):
@@ -53,17 +54,24 @@ class StoreSpec(ABC):
     def kept(self, tokens: int) -> int:
         """Tokens one head keeps after ``tokens`` tokens."""
 
-    def slots(self, tokens: int, max_tokens: int | None = None) -> int:
-        """Slots of memory one head holds after a forward of ``tokens`` tokens, spare room included."""
+    def slots(self, tokens: int, max_tokens: int | None = None, slack: int = SLACK) -> int:
+        """Slots of memory one head holds after a forward of ``tokens`` tokens, spare room included.
+
+        Args:
+            max_tokens: tokens that the cache has reserved room for, if it has.
+            slack: dropped tokens that it remembers to take them back, see `Store`.
+        """
         return room(self.kept(tokens), max_tokens)
 
     def kept_bytes(self, tokens: int, head_dim: int, number: int) -> int:
         """Bytes of what one head keeps after ``tokens`` tokens of ``number`` bytes a number, without spare room."""
         return 2 * self.kept(tokens) * head_dim * number
 
-    def head_bytes(self, tokens: int, head_dim: int, number: int, max_tokens: int | None = None) -> int:
-        """Bytes on the device of one head of one row after a forward of ``tokens`` tokens, spare room included."""
-        return 2 * self.slots(tokens, max_tokens) * head_dim * number
+    def head_bytes(
+        self, tokens: int, head_dim: int, number: int, max_tokens: int | None = None, slack: int = SLACK
+    ) -> int:
+        """Bytes on the device of one head of one row after a forward of ``tokens`` tokens; arguments as for `slots`."""
+        return 2 * self.slots(tokens, max_tokens, slack) * head_dim * number
 
     def host_bytes(self, tokens: int, head_dim: int, number: int) -> int:
         """Bytes of one head of one row that are in host memory by choice, wherever the device is."""
@@ -100,11 +108,14 @@ class Store(ABC):
         kinds: classes of what ``segments`` holds, for `restored`.
         numbers: names of the attributes (plain ints) that belong to what is kept.
         staggers: whether it has `stagger`.
+        slack: tokens that left a window and are remembered, so that `crop` can take them back: `SLACK` or 0. From 0 it
+            may be set to `SLACK` at any time, for what leaves from then on.
     """
 
     kinds: ClassVar[tuple[type[Segment] | type[Streamed], ...]] = (Segment,)
     numbers: ClassVar[tuple[str, ...]] = ()
     staggers: ClassVar[bool] = False
+    slack: int = SLACK
 
     def __init__(self, spec: StoreSpec, heads: RoleHeads, max_tokens: int | None):
         self.spec = spec
@@ -258,7 +269,16 @@ def blanked(segment: Segment, held: list[tuple[slice, int]]) -> Segment:
     return blank
 
 
+def spare(needed: int) -> int:
+    """Free slots of a new buffer for ``needed`` slots: an eighth of them, so that a token is copied 9 times at most.
+
+    That is the mean over all tokens of a buffer that grows by one at a time: the buffers before the last one form a
+    geometric series.
+    """
+    return max(SPARE, needed // 8)
+
+
 def room(needed: int, max_tokens: int | None, limit: int | None = None) -> int:
-    """Slots of a new buffer: an eighth more than ``needed``, or what ``max_tokens`` reserves; at most ``limit``."""
-    capacity = needed + max(SPARE, needed // 8) if max_tokens is None else max_tokens
+    """Slots of a new buffer: ``needed`` and spare ones, or what ``max_tokens`` reserves; at most ``limit``."""
+    capacity = needed + spare(needed) if max_tokens is None else max_tokens
     return max(needed, capacity if limit is None else min(capacity, limit))

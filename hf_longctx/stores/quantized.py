@@ -18,9 +18,7 @@ from ..kernels._quantized import BLOCK, Packed
 from ..kernels.layout import HeadKV, RoleHeads, Segment
 from ..rows import Rows
 from ..saved import MOST, SavedSegment, SavedStore, short
-from .base import SPARE, Call, Store, StoreSpec, room
-
-SLACK = SPARE - 1  # tokens that can be taken back without what was rounded being read in place of the exact numbers
+from .base import SLACK, Call, Store, StoreSpec, room
 
 
 @dataclass(frozen=True)
@@ -53,27 +51,28 @@ class Quantized(StoreSpec):
         """How many of the first tokens of a row are packed after ``tokens`` of them."""
         return max(0, tokens - self.residual) // self.group * self.group
 
-    @property
-    def window(self) -> int:
+    def window(self, slack: int = SLACK) -> int:
         """Slots of the exact buffer: the newest tokens, what waits, what may be taken back, and room to write on."""
-        return self.residual + 2 * self.group + SPARE
+        return self.residual + 2 * self.group + slack + 1
 
     def kept(self, tokens: int) -> int:
         return tokens
 
-    def slots(self, tokens: int, max_tokens: int | None = None) -> int:
-        exact, packed = self._slots(tokens, max_tokens)
-        return exact + packed
+    def slots(self, tokens: int, max_tokens: int | None = None, slack: int = SLACK) -> int:
+        return sum(self._slots(tokens, max_tokens, slack))
 
-    def _slots(self, tokens: int, max_tokens: int | None) -> tuple[int, int]:
-        return room(min(tokens, self.window), max_tokens, self.window), self.packed(room(tokens, max_tokens))
+    def _slots(self, tokens: int, max_tokens: int | None, slack: int) -> tuple[int, int]:
+        window = self.window(slack)
+        return room(min(tokens, window), max_tokens, window), self.packed(room(tokens, max_tokens))
 
     def kept_bytes(self, tokens: int, head_dim: int, number: int) -> int:
         packed = self.packed(tokens)
         return self._bytes(tokens - packed, packed, head_dim, number)
 
-    def head_bytes(self, tokens: int, head_dim: int, number: int, max_tokens: int | None = None) -> int:
-        return self._bytes(*self._slots(tokens, max_tokens), head_dim, number)
+    def head_bytes(
+        self, tokens: int, head_dim: int, number: int, max_tokens: int | None = None, slack: int = SLACK
+    ) -> int:
+        return self._bytes(*self._slots(tokens, max_tokens, slack), head_dim, number)
 
     def _bytes(self, exact: int, packed: int, head_dim: int, number: int) -> int:
         codes = 2 * packed * (head_dim * self.bits // 8)
@@ -115,8 +114,8 @@ class PackedKV(HeadKV):
 class QuantizedStore(Store):
     """The newest tokens in a buffer whose slots are the batch's, all others by row position in packed pieces.
 
-    The buffer begins at slot ``base``, early enough that `SLACK` tokens can be taken back; when it is full its newest
-    tokens move to its front. Groups are cut by row position, so a padded row equals the row alone.
+    The buffer begins at slot ``base``, early enough that ``slack`` tokens can be taken back and are read exactly; when
+    it is full its newest tokens move to its front. Groups are cut by row position: a padded row equals the row alone.
     """
 
     kinds = (Segment, Packed)
@@ -196,10 +195,11 @@ class QuantizedStore(Store):
     def _write(self, k: Tensor, v: Tensor, rows: Rows, low: int) -> list[Segment]:
         """Keep the newest tokens; plain segments of the slots from ``low`` on, the last ending with the new ones."""
         spec, past, total, starts = self.spec, rows.past, rows.total, rows.starts or (0,)
-        kept = self.grow("exact", k, v, min(total, spec.window), spec.window)
+        window = spec.window(self.slack)
+        kept = self.grow("exact", k, v, min(total, window), window)
         begin, old = past, None
         if total - self.base > kept.k.shape[2]:
-            base = max(self.base, min(start + spec.packed(total - SLACK - start) for start in starts))
+            base = max(self.base, min(start + spec.packed(total - self.slack - start) for start in starts))
             if rows.new > 1:
                 cut = slice(low - self.base, past - self.base)
                 old = Segment(kept.k[:, :, cut].clone(), kept.v[:, :, cut].clone(), past - low)
@@ -268,10 +268,10 @@ class QuantizedStore(Store):
         seen, parts = saved.rows.total, saved.segments()
         counts = [self.spec.packed(seen - start) for start in saved.starts]
         exact = min(seen, *(start + count for start, count in zip(saved.starts, counts, strict=True)))
-        base = saved.number("base", max(0, seen - self.spec.window), exact)
+        base = saved.number("base", max(0, seen - self.spec.window()), exact)
         if "exact" not in parts:
             saved.refuse(f"its segments are {short(list(parts))}, expected exact among them")
-        parts.pop("exact").plain(seen - base, seen - base, self.spec.window)
+        parts.pop("exact").plain(seen - base, seen - base, self.spec.window())
         own, end = parts.pop("packed", None), 0
         if not all(name.startswith("shared ") for name in parts):
             saved.refuse(f"its segments are {short(list(parts))}, expected those of forks (shared ...)")

@@ -18,9 +18,7 @@ from ..errors import CacheError
 from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
 from ..saved import SavedStore, short
-from .base import SPARE, Call, Store, StoreSpec, blanked, room
-
-SLACK = SPARE - 1  # tokens that can be taken back after they pushed others out of the window
+from .base import SLACK, Call, Store, StoreSpec, blanked, room
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,21 @@ class SinkRecent(StoreSpec):
         return SinkRecentStore(self, heads, max_tokens)
 
     def kept(self, tokens: int) -> int:
-        return min(tokens, self.sink + self.recent)
+        return min(tokens, self.window)
 
-    def slots(self, tokens: int, max_tokens: int | None = None) -> int:
-        window = self.sink + self.recent
-        history = SPARE if max(tokens, max_tokens or 0) > window else 0
-        return room(self.kept(tokens), max_tokens, window) + history
+    @property
+    def window(self) -> int:
+        """Most tokens of a row that are kept."""
+        return self.sink + self.recent
+
+    def slots(self, tokens: int, max_tokens: int | None = None, slack: int = SLACK) -> int:
+        dropped = min(slack, max(0, tokens - self.window))
+        return room(self.kept(tokens), max_tokens, self.window) + self.history(dropped, max_tokens, slack)
+
+    def history(self, dropped: int, max_tokens: int | None, slack: int) -> int:
+        """Slots for ``dropped`` tokens that left the ring and are remembered, and one that takes what is not."""
+        reserved = None if max_tokens is None else max_tokens - self.window
+        return room(dropped, reserved, slack) + 1 if slack and max(dropped, reserved or 0) > 0 else 0
 
     def span(self) -> tuple[int, int]:
         return self.sink, self.recent
@@ -70,8 +77,9 @@ class SinkRecentStore(Store):
     """Sinks and a ring, row by row, in one segment: exactly the keys a decoded token sees, so it needs no mask.
 
     Row position ``j`` lives in slot ``j`` while ``j < sink + recent`` and in ``sink + (j - sink) % recent`` later. What
-    the ring pushes out stays for a while in ``history`` (slot ``j % SLACK``), so that rejected tokens can be taken
-    back; its last slot takes what must not be kept.
+    the ring pushes out stays for a while in ``history``, a second ring of all its slots but the last (slot ``j`` modulo
+    their number), so that rejected tokens can be taken back; its last slot takes what must not be kept. It is made when
+    the ring first pushes something out, and grows with what was pushed out until that are `SLACK` tokens.
     """
 
     numbers: ClassVar[tuple[str, ...]] = ("oldest",)
@@ -83,14 +91,13 @@ class SinkRecentStore(Store):
 
     @property
     def window(self) -> int:
-        return self.spec.sink + self.spec.recent
+        return self.spec.window
 
     def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
         if (kept := self.segments.get("kept")) is not None:  # filled in another dtype (autocast), it stays in that
             k, v = k.to(kept.dtype), v.to(kept.dtype)
         kept = self.grow("kept", k, v, min(rows.total, self.window), self.window)
-        if rows.total > self.window or (self.max_tokens or 0) > self.window:
-            self.grow("history", k, v, SPARE, SPARE).length = SPARE  # a ring: every slot may be filled
+        self._make_history(k, v, rows)
         if rows.new == 1:
             self._write_token(k, v, rows)
             view = self._decode_view(rows)
@@ -101,8 +108,31 @@ class SinkRecentStore(Store):
             self._write(k, v, rows)
             view = HeadKV(self.heads, [band], self.spec, first=rows.total - band.length)
             view.sinks = self._sinks(kept, band, rows, needs_grad(k, v))
-        self.oldest = max(self.oldest, rows.total - self.spec.recent - SLACK)
+        self.oldest = max(self.oldest, rows.total - self.spec.recent - self.slack)
         return view
+
+    def _make_history(self, k: Tensor, v: Tensor, rows: Rows) -> None:
+        """Room for what this forward pushes out of the ring, and for what is remembered."""
+        total, recent = rows.total, self.spec.recent
+        oldest = max(self.oldest, total - recent - self.slack)
+        dropped = max(0, total - recent - max(oldest, self.spec.sink))
+        size, past = self.spec.history(dropped, self.max_tokens, self.slack), self.segments.get("history")
+        if size == 0 or (past is not None and dropped < past.k.shape[2] <= size):
+            return
+        grown = self.new_segment(k, v, size)
+        if past is not None:
+            self._copy_history(past, grown, rows, oldest, rows.past - recent)
+        grown.length = size  # a ring: every slot may be filled
+        self.segments["history"] = grown
+
+    def _copy_history(self, past: Segment, into: Segment, rows: Rows, low: int, high: int) -> None:
+        """Copy what is remembered of the slots ``low .. high`` into a history of another size."""
+        size, other = past.k.shape[2] - 1, into.k.shape[2] - 1
+        for group, start in rows.groups():
+            for a, b in runs(max(self.spec.sink, low - start), high - start, size, 0):
+                for c, d in runs(a, b, other, 0):
+                    to, out = slice(c % other, c % other + d - c), slice(c % size, c % size + d - c)
+                    into.k[group, :, to], into.v[group, :, to] = past.k[group, :, out], past.v[group, :, out]
 
     def _slot(self, position: int) -> int:
         sink, recent = self.spec.sink, self.spec.recent
@@ -127,7 +157,8 @@ class SinkRecentStore(Store):
         row = rows.memo(("rows", device), lambda: torch.arange(rows.batch, device=device))
         if "history" in self.segments:
             past = self.segments["history"]
-            leaving = [(p - self.spec.recent) % SLACK if p >= self.window else SLACK for p in positions]
+            size = past.k.shape[2] - 1
+            leaving = [(p - self.spec.recent) % size if p >= self.window else size for p in positions]
             spots = rows.ints(leaving, device)
             past.k[row, :, spots], past.v[row, :, spots] = kept.k[row, :, slots], kept.v[row, :, slots]
         kept.k[row, :, slots] = self.heads.take(k)[:, :, 0].detach()
@@ -140,7 +171,7 @@ class SinkRecentStore(Store):
         for group, start in rows.groups():
             p, end = max(0, rows.past - start), rows.total - start
             shift = start - rows.past  # position + shift = column of k
-            oldest = max(sink, end - recent - SLACK)
+            oldest = max(sink, end - recent - self.slack)
             for a, b in runs(max(oldest, p - recent), min(p, end - recent), recent, sink):
                 self._remember(group, a, kept.k, kept.v, self._slot(a), b - a)
             if (fresh := max(oldest, p)) < end - recent:
@@ -155,9 +186,9 @@ class SinkRecentStore(Store):
     def _remember(self, group, position, k, v, column, count, heads: RoleHeads | None = None) -> None:
         """Copy ``count`` positions from columns of k, v into the history (all heads of k, or ``heads`` of them)."""
         past = self.segments["history"]
-        done = 0
-        for a, b in runs(position, position + count, SLACK, 0):
-            spot, source = a % SLACK, slice(column + done, column + done + b - a)
+        size, done = past.k.shape[2] - 1, 0
+        for a, b in runs(position, position + count, size, 0):
+            spot, source = a % size, slice(column + done, column + done + b - a)
             for into, out in ((past.k, k), (past.v, v)):
                 into, out = into[group, :, spot : spot + b - a], out[group, :, source]
                 heads.copy_to(into, out) if heads else into.copy_(out)
@@ -210,31 +241,26 @@ class SinkRecentStore(Store):
     def check(self, saved: SavedStore) -> None:
         seen, sink, recent = saved.rows.total, self.spec.sink, self.spec.recent
         parts, most = saved.segments(), min(seen, self.window)
-        rings = [["kept", "history"]] if seen > self.window else [["kept"], ["kept", "history"]]
+        oldest = saved.number("oldest", max(0, seen - recent - SLACK), max(sink, seen - recent))
+        dropped = max(0, seen - recent - max(sink, oldest))  # tokens that are remembered
+        rings = [["kept", "history"]] if dropped else [["kept"], ["kept", "history"]]
         if list(parts) not in rings:
             saved.refuse(f"its segments are {short(list(parts))}, expected {rings[0]} after {seen} tokens")
         # Longer than the longest row where a longer one has left the batch.
         parts["kept"].plain(min(most, max(seen - start for start in saved.starts)), most, self.window)
         if "history" in parts:
-            parts["history"].plain(SPARE, SPARE, SPARE)
-        saved.number("oldest", max(0, seen - recent - SLACK), max(sink, seen - recent))
+            parts["history"].plain(max(2, dropped + 1), SLACK + 1, None)
 
     def filled(self, rows: Rows) -> dict[str, Segment]:
         """Slots that no token of their row fills, or that hold what was rejected, are zeros."""
-        parts, sink, recent = dict(self.segments), self.spec.sink, self.spec.recent
+        parts = dict(self.segments)
         if "kept" in parts:
             held = [(group, max(0, min(rows.total - start, self.window))) for group, start in rows.groups()]
             parts["kept"] = blanked(parts["kept"], held)
         if "history" in parts:
-            past = self.segments["history"]
+            past = parts["history"]
             blank = replace(past, k=torch.zeros_like(past.k), v=torch.zeros_like(past.v))
-            for group, start in rows.groups():
-                for a, b in runs(max(sink, self.oldest - start), rows.total - start - recent, SLACK, 0):
-                    spots = slice(a % SLACK, a % SLACK + b - a)
-                    blank.k[group, :, spots], blank.v[group, :, spots] = (
-                        past.k[group, :, spots],
-                        past.v[group, :, spots],
-                    )
+            self._copy_history(past, blank, rows, self.oldest, rows.total - self.spec.recent)
             parts["history"] = blank
         return parts
 
@@ -250,8 +276,9 @@ class SinkRecentStore(Store):
         gone = min(seen - recent, target)  # up to here the ring has pushed its tokens out
         for a, b in runs(max(sink, target - recent), gone, recent, sink):
             past, slot = self.segments["history"], self._slot(a)
-            for c, d in runs(a, b, SLACK, 0):
-                into, out = slice(slot + c - a, slot + d - a), slice(c % SLACK, c % SLACK + d - c)
+            size = past.k.shape[2] - 1
+            for c, d in runs(a, b, size, 0):
+                into, out = slice(slot + c - a, slot + d - a), slice(c % size, c % size + d - c)
                 kept.k[group, :, into] = past.k[group, :, out]
                 kept.v[group, :, into] = past.v[group, :, out]
 

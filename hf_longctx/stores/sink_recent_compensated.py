@@ -21,8 +21,7 @@ from ..kernels._compensated import Windows, total
 from ..kernels.layout import HeadKV, RoleHeads, Segment
 from ..rows import Rows
 from ..saved import MOST, SavedStore, short
-from .base import SPARE, Call, Store, StoreSpec, blanked, room
-from .sink_recent import SLACK
+from .base import SLACK, SPARE, Call, Store, StoreSpec, blanked, room, spare
 
 
 @dataclass(frozen=True)
@@ -75,24 +74,26 @@ class SinkRecentCompensated(StoreSpec):
     def kept_bytes(self, tokens: int, head_dim: int, number: int) -> int:
         return super().kept_bytes(tokens, head_dim, number) + _sum_bytes(head_dim)
 
-    def slots(self, tokens: int, max_tokens: int | None = None) -> int:
-        return room(min(tokens, self.sink), max_tokens, self.sink) + self.band(tokens, max_tokens)
+    def slots(self, tokens: int, max_tokens: int | None = None, slack: int = SLACK) -> int:
+        return room(min(tokens, self.sink), max_tokens, self.sink) + self.band(tokens, max_tokens, slack)
 
-    def head_bytes(self, tokens: int, head_dim: int, number: int, max_tokens: int | None = None) -> int:
-        return super().head_bytes(tokens, head_dim, number, max_tokens) + _sum_bytes(head_dim)
+    def head_bytes(
+        self, tokens: int, head_dim: int, number: int, max_tokens: int | None = None, slack: int = SLACK
+    ) -> int:
+        return super().head_bytes(tokens, head_dim, number, max_tokens, slack) + _sum_bytes(head_dim)
 
     def span(self) -> tuple[int, int]:
         return self.sink, self.window(0)
 
-    def held(self, tokens: int) -> int:
+    def held(self, tokens: int, slack: int = SLACK) -> int:
         """Tokens outside of the sinks that a row needs, those to go back to included."""
-        return max(0, tokens - self.edge(tokens - SLACK - 1))
+        return max(0, tokens - self.edge(tokens - slack - 1))
 
-    def band(self, tokens: int, max_tokens: int | None = None) -> int:
+    def band(self, tokens: int, max_tokens: int | None = None, slack: int = SLACK) -> int:
         """Slots of the buffer that holds them after ``tokens`` tokens."""
         if max_tokens is None:
-            return room(self.held(tokens), None) if tokens + SPARE > self.sink else 0
-        return min(max(0, max_tokens - self.sink), room(self.held(max_tokens), None))
+            return room(self.held(tokens, slack), None) if tokens + SPARE > self.sink else 0
+        return min(max(0, max_tokens - self.sink), room(self.held(max_tokens, slack), None))
 
     def prefill(self, call: Call, q: Tensor, part: HeadKV, group: slice, start: int) -> Tensor:
         band, rows, dropped = part.segments[0], call.rows, None
@@ -206,14 +207,15 @@ class SinkRecentCompensatedStore(Store):
 
     def _make_room(self, k: Tensor, v: Tensor, rows: Rows) -> None:
         """A buffer for all slots that are needed, older ones only where there is room; ``low`` is its first."""
-        needed = self.begin + self.spec.edge(rows.total - SLACK - self.begin - 1)
+        needed = self.begin + self.spec.edge(rows.total - self.slack - self.begin - 1)
         low, band = max(self.low, min(rows.total, needed)), self.segments.get("recent")
-        capacity = self.spec.band(rows.total - self.begin, self.max_tokens)
+        capacity = self.spec.band(rows.total - self.begin, self.max_tokens, self.slack)
         size, keep = 0 if band is None else band.k.shape[2], max(0, rows.past - low)
         if keep == 0:
             self.low = low
-        full = rows.total - self.low > size and size < capacity and size - (rows.total - low) < SPARE // 2
-        if size > capacity or rows.total - low > size or full or (band is None and capacity):
+        held = rows.total - low
+        full = rows.total - self.low > size and size < capacity and size - held < spare(held) // 2
+        if size > capacity or held > size or full or (band is None and capacity):
             like = band or self.segments.get("sinks")
             grown = self.new_segment(k, v, capacity) if like is None else self.new_segment(like.k, like.v, capacity)
             if keep:

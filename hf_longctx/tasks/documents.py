@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from .haystack import (
     TextHaystack,
     TinyFiller,
     TokenNoise,
+    check_tokenizer,
     is_tiny_language,
     ordinary_tokens,
     weave,
@@ -167,6 +169,19 @@ class PasskeyDocuments(Documents):
         return rng.choice(self.vocabulary, size=length)
 
 
+class RandomTokens(Documents):
+    """For methods that read noise alone, of a model whose tokenizer is not there."""
+
+    def __init__(self, ids: Sequence[int]):
+        self.haystack = TokenNoise(ids)
+
+    def draw(self, rng, length, facts=None, depth=None) -> Document:
+        raise ConfigError("tokenizer: there is none to write documents with.")
+
+    def noise(self, rng, length) -> np.ndarray:
+        return self.haystack.sample(rng, length)
+
+
 def documents_for(tokenizer, text: str | os.PathLike | None = None) -> Documents:
     """Documents in the tokenizer's language: the embedded models' own notes, else passkeys.
 
@@ -174,8 +189,9 @@ def documents_for(tokenizer, text: str | os.PathLike | None = None) -> Documents
         text: a file or a folder to take the filler from; without it random tokens (the embedded models: their filler).
 
     Raises:
-        ConfigError: the text cannot be read, or the tokenizer has too few ordinary tokens.
+        ConfigError: no tokenizer, the text cannot be read, or the tokenizer has too few ordinary tokens.
     """
+    check_tokenizer(tokenizer)
     haystack = None if text is None else TextHaystack.read(tokenizer, text)
     if is_tiny_language(tokenizer):
         return TinyDocuments(haystack or TinyFiller())

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError
+from ..registry import wrong
 from . import tiny_language
 from ._words import sentences
 
@@ -109,6 +110,12 @@ def weave(filler: Sequence[int], before: Sequence[int], pieces: Sequence[Sequenc
         done = at
     ids.extend(filler[done:])
     return ids, starts
+
+
+def check_tokenizer(tokenizer) -> None:
+    """Raise ConfigError unless texts can be read and written with it."""
+    if not callable(tokenizer) or not hasattr(tokenizer, "get_vocab"):
+        raise wrong("tokenizer", tokenizer, "the model's own, e.g. AutoTokenizer.from_pretrained(NAME)")
 
 
 def ordinary_tokens(tokenizer) -> np.ndarray:

@@ -14,7 +14,16 @@ from ..errors import ConfigError
 from ..registry import check_word
 from . import HAYSTACKS, tiny_language
 from ._words import Words, ids, names
-from .haystack import Haystack, Sentences, TextHaystack, TinyFiller, TokenNoise, is_tiny_language, ordinary_tokens
+from .haystack import (
+    Haystack,
+    Sentences,
+    TextHaystack,
+    TinyFiller,
+    TokenNoise,
+    check_tokenizer,
+    is_tiny_language,
+    ordinary_tokens,
+)
 
 REACH = 128  # tokens that a fact moves towards the beginning, to stand between two sentences
 SAID = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -279,8 +288,9 @@ def language_for(
     """The language of a tokenizer: the embedded models' own, else text; arguments as ``TextLanguage``.
 
     Raises:
-        ConfigError: ``haystack`` or ``chat`` for the embedded models' language; errors as ``TextLanguage``.
+        ConfigError: no tokenizer, ``haystack`` or ``chat`` for the embedded models' language, or as ``TextLanguage``.
     """
+    check_tokenizer(tokenizer)
     if not is_tiny_language(tokenizer):
         return TextLanguage(tokenizer, haystack, text, chat)
     if haystack is not None or chat:

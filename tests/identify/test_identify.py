@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -16,15 +18,18 @@ from hf_longctx import (
     UnsupportedModeError,
     UnsupportedModelError,
     identify,
+    identify_prefill,
     patch_model,
     plots,
     unpatch_model,
 )
 from hf_longctx.assets import asset, assets, embedded
 from hf_longctx.cli import app
-from hf_longctx.identify import methods
+from hf_longctx.evaluate.run import evaluate
+from hf_longctx.identify import _plain_ids, methods
 from hf_longctx.patch import state_of
 from hf_longctx.registry import load
+from hf_longctx.tasks.documents import RandomTokens
 
 QUICK = {
     "echo_induction": {"tokens": 256},
@@ -316,16 +321,101 @@ def test_gates_are_not_trained_in_inference_mode(llama):
 
 def test_the_picture_shows_every_head_and_outlines_the_retrieval_heads(llama):
     config = identify(*llama, "two_needle", length=512, retrieval_fraction=0.25, **STREAMING)
-    axes = plots.head_map(config).axes[0]
-    assert np.array_equal(axes.images[0].get_array(), np.array(config.heads.scores))
-    outlined = sorted((round(p.get_y() + 0.44), round(p.get_x() + 0.46)) for p in axes.patches)
+    figure = plots.head_map(config)
+    axes, scores = figure.axes[0], np.array(config.heads.scores)
+    ranks = np.asarray(axes.images[0].get_array())
+    lower, equal = (compared(scores[..., None], scores.ravel()).sum(-1) for compared in (np.greater, np.equal))
+    assert np.allclose(ranks, (lower + (equal - 1) / 2) / 15) and ranks.min() == 0 and ranks.max() == 1
+    outlined = sorted((round(p.get_y() + 0.44), round(p.get_x() + 0.44)) for p in axes.patches)
     assert outlined == [(1, 0), (1, 1), (1, 2), (1, 3)]
+    assert figure.get_suptitle() == "tiny-llama"
     roles = config.override(heads={"roles": ["SSSS", "RRRR", "SSSS", "SSSR"]})
-    assert len(plots.head_map(roles).axes[0].patches) == 5
+    (only,) = plots.head_map(roles).axes
+    assert len(only.patches) == 5
+
+
+def test_the_sorted_scores_stand_beside_the_map_with_the_cut(llama):
+    config = identify(*llama, "two_needle", length=512, retrieval_fraction=0.25, **STREAMING)
+    beside = plots.head_map(config).axes[1]
+    assert beside.get_ylabel() == "score" and beside.get_title() == "two_needle: 25.0% retrieval heads"
+    retrieval, streaming, cut = beside.lines
+    flat = sorted(np.array(config.heads.scores).ravel(), reverse=True)
+    assert list(retrieval.get_ydata()) == flat[:4] and list(streaming.get_ydata()) == flat[4:]
+    assert list(retrieval.get_xdata()) == [1, 2, 3, 4] and list(cut.get_xdata()) == [4.5, 4.5]
+    wide = config.override(heads={"scores": [[10.0 ** -(4 * i + j) for j in range(4)] for i in range(4)]})
+    assert plots.head_map(wide).axes[1].get_yscale() == "symlog" and beside.get_yscale() == "linear"
+    assert len(np.unique(plots.head_map(wide).axes[0].images[0].get_array())) == 16, "all are told apart"
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("hf_longctx.identify_commands.load_model", lambda *_: pytest.fail("the model was loaded"))
+    out = tmp_path / "my.yaml"
+    done = run("hf-longctx/tiny-llama", "--out", out, "--plot", tmp_path / "my.png")
+    assert done.exit_code == 2 and "matplotlib is not installed" in done.stderr and not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [((), "Half of the heads is a default"), (("--retrieval-fraction", 0.25), None), (("--target-drop", 0.5), None)],
+)
+def test_the_command_says_where_a_default_chose_the_share(share, said, tmp_path):
+    out = tmp_path / "my.yaml"
+    asked = ("--set", "length=256", "--sink", 4, "--recent", 64, "--device", "cpu")
+    measured = ("--measure-tokens", 256) if "--target-drop" in share else ()
+    done = run("hf-longctx/tiny-llama", "--out", out, *asked, *share, *measured)
+    assert done.exit_code == 0, done.output
+    for word in ("--target-drop 0.02", "--retrieval-fraction 0.25", f'patch_model(model, "{out}", heads={{"kv_budget"'):
+        assert (word in done.stdout) == (said is not None)
+    assert (said or "KV heads are retrieval heads") in done.stdout
+    assert said or "is a default" not in done.stdout
+
+
+def test_a_method_without_documents_needs_no_tokenizer(llama, tmp_path):
+    model, tokenizer = llama
+    asked = {"method": "echo_induction", "tokens": 100, **STREAMING}
+    config = identify(model, None, **asked, retrieval_fraction=0.25)
+    assert config.roles()[1] == "RRRR" and config.heads.measured["tokenizer"] == "none"
+    assert identify(model, None, **asked, retrieval_fraction=0.25) == config
+    assert "tokenizer" not in identify(model, tokenizer, **asked).heads.measured
+    model.save_pretrained(tmp_path / "model")
+    out = ("--out", tmp_path / "my.yaml", "--device", "cpu")
+    echo = ("--method", "echo_induction", "--set", "tokens=40")
+    assert run(tmp_path / "model", *out, *echo).exit_code == 0
+    for more in ((), (*echo, "--target-drop", 0.1)):
+        done = run(tmp_path / "model", *out, *more)
+        assert done.exit_code == 2 and "ConfigError: MODEL: the tokenizer of" in done.stderr
+
+
+def test_noise_without_a_tokenizer_leaves_out_special_tokens(llama):
+    inner = llama[0]
+    ids = RandomTokens(_plain_ids(inner)).noise(np.random.default_rng(0), 5000)
+    special = {inner.config.bos_token_id, inner.config.eos_token_id, inner.config.pad_token_id} - {None}
+    known = inner.get_input_embeddings().num_embeddings
+    assert special and set(ids.tolist()) == set(range(known)) - special
+
+
+@pytest.mark.parametrize("given", [None, "gpt2", 3])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, given, _: identify(model, given),
+        lambda model, given, _: identify(model, given, "duo_gates"),
+        lambda model, given, _: identify(model, given, "retrieval_score"),
+        lambda model, given, _: identify(model, given, "echo_induction", target_drop=0.1),
+        lambda model, given, _: identify_prefill(model, given),
+        lambda model, given, out: evaluate(model, given, out, tasks="needle", lengths=[256]),
+    ],
+    ids=["two_needle", "duo_gates", "retrieval_score", "target_drop", "identify_prefill", "evaluate"],
+)
+def test_a_tokenizer_that_is_none_is_named(call, given, llama, tmp_path):
+    with pytest.raises(ConfigError, match=f"^tokenizer: got {given!r}, expected the model's own"):
+        call(llama[0], given, tmp_path / "out")
 
 
 def test_a_missing_matplotlib_is_said(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match="matplotlib is not installed"):
         plots.new_figure(1, 1)
 

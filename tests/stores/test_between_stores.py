@@ -13,7 +13,7 @@ from test_cache import read
 from tiny import config_for, left_padded, tiny_model
 
 from hf_longctx import CacheError, LongCtxCache, patch_model
-from hf_longctx.stores.base import SPARE
+from hf_longctx.stores.base import SLACK
 
 RETRIEVAL = [case for case in CASES if role_of(case) == "retrieval"]
 STREAMING = [case for case in CASES if role_of(case) == "streaming"]
@@ -99,7 +99,7 @@ def walk(model, seed: int, folder, rounded: bool) -> tuple[float, set[str]]:
     for what in rng.sample(STEPS, len(STEPS)):
         text = rng.choice(texts[:-1] or texts) if what == "switch" else texts[-1]
         cache, count = text.cache, len(text.ids)
-        room = text.cache.seen - max(1, text.cache.oldest_crop, (text.most - SPARE + 1) * rounded)
+        room = text.cache.seen - max(1, text.cache.oldest_crop, (text.most - SLACK) * rounded)
         if what == "fork":
             text = text.with_cache(cache.fork())
         elif what == "back" and room > 0:

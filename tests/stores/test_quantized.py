@@ -18,8 +18,8 @@ from hf_longctx.kernels import _quantized, reference
 from hf_longctx.kernels._quantized import PREFILL_NOTE, Packed, quantise
 from hf_longctx.patch import state_of
 from hf_longctx.rows import Rows
-from hf_longctx.stores.base import SPARE, room
-from hf_longctx.stores.quantized import SLACK, Quantized
+from hf_longctx.stores.base import SLACK, room, spare
+from hf_longctx.stores.quantized import Quantized
 
 SCALE = 0.3
 KV_HEADS, GROUP, DIM = 4, 2, 8
@@ -423,12 +423,12 @@ def test_bytes_are_calculated_and_already_there_at_prefill(fields, max_tokens):
         run.step(tokens)
         wanted = KV_HEADS * run.spec.head_bytes(tokens, 16, 4, max_tokens)
         assert allocated(store) == run.cache.nbytes == wanted
-        for _ in range(40):
+        for _ in range(40 if max_tokens else spare(min(tokens, run.spec.window()))):
             run.step(1)
         assert run.cache.nbytes == wanted, "decoding must not copy the cache at once"
         exact, packed = (store.segments[name] for name in ("exact", "packed")) if tokens > 1000 else (None, None)
         if exact is not None:
-            assert exact.k.shape[2] <= run.spec.residual + 2 * run.spec.group + SPARE
+            assert exact.k.shape[2] <= run.spec.window() == run.spec.residual + 2 * run.spec.group + 256
             assert packed.slots <= room(tokens, max_tokens)
 
 
@@ -462,7 +462,7 @@ def test_many_decoded_tokens_copy_what_is_packed_seldom():
     for _ in range(600):
         run.step(1)
         places.append(run.cache.layers[0].stores[0].segments["packed"].k.data_ptr())
-    assert sum(a != b for a, b in zip(places[:-1], places[1:], strict=True)) == 2
+    assert sum(a != b for a, b in zip(places[:-1], places[1:], strict=True)) == 5, "an eighth at a time"
 
 
 def test_a_rollback_gives_memory_back():

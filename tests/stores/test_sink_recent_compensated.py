@@ -19,7 +19,7 @@ import hf_longctx.attention
 from hf_longctx import CacheError, ConfigError, LongCtxCache, LongCtxConfig, patch_model, report
 from hf_longctx.kernels import _compensated
 from hf_longctx.rows import Rows
-from hf_longctx.stores.sink_recent import SLACK
+from hf_longctx.stores.base import SLACK, spare
 from hf_longctx.stores.sink_recent_compensated import Growing, SinkRecentCompensated
 
 DECODED = 3
@@ -323,7 +323,7 @@ def test_memory_is_bounded_and_already_there_at_prefill(prompt, sink, recent):
     before, store = cache.nbytes, cache.layers[0].stores[0]
     for step in range(40):
         tokens = store.spec.kept(prompt + step) + SLACK
-        assert slots_of(store) <= tokens + max(256, tokens // 8)
+        assert slots_of(store) <= tokens + 2 * max(16, tokens // 8)
         sums = 2 * 8 * 8 * 4
         assert cache.nbytes == 2 * slots_of(store) * 8 * 8 * 4 + sums
         read(model, cache, torch.randint(3, 97, (1, 1)))
@@ -337,13 +337,14 @@ def test_decoded_tokens_move_and_allocate_seldom(recent):
     cache, made, moves = LongCtxCache(model), set(), 0
     read(model, cache, torch.randint(3, 97, (1, 700)))
     store = cache.layers[0].stores[0]
+    spares = spare(store.spec.held(700))
     for _ in range(1500):
         low = store.low
         read(model, cache, torch.randint(3, 97, (1, 1)))
         made.add(store.segments["recent"].k.data_ptr())
         moves += store.low > low
-    assert store.low > 700 and moves <= (1500 // 256 + 1 if isinstance(recent, int) else 15)
-    assert len(made) == 1 if isinstance(recent, int) else len(made) <= 5
+    assert store.low > 700 and moves <= 1500 // spares + 1
+    assert len(made) == 1 if isinstance(recent, int) else 5 <= len(made) <= 11, "a sixteenth at a time"
 
 
 @pytest.mark.parametrize("recent", [64, {"min": 64, "fraction": 0.3}])
