@@ -22,7 +22,7 @@ from hf_longctx.seam import CACHE
 RIGHT = {
     "Cache": {
         *("__len__", "get_max_length", "get_max_cache_shape", "get_query_offset"),
-        *("is_compileable", "is_croppable", "is_dummy", "is_linear", "is_recording_past", "is_sliding"),
+        *("is_compileable", "is_croppable", "is_dummy", "is_linear", "is_sliding"),
         *("get_conv_state", "get_recurrent_state", "has_previous_state"),
         *("update_conv_state", "update_indexer", "update_recurrent_state"),
         "max_batch_size",  # only static layers have one; asking a DynamicCache is an AttributeError too
@@ -118,9 +118,9 @@ def test_what_is_inherited_is_right(model, max_tokens):
             assert getattr(cache, name) == getattr(stock, name), name
     assert len(cache) == len(stock) == 3
     assert bool(cache)
-    for name in ("get_seq_length", "get_query_offset", "get_mask_sizes", "is_recording_past"):
+    for name in ("get_seq_length", "get_query_offset", "get_mask_sizes"):
         if hasattr(stock, name):
-            given = {"get_mask_sizes": (4, 1), "is_recording_past": (0,)}.get(name, ())
+            given = (4, 1) if name == "get_mask_sizes" else ()
             if name != "get_mask_sizes" or hasattr(stock, "get_query_offset"):
                 assert getattr(cache, name)(*given) == getattr(stock, name)(*given), name
     longest = cache.get_max_length if hasattr(stock, "get_max_length") else cache.get_max_cache_shape
