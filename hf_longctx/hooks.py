@@ -5,7 +5,6 @@ All are small picklable objects. Every refusal happens here, before the first la
 
 from __future__ import annotations
 
-import functools
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
@@ -13,11 +12,10 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from .attention import KNOWN, NAME, ROWS, register
+from .attention import NAME, ROWS, register
 from .cache import LongCtxCache
 from .errors import CacheError, UnsupportedModeError
 from .graphs import refuse_graphs
@@ -25,9 +23,10 @@ from .layer_plan import differing
 from .mask_errors import Known
 from .patch_state import PatchState
 from .positions import refuse_positions
+from .refusals import refuse_call
 from .rotary import check_rotary
 from .rows import read_mask
-from .seam import CACHE, checkpointing_drops_cache, rename_cache
+from .seam import CACHE, rename_cache
 
 # base model id -> observer; a context variable, so that threads that share a model do not see each other's.
 observers: ContextVar[Mapping[int, Any]] = ContextVar("hf_longctx_observers", default=MappingProxyType({}))
@@ -39,9 +38,6 @@ DENSE_MEMORY = ("offloaded", "quantized")
 
 # Generation modes that never take a token back.
 FORWARD_ONLY = ("greedy_search", "sample", "beam_search", "beam_sample")
-
-# Arguments of packed sequences.
-PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 class BeforeForward:
@@ -67,10 +63,7 @@ class BeforeForward:
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if not isinstance(inputs, Tensor):
             return None  # the model's own error says which inputs it needs
-        _refuse_inputs(given)
-        _refuse_unknown(base, given)
-        _refuse_modes(given, config, base.training)
-        _refuse_checkpointing(base, given.get(CACHE))
+        refuse_call(base, given)
         cache = self._cache(base, given, config)
         if isinstance(cache, LongCtxCache):
             self._check_cache(base, cache)
@@ -129,76 +122,6 @@ class BeforeForward:
 def _names(base: nn.Module, positional: int) -> tuple[str, ...]:
     """What the base model's forward calls its first ``positional`` arguments; Transformers itself passes none."""
     return tuple(inspect.signature(type(base).forward).parameters)[1 : 1 + positional] if positional else ()
-
-
-def _refuse_inputs(given: dict) -> None:
-    cache, mask = given.get(CACHE), given.get("attention_mask")
-    if cache is not None and not isinstance(cache, Cache):
-        raise UnsupportedModeError(
-            f"{CACHE} is a {type(cache).__name__}, which a patched model cannot read: it takes a LongCtxCache or "
-            "another Cache of Transformers. To run with this one: model.set_attn_implementation('sdpa')."
-        )
-    if cache is not None and getattr(cache, "is_compileable", False):
-        raise UnsupportedModeError(
-            f"{type(cache).__name__} is a static cache, whose layers show more slots than they hold tokens. Leave "
-            "cache_implementation out, or reserve memory with LongCtxCache(model, max_tokens=...)."
-        )
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        shape = tuple(mask.shape) if hasattr(mask, "shape") else type(mask).__name__
-        raise UnsupportedModeError(
-            f"attention_mask is {shape}; a patched model takes a 2D mask [batch, tokens] or none. Other masks run "
-            "dense: model.set_attn_implementation('sdpa')."
-        )
-    packed = [name for name in PACKED if given.get(name) is not None]
-    if packed:
-        raise UnsupportedModeError(
-            f"packed sequences are not supported (given: {', '.join(packed)}). Pass one sequence per row, or run "
-            "dense: model.set_attn_implementation('sdpa')."
-        )
-
-
-def _refuse_unknown(base: nn.Module, given: dict) -> None:
-    """Arguments that reach the attention function by way of ``**kwargs``."""
-    asked = sorted(given.keys() - _parameters(type(base)) - KNOWN)
-    if any(given[name] is not None for name in asked):
-        raise UnsupportedModeError(
-            f"the model was given {', '.join(asked)}, which neither its forward nor patched attention knows. Leave it "
-            "out, or run dense with model.set_attn_implementation('sdpa') if another attention function uses it."
-        )
-
-
-@functools.cache
-def _parameters(base: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(base.forward).parameters)
-
-
-def _refuse_checkpointing(base: nn.Module, cache: Any) -> None:
-    """Checkpointed layers are run without their cache, in every Transformers; with its own caches too."""
-    if cache is None or not base.training or not checkpointing_drops_cache(torch.is_grad_enabled()):
-        return
-    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
-        raise UnsupportedModeError(
-            "gradient checkpointing in training mode runs every layer without the cache, so each new token would see "
-            "itself alone. Call model.eval() or model.gradient_checkpointing_disable() around generate(), or pass "
-            "use_cache=False."
-        )
-
-
-def _refuse_modes(given: dict, config: Any, training: bool) -> None:
-    if given.get("output_attentions") or getattr(config, "output_attentions", False):
-        raise UnsupportedModeError(
-            "output_attentions=True: a patched model never makes the attention matrix. Use hf_longctx.observe() "
-            "or model.set_attn_implementation('eager')."
-        )
-    if given.get("is_causal") is False or getattr(config, "is_causal", None) is False:
-        raise UnsupportedModeError(
-            "is_causal=False: a patched model is causal. Unpatch it for bidirectional attention."
-        )
-    if training and getattr(config, "attention_dropout", 0.0):
-        raise UnsupportedModeError(
-            f"attention_dropout={config.attention_dropout} in training: patched attention has no dropout. Set "
-            "config.attention_dropout to 0, or train dense with model.set_attn_implementation('sdpa')."
-        )
 
 
 def _hands_back(generation_config: Any, given: tuple) -> bool:

@@ -66,12 +66,15 @@ LAYERS = {
     "cache": {"errors", "kernels", "rows", "stores", "cache_layer", "token_ids", "cache_file", "dense_members"},
     "seam": {"errors"},
     "rotary": {"errors", "rows"},
+    "refusals": {"errors", "attention", "seam"},
     "contract": {"errors", "cache_layer", "seam"},
     "as_stock": {"errors"},
     "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache_layer", "seam"}
     | {"as_stock"},
-    "patch_state": {"errors", "config", "rows", "layer_plan", "cache"},
-    "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam", "rotary"} | {"mask_errors"},
+    "break_even": {"stores", "cache"},
+    "patch_state": {"errors", "config", "rows", "layer_plan", "cache", "break_even"},
+    "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam", "rotary", "refusals"}
+    | {"mask_errors"},
     "overrides": CONFIG,
     "patch": CONFIG
     | {"config_find", "family", "rows", "kernels", "stores", "prefill", "layer_plan", "cache", "attention"}
@@ -132,7 +135,7 @@ LAYERS = {
 LATE = {"config": {"plan"}}
 TRANSFORMERS = {"cache", "cache_layer", "attention", "hooks", "patch", "loading", "demo", "bench", "identify"}
 TRANSFORMERS |= {"as_stock", "identify_commands", "environment", "memory_find", "console", "seam", "contract"}
-TRANSFORMERS |= {"config_commands"}
+TRANSFORMERS |= {"config_commands", "refusals"}
 COMMANDS = ("cli", "compare_commands", "config_commands", "config_reference", "eval_commands")
 COMMANDS += ("identify_commands", "identify_prefill_commands", "plan_commands")
 NOT_AT_IMPORT = (
