@@ -22,7 +22,7 @@ from hf_longctx.seam import CACHE
 RIGHT = {
     "Cache": {
         *("__len__", "get_max_length", "get_max_cache_shape", "get_query_offset"),
-        *("is_compileable", "is_croppable", "is_dummy", "is_linear", "is_recording_past", "is_sliding"),
+        *("is_compileable", "is_croppable", "is_dummy", "is_linear", "is_sliding"),
         *("get_conv_state", "get_recurrent_state", "has_previous_state"),
         *("update_conv_state", "update_indexer", "update_recurrent_state"),
         "max_batch_size",  # only static layers have one; asking a DynamicCache is an AttributeError too
