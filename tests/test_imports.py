@@ -71,7 +71,8 @@ LAYERS = {
     "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache_layer", "seam"}
     | {"as_stock"},
     "patch_state": {"errors", "config", "rows", "layer_plan", "cache"},
-    "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam", "rotary"} | {"mask_errors"},
+    "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam", "rotary"}
+    | {"mask_errors", "graphs", "positions"},
     "overrides": CONFIG,
     "patch": CONFIG
     | {"config_find", "family", "rows", "kernels", "stores", "prefill", "layer_plan", "cache", "attention"}
