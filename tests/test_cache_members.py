@@ -123,6 +123,9 @@ def test_what_is_inherited_is_right(model, max_tokens):
             given = (4, 1) if name == "get_mask_sizes" else ()
             if name != "get_mask_sizes" or hasattr(stock, "get_query_offset"):
                 assert getattr(cache, name)(*given) == getattr(stock, name)(*given), name
+    if hasattr(stock, "is_recording_past"):
+        assert cache.is_recording_past(0), "streaming heads remember what a rollback needs"
+        assert not LongCtxCache(model, rollback=False).is_recording_past(0)
     longest = cache.get_max_length if hasattr(stock, "get_max_length") else cache.get_max_cache_shape
     assert longest() == (max_tokens or -1) == cache.max_cache_len
     for name, given in {

@@ -74,7 +74,7 @@ LAYERS = {
     "break_even": {"stores", "cache"},
     "patch_state": {"errors", "config", "rows", "layer_plan", "cache", "break_even"},
     "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam", "rotary", "refusals"}
-    | {"mask_errors"},
+    | {"mask_errors", "graphs", "positions"},
     "overrides": CONFIG,
     "patch": CONFIG
     | {"config_find", "family", "rows", "kernels", "stores", "prefill", "layer_plan", "cache", "attention"}
@@ -99,7 +99,7 @@ LAYERS = {
     "sizes": {"errors", "bounds", "registry"},
     "ladder": CONFIG | {"memory"},
     "plan": CONFIG | {"ladder", "memory", "memory_find", "sizes"},
-    "memory": CONFIG | {"family", "layer_plan", "patch", "sizes"},
+    "memory": CONFIG | {"stores", "family", "layer_plan", "patch", "sizes"},
     "memory_find": CONFIG | {"assets", "config_find", "family", "memory", "patch", "sizes"},
     "plots": {"errors", "config"},
     # What stands on the public names, which it may also take from the files that define them.
