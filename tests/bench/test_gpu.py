@@ -223,6 +223,6 @@ def test_wrong_settings_are_refused(change, message):
         replace(TINY, **change)
 
 
-@pytest.mark.parametrize("args", [["--tokens", "8k"], ["--json", "/no/such/folder/x.json"]])
+@pytest.mark.parametrize("args", [["--tokens", "8x"], ["--json", "/no/such/folder/x.json"]])
 def test_bad_options_are_refused(args):
     assert invoke(*args).exit_code == 2

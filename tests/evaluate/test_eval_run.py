@@ -308,7 +308,7 @@ def test_the_command(tmp_path):
     [
         (["--tasks", "neddle"], "needle"),
         (["--tasks", "needle:metric=bleu"], "exact_match"),
-        (["--lengths", "1k"], "lengths"),
+        (["--lengths", "1x"], "--lengths: got"),
         (["--lengths", ""], "--lengths"),
         (["--sweep", "nothing=1"], "Sections"),
         (["--dtype", "int3"], "--dtype"),
