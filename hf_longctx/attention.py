@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from .as_stock import StockMask, attend_as_stock, longctx_mask
-from .cache_layer import NOT_OURS, LayerKV
+from .cache_layer import NAME, NOT_OURS, LayerKV
 from .errors import UnsupportedModeError, UnsupportedModelError
 from .kernels import dispatch
 from .kernels.layout import HeadKV, RoleHeads, Segment, as_autocast, needs_grad
@@ -26,7 +26,6 @@ from .rows import Rows
 from .seam import CACHE
 from .stores.base import StoreSpec
 
-NAME = "longctx"
 ROWS = "longctx_rows"  # keyword argument by which the base model's pre-hook hands Rows to every layer
 
 # Keyword arguments that reach the attention function beside its own. Those that mean nothing here, as they do in
@@ -73,11 +72,15 @@ def attend(
             f"layer {plan.layer_idx} has sliding_window={kwargs.get('sliding_window')} but was patched with {window}. "
             "Call patch_model again after changing the model's config."
         )
-    if dropout or not (attention_mask is None or isinstance(attention_mask, StockMask)):
-        asked = "dropout" if dropout else f"a mask of shape {tuple(attention_mask.shape)}"
+    if dropout:
         raise UnsupportedModeError(
-            f"patched attention was given {asked}: it supports 2D padding masks and attention_dropout=0. Set "
-            "config.attention_dropout to 0, or run dense with model.set_attn_implementation('sdpa')."
+            f"layer {plan.layer_idx} asks for dropout {dropout}, which patched attention lacks. Set attention_dropout "
+            "to 0 in the config and the attention modules, or train dense: model.set_attn_implementation('sdpa')."
+        )
+    if not (attention_mask is None or isinstance(attention_mask, StockMask)):
+        raise UnsupportedModeError(
+            f"the model made a mask of shape {tuple(attention_mask.shape)} of its own for layer {plan.layer_idx}: it "
+            "asks for more than causal attention over padded rows. Run it dense: model.set_attn_implementation('sdpa')."
         )
     if not kwargs.keys() <= KNOWN:
         _refuse_unknown(module, kwargs)

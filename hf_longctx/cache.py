@@ -137,8 +137,14 @@ class LongCtxCache(DenseCacheMembers, Cache):
         if not rows.new:
             raise CacheError("this forward brings no tokens, and a cache needs at least one. Pass the next ones.")
         if self.batch_size not in (-1, rows.batch):
+            times, rest = divmod(rows.batch, self.batch_size)
+            why = (
+                ""
+                if rest
+                else f" or, for beams and num_return_sequences, cache.batch_repeat_interleave({times}) before"
+            )
             raise CacheError(
-                f"this cache holds {self.batch_size} rows, the forward brings {rows.batch}. Use a new cache."
+                f"this cache holds {self.batch_size} rows, the forward brings {rows.batch}. Use a new cache{why}."
             )
         if rows.past and self.ends is not None and min(self.ends) < rows.past:
             raise CacheError(
@@ -181,9 +187,10 @@ class LongCtxCache(DenseCacheMembers, Cache):
         new = rows.starts or (0,) * rows.batch
         for row, (before, now) in enumerate(zip(old, new, strict=True)):
             if now != before and not (before == rows.past <= now):
+                what = "has no attention_mask" if rows.starts is None else f"says {now} in its attention_mask"
                 raise CacheError(
-                    f"row {row} of the cache starts at token {before}, the attention_mask of this forward says {now}. "
-                    "Pass the attention_mask that covers the cached tokens as well."
+                    f"row {row} of the cache starts at token {before}, this forward {what}. Pass the attention_mask "
+                    "that covers the cached tokens as well, its rows in their order."
                 )
 
     def update(

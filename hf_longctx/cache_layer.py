@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .dense_members import DenseLayerMembers
 from .errors import CacheError, UnsupportedModeError
@@ -22,6 +23,8 @@ from .stores.base import SLACK, Store
 from .tensor_file import DTYPES
 
 SAVED = ("seen", "batch", "head_dim", "dense_bytes_per_token", "autocast")  # of a layer, in its file
+
+NAME = "longctx"  # the word under which the patched attention function is registered
 
 NOT_OURS = (
     "a LongCtxCache reached an attention function that is not the patched one: the model is not patched, or was "
@@ -39,13 +42,25 @@ class LayerKV:
     @property
     def shape(self) -> None:
         """What any other attention function asks a key for first."""
-        raise UnsupportedModeError(NOT_OURS)
+        raise UnsupportedModeError(_wrapped() or NOT_OURS)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None) -> None:
         """An attention function that asks for no shape (Transformers 5.0) goes straight to torch: the same error."""
         given = (*args, *(kwargs or {}).values())
         return next(kept.shape for kept in given if isinstance(kept, cls))
+
+
+def _wrapped() -> str | None:
+    """What is said where another library put a function of its own in front of ours."""
+    function = dict(ALL_ATTENTION_FUNCTIONS).get(NAME)
+    owner = getattr(function, "__module__", "")
+    if function is None or owner.partition(".")[0] == __package__:
+        return None
+    return (
+        f"the attention function '{NAME}' was wrapped by {owner}, which asks for keys as one tensor; those of a "
+        "LongCtxCache are none. Import that library before patch_model (kvpress wraps all functions as it is imported)."
+    )
 
 
 class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):

@@ -20,10 +20,13 @@ from transformers.cache_utils import Cache, DynamicCache
 from .attention import KNOWN, NAME, ROWS, register
 from .cache import LongCtxCache
 from .errors import CacheError, UnsupportedModeError
+from .graphs import refuse_graphs
+from .layer_plan import differing
 from .mask_errors import Known
 from .patch_state import PatchState
+from .positions import refuse_positions
 from .rotary import check_rotary
-from .rows import Rows, read_mask
+from .rows import read_mask
 from .seam import CACHE, checkpointing_drops_cache, rename_cache
 
 # base model id -> observer; a context variable, so that threads that share a model do not see each other's.
@@ -60,6 +63,7 @@ class BeforeForward:
         if config._attn_implementation != NAME:
             self._refuse_dense(cache, config._attn_implementation)
             return None
+        refuse_graphs()
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if not isinstance(inputs, Tensor):
             return None  # the model's own error says which inputs it needs
@@ -75,7 +79,7 @@ class BeforeForward:
         rows = read_mask(
             mask, inputs.shape[0], past, inputs.shape[1], ids=ids, known=lambda: Known.by(self.state.patched, config)
         )
-        _refuse_packed(given.get("position_ids"), rows)
+        refuse_positions(given.get("position_ids"), rows)
         if note := check_rotary(config, rows):
             self.state.note(note)
         rows.observer = observers.get().get(id(base))
@@ -113,9 +117,10 @@ class BeforeForward:
                 "use_cache=False while observing."
             )
         if cache.plans != self.state.plans[: len(cache.plans)]:
+            differs = ", ".join(differing(cache.plans, self.state.plans)) or "number of layers"
             raise CacheError(
-                "this LongCtxCache was made for another model or another config (its heads have other roles or "
-                "windows). Start with a new cache after patch_model."
+                f"this LongCtxCache was made for another model or another config (other {differs}). Start with a new "
+                "cache after patch_model."
             )
         cache.check()
         cache.model = weakref.ref(base)
@@ -193,24 +198,6 @@ def _refuse_modes(given: dict, config: Any, training: bool) -> None:
         raise UnsupportedModeError(
             f"attention_dropout={config.attention_dropout} in training: patched attention has no dropout. Set "
             "config.attention_dropout to 0, or train dense with model.set_attn_implementation('sdpa')."
-        )
-
-
-def _refuse_packed(position_ids: Tensor | None, rows: Rows) -> None:
-    """Positions that jump inside a row mean several sequences in one row (Transformers reads them so as well)."""
-    if position_ids is None or rows.new == 1 or position_ids.dim() != 2:
-        return
-    jumps = position_ids.diff(dim=-1) != 1  # [B or 1, T - 1]
-    if rows.starts is not None or rows.ends is not None:
-        device = position_ids.device
-        starts = torch.tensor(rows.starts or (0,) * rows.batch, device=device)[:, None]
-        ends = torch.tensor(rows.ends or (rows.total,) * rows.batch, device=device)[:, None]
-        slots = torch.arange(rows.past, rows.total - 1, device=device)
-        jumps = jumps & (slots >= starts) & (slots + 1 < ends)
-    if jumps.any():
-        raise UnsupportedModeError(
-            "position_ids jump inside a row, which Transformers reads as packed sequences; a patched model would let "
-            "them see each other. Pass one sequence per row, or run dense: model.set_attn_implementation('sdpa')."
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 from .kernels.layout import RoleHeads
@@ -61,3 +62,10 @@ class LayerPlan:
             if indices:
                 found.append(RoleHeads(role, indices, len(self.roles)))
         return tuple(found)
+
+
+def differing(plans: Sequence[LayerPlan], others: Sequence[LayerPlan]) -> list[str]:
+    """Names of the fields in which plans of the same layers differ."""
+    names = [field.name for field in fields(LayerPlan)]
+    pairs = list(zip(plans, others, strict=False))
+    return [name for name in names if any(getattr(one, name) != getattr(other, name) for one, other in pairs)]

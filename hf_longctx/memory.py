@@ -11,7 +11,8 @@ layer's forward of one chunk of the prompt holds:
   the dtype for every row) and, with grouped query heads, copies of the keys and values for every query head;
 - patched: in place of these, while a layer's buffer grows, its old one, at most as large as the new one.
 
-On a CPU torch's profiler agrees with this (tests/bench). Kernels for GPUs may hold more.
+On a CPU torch's profiler agrees with this (tests/bench), but for one thing that depends on the processor: with AMX,
+sdpa holds the keys and values of all query heads once more in bf16. Kernels for GPUs may hold more as well.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from hf_longctx import tensor_file
 
 Edit = Callable[[dict[str, Tensor], Any], Any]  # changes tensors and told in place; may give other plain data
 HUGE = (2**31, 2**40, 2**63, 10**30)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8)  # one of every width
 
 
 class Forger:
@@ -91,7 +92,7 @@ def others(value: Any) -> list:
 
 def changed(tensor: Tensor) -> dict[str, Tensor]:
     """Tensors of another dtype or shape."""
-    found = {str(dtype): tensor.to(dtype) for dtype in tensor_file.DTYPES if tensor.dtype != dtype}
+    found = {str(dtype): tensor.to(dtype) for dtype in DTYPES if tensor.dtype != dtype}
     found |= {"flat": tensor.flatten(), "one more dimension": tensor[None], "a number": tensor.flatten()[:1].sum()}
     for dim in range(tensor.dim()):
         size = tensor.shape[dim]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
 from tiny import config_for, left_padded, tiny_model
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_longctx import CacheError, LongCtxCache, UnsupportedModeError, patch_model
 from hf_longctx.cache_layer import LongCtxLayer
+from hf_longctx.patch import unpatched
+from hf_longctx.seam import CACHE
 
 # Inherited and right: what asks for layers of another kind says so itself, and the rest follows from the layers.
 RIGHT = {
@@ -204,3 +208,47 @@ def test_what_takes_nothing_away(model, cache):
     step = torch.tensor([[5], [6]])
     with torch.no_grad():
         assert torch.equal(model(step, past_key_values=cache).logits, model(step, past_key_values=twin).logits)
+
+
+@contextmanager
+def press(model):
+    """As a press of kvpress: a hook after each attention module, which shortens the keys of its layer."""
+
+    def shorten(module, args, kwargs, output):
+        layer = kwargs[CACHE].layers[module.layer_idx]
+        layer.keys, layer.values = (tensor[:, :, ::2] for tensor in (layer.keys, layer.values))
+
+    hooks = [layer.self_attn.register_forward_hook(shorten, with_kwargs=True) for layer in model.model.layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_a_press_around_a_patched_model_is_told_the_cause(model):
+    ids = torch.randint(3, 97, (1, 30))
+    want = model.generate(ids, max_new_tokens=3)
+    for call in (lambda: model.generate(ids, max_new_tokens=3), lambda: model(ids)):
+        with press(model), pytest.raises(UnsupportedModeError, match="layers.0..keys.*kvpress.*unpatch_model"):
+            call()
+    assert torch.equal(model.generate(ids, max_new_tokens=3), want)
+    with unpatched(model), press(model):
+        model(ids)
+
+
+def test_a_wrapper_around_the_attention_function_is_named(model):
+    """As kvpress does with every function that is registered when it is imported."""
+    ids, ours = torch.randint(3, 97, (1, 30)), ALL_ATTENTION_FUNCTIONS["longctx"]
+
+    def wrapper(module, query, key, value, attention_mask, dropout, **kwargs):
+        assert query.shape[2] == key.shape[2]
+        return ours(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["longctx"] = wrapper
+    try:
+        with pytest.raises(UnsupportedModeError, match="was wrapped by test_cache_members.*before patch_model"):
+            model(ids)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["longctx"]
+    assert isinstance(model(ids).past_key_values, LongCtxCache)

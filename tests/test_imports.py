@@ -45,17 +45,24 @@ LAYERS = {
     "mask_errors": {"errors", "prompt_learning"},
     "rows": {"mask_errors"},
     "kernels": {"errors"},
-    "stores": {"errors", "bounds", "kernels", "rows"},
+    "tensor_file": {"errors"},
+    "saved": {"errors", "kernels", "rows", "tensor_file"},
+    "stores": {"errors", "bounds", "kernels", "rows", "saved", "tensor_file"},
     "prefill": {"errors", "bounds", "kernels", "rows"},
     "decode": {"errors", "kernels", "rows"},
     "layer_plan": {"kernels", "stores", "prefill"},
     "token_ids": set(),
     "finite": {"errors"},
-    "tensor_file": {"errors"},
-    "fingerprint": {"errors", "config_model"},
-    "cache_file": {"errors", "registry", "rows", "layer_plan", "whole_file", "finite", "tensor_file", "fingerprint"},
+    "devices": set(),
+    "weights": set(),
+    "fingerprint": {"errors", "config_model", "weights"},
+    "cache_file": {"errors", "registry", "rows", "layer_plan", "whole_file", "finite", "tensor_file", "fingerprint"}
+    | {"cache_layer", "config_model", "devices", "saved"},
     "dense_members": {"errors"},
-    "cache_layer": {"errors", "kernels", "rows", "stores", "layer_plan", "finite", "dense_members"},
+    "graphs": {"errors"},
+    "positions": {"errors", "rows"},
+    "cache_layer": {"errors", "kernels", "rows", "stores", "layer_plan", "finite", "dense_members", "saved"}
+    | {"tensor_file"},
     "cache": {"errors", "kernels", "rows", "stores", "cache_layer", "token_ids", "cache_file", "dense_members"},
     "seam": {"errors"},
     "rotary": {"errors", "rows"},
@@ -63,7 +70,8 @@ LAYERS = {
     "as_stock": {"errors"},
     "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache_layer", "seam"}
     | {"as_stock"},
-    "patch_state": {"errors", "config", "rows", "layer_plan", "cache"},
+    "break_even": {"stores", "cache"},
+    "patch_state": {"errors", "config", "rows", "layer_plan", "cache", "break_even"},
     "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam", "rotary"} | {"mask_errors"},
     "overrides": CONFIG,
     "patch": CONFIG
@@ -71,9 +79,9 @@ LAYERS = {
     | {"patch_state", "hooks", "contract", "overrides"},
     "loading": {"errors", "config", "patch"},
     "report": {"errors", "cache", "patch", "patch_state"},
-    "tasks": {"errors", "bounds", "registry", "seam"},
+    "tasks": {"errors", "bounds", "registry", "seam", "devices"},
     "identify": {"errors", "registry", "head_map", "config", "config_find", "kernels", "patch", "tasks", "whole_file"}
-    | {"seam", "bounds", "progress"},
+    | {"seam", "bounds", "progress", "weights"},
     "identify_prefill": CONFIG
     | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"}
     | {"whole_file"},
@@ -89,7 +97,7 @@ LAYERS = {
     "sizes": {"errors", "bounds", "registry"},
     "ladder": CONFIG | {"memory"},
     "plan": CONFIG | {"ladder", "memory", "memory_find", "sizes"},
-    "memory": CONFIG | {"family", "layer_plan", "patch", "sizes"},
+    "memory": CONFIG | {"family", "layer_plan", "patch", "sizes", "stores"},
     "memory_find": CONFIG | {"assets", "config_find", "family", "memory", "patch", "sizes"},
     "plots": {"errors", "config"},
     # What stands on the public names, which it may also take from the files that define them.

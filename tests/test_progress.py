@@ -234,6 +234,7 @@ def test_a_signal_ends_the_real_command(tmp_path):
         words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
     ) as run:
         assert run.stderr.readline() == "demo: started, 0 of 150 prompts and ways\n"
+        assert " of 150 prompts and ways, " in run.stderr.readline(), "it is at work"
         run.send_signal(signal.SIGINT)
         out, error = run.communicate(timeout=120)
     assert run.returncode == 130 and not out and "Traceback" not in error

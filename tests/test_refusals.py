@@ -81,7 +81,7 @@ def test_a_hole_that_opens_while_decoding(model):
     )
     mask[0, :6] = 0
     step = {"attention_mask": mask, "past_key_values": cache}
-    refuse(model, CacheError, "starts at token 0.*says 6", lambda: model(IDS[:, :1], **step), cache)
+    refuse(model, CacheError, "starts at token 0, this forward says 6", lambda: model(IDS[:, :1], **step), cache)
 
 
 @torch.no_grad()
@@ -89,7 +89,12 @@ def test_a_padded_cache_needs_its_mask(model):
     ids, mask = left_padded([20, 5])
     cache = LongCtxCache(model)
     model(ids, attention_mask=mask, past_key_values=cache)
-    refuse(model, CacheError, "Pass the attention_mask", lambda: model(ids[:, :1], past_key_values=cache), cache)
+    match = "row 1 of the cache starts at token 15, this forward has no attention_mask. Pass the attention_mask"
+    refuse(model, CacheError, match, lambda: model(ids[:, :1], past_key_values=cache), cache)
+    swapped = torch.cat([mask.flip(0), torch.ones(2, 1, dtype=mask.dtype)], 1)
+    step = {"attention_mask": swapped, "past_key_values": cache}
+    match = "row 0 of the cache starts at token 0, this forward says 15 in its attention_mask"
+    refuse(model, CacheError, match, lambda: model(ids[:, :1], **step), cache)
 
 
 @torch.no_grad()
@@ -156,7 +161,39 @@ def test_max_tokens_is_a_hard_limit(model):
 def test_another_batch_size(model):
     cache = LongCtxCache(model)
     model(IDS, past_key_values=cache)
-    refuse(model, CacheError, "holds 1 rows", lambda: model(IDS.expand(2, -1), past_key_values=cache), cache)
+    many = {rows: IDS[:, :2].expand(rows, -1) for rows in (2, 3, 4)}
+    match = r"holds 1 rows, the forward brings 2. Use a new cache or.*batch_repeat_interleave\(2\) before"
+    refuse(model, CacheError, match, lambda: model(many[2], past_key_values=cache), cache)
+    cache.batch_repeat_interleave(2)
+    refuse(model, CacheError, "brings 3. Use a new cache.$", lambda: model(many[3], past_key_values=cache), cache)
+    cache.batch_repeat_interleave(2)
+    assert model(many[4], past_key_values=cache).logits.shape[0] == 4
+
+
+def test_positions_that_skip_or_repeat(model):
+    """Not those of packed sequences, which go back."""
+    skips, pads = torch.arange(40), torch.cat([torch.zeros(9, dtype=torch.long), torch.arange(31)])
+    skips[20:] += 5
+    match = "25 follows 19 in row 0.*leave position_ids out"
+    refuse(model, UnsupportedModeError, match, lambda: model(IDS, position_ids=skips[None]))
+    refuse(model, UnsupportedModeError, "0 follows 0 in row 0.*pads", lambda: model(IDS, position_ids=pads[None]))
+    mask = torch.ones_like(IDS)
+    mask[0, :9] = 0
+    assert model(IDS, position_ids=pads[None], attention_mask=mask).logits.shape == (1, 40, 97), "what it says to do"
+
+
+def test_a_mask_that_the_model_itself_makes(model):
+    attention = model.base_model.layers[1].self_attn
+    four = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+    handle = attention.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": four}), with_kwargs=True
+    )
+    with pytest.raises(UnsupportedModeError, match=r"made a mask of shape \(1, 1, 40, 40\) of its own for layer 1"):
+        model(IDS)
+    handle.remove()
+    attention.train().attention_dropout = 0.5
+    with pytest.raises(UnsupportedModeError, match="layer 1 asks for dropout 0.5"):
+        model(IDS, use_cache=False)
 
 
 def test_a_switched_model_runs_dense_and_refuses_our_cache(model, caplog):
@@ -229,6 +266,10 @@ def test_a_cache_of_another_config_or_of_no_patch(model):
     model(IDS, past_key_values=cache)
     family = model.config.model_type
     other = patch_model(tiny_model(family), config_for(model, "streaming"))
-    refuse(other, CacheError, "another config", lambda: other(IDS[:, :1], past_key_values=cache), cache)
+    match = "another config .other roles"
+    refuse(other, CacheError, match, lambda: other(IDS[:, :1], past_key_values=cache), cache)
+    patch_model(model, "auto", kernel="reference")
+    match = "another config .other kernel.. Start with a new cache"
+    refuse(model, CacheError, match, lambda: model(IDS[:, :1], past_key_values=cache), cache)
     with pytest.raises(UnsupportedModeError, match="not the patched one"):
         tiny_model(family)(IDS[:, :1], past_key_values=cache)

@@ -195,7 +195,7 @@ def test_errors_are_one_line_and_exit_code_2(args, message):
     assert line.startswith(ConfigError.__name__)
 
 
-@pytest.mark.parametrize("args", [["--tokens", "8k"], ["--json", "/no/such/folder/x.json"]])
+@pytest.mark.parametrize("args", [["--tokens", "8x"], ["--json", "/no/such/folder/x.json"]])
 def test_bad_options_are_refused(args):
     assert invoke("bench", "decode", *args).exit_code == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from statistics import mean, median
 
 import pytest
@@ -318,6 +319,15 @@ def test_the_command_refuses_before_it_loads_the_model(tmp_path, monkeypatch, ar
     given = ["hf-longctx/tiny-llama", "--tasks", "needle", "--lengths", 128, "--out", tmp_path / "out", *args]
     refused = command(*given)
     assert refused.exit_code == 2 and said in refused.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_wants_matplotlib_before_it_loads_the_model(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("hf_longctx.eval_commands.load_model", lambda *_: pytest.fail("the model was loaded"))
+    given = ["hf-longctx/tiny-llama", "--tasks", "needle", "--lengths", 128, "--out", tmp_path / "out"]
+    refused = command(*given)
+    assert refused.exit_code == 2 and "matplotlib is not installed" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 
