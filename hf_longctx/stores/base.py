@@ -213,10 +213,10 @@ class Store(ABC):
         """One of `segments`, of the class named ``kind``; a store whose classes need more than that overrides it.
 
         A buffer gets the room it had, but where nothing was reserved at most twice what the store would make for as
-        many tokens: it had more after a long text was rolled back, and a file may ask for any.
+        many tokens and those that may have been taken back: a file may ask for any.
         """
         if kind == Segment.__name__ and self.max_tokens is None:
-            numbers = {**numbers, "capacity": min(numbers["capacity"], 2 * room(tensors["k"].shape[2], None))}
+            numbers = {**numbers, "capacity": min(numbers["capacity"], 2 * room(tensors["k"].shape[2] + SLACK, None))}
         return {known.__name__: known for known in self.kinds}[kind].restored(tensors, numbers, device)
 
     def tensors(self) -> Iterator[Tensor]:

@@ -307,7 +307,7 @@ class QuantizedStore(Store):
         self, kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device
     ) -> Segment | Packed:
         if kind == Packed.__name__ and self.max_tokens is None:  # as in Store.restored
-            most = 2 * room(tensors["k"].shape[2], None) // self.spec.group * self.spec.group
+            most = 2 * room(tensors["k"].shape[2] + SLACK, None) // self.spec.group * self.spec.group
             numbers = {**numbers, "slots": min(numbers["slots"], most)}
         return super().restored(kind, tensors, numbers, device)
 
