@@ -23,6 +23,7 @@ from .layer_plan import differing
 from .mask_errors import Known
 from .patch_state import PatchState
 from .positions import refuse_positions
+from .prompt_learning import refuse_lost_prompt
 from .refusals import refuse_call
 from .rotary import check_rotary
 from .rows import read_mask
@@ -207,7 +208,7 @@ class PrepareCache(OnModel):
         cache = model_kwargs.get(CACHE)
         no_cache = generation_config.use_cache is False or id(model.base_model) in observers.get()
         if not self.dense:
-            _refuse_generate(cache, generation_config, (*args, *kwargs.values()))
+            _refuse_generate(model, cache, generation_config, (*args, *kwargs.values()))
         if self.dense or cache is not None or no_cache or asked in DENSE_MEMORY:
             return self.original(generation_config, model_kwargs, *args, **kwargs)
         rollback = _hands_back(generation_config, (*args, *kwargs.values()))
@@ -218,7 +219,7 @@ class PrepareCache(OnModel):
 ON_MODEL: tuple[type[OnModel], ...] = (Generate, StartBatching, PrepareCache)
 
 
-def _refuse_generate(cache: Any, generation_config: Any, given: tuple) -> None:
+def _refuse_generate(model: nn.Module, cache: Any, generation_config: Any, given: tuple) -> None:
     """What generate() would do wrong with this cache, or with none."""
     asked = generation_config.cache_implementation
     if cache is None and asked not in (*OURS, *DENSE_MEMORY):
@@ -232,5 +233,6 @@ def _refuse_generate(cache: Any, generation_config: Any, given: tuple) -> None:
             "text at every step, on top of what the cache holds, and answer wrongly. Set use_cache=True, or leave out "
             "the cache."
         )
+    refuse_lost_prompt(model, generation_config.use_cache is not False)
     if isinstance(cache, LongCtxCache) and cache.seen:
         _refuse_drafts(given)

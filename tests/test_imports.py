@@ -41,7 +41,7 @@ LAYERS = {
     "config_find": CONFIG,
     "family": {"errors"},
     "patches": {"family"},
-    "prompt_learning": {"errors"},
+    "prompt_learning": {"errors", "seam"},
     "mask_errors": {"errors", "prompt_learning"},
     "rows": {"mask_errors"},
     "kernels": {"errors"},
@@ -74,7 +74,7 @@ LAYERS = {
     "break_even": {"stores", "cache"},
     "patch_state": {"errors", "config", "rows", "layer_plan", "cache", "break_even"},
     "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam", "rotary", "refusals"}
-    | {"mask_errors", "graphs", "positions"},
+    | {"mask_errors", "graphs", "positions", "prompt_learning"},
     "overrides": CONFIG,
     "patch": CONFIG
     | {"config_find", "family", "rows", "kernels", "stores", "prefill", "layer_plan", "cache", "attention"}

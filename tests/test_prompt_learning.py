@@ -7,6 +7,7 @@ import torch
 from peft import (
     AdaptionPromptConfig,
     MultitaskPromptTuningConfig,
+    PeftModelForCausalLM,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -22,6 +23,7 @@ from hf_longctx import (
     patch_model,
     unpatch_model,
 )
+from hf_longctx.seam import CACHE
 
 SHARED = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
 KINDS = {
@@ -48,15 +50,44 @@ def tasks(kind: str, rows: int) -> dict:
     return {"task_ids": torch.zeros(rows, dtype=torch.long)} if kind.startswith("MULTI") else {}
 
 
+# Whether this PEFT finds the cache that this Transformers gives it. Where it does not, stock models answer wrongly.
+KNOWS_THE_CACHE = CACHE in PeftModelForCausalLM.prepare_inputs_for_generation.__code__.co_consts
+
+
+@torch.no_grad()
+def without_a_cache(model, input_ids, **given):
+    """Greedy tokens after ``input_ids``, the whole text read for each: what no version can get wrong."""
+    mask = given.pop("attention_mask", torch.ones_like(input_ids))
+    for _ in range(5):
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **given).logits
+        input_ids = torch.cat([input_ids, logits[:, -1:].argmax(-1)], 1)
+        mask = torch.cat([mask, mask[:, -1:]], 1)
+    return input_ids
+
+
+def test_the_stock_model_is_right_where_the_cache_is_known():
+    model, given = tuned("PROMPT_TUNING", None), {"input_ids": IDS[:1]}
+    same = torch.equal(model.generate(max_new_tokens=5, **given), without_a_cache(model, **given))
+    assert same is KNOWS_THE_CACHE
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_one_row_is_that_of_the_stock_model(kind, when):
     stock, model = tuned(kind, None), tuned(kind, when)
     given = {"input_ids": IDS[:1], **tasks(kind, 1)}
     torch.testing.assert_close(model(**given).logits, stock(**given).logits)
-    assert torch.equal(model.generate(max_new_tokens=5, **given), stock.generate(max_new_tokens=5, **given))
     even = {"input_ids": IDS[:, -20:], "attention_mask": MASK[:, -20:], **tasks(kind, 2)}
-    assert torch.equal(model.generate(max_new_tokens=5, **even), stock.generate(max_new_tokens=5, **even))
+    for asked in (given, even):
+        want, said = without_a_cache(stock, **asked), f"PEFT's {kind} puts 5 virtual tokens"
+        for use_cache, right in ((True, KNOWS_THE_CACHE), (False, kind != "PREFIX_TUNING")):
+            if right:
+                assert torch.equal(model.generate(max_new_tokens=5, use_cache=use_cache, **asked), want)
+            else:
+                with pytest.raises(
+                    UnsupportedModeError, match=f"{said}.*{'asks generate' if use_cache else 'Set use'}"
+                ):
+                    model.generate(max_new_tokens=5, use_cache=use_cache, **asked)
     unpatch_model(model)
     assert torch.equal(model.generate(max_new_tokens=5, **given), stock.generate(max_new_tokens=5, **given))
 
@@ -65,8 +96,9 @@ def test_one_row_is_that_of_the_stock_model(kind, when):
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_left_padded_batch_names_the_virtual_tokens(kind, when):
     model, given = tuned(kind, when), {"input_ids": IDS, "attention_mask": MASK, **tasks(kind, 2)}
-    with pytest.raises(UnsupportedModeError, match=f"PEFT's {kind} puts 5 virtual tokens"):
-        model.generate(max_new_tokens=3, **given)
+    for asked in ({}, {"use_cache": False}):
+        with pytest.raises(UnsupportedModeError, match=f"PEFT's {kind} puts 5 virtual tokens"):
+            model.generate(max_new_tokens=3, **given, **asked)
     with pytest.raises(UnsupportedModeError, match="virtual tokens"):
         model(**given)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny import config_for, left_padded, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -162,14 +162,6 @@ def test_peft_copies_of_the_attention_module(patch_first):
     assert isinstance(out.past_key_values, LongCtxCache)
     unpatch_model(wrapped)
     assert torch.equal(wrapped.generate(input_ids=IDS, max_new_tokens=5), want)
-
-
-def test_prefix_tuning_runs_with_dense_memory():
-    torch.manual_seed(5)
-    model = get_peft_model(tiny_model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
-    want = model.generate(input_ids=IDS, max_new_tokens=5)
-    patch_model(model, config_for(model, "retrieval"))
-    assert torch.equal(model.generate(input_ids=IDS, max_new_tokens=5), want)
 
 
 @torch.no_grad()
