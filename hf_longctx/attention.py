@@ -31,8 +31,8 @@ ROWS = "longctx_rows"  # keyword argument by which the base model's pre-hook han
 # Keyword arguments that reach the attention function beside its own. Those that mean nothing here, as they do in
 # Transformers' own functions, or that the base model's pre-hook has read or refused; and those of the modules.
 UNUSED = frozenset(
-    ("cache_position", "is_causal", "num_items_in_batch", "output_attentions", "output_hidden_states")
-    + ("output_router_logits", "position_ids", "return_dict", "token_type_ids", "use_cache")
+    ("cache_position", "ignore_index", "is_causal", "num_items_in_batch", "output_attentions", "output_hidden_states")
+    + ("output_router_logits", "position_ids", "return_dict", "shift_labels", "token_type_ids", "use_cache")
 )
 KNOWN = UNUSED | {"sliding_window", ROWS}
 

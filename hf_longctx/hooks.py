@@ -32,6 +32,9 @@ from .seam import CACHE, rename_cache
 # base model id -> observer; a context variable, so that threads that share a model do not see each other's.
 observers: ContextVar[Mapping[int, Any]] = ContextVar("hf_longctx_observers", default=MappingProxyType({}))
 
+# Whether generate() runs a loop that is not Transformers' own, on this thread.
+custom_loop: ContextVar[bool] = ContextVar("hf_longctx_custom_loop", default=False)
+
 # cache_implementation words of generate(): those that mean a LongCtxCache ("dynamic_full" is what Transformers 5.0
 # asks of an assistant), and those that keep Transformers' own cache.
 OURS = (None, "dynamic", "dynamic_full")
@@ -126,12 +129,12 @@ def _names(base: nn.Module, positional: int) -> tuple[str, ...]:
 
 
 def _hands_back(generation_config: Any, given: tuple) -> bool:
-    """Whether somebody may take tokens back from the cache that generate() makes: its caller, or what it drafts with.
+    """Whether somebody may take tokens back from the cache that generate() makes: its caller, its drafts, another loop.
 
     ``given`` are the other arguments of ``_prepare_cache_for_generation``, the generation mode among them.
     """
     kept = generation_config.return_dict_in_generate or getattr(generation_config, "is_assistant", False)
-    return bool(kept) or not any(getattr(one, "value", None) in FORWARD_ONLY for one in given)
+    return bool(kept or custom_loop.get()) or not any(getattr(one, "value", None) in FORWARD_ONLY for one in given)
 
 
 def _refuse_drafts(given: tuple) -> None:
@@ -149,6 +152,8 @@ class OnModel:
 
     Attributes:
         name: of the method.
+        before: what stood on the model in place of the class's own, or None (Transformers itself puts a ``generate``
+            there for a checkpoint that brings one).
     """
 
     name: ClassVar[str]
@@ -156,11 +161,18 @@ class OnModel:
     def __init__(self, model: nn.Module, state: PatchState):
         self.model = model
         self.state = state
+        self.before: Callable | None = vars(model).get(self.name)
 
     @property
     def original(self) -> Callable:
-        """The class's own method, bound to the model."""
-        return getattr(type(self.model), self.name).__get__(self.model)
+        """What it replaces, bound to the model."""
+        return self.before or getattr(type(self.model), self.name).__get__(self.model)
+
+    def remove(self) -> None:
+        """Put back what was there before."""
+        delattr(self.model, self.name)
+        if self.before is not None:
+            setattr(self.model, self.name, self.before)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -179,7 +191,12 @@ class Generate(OnModel):
 
     def __call__(self, *args, **kwargs) -> Any:
         rename_cache(kwargs)
-        return self.original(*args, **kwargs)
+        custom = self.before is not None or kwargs.get("custom_generate") is not None
+        token = custom_loop.set(custom or custom_loop.get())
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            custom_loop.reset(token)
 
 
 class StartBatching(OnModel):

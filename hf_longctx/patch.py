@@ -137,8 +137,9 @@ def unpatch_model(model: nn.Module) -> nn.Module:
             del base._forward_pre_hooks[key]
             base._forward_pre_hooks_with_kwargs.pop(key, None)
     for replacement in ON_MODEL:
-        if isinstance(vars(inner).get(replacement.name), OnModel):  # somebody may have put another over it since
-            delattr(inner, replacement.name)
+        on_model = vars(inner).get(replacement.name)
+        if isinstance(on_model, OnModel):  # somebody may have put another over it since
+            on_model.remove()
     del base.longctx_state
     return model
 

@@ -25,7 +25,7 @@ ONE_ROW = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"
 # What of the first may stand in a generation config -> the values there that change nothing.
 STORED = {
     "use_cache": (None, True),
-    "cache_implementation": (None, "dynamic", "dynamic_full"),
+    "cache_implementation": (None, "dynamic_full", "dynamic"),
     "prefill_chunk_size": (None,),
     "token_healing": (None, False),
 }

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from store_cases import CASES, patched_case, role_of
 from test_cache import patched_tiny, read
 from test_generate import prompt
-from tiny import left_padded
+from tiny import config_for, left_padded
 
-from hf_longctx import CacheError, LongCtxCache, cache_file, report
+from hf_longctx import CacheError, LongCtxCache, cache_file, patch_model, report, unpatch_model
 from hf_longctx.rows import Rows
 from hf_longctx.seam import CACHE
 from hf_longctx.stores.base import SLACK
@@ -200,19 +201,32 @@ def test_rejected_drafts_over_a_window_that_drops_give_greedy_tokens():
     assert min(crops) < -2
 
 
-def test_a_loop_that_takes_back_is_told_how():
-    """A decoding loop of somebody else's gets a cache that remembers nothing, unless it brings its own."""
+def takes_two_back(model, input_ids, **kwargs):
+    """A decoding loop that is not Transformers' own, for ``custom_generate``."""
+    with torch.no_grad():
+        model(input_ids, past_key_values=kwargs[CACHE])
+    kwargs[CACHE].crop(-2)
+    return input_ids
+
+
+def test_a_loop_of_somebody_elses_can_take_back():
+    """Given to one call, or by the checkpoint: Transformers puts its loop on the model as ``generate``."""
     model, asked = patched_tiny(), {**prompt("prompt lookup"), "max_new_tokens": 4}
+    assert model.generate(**asked, custom_generate=takes_two_back).shape == (1, 45)
+    unpatch_model(model)
+    own = partial(type(model).generate, model, custom_generate=takes_two_back)
+    model.generate = own
+    patch_model(patch_model(model, config_for(model)), config_for(model))
+    assert model.generate(**asked).shape == (1, 45)
+    assert unpatch_model(model).generate is own
 
-    def loop(model, input_ids, **kwargs):
-        with torch.no_grad():
-            model(input_ids, past_key_values=kwargs[CACHE])
-        kwargs[CACHE].crop(-2)
-        return input_ids
 
+def test_a_loop_that_takes_back_is_told_how():
+    """The class's own generate, past the model's, does not say that another loop runs."""
+    model, asked = patched_tiny(), {**prompt("prompt lookup"), "max_new_tokens": 4, "custom_generate": takes_two_back}
     with pytest.raises(CacheError, match=r"cannot take back 2 tokens.*LongCtxCache\(model\) of your own"):
-        model.generate(**asked, custom_generate=loop)
-    assert model.generate(**asked, custom_generate=loop, past_key_values=LongCtxCache(model)).shape == (1, 45)
+        type(model).generate(model, **asked)
+    assert type(model).generate(model, **asked, past_key_values=LongCtxCache(model)).shape == (1, 45)
 
 
 @pytest.mark.parametrize("lengths", [[60], [60, 43, 2]])

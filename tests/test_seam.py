@@ -12,7 +12,15 @@ from tiny import config_for, tiny_model
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_longctx import LongCtxCache, UnsupportedModeError, UnsupportedModelError, contract, patch_model, unpatch_model
+from hf_longctx import (
+    LongCtxCache,
+    UnsupportedModeError,
+    UnsupportedModelError,
+    contract,
+    patch_model,
+    patched,
+    unpatch_model,
+)
 from hf_longctx.cache_layer import LongCtxLayer
 from hf_longctx.seam import CACHE, NAMES, OTHER, cache_of, rename_cache
 
@@ -78,6 +86,11 @@ def test_what_others_put_over_generate_stays(model):
         return "theirs"
 
     model.generate = theirs
+    assert unpatch_model(model).generate is theirs
+    patch_model(model, config_for(model))
+    assert model.generate() == "theirs"
+    with patched(model, config_for(model, "retrieval")):
+        assert model.generate() == "theirs"
     assert unpatch_model(model).generate is theirs
 
 

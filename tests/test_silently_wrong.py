@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
 import torch
 from tiny import config_for, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 import hf_longctx.patch
 from hf_longctx import LongCtxCache, UnsupportedModeError, UnsupportedModelError, patch_model, report, unpatch_model
@@ -90,6 +92,22 @@ def test_an_unknown_argument_of_the_call_is_refused_before_anything_is_written(n
         model(IDS, **{CACHE: cache, name: 1.0})
     assert not any(layer.seen for layer in cache.layers)
     model(IDS, **{name: None})
+
+
+MODELS_OWN = {"logits", "labels", "vocab_size", "kwargs"}  # what a model gives its loss itself
+
+
+@pytest.mark.parametrize("name", sorted(set(inspect.signature(ForCausalLMLoss).parameters) - MODELS_OWN))
+def test_the_arguments_of_the_loss_reach_it(name):
+    given = {"shift_labels": IDS.roll(-2, 1), "ignore_index": int(IDS[0, 3]), "num_items_in_batch": torch.tensor(7)}
+    model, dense = patched_tiny("retrieval"), unpatch_model(patched_tiny("retrieval"))
+    dense.load_state_dict(model.state_dict())
+    plain, got, want = (
+        one(IDS, labels=IDS, **asked).loss
+        for one, asked in ((model, {}), (model, {name: given[name]}), (dense, {name: given[name]}))
+    )
+    torch.testing.assert_close(got, want)
+    assert not torch.isclose(got, plain)
 
 
 @pytest.mark.parametrize("name", sorted(UNUSED - {"is_causal", "output_attentions", "position_ids", "cache_position"}))
