@@ -30,7 +30,7 @@ RIGHT = {
     "layer": {"_layer_type"},  # names no type of layer
 }
 PYTHON = {"__annotations__", "__slots__", "__dict__", "__module__", "__weakref__", "__doc__", "__firstlineno__"}
-PYTHON |= {"__static_attributes__", "__annotate__", "__annotate_func__", "__annotations_cache__"}
+PYTHON |= {"__static_attributes__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__slotnames__"}
 
 
 def unchecked(ours: type, stocks: tuple[type, ...], right: set[str]) -> set[str]:

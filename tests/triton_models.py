@@ -13,6 +13,7 @@ from tiny import config_for, left_padded, tiny_model
 from hf_longctx import LongCtxCache, LongCtxError, patch_model, report
 from hf_longctx.bench import gpu, gpu_clock
 from hf_longctx.bench.gpu_settings import GpuSettings
+from hf_longctx.bench.measure import quiet
 from hf_longctx.kernels import _triton_decode, triton
 
 LAYERS, STEPS = 2, 2
@@ -137,7 +138,7 @@ def benchmark(device, dtype):
         right = triton.decode_layer
         patch.setattr(triton, "decode_layer", lambda *args: right(*args).roll(1, 1))
         with pytest.raises(LongCtxError, match="triton 100% retrieval differs"):
-            gpu._decode(settings, word, 70, device, clock)
+            gpu._decode(settings, word, 70, device, clock, quiet)
 
 
 def stopwatch(work):

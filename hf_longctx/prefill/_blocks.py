@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..bounds import MOST
 from ..errors import ConfigError
 from ..kernels._pieces import pieces
 from .base import BLOCK, PatternSpec
@@ -31,7 +30,7 @@ class BlockPattern(PatternSpec):
 
     roles = ("retrieval",)
 
-    block: int = field(default=BLOCK, kw_only=True, metadata={"min": 1, "max": MOST, "unit": "tokens"})
+    block: int = field(default=BLOCK, kw_only=True, metadata={"choices": (BLOCK,), "unit": "tokens"})
 
     def __post_init__(self) -> None:
         if self.block != BLOCK:

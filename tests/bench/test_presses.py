@@ -15,6 +15,7 @@ from hf_longctx import ConfigError
 from hf_longctx.bench import e2e, presses, show
 from hf_longctx.bench.settings import Settings
 from hf_longctx.cli import app
+from hf_longctx.seam import CACHE
 
 TEXT = "HalfPress(compression_ratio=0.5)"
 SHAPE = {"layers": 2, "heads": 8, "kv_heads": 4, "head_dim": 16, "sink": 4, "recent": 16, "rounds": 2}
@@ -35,7 +36,7 @@ class BasePress:
     def __call__(self, model):
         def shorten(module, args, kwargs, output):
             self.open_for.append(kwargs["hidden_states"].shape[1])
-            layer = kwargs["past_key_values"].layers[module.layer_idx]
+            layer = kwargs[CACHE].layers[module.layer_idx]
             kept = round(layer.keys.shape[2] * (1 - self.ratio))
             layer.keys, layer.values = layer.keys[:, :, :kept], layer.values[:, :, :kept]
 

@@ -89,7 +89,7 @@ def test_low_precision_scores_in_float32(dtype):
         ({"stride": 128}, r"prefill\.retrieval\.stride: got 128, .*at most 64"),
         ({"threshold": 1.1}, r"prefill\.retrieval\.threshold: got 1\.1, .*at most 1"),
         ({"threshold": -0.1}, r"prefill\.retrieval\.threshold: got -0\.1, .*at least 0"),
-        ({"block": 32}, r"prefill\.retrieval\.block: got 32, supported: 64 tokens"),
+        ({"block": 32}, r"prefill\.retrieval\.block: got 32, expected a whole number, one of 64 \(tokens\)"),
     ],
 )
 def test_wrong_fields_are_refused(fields, said):

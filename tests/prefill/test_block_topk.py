@@ -70,7 +70,7 @@ def test_low_precision_scores_in_float32(dtype):
     [
         ({"top_k": 0}, r"prefill\.retrieval\.top_k: got 0, expected a whole number, at least 1 \(blocks\)"),
         ({"top_k": 1.5}, r"prefill\.retrieval\.top_k: got 1\.5"),
-        ({"block": 128}, r"prefill\.retrieval\.block: got 128, supported: 64 tokens"),
+        ({"block": 128}, r"prefill\.retrieval\.block: got 128, expected a whole number, one of 64 \(tokens\)"),
         ({"topk": 3}, r"prefill\.retrieval\.topk: unknown key.*top_k"),
     ],
 )

@@ -161,7 +161,7 @@ def test_low_precision_scores_in_float32(dtype, spec):
         ({"gamma": 1.1}, r"prefill\.retrieval\.gamma: got 1\.1, .*at most 1"),
         ({"tau": -1}, r"prefill\.retrieval\.tau: got -1, .*at least 0"),
         ({"min_budget": 0}, r"prefill\.retrieval\.min_budget: got 0, .*at least 1 \(tokens\)"),
-        ({"block": 128}, r"prefill\.retrieval\.block: got 128, supported: 64 tokens"),
+        ({"block": 128}, r"prefill\.retrieval\.block: got 128, expected a whole number, one of 64 \(tokens\)"),
     ],
 )
 def test_wrong_fields_are_refused(fields, said):
