@@ -24,7 +24,7 @@ from .registry import dump
 from .rows import Rows
 from .saved import MOST, SavedTensors, Told, short
 from .tensor_file import TensorFile
-from .whole_file import written_whole
+from .whole_file import check_place, written_whole
 
 FORMAT, VERSION = "hf_longctx cache", 2
 READS = ("1", str(VERSION))  # in 1 the history of a ring has all its slots at once
@@ -69,7 +69,8 @@ def _file_path(path: str | os.PathLike) -> Path:
     try:
         if b"\0" in os.fsencode(path) or not Path(path).name:
             raise ValueError("it names no file")
-    except ValueError as error:  # or it has letters that the file system has no bytes for
+        check_place(Path(path))
+    except (ValueError, FileExistsError) as error:  # or it has letters that the file system has no bytes for
         raise CacheError(f"path: got {str(path)!r}, expected the name of a file to write ({error}).") from None
     return Path(path)
 

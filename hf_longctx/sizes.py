@@ -60,8 +60,9 @@ def parse_bytes(text: str | int, where: str) -> int:
     """
     if isinstance(text, int) and not isinstance(text, bool):
         return text
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text) if isinstance(text, str) else None
+    form = r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]+)\s*"
+    found = re.fullmatch(form, text) if isinstance(text, str) else None
     units = {name.lower(): factor for name, factor in UNITS.items()}
     if found is None or found[2].lower() not in units:
-        raise ConfigError(f"{where}: {text!r} is no size such as 24GB; units: {', '.join(UNITS)}.")
-    return round(float(found[1]) * units[found[2].lower()])
+        raise ConfigError(f"{where}: {short(text)} is no size such as 24GB; units: {', '.join(UNITS)}.")
+    return round(Fraction(found[1]) * units[found[2].lower()])

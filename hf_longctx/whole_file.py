@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -31,8 +32,9 @@ def written_whole(path: Path, mode: int = 0o666) -> Iterator[Path]:
         mode: who may read and write the file, less what the umask takes away; that of a file it replaces is lost.
 
     Raises:
-        OSError: it cannot be written; the file of before is as it was.
+        OSError: it cannot be written; the file of before is as it was. So is a folder, a pipe or a device.
     """
+    check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in left_over(path):
         with suppress(OSError), open(left, "rb", opener=_no_pipe) as file:  # somebody else removed it
@@ -49,6 +51,12 @@ def written_whole(path: Path, mode: int = 0o666) -> Iterator[Path]:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)  # it is no longer there once it has become the file
         held.close()
+
+
+def check_place(path: Path) -> None:
+    """Raise FileExistsError where something is that is no file; root would replace even a device by one."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileExistsError(errno.EEXIST, "there is a folder, a pipe or a device", str(path))
 
 
 def left_over(path: Path) -> list[Path]:

@@ -318,6 +318,19 @@ def test_names_that_no_file_can_have(full, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+def test_nothing_but_a_file_is_replaced(full, tmp_path):
+    """Root could replace a device, for every process of the machine."""
+    cache, pipe = filled(full[0]), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "link", "folder"):
+        with pytest.raises(CacheError, match="expected the name of a file to write .*a folder, a pipe or a device"):
+            cache.save(tmp_path / name)
+    assert pipe.is_fifo() and (tmp_path / "link").is_symlink()
+    assert len(os.listdir(tmp_path)) == 3
+
+
 def test_nobody_else_may_read_a_saved_cache(full, tmp_path):
     cache, path = filled(full[0]), tmp_path / "cache"
     path.write_text("old")

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from hf_longctx.bounds import MOST
 from hf_longctx.cli import app
-from hf_longctx.sizes import parse_tokens
+from hf_longctx.sizes import parse_bytes, parse_tokens
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,20 @@ def test_what_is_no_number_of_tokens(text):
         lambda: parse_tokens(text, "--context"), "--context: got ", "131072 or 128k (k is 1024, M is 1048576)"
     )
     assert len(message) < 250
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * 10**9), ("1.5 gib", 3 * 2**29), ("0.1TB", 10**11), (" 7 MB ", 7 * 10**6), (12, 12)],
+)
+def test_bytes(text, size):
+    assert parse_bytes(text, "--memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "24", "GB", "-1GB", "1e9GB", "24 G", "٣GB", "9" * 400 + "GB", None, 2.5, True])
+def test_what_is_no_size(text):
+    message = refused(lambda: parse_bytes(text, "--memory"), "--memory: ", "is no size such as 24GB; units: GB, MB")
+    assert len(message) < 200
 
 
 def test_the_least_is_the_options_own():

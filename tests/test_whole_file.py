@@ -126,6 +126,15 @@ def test_a_pipe_or_a_link_among_what_was_left_stops_nobody(tmp_path):
     assert (tmp_path / "target").read_text() == "of somebody else"
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link", tmp_path):
+        with pytest.raises(FileExistsError, match="a folder, a pipe or a device"), written_whole(path):
+            raise AssertionError("never runs")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+
+
 def test_who_may_read_the_file(tmp_path):
     before = os.umask(0o022)
     try:
