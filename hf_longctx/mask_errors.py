@@ -86,7 +86,7 @@ def holes(real: Tensor, ids: Tensor | None, row: int, known: Known) -> Unsupport
 
 
 def _one_token(real: Tensor, ids: Tensor | None, row: int) -> int | None:
-    """The only token that is masked, wherever it stands in ``ids``, the last ones, and in row ``row`` between real ones."""
+    """The only token of ``ids``, the last ones, that is masked, wherever it stands, inside ``row`` too."""
     new = None if ids is None else real[:, real.shape[1] - ids.shape[1] :]
     if new is None or new.shape != ids.shape or not _inside(new[row].tolist()):
         return None
