@@ -159,9 +159,12 @@ class LongCtxCache(DenseCacheMembers, Cache):
     def check(self) -> None:
         """Raise CacheError when an earlier forward was interrupted."""
         if (most := max(layer.seen for layer in self.layers)) != self.seen:
+            instead = "Call cache.crop(0) to go back to before it, or cache.reset()."
+            if self.seen and self._stuck(self.seen) is not None:
+                instead = "Its streaming heads cannot go back: call cache.reset() and read the prompt again."
             raise CacheError(
                 f"the layers of this cache have seen between {self.seen} and {most} tokens: "
-                "an earlier forward was interrupted. Call cache.crop(0) to go back to before it, or cache.reset()."
+                f"an earlier forward was interrupted. {instead}"
             )
         self._refuse_half_written()
 
@@ -238,9 +241,8 @@ class LongCtxCache(DenseCacheMembers, Cache):
             self.reset()
             return
         self._refuse_half_written()
-        for layer in self.layers:
-            if target < min(layer.oldest_crop, layer.seen):
-                raise CacheError(self._no_way_back(layer, target))
+        if (stuck := self._stuck(target)) is not None:
+            raise CacheError(self._no_way_back(stuck, target))
         for layer in self.layers:
             layer.crop_to(Rows(max(self.batch_size, 1), 0, layer.seen, self.starts), target)
         if self.starts is not None:
@@ -249,6 +251,10 @@ class LongCtxCache(DenseCacheMembers, Cache):
             self.ends = tuple(min(end, target) for end in self.ends)
         self.token_ids.crop(target)
         self.rows = None
+
+    def _stuck(self, target: int) -> LongCtxLayer | None:
+        """The first layer that cannot be cropped to ``target`` tokens."""
+        return next((layer for layer in self.layers if target < min(layer.oldest_crop, layer.seen)), None)
 
     def _no_way_back(self, layer: LongCtxLayer, target: int) -> str:
         """Why ``layer`` cannot be cropped to ``target`` tokens."""

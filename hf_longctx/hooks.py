@@ -9,6 +9,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -73,9 +74,8 @@ class BeforeForward:
             self._check_cache(base, cache)
         past = cache.get_seq_length() if cache is not None else 0
         mask, ids = given.get("attention_mask"), given.get("input_ids")
-        rows = read_mask(
-            mask, inputs.shape[0], past, inputs.shape[1], ids=ids, known=lambda: Known.by(self.state.patched, config)
-        )
+        known = partial(Known.by, self.state.patched, config, cache)
+        rows = read_mask(mask, inputs.shape[0], past, inputs.shape[1], ids=ids, known=known)
         refuse_positions(given.get("position_ids"), rows)
         if note := check_rotary(config, rows):
             self.state.note(note)

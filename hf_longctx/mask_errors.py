@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import UnsupportedModeError
@@ -18,16 +19,19 @@ class Known:
     Attributes:
         virtual: what puts virtual tokens before its inputs, in words, or None.
         pads: its pad tokens.
+        cached: ids ``[B, past]`` of the tokens that the cache has seen, where they are known.
     """
 
     virtual: str | None = None
     pads: tuple[int, ...] = ()
+    cached: Tensor | None = None
 
     @classmethod
-    def by(cls, model: Any, config: Any) -> Known:
-        """Of the module that was patched (None where it is not known) and the config of its base model."""
+    def by(cls, model: Any, config: Any, cache: Any) -> Known:
+        """Of the module that was patched (None where it is not known), the config of its base model, and the cache."""
         configs = (config, getattr(model, "generation_config", None))
-        return cls(virtual_tokens(model), tuple(getattr(one, "pad_token_id", None) for one in configs))
+        pads = tuple(getattr(one, "pad_token_id", None) for one in configs)
+        return cls(virtual_tokens(model), pads, getattr(cache, "ids", None))
 
 
 def wrong_shape(mask: Tensor, batch: int, past: int, new: int, known: Known) -> UnsupportedModeError:
@@ -59,15 +63,18 @@ def holes(real: Tensor, ids: Tensor | None, row: int, known: Known) -> Unsupport
     places = real[row].nonzero().flatten().tolist()
     said = f"attention_mask has holes: row {row} has {len(places)} real tokens between columns {places[0]} and "
     said += f"{places[-1]}. "
+    before, token = _before_pads(real), _one_token(real, ids, row)
+    if token is None and before is None and ids is not None and known.cached is not None:
+        token = _one_token(real, torch.cat([known.cached.to(ids), ids], 1), row)
     if known.virtual is not None:
         why = f"{known.virtual}, before its left pads too. Give one sequence at a time, or sequences of one length."
-    elif (token := _one_token(real, ids, row)) is not None and token in known.pads:
+    elif token is not None and token in known.pads:
         why = (
             f"What is masked is each token {token}, the pad token, also between real tokens (without a mask generate() "
             "makes such a one). If it is part of the text, pass attention_mask=torch.ones_like(input_ids), with 0 for "
             "left pads only; if it is padding, put it on the left."
         )
-    elif (before := _before_pads(real)) is not None:
+    elif before is not None:
         why = (
             f"Every row begins with {before} real tokens, and its pads follow: something was put before a left-padded "
             "batch, as PEFT's prompt learning does with its virtual tokens. Give one sequence at a time, or sequences "
@@ -79,7 +86,7 @@ def holes(real: Tensor, ids: Tensor | None, row: int, known: Known) -> Unsupport
 
 
 def _one_token(real: Tensor, ids: Tensor | None, row: int) -> int | None:
-    """The token that is masked wherever it stands, between real ones in row ``row`` too, while no other is."""
+    """The only token of ``ids``, the last ones, that is masked, wherever it stands, inside ``row`` too."""
     new = None if ids is None else real[:, real.shape[1] - ids.shape[1] :]
     if new is None or new.shape != ids.shape or not _inside(new[row].tolist()):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import config_for, left_padded, tiny_model
+from transformers import DynamicCache
 
 from hf_longctx import LongCtxCache, UnsupportedModeError, patch_model
 
@@ -33,6 +34,17 @@ def test_the_pad_token_in_the_text_and_no_mask(model):
     refused(model, match, lambda: model.generate(two, max_new_tokens=2))
     given = {"attention_mask": torch.ones_like(WITH_PAD)[None], "max_new_tokens": 2}
     assert model.generate(WITH_PAD[None], **given).shape == (1, 42), "what the message says to do"
+
+
+@pytest.mark.parametrize("kind", [LongCtxCache, lambda model: DynamicCache(config=model.config)])
+def test_the_pad_token_in_what_the_cache_has_seen_and_no_mask(model, kind):
+    cache, more = kind(model), torch.cat([WITH_PAD, TEXT[:3]])[None]
+    with torch.no_grad():
+        model(WITH_PAD[None], past_key_values=cache)
+    known = "each token 0, the pad token, also between" if isinstance(cache, LongCtxCache) else "must be consecutive"
+    refused(model, known, lambda: model.generate(more, max_new_tokens=2, past_key_values=cache))
+    given = {"attention_mask": torch.ones_like(more), "past_key_values": cache, "max_new_tokens": 2}
+    assert model.generate(more, **given).shape == (1, 45), "what the message says to do"
 
 
 def test_texts_padded_before_they_were_joined(model):

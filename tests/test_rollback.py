@@ -138,6 +138,31 @@ def test_copies_forks_and_files_keep_what_is_remembered(case, tmp_path):
     torch.testing.assert_close(read(model, loaded, ids[:, 50:55]), want, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("new", [5, 300])
+@pytest.mark.parametrize("rollback", [True, False])
+@torch.no_grad()
+def test_after_an_interrupted_forward_what_the_message_says_works(rollback, new):
+    """Between two layers: the first of them have read more than the others, and forgotten what their windows lost."""
+    model, ids = patched_tiny(), torch.randint(3, 97, (1, 60 + new))
+    cache = LongCtxCache(model, rollback=rollback)
+    read(model, cache, ids[:, :60])
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        read(model, cache, ids[:, 60:])
+    hook.remove()
+    goes_back = rollback and new < SLACK
+    said = r"Call cache.crop\(0\) to go back" if goes_back else r"cannot go back: call cache.reset\(\)"
+    with pytest.raises(CacheError, match=f"between 60 and {60 + new} tokens.*{said}"):
+        read(model, cache, ids[:, 60:])
+    cache.crop(0) if goes_back else cache.reset()
+    got = read(model, cache, ids[:, cache.seen :])
+    torch.testing.assert_close(got, read(model, LongCtxCache(model), ids), rtol=0, atol=1e-6)
+
+
 # What generate() makes.
 
 FORWARD = {"greedy": {}, "sample": {"do_sample": True}, "beams": {"num_beams": 3}, "chunks": {"prefill_chunk_size": 16}}
