@@ -179,6 +179,13 @@ class OnModel:
         return inspect.signature(self.original)
 
     @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"<{self.name} of a patched {type(self.model).__name__}>"
+
+    @property
     def dense(self) -> bool:
         """Whether the model was switched to another attention since it was patched."""
         return self.model.config._attn_implementation != NAME

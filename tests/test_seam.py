@@ -77,6 +77,7 @@ def test_renaming_touches_nothing_else():
 def test_generate_is_the_classes_own_to_a_reader(model):
     plain = inspect.signature(unpatch_model(pickle.loads(pickle.dumps(model))).generate)
     assert inspect.signature(model.generate) == plain
+    assert model.generate.__name__ == "generate" and "patched LlamaForCausalLM" in repr(model.generate)
     unpatch_model(model)
     assert not {"generate", "init_continuous_batching", "_prepare_cache_for_generation"} & set(vars(model))
 
