@@ -24,8 +24,7 @@ from .layer_plan import differing
 from .mask_errors import Known
 from .patch_state import PatchState
 from .positions import refuse_positions
-from .prompt_learning import refuse_lost_prompt
-from .refusals import refuse_call
+from .refusals import refuse_call, refuse_lost_prompt
 from .rotary import check_rotary
 from .rows import read_mask
 from .seam import CACHE, rename_cache

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
 
 from .errors import UnsupportedModeError
-from .seam import CACHE, OTHER
-
-BY_CACHE = ("PREFIX_TUNING", "CARTRIDGE")  # bring their virtual tokens as a filled cache
 
 
 def virtual_tokens(*holders: Any) -> str | None:
@@ -20,13 +16,13 @@ def virtual_tokens(*holders: Any) -> str | None:
         holders: models, wrapped or not; None is left out. While PEFT's ``generate`` runs, a method of the model inside
             belongs to the wrapper.
     """
-    config = next(filter(None, map(_active, holders)), None)
+    config = next(filter(None, map(active_config, holders)), None)
     if config is None:
         return None
-    return f"PEFT's {_kind(config)} puts {config.num_virtual_tokens} virtual tokens before every sequence"
+    return f"PEFT's {kind_of(config)} puts {config.num_virtual_tokens} virtual tokens before every sequence"
 
 
-def _active(holder: Any) -> Any:
+def active_config(holder: Any) -> Any:
     """The active config of prompt learning, or None."""
     borrowed = vars(holder).get("prepare_inputs_for_generation") if isinstance(holder, nn.Module) else None
     inside = (getattr(holder, name, None) for name in ("_orig_mod", "module"))
@@ -37,39 +33,9 @@ def _active(holder: Any) -> Any:
     return None
 
 
-def _kind(config: Any) -> str:
+def kind_of(config: Any) -> str:
+    """PEFT's word for a config's method."""
     return getattr(config.peft_type, "value", config.peft_type)
-
-
-def refuse_lost_prompt(model: nn.Module, use_cache: bool) -> None:
-    """Refuse what PEFT's ``generate`` gets wrong with prompt learning, on every model, patched or not.
-
-    A PEFT from before Transformers renamed the cache looks for it in vain and takes every step for the first: prompt
-    tuning adds its tokens at every step, and the prefix of prefix tuning is left out. Without a cache every step is the
-    first, but prefix tuning brings a cache, to which each step then adds the whole text.
-
-    Args:
-        model: the Transformers model inside, while PEFT's ``generate`` runs it.
-
-    Raises:
-        UnsupportedModeError: the active adapter is of prompt learning, and its answer would be wrong.
-    """
-    if (config := _active(model)) is None:
-        return
-    added, by_cache = virtual_tokens(model), _kind(config) in BY_CACHE
-    if not use_cache and by_cache:
-        raise UnsupportedModeError(
-            f"{added}, as a cache that generate(use_cache=False) reads the whole text over at every step. Set "
-            "use_cache=True."
-        )
-    prepare = getattr(vars(model).get("prepare_inputs_for_generation"), "__func__", None)
-    if use_cache and prepare is not None and CACHE not in inspect.unwrap(prepare).__code__.co_consts:
-        instead = "Install" if by_cache else "Pass use_cache=False, or install"
-        raise UnsupportedModeError(
-            f"{added}, and this version of PEFT asks generate() for '{OTHER}', which this Transformers calls "
-            f"'{CACHE}': it would add them at every step, or leave them out. {instead} a newer PEFT or an older "
-            "Transformers."
-        )
 
 
 def refuse_prompt_learning(model: nn.Module) -> None:

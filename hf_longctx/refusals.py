@@ -1,4 +1,4 @@
-"""What a call of a patched model is refused for, by its arguments alone and before a layer writes into a cache."""
+"""What a call of a patched model, or its generate, is refused for before a layer writes into a cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from transformers.cache_utils import Cache
 
 from .attention import KNOWN
 from .errors import UnsupportedModeError
-from .seam import CACHE, checkpointing_drops_cache
+from .prompt_learning import active_config, kind_of, virtual_tokens
+from .seam import CACHE, OTHER, checkpointing_drops_cache
+
+BY_CACHE = ("PREFIX_TUNING", "CARTRIDGE")  # bring their virtual tokens as a filled cache
 
 # Arguments of packed sequences.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -100,4 +103,35 @@ def _refuse_modes(given: dict, config: Any, training: bool) -> None:
         raise UnsupportedModeError(
             f"attention_dropout={config.attention_dropout} in training: patched attention has no dropout. Set "
             "config.attention_dropout to 0, or train dense with model.set_attn_implementation('sdpa')."
+        )
+
+
+def refuse_lost_prompt(model: nn.Module, use_cache: bool) -> None:
+    """Refuse what PEFT's ``generate`` gets wrong with prompt learning, on every model, patched or not.
+
+    A PEFT from before Transformers renamed the cache looks for it in vain and takes every step for the first: prompt
+    tuning adds its tokens at every step, and the prefix of prefix tuning is left out. Without a cache every step is the
+    first, but prefix tuning brings a cache, to which each step then adds the whole text.
+
+    Args:
+        model: the Transformers model inside, while PEFT's ``generate`` runs it.
+
+    Raises:
+        UnsupportedModeError: the active adapter is of prompt learning, and its answer would be wrong.
+    """
+    if (config := active_config(model)) is None:
+        return
+    added, by_cache = virtual_tokens(model), kind_of(config) in BY_CACHE
+    if not use_cache and by_cache:
+        raise UnsupportedModeError(
+            f"{added}, as a cache that generate(use_cache=False) reads the whole text over at every step. Set "
+            "use_cache=True."
+        )
+    prepare = getattr(vars(model).get("prepare_inputs_for_generation"), "__func__", None)
+    if use_cache and prepare is not None and CACHE not in inspect.unwrap(prepare).__code__.co_consts:
+        instead = "Install" if by_cache else "Pass use_cache=False, or install"
+        raise UnsupportedModeError(
+            f"{added}, and this version of PEFT asks generate() for '{OTHER}', which this Transformers calls "
+            f"'{CACHE}': it would add them at every step, or leave them out. {instead} a newer PEFT or an older "
+            "Transformers."
         )

@@ -41,7 +41,7 @@ LAYERS = {
     "config_find": CONFIG,
     "family": {"errors"},
     "patches": {"family"},
-    "prompt_learning": {"errors", "seam"},
+    "prompt_learning": {"errors"},
     "mask_errors": {"errors", "prompt_learning"},
     "rows": {"mask_errors"},
     "kernels": {"errors"},
@@ -66,7 +66,7 @@ LAYERS = {
     "cache": {"errors", "kernels", "rows", "stores", "cache_layer", "token_ids", "cache_file", "dense_members"},
     "seam": {"errors"},
     "rotary": {"errors", "rows"},
-    "refusals": {"errors", "attention", "seam"},
+    "refusals": {"errors", "attention", "prompt_learning", "seam"},
     "contract": {"errors", "cache_layer", "seam"},
     "as_stock": {"errors"},
     "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache_layer", "seam"}
@@ -74,7 +74,7 @@ LAYERS = {
     "break_even": {"stores", "cache"},
     "patch_state": {"errors", "config", "rows", "layer_plan", "cache", "break_even"},
     "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam", "rotary", "refusals"}
-    | {"mask_errors", "graphs", "positions", "prompt_learning"},
+    | {"mask_errors", "graphs", "positions"},
     "overrides": CONFIG,
     "patch": CONFIG
     | {"config_find", "family", "rows", "kernels", "stores", "prefill", "layer_plan", "cache", "attention"}
