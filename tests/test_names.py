@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def test_commands_take_a_hub_id(args, asked):
 def test_patch_model_by_an_id(asked):
     from test_published_configs import model_of
 
-    model = patch_model(model_of(EIGHT), "Meta-Llama/LLAMA-3.1-8B")
+    model = patch_model(copy.deepcopy(model_of(EIGHT)), "Meta-Llama/LLAMA-3.1-8B")
     assert state_of(model).config == load_shipped(EIGHT) and asked == []
 
 
