@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MOST = 2**31 - 1
+MOST = 2**31 - 1  # kernels count tokens and rows in 32 bits
 LARGEST = 1e30  # of a score: sums and means of as many as a model has stay finite
 MOST_LAYERS = MOST_HEADS = 4096
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tensor_file
+from .bounds import MOST
 from .cache_layer import SAVED as LAYER_SAVED
 from .config_model import model_facts
 from .devices import device_of
@@ -22,7 +23,7 @@ from .finite import is_finite
 from .layer_plan import LayerPlan
 from .registry import dump
 from .rows import Rows
-from .saved import MOST, SavedTensors, Told, short
+from .saved import SavedTensors, Told, short
 from .tensor_file import TensorFile
 from .whole_file import check_place, written_whole
 

@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .bounds import MOST
 from .errors import CacheError
 from .kernels.layout import Segment
 from .rows import Rows
 from .tensor_file import DTYPES
 
-MOST = 2**31 - 1  # tokens and rows: kernels count them in 32 bits
 SHORT = 200  # characters of a value in a message
 
 

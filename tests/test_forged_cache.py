@@ -16,7 +16,7 @@ from store_cases import CASES, patched_case
 from tiny import left_padded
 
 from hf_longctx import CacheError, LongCtxCache
-from hf_longctx.saved import MOST
+from hf_longctx.bounds import MOST
 
 FALSE = "says what is true of no cache"
 

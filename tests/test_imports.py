@@ -46,7 +46,7 @@ LAYERS = {
     "rows": {"mask_errors"},
     "kernels": {"errors"},
     "tensor_file": {"errors"},
-    "saved": {"errors", "kernels", "rows", "tensor_file"},
+    "saved": {"errors", "kernels", "rows", "tensor_file", "bounds"},
     "stores": {"errors", "bounds", "kernels", "rows", "saved", "tensor_file"},
     "prefill": {"errors", "bounds", "kernels", "rows"},
     "decode": {"errors", "kernels", "rows"},
@@ -57,7 +57,7 @@ LAYERS = {
     "weights": set(),
     "fingerprint": {"errors", "config_model", "weights"},
     "cache_file": {"errors", "registry", "rows", "layer_plan", "whole_file", "finite", "tensor_file", "fingerprint"}
-    | {"cache_layer", "config_model", "devices", "saved"},
+    | {"bounds", "cache_layer", "config_model", "devices", "saved"},
     "dense_members": {"errors"},
     "graphs": {"errors"},
     "positions": {"errors", "rows"},

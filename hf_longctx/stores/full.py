@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..bounds import MOST
 from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
 from ..rows import Rows
-from ..saved import MOST, SavedStore, short
+from ..saved import SavedStore, short
 from .base import Store, StoreSpec
 
 

@@ -13,11 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..bounds import MOST
 from ..errors import ConfigError, UnsupportedModelError
 from ..kernels._quantized import BLOCK, Packed
 from ..kernels.layout import HeadKV, RoleHeads, Segment
 from ..rows import Rows
-from ..saved import MOST, SavedSegment, SavedStore, short
+from ..saved import SavedSegment, SavedStore, short
 from .base import SLACK, Call, Store, StoreSpec, room
 
 

@@ -14,13 +14,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..bounds import TOKENS, TOKENS_OR_NONE
+from ..bounds import MOST, TOKENS, TOKENS_OR_NONE
 from ..errors import CacheError
 from ..kernels import _compensated
 from ..kernels._compensated import Windows, total
 from ..kernels.layout import HeadKV, RoleHeads, Segment
 from ..rows import Rows
-from ..saved import MOST, SavedStore, short
+from ..saved import SavedStore, short
 from .base import SLACK, SPARE, Call, Store, StoreSpec, blanked, room, spare
 
 
