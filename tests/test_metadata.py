@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import subprocess
@@ -51,8 +52,10 @@ def test_the_metadata_names_authors_systems_and_versions_and_no_made_up_address(
 
 def make(*arguments: str, folder: Path) -> str:
     """The commands that make would run in an environment that is not there yet."""
+    # A make that runs the tests hands its options on, and says then which folder it enters and leaves.
+    outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     command = ["make", "-n", f"VENV={folder / 'venv'}", "PYTHON=python9", "TORCH=torch==9 --some-option", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=outside, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
