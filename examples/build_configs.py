@@ -21,8 +21,8 @@ import yaml
 from transformers import AutoConfig
 
 from hf_longctx import LongCtxConfig
+from hf_longctx.config.head_map import usable_fraction
 from hf_longctx.errors import ConfigError
-from hf_longctx.head_map import usable_fraction
 
 ROOT = Path(__file__).parents[1]
 SHARE_MHA, SHARE_GQA = 0.25, 0.5  # the shares of retrieval heads that DuoAttention publishes, arXiv:2410.10819

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import LongCtxCache
-    from .config import LongCtxConfig
+    from .cache.cache import LongCtxCache
+    from .config.config import LongCtxConfig
     from .errors import CacheError, ConfigError, LongCtxError, UnsupportedModeError, UnsupportedModelError
     from .evaluate.compare import compare
-    from .identify import identify
-    from .identify_prefill import identify_prefill
-    from .loading import AutoModelForCausalLM, install, uninstall
-    from .patch import observe, patch_model, patched, unpatch_model
-    from .prompt_cache import PromptCache
-    from .report import report
+    from .identification.heads import identify
+    from .identification.prefill import identify_prefill
+    from .model.family import Family
+    from .model.loading import AutoModelForCausalLM, install, uninstall
+    from .model.patch import observe, patch_model, patched, unpatch_model
+    from .model.report import report
+    from .prompts.prompt_cache import PromptCache
 
 __version__ = "0.1.0"
 
@@ -29,6 +28,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "CacheError",
     "ConfigError",
+    "Family",
     "LongCtxCache",
     "LongCtxConfig",
     "LongCtxError",
@@ -49,25 +49,26 @@ __all__ = [
 
 # Where the public names are defined.
 _MODULES = {
-    "AutoModelForCausalLM": "loading",
+    "AutoModelForCausalLM": "model.loading",
     "CacheError": "errors",
     "ConfigError": "errors",
-    "LongCtxCache": "cache",
-    "LongCtxConfig": "config",
+    "Family": "model.family",
+    "LongCtxCache": "cache.cache",
+    "LongCtxConfig": "config.config",
     "LongCtxError": "errors",
-    "PromptCache": "prompt_cache",
+    "PromptCache": "prompts.prompt_cache",
     "UnsupportedModeError": "errors",
     "UnsupportedModelError": "errors",
     "compare": "evaluate.compare",
-    "identify": "identify",
-    "identify_prefill": "identify_prefill",
-    "install": "loading",
-    "observe": "patch",
-    "patch_model": "patch",
-    "patched": "patch",
-    "report": "report",
-    "uninstall": "loading",
-    "unpatch_model": "patch",
+    "identify": "identification.heads",
+    "identify_prefill": "identification.prefill",
+    "install": "model.loading",
+    "observe": "model.patch",
+    "patch_model": "model.patch",
+    "patched": "model.patch",
+    "report": "model.report",
+    "uninstall": "model.loading",
+    "unpatch_model": "model.patch",
 }
 
 
@@ -85,17 +86,3 @@ if not TYPE_CHECKING:  # a type checker would take every name for one that is th
 
 def __dir__() -> list[str]:
     return sorted([*__all__, *(name for name in globals() if name.startswith("__") and name.endswith("__"))])
-
-
-class _Package(ModuleType):
-    """Python sets a module that it imported as an attribute of its package; here the public name of it stays.
-
-    ``identify``, ``identify_prefill`` and ``report`` are functions in modules of the same name.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _MODULES or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

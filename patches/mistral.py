@@ -1,5 +1,5 @@
 """Mistral 7B and Nemo. v0.1 has a sliding window in every layer, later ones in none."""
 
-from hf_longctx.family import Family
+from hf_longctx import Family
 
 FAMILY = Family(model_type="mistral", sliding="all")

@@ -8,9 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from tiny import Shadow
+from helpers.tiny import Shadow
 
-import hf_longctx.attention
+import hf_longctx.model.attention
 
 
 @pytest.fixture(autouse=True)
@@ -46,4 +46,4 @@ def shadow(monkeypatch):
     yield make
     monkeypatch.undo()
     if made:
-        hf_longctx.attention.register()
+        hf_longctx.model.attention.register()

@@ -19,15 +19,15 @@ import pytest
 import torch
 import transformers
 import yaml
-from test_published_configs import model_of
+from helpers.published import model_of
 from typer.testing import CliRunner
 
 from hf_longctx import LongCtxConfig
 from hf_longctx.assets import embedded
-from hf_longctx.cli import app
-from hf_longctx.config import load_shipped
-from hf_longctx.config_files import shipped
-from hf_longctx.config_list import readme_table
+from hf_longctx.commands.app import app
+from hf_longctx.config.config import load_shipped
+from hf_longctx.config.files import shipped
+from hf_longctx.config.ranking import readme_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import graphlib
+import importlib
+import importlib.util
 import inspect
 import json
 import subprocess
@@ -18,140 +20,41 @@ import pytest
 import hf_longctx
 
 ROOT = Path(hf_longctx.__file__).parent
-PATCHES = Path(inspect.getfile(hf_longctx.family.importlib.import_module("hf_longctx.patches"))).parent
+PATCHES = Path(inspect.getfile(importlib.import_module("hf_longctx.patches"))).parent
 FILES = sorted(ROOT.rglob("*.py")) + sorted(PATCHES.glob("*.py"))
 OURS = {name for name in vars(hf_longctx.errors) if name.endswith("Error")}
 
-# File or folder -> the files and folders of this package that it imports. A folder may import itself; `__init__` stands
-# for the public names. A new file at the top of the package gets a line here; a new store, pattern, selector, kernel or
-# family does not.
-CONFIG = {"errors", "bounds", "strict_yaml", "registry", "head_map", "config_files", "config_model", "config_sections"}
-CONFIG |= {"config"}
+# Package -> the packages that it imports, beside itself. Data flows from top to bottom: a row names rows above it, and
+# no other. A new file in a package gets no row; nothing but these stands at the root.
+BELOW = {"errors", "config", "io", "layout", "kernels", "prefill", "decode", "stores", "cache"}
 LAYERS = {
     "errors": set(),
-    "whole_file": set(),
-    "bounds": set(),
-    "strict_yaml": {"errors"},
-    "registry": {"errors", "bounds", "strict_yaml"},
-    "head_map": {"errors", "bounds"},
-    "config_files": {"errors", "registry", "strict_yaml"},
-    "config_model": {"bounds", "registry"},
-    "config_sections": {"errors", "bounds", "registry", "head_map", "config_model"},
-    "config": CONFIG - {"config"},
-    "config_find": CONFIG,
-    "family": {"errors"},
-    "patches": {"family"},
-    "prompt_learning": {"errors"},
-    "mask_errors": {"errors", "prompt_learning"},
-    "rows": {"mask_errors"},
-    "kernels": {"errors"},
-    "tensor_file": {"errors"},
-    "saved": {"errors", "kernels", "rows", "tensor_file", "bounds"},
-    "stores": {"errors", "bounds", "kernels", "rows", "saved", "tensor_file"},
-    "prefill": {"errors", "bounds", "kernels", "rows"},
-    "decode": {"errors", "kernels", "rows"},
-    "layer_plan": {"kernels", "stores", "prefill"},
-    "token_ids": set(),
-    "finite": {"errors"},
-    "devices": set(),
-    "weights": set(),
-    "fingerprint": {"errors", "config_model", "weights"},
-    "cache_file": {"errors", "registry", "rows", "layer_plan", "whole_file", "finite", "tensor_file", "fingerprint"}
-    | {"bounds", "cache_layer", "config_model", "devices", "saved"},
-    "dense_members": {"errors"},
-    "graphs": {"errors"},
-    "positions": {"errors", "rows"},
-    "cache_layer": {"errors", "kernels", "rows", "stores", "layer_plan", "finite", "dense_members", "saved"}
-    | {"tensor_file"},
-    "cache": {"errors", "kernels", "rows", "stores", "cache_layer", "token_ids", "cache_file", "dense_members"},
-    "seam": {"errors"},
-    "rotary": {"errors", "rows"},
-    "refusals": {"errors", "attention", "prompt_learning", "seam"},
-    "contract": {"errors", "cache_layer", "seam"},
-    "as_stock": {"errors"},
-    "attention": {"errors", "kernels", "rows", "stores", "prefill", "decode", "layer_plan", "cache_layer", "seam"}
-    | {"as_stock"},
-    "break_even": {"stores", "cache"},
-    "patch_state": {"errors", "config", "rows", "layer_plan", "cache", "break_even"},
-    "hooks": {"errors", "rows", "layer_plan", "cache", "attention", "patch_state", "seam", "rotary", "refusals"}
-    | {"mask_errors", "graphs", "positions"},
-    "overrides": CONFIG,
-    "patch": CONFIG
-    | {"config_find", "family", "rows", "kernels", "stores", "prefill", "layer_plan", "cache", "attention"}
-    | {"patch_state", "hooks", "contract", "overrides"},
-    "loading": {"errors", "config", "patch"},
-    "report": {"errors", "cache", "patch", "patch_state"},
-    "tasks": {"errors", "bounds", "registry", "seam", "devices"},
-    "identify": {"errors", "registry", "head_map", "config", "config_find", "kernels", "patch", "tasks", "whole_file"}
-    | {"seam", "bounds", "progress", "weights"},
-    "identify_prefill": CONFIG
-    | {"config_find", "family", "kernels", "prefill", "patch", "tasks", "identify"}
-    | {"whole_file"},
-    "evaluate": {"errors", "environment", "registry", "config", "cache", "patch", "report", "tasks", "identify"}
-    | {"assets", "plots", "whole_file", "progress", "seam", "strict_yaml"},
-    "prompt": {"errors", "cache", "tasks", "seam"},
-    "prompt_cache": {"errors", "cache", "prompt", "prompt_learning"},
-    "__init__": {"errors", "config", "cache", "patch", "loading", "report", "identify", "identify_prefill", "evaluate"}
-    | {"prompt_cache"},
-    "environment": set(),
-    "console": set(),
-    "progress": set(),
-    "sizes": {"errors", "bounds", "registry"},
-    "ladder": CONFIG | {"memory"},
-    "plan": CONFIG | {"ladder", "memory", "memory_find", "sizes"},
-    "memory": CONFIG | {"stores", "family", "layer_plan", "patch", "sizes"},
-    "memory_find": CONFIG | {"assets", "config_find", "family", "memory", "patch", "sizes"},
-    "plots": {"errors", "config"},
-    # What stands on the public names, which it may also take from the files that define them.
     "assets": {"errors"},
-    "identify_commands": {"console", "errors", "registry", "config", "loading", "assets", "identify", "plots", "sizes"},
-    "identify_prefill_commands": {
-        "console",
-        "registry",
-        "config",
-        "assets",
-        "identify_commands",
-        "identify_prefill",
-        "sizes",
-    },
-    "compare_commands": {"__init__", "console", "errors", "registry", "assets", "bench", "evaluate"}
-    | {"identify_commands"},
-    "eval_commands": {"console", "registry", "assets", "identify", "identify_commands", "tasks", "evaluate", "sizes"},
-    "plan_commands": {"bench", "config", "console", "environment", "identify_commands", "registry", "sizes"},
-    "__main__": {"cli"},
-    "demo": {"__init__", "console", "errors", "config", "cache", "patch", "loading", "report", "assets", "tasks"}
-    | {"progress", "seam"},
-    "bench": CONFIG
-    | {"__init__", "environment", "family", "kernels", "prefill", "layer_plan", "cache", "patch", "loading", "report"}
-    | {"assets", "plots", "tasks", "console", "progress", "memory", "memory_find", "sizes", "seam"},
-    "config_reference": CONFIG,
-    "config_list": CONFIG | {"assets"},
-    "config_commands": CONFIG | {"config_find", "config_list", "config_reference", "console"},
-    "cli": {"__init__", "console", "errors", "assets", "tasks", "demo", "bench", "config_commands", "identify_commands"}
-    | {"identify_prefill_commands", "compare_commands", "eval_commands", "evaluate", "plan_commands"}
-    | {"progress"},
+    "config": {"errors", "assets"},
+    "io": {"errors", "config"},
+    "layout": {"errors", "config"},
+    "kernels": {"errors", "config", "layout"},
+    "prefill": {"errors", "config", "layout", "kernels"},
+    "decode": {"errors", "config", "layout", "kernels"},
+    "stores": {"errors", "config", "io", "layout", "kernels"},
+    "cache": BELOW - {"cache"},
+    "model": BELOW,
+    "tasks": {"errors", "config", "cache"},
+    "prompts": BELOW | {"model", "tasks"},
+    "identification": BELOW | {"model", "tasks"},
+    "planning": BELOW | {"model", "assets"},
+    "evaluate": BELOW | {"model", "tasks", "prompts", "identification", "assets"},
+    "bench": BELOW | {"model", "tasks", "prompts", "planning", "assets"},
+    "__init__": {"errors", "config", "cache", "model", "prompts", "identification", "evaluate"},
+    "patches": {"__init__"},
+    "commands": BELOW
+    | {"model", "tasks", "prompts", "identification", "planning", "evaluate", "bench", "assets", "__init__"},
+    "__main__": {"commands"},
 }
 # What a method imports only when it is called, to hand on to: no part of the order, and never at the top of a file.
-LATE = {"config": {"plan"}}
-TRANSFORMERS = {"cache", "cache_layer", "attention", "hooks", "patch", "loading", "demo", "bench", "identify"}
-TRANSFORMERS |= {"as_stock", "identify_commands", "environment", "memory_find", "console", "seam", "contract"}
-TRANSFORMERS |= {"config_commands", "refusals"}
-COMMANDS = ("cli", "compare_commands", "config_commands", "config_reference", "eval_commands")
-COMMANDS += ("identify_commands", "identify_prefill_commands", "plan_commands")
-NOT_AT_IMPORT = (
-    *COMMANDS,
-    "demo",
-    "bench",
-    "assets",
-    "patches",
-    "plots",
-    "memory",
-    "memory_find",
-    "sizes",
-    "plan",
-    "ladder",
-    "config_list",
-)
+LATE = {"config": {"planning"}}
+TRANSFORMERS = {"cache", "model", "prompts", "identification", "planning", "evaluate", "bench", "commands"}
+NOT_AT_IMPORT = ("commands", "bench", "assets", "patches", "planning")
 
 
 def unit(file: Path) -> str:
@@ -188,13 +91,28 @@ def show(file: Path) -> str:
     return f"{unit(file)}/{file.name}" if file.parent != ROOT else file.name
 
 
-def test_every_file_has_its_line_and_the_table_has_no_circle():
+def needs(file: Path, late: bool) -> set[str]:
+    """Modules of this package that a file imports, with ``late`` also in its functions; not those of types alone."""
+    tree = ast.parse(file.read_text("utf-8"))
+    top = {node.lineno for node in tree.body}
+    typing = [
+        node for node in tree.body if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+    ]
+    types = {inner.lineno for node in typing for inner in node.body}
+    found = [one for one in imported(file) if one[0] not in types and (late or one[0] in top)]
+    return {full for _, module, name in found for full in (module, f"{module}.{name}")}
+
+
+def test_every_package_has_its_row_and_names_only_rows_above_it():
     assert {unit(file) for file in FILES} == set(LAYERS)
-    assert set(graphlib.TopologicalSorter(LAYERS).static_order()) == set(LAYERS)
+    above: set[str] = set()
+    for package, below in LAYERS.items():
+        assert below <= above, f"{package} may not import {below - above}"
+        above.add(package)
 
 
 @pytest.mark.parametrize("file", FILES, ids=show)
-def test_a_file_imports_only_what_the_table_says(file):
+def test_a_file_imports_only_what_its_package_may(file):
     allowed = LAYERS[unit(file)] | ({unit(file)} if file.parent != ROOT else set())
     late = LATE.get(unit(file), set())
     top = {node.lineno for node in ast.parse(file.read_text("utf-8")).body}
@@ -204,11 +122,28 @@ def test_a_file_imports_only_what_the_table_says(file):
     assert not wrong, f"{show(file)} imports {wrong}; tests/test_imports.py allows it {sorted(allowed)}"
 
 
+def module_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts if ROOT in file.parents else ("patches", file.stem)
+    return ".".join(["hf_longctx", *parts]).removesuffix(".__init__")
+
+
+def test_no_circle_of_files():
+    """Neither in what is imported with a file, nor in what its functions import, but for what LATE declares."""
+    graph = {module_of(file): needs(file, late=unit(file) not in LATE) for file in FILES if unit(file) != "__init__"}
+    order = graphlib.TopologicalSorter({name: below & graph.keys() - {name} for name, below in graph.items()})
+    assert set(order.static_order()) == set(graph)
+    with pytest.raises(graphlib.CycleError):  # a control
+        tuple(graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
+
+
+def test_no_public_name_hides_a_module():
+    names = {name for name in hf_longctx.__all__ if importlib.util.find_spec(f"hf_longctx.{name}")}
+    assert not names
+
+
 @pytest.mark.parametrize("file", FILES, ids=show)
-def test_only_the_files_of_the_seam_import_transformers(file):
-    found = [
-        line for line, module, _ in imported(file) if module.split(".")[0] in ("transformers", "accelerate", "peft")
-    ]
+def test_only_the_upper_packages_import_transformers(file):
+    found = [line for line, module, _ in imported(file) if module.split(".")[0] in ("transformers", "peft")]
     assert unit(file) in TRANSFORMERS or not found, f"{show(file)} imports transformers in lines {found}"
 
 
@@ -300,7 +235,7 @@ def test_importing_changes_nothing_in_transformers():
         installed = changed(start)
         hf_longctx.uninstall()
         uninstalled = changed(start)
-        hf_longctx.attention.register()
+        hf_longctx.model.attention.register()
         print(json.dumps({"imported": imported, "installed": installed, "uninstalled": uninstalled,
                           "registered": changed(start), "loaded": loaded}))
     """)
@@ -408,7 +343,7 @@ def test_all_lists_every_public_name():
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_names_say_what_they_do_and_what_they_raise(name):
     doc, code = PUBLIC[name]
-    inherited = name.startswith("LongCtxCache.") and getattr(hf_longctx.cache.Cache, name.split(".")[1], None)
+    inherited = name.startswith("LongCtxCache.") and getattr(hf_longctx.cache.cache.Cache, name.split(".")[1], None)
     assert doc or inherited, f"{name} has no docstring"
     raised = [one for one in code if one in raising()]
     assert not raised or "Raise" in doc or "Error" in doc, f"{name} raises our errors and its docstring does not say so"

@@ -13,10 +13,9 @@ import pytest
 
 import hf_longctx
 from hf_longctx import _MODULES
-from hf_longctx.cli import app
+from hf_longctx.commands.app import app
 
 HEAVY = ("torch", "transformers", "accelerate", "numpy", "matplotlib")
-SHADOWED = [name for name in hf_longctx.__all__ if name == _MODULES[name].partition(".")[0]]
 
 
 def in_a_new_process(script: str, **env: str):
@@ -41,13 +40,13 @@ def loaded(script: str) -> set[str]:
 def test_importing_the_package_imports_nothing_else():
     assert loaded("import hf_longctx; dir(hf_longctx)") == {"hf_longctx"}
     found = loaded("from hf_longctx import ConfigError, LongCtxConfig")
-    assert {"hf_longctx.errors", "hf_longctx.config"} <= found and not found & set(HEAVY)
+    assert {"hf_longctx.errors", "hf_longctx.config.config"} <= found and not found & set(HEAVY)
 
 
 def test_the_help_of_every_command_and_the_version_import_nothing_heavy():
     commands = """
         import typer
-        from hf_longctx.cli import app
+        from hf_longctx.commands.app import app
         def every(group, path=()):
             yield [*path, "--help"]
             for name, command in getattr(group, "commands", {}).items():
@@ -63,7 +62,7 @@ def test_the_help_of_every_command_and_the_version_import_nothing_heavy():
 
 def test_the_shipped_configs_are_shown_without_transformers():
     commands = """
-        from hf_longctx.cli import app
+        from hf_longctx.commands.app import app
         for words in (["configs"], ["configs", "show", "llama-3.1-8b-instruct"]):
             app(words, standalone_mode=False)
     """
@@ -110,41 +109,6 @@ def test_modules_are_there_without_being_imported_first():
     )
 
 
-# Functions in modules of their own name.
-
-ORDERS = {
-    "attribute": "import hf_longctx",
-    "name": "from hf_longctx import {name}",
-    "module first": "import hf_longctx.{name}",
-    "module first, as": "import importlib; importlib.import_module('hf_longctx.{name}')",
-    "from the module": "from hf_longctx.{name} import {name} as found",
-    "name, then module": "import hf_longctx; hf_longctx.{name}; import hf_longctx.{name}",
-    "below it": "import hf_longctx.identify.base, hf_longctx.evaluate.run, hf_longctx.cli",
-    "another name first": "from hf_longctx import compare, PromptCache",
-    "module again": "import hf_longctx.{name}, sys; del sys.modules['hf_longctx.{name}']; import hf_longctx.{name}",
-}
-
-
-def test_the_function_wins_over_the_module_of_its_name_in_every_order():
-    assert SHADOWED == ["identify", "identify_prefill", "report"]
-    orders = {order: [line.format(name=name) for name in SHADOWED] for order, line in ORDERS.items()}
-    found = in_a_new_process(f"""
-        import json, sys, torch, transformers
-        names, found = {SHADOWED}, {{}}
-        for order, lines in {orders}.items():
-            for module in [name for name in sys.modules if name.partition(".")[0] == "hf_longctx"]:
-                del sys.modules[module]
-            exec("\\n".join(lines), {{}})
-            import hf_longctx
-            from hf_longctx import identify, identify_prefill, report
-            things = [getattr(hf_longctx, name) for name in names] + [identify, identify_prefill, report]
-            things += [sys.modules["hf_longctx." + name] for name in names]
-            found[order] = [type(thing).__name__ for thing in things]
-        print(json.dumps(found))
-    """)
-    assert found == {order: ["function"] * 6 + ["module"] * 3 for order in ORDERS}
-
-
 def test_functions_pickle_and_a_test_can_replace_them(monkeypatch):
     for name in hf_longctx.__all__:
         assert pickle.loads(pickle.dumps(getattr(hf_longctx, name))) is getattr(hf_longctx, name)
@@ -170,7 +134,7 @@ def test_functions_pickle_and_a_test_can_replace_them(monkeypatch):
 )
 def test_a_shell_completes_commands_and_options(words, found):
     env = {"_HF_LONGCTX_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    script = "from hf_longctx.cli import main\nmain()"
+    script = "from hf_longctx.commands.app import main\nmain()"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, env={**os.environ, **env}
     )

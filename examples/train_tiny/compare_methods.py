@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longctx import LongCtxConfig, identify
 from hf_longctx.assets import asset, assets
-from hf_longctx.config import load_shipped
+from hf_longctx.config.config import load_shipped
 
 SHARES = [round(0.1 * i, 1) for i in range(1, 11)]
 RANDOM_ORDERS = 5

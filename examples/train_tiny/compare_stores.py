@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_longctx import patched
 from hf_longctx.assets import asset, assets
-from hf_longctx.config import load_shipped
+from hf_longctx.config.config import load_shipped
 from hf_longctx.evaluate.measures import next_token
 
 WINDOWS = (16, 32, 64, 128)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .. import LongCtxCache
-from ..kernels import dispatch
-from ..kernels.layout import BlockList
+from ..cache.cache import LongCtxCache
+from ..kernels import base as dispatch
+from ..layout.blocks import BlockList
 from ..prefill.base import BLOCK
 from .columns import Column, kept_buffers, make_model, patch
 from .settings import Settings

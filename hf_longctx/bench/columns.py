@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
 
-from .. import LongCtxCache, LongCtxConfig, LongCtxError, patch_model
-from ..sizes import dtype_of as dtype_of
+from ..cache.cache import LongCtxCache
+from ..config.config import LongCtxConfig
+from ..errors import LongCtxError
+from ..model.patch import patch_model
+from ..planning.sizes import dtype_of as dtype_of
 from .settings import VOCABULARY, Settings
 
 STOCK, STATIC = "stock", "stock static"

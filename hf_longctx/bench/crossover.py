@@ -10,9 +10,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..config import LongCtxConfig, load_shipped
+from ..cache.plan import FEWEST
+from ..config.config import LongCtxConfig, load_shipped
 from ..errors import ConfigError
-from ..layer_plan import FEWEST
 from ..prefill.base import select
 from ..prefill.dense import Dense
 from .block_lists import list_answer

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import report, unpatch_model
+from ..cache.plan import FEWEST
+from ..cache.seam import CACHE, cache_of
 from ..errors import ConfigError
-from ..layer_plan import FEWEST
+from ..model.patch import unpatch_model
+from ..model.report import report
 from ..prefill.base import BLOCK
-from ..seam import CACHE, cache_of
 from .columns import (
     HALF,
     RETRIEVAL,

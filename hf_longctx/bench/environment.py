@@ -7,9 +7,9 @@ import re
 import sys
 import time
 
-from ..environment import environment as environment
-from ..environment import malloc as malloc
-from ..environment import read as _read
+from ..io.environment import environment as environment
+from ..io.environment import malloc as malloc
+from ..io.environment import read as _read
 
 # Without these glibc maps fresh pages for every large tensor, and a growing torch.cat spends its time in page faults.
 TUNED = {

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..console import count
-from ..plots import new_figure
+from ..io.console import count
+from ..io.plots import new_figure
 from .columns import STATIC, STOCK
 from .crossover import DENSE, SPARSE
 from .show import QUIET

@@ -16,9 +16,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .. import LongCtxCache, LongCtxError, UnsupportedModeError, patch_model
-from ..kernels import cpu, dispatch, flash, reference
-from ..kernels.layout import BlockList, Segment
+from ..cache.cache import LongCtxCache
+from ..errors import LongCtxError, UnsupportedModeError
+from ..kernels import base as dispatch
+from ..kernels import cpu, flash, reference
+from ..layout.blocks import BlockList
+from ..layout.segments import Segment
+from ..model.patch import patch_model
 from .block_lists import name_of, random_list
 from .columns import Column, check_same, dtype_of, kept_buffers, make_model, patch, random_heads
 from .gpu_clock import Clock, DeviceClock, bandwidth

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..kernels import dispatch
+from ..kernels import base as dispatch
 from .settings import Settings
 
 

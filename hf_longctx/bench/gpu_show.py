@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from rich.console import Console
 
-from ..console import tables
+from ..io.console import tables
 from .environment import environment
 from .goals import Goal
 from .gpu import STREAMING

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from .. import LongCtxCache, LongCtxError
-from ..cache import cache_bytes
-from ..memory import DENSE, RESERVED, Subject
-from ..sizes import dtype_of
+from ..cache.cache import LongCtxCache, cache_bytes
+from ..errors import LongCtxError
+from ..planning.memory import DENSE, RESERVED, Subject
+from ..planning.sizes import dtype_of
 from .environment import free_memory
 
 MARGIN = 0.05  # of the free memory, left to everybody else

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import strict_yaml
+from ..config import strict_yaml
+from ..config.words import build, short, wrong
 from ..errors import ConfigError
-from ..kernels.layout import BlockList
+from ..layout.blocks import BlockList
 from ..prefill.base import BLOCK, PatternSpec, select
-from ..registry import build, short, wrong
 from .settings import Settings
 
 NEAREST = 15.0  # score of a key at distance 0, above that of a key of no distance

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from ..config.words import check_word
 from ..errors import ConfigError
-from ..registry import check_word
 
 Press = Callable[[Any], AbstractContextManager]  # press(model): the prompt read inside is compressed
 

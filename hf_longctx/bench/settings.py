@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from dataclasses import asdict, dataclass
 
-from ..config import kernel_words
+from ..config.config import kernel_words
+from ..config.words import check_word
 from ..errors import ConfigError
-from ..registry import check_word
-from ..sizes import DTYPES
+from ..planning.sizes import DTYPES
 
 LONG = 32768  # tokens of a long prompt, which most goals are stated for
 VOCABULARY = 1024  # small, so that lm_head dominates neither the memory nor the time of a 4-layer model

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from rich.console import Console
 
-from ..console import count, tables
+from ..io.console import count, tables
 from .columns import RETRIEVAL, STATIC, STOCK
 from .environment import environment
 from .goals import goals

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import LongCtxConfig
+from ..config.config import LongCtxConfig
 from ..errors import ConfigError
-from ..identify.base import modes_kept
-from ..patch import patched, state_of, unpatched, unwrap
-from ..progress import Progress
-from ..report import report
+from ..identification.methods.base import modes_kept
+from ..io.progress import Progress
+from ..model.patch import patched, state_of, unpatched, unwrap
+from ..model.report import report
 from .forwards import Answer, forced, greedy, output_head
 from .measures import NextToken, SameTokens, next_token, same_tokens
 from .prompts import Prompt, stops, token_ids

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..plots import new_figure
+from ..io.plots import new_figure
 from .plan import DENSE, PATCHED
 from .summary import Cell, Row, Summary
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..cache import cache_bytes
+from ..cache.cache import cache_bytes
+from ..cache.seam import CACHE, cache_of
 from ..errors import ConfigError, UnsupportedModelError
-from ..patch import unwrap
-from ..seam import CACHE, cache_of
+from ..model.patch import unwrap
 from ..tasks.answer import input_device
 from .measures import LOGITS, Perplexity
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..assets import embedded
-from ..config import LongCtxConfig
+from ..config.config import LongCtxConfig
+from ..config.words import check_mapping, check_word
 from ..errors import ConfigError, UnsupportedModelError
-from ..patch import patch_model, state_of, unpatch_model
-from ..registry import check_mapping, check_word
-from ..report import report
+from ..model.patch import patch_model, state_of, unpatch_model
+from ..model.report import report
 
 try:
     from lm_eval.__main__ import cli_evaluate

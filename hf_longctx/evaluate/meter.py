@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..cache import cache_bytes
+from ..cache.cache import cache_bytes
 from ..tasks.answer import Reader, ask_all, input_device
 from ..tasks.base import Sample
 from .forwards import follow, now

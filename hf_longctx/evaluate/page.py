@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..plots import new_figure, save
-from ..whole_file import written_whole
+from ..io.atomic import written_whole
+from ..io.plots import new_figure, save
 from .figures import figures
 from .measures import RULE
 from .plan import DENSE

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from .. import strict_yaml
-from ..config import LongCtxConfig
+from ..config import strict_yaml
+from ..config.config import LongCtxConfig
+from ..config.words import near, short
 from ..errors import ConfigError
-from ..patch import patched, state_of
-from ..registry import near, short
+from ..model.patch import patched, state_of
 from ..tasks import MODES
 from ..tasks.base import DEPTH, LENGTH, SEED, Sample, Task
 from ..tasks.haystack import TextHaystack

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..identify._work import check_settings
-from ..whole_file import lock
+from ..io.atomic import lock
+from ..io.work import check_settings
 
 FILES = "records-*.jsonl"
 FORMAT = 1

@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import LongCtxConfig
-from ..environment import environment
+from ..config.config import LongCtxConfig
+from ..config.words import dump, make
 from ..errors import ConfigError
-from ..identify._processes import Processes
-from ..identify._work import model_hash
-from ..identify.base import modes_kept
-from ..patch import patched, state_of, unpatched, unwrap
-from ..progress import Progress
-from ..registry import dump, make
-from ..report import report
+from ..identification.methods.base import modes_kept
+from ..identification.work import model_hash
+from ..io.atomic import written_whole
+from ..io.environment import environment
+from ..io.processes import Processes
+from ..io.progress import Progress
+from ..model.patch import patched, state_of, unpatched, unwrap
+from ..model.report import report
 from ..tasks import tasks_from
 from ..tasks.answer import end_tokens, input_device, score
 from ..tasks.base import Sample
 from ..tasks.language import Language, language_for
-from ..whole_file import written_whole
 from .forwards import output_head, window_nll
 from .measures import next_token
 from .meter import answers_of

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .measures import Interval
 from .plan import DENSE
-from .summary import Row, Summary
+
+if TYPE_CHECKING:
+    from .summary import Row, Summary
 
 
 def sentences(summary: Summary) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from .measures import Interval, Perplexity, paired_bootstrap
 from .plan import DENSE, Case, Plan, Window
 from .records import Record
+from .sentence import sentences
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,6 @@ class Summary:
         return asdict(self)
 
     def __str__(self) -> str:
-        from .sentence import sentences  # stands on this file
-
         return "\n".join(sentences(self))
 
     __repr__ = __str__  # what a notebook shows

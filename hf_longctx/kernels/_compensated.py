@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._pieces import pieces
+from ..layout.pieces import pieces
 
 NAME = "compensated"  # what the report calls it
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ._streamed import Streamed
-from .layout import Segment
+from ..layout.segments import Segment
+from ..layout.streamed import Streamed
 
 BLOCK = 1 << 20  # numbers of a block of unpacked keys, at most, but for a single group of tokens
 TENSORS = ("k", "k_scale", "v", "v_scale")

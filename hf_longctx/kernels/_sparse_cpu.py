@@ -21,7 +21,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .layout import BlockList
+from ..layout.blocks import BlockList
 
 # No temporary holds more than max(TEMPORARY, S * D) numbers, but for the outputs of a query block of a large group.
 TEMPORARY = 1 << 20

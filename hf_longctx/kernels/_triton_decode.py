@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout.segments import Segment
 from . import _triton_quantized
 from ._quantized import Packed
 from ._triton_tiles import LOG2E, load_tile, scores_of, settings, softmax_step, store_part, units
-from .layout import Segment
 
 KEYS = 64  # keys of a tile
 LEAST = 256  # keys that an item should have before another multiprocessor is given work

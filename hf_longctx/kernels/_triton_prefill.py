@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout.blocks import BlockList
 from ._triton_tiles import LOG2E, load_tile, rank, scores_of, settings, softmax_step
-from .layout import BlockList
 
 ROWS = KEYS = 64  # tile of `streaming_prefill`
 

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import UnsupportedModeError
+from ..layout.blocks import BlockList
+from ..layout.dtypes import needs_grad
+from ..layout.segments import Segment
 from . import _sparse_cpu
-from .layout import BlockList, Segment, needs_grad
 from .reference import attention, merge
 
 NAME = "cpu"

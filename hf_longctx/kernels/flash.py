@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModeError
+from ..layout.dtypes import needs_grad
+from ..layout.segments import Segment
 from . import _nvidia
 from .cpu import decode
 from .cpu import dense_prefill_segments as any_segments
-from .layout import Segment, needs_grad
 from .reference import merge
 
 __all__ = ["decode", "dense_prefill", "dense_prefill_segments", "streaming_prefill", "supports"]

@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import UnsupportedModeError
+from ..layout.blocks import BlockList
+from ..layout.dtypes import needs_grad
 from . import _nvidia
 from .cpu import decode, dense_prefill, dense_prefill_segments, streaming_prefill
-from .layout import BlockList, needs_grad
 
 __all__ = ["decode", "dense_prefill", "dense_prefill_segments", "sparse_prefill", "streaming_prefill", "supports"]
 

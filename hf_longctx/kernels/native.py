@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModeError
+from ..layout.blocks import BlockList
+from ..layout.dtypes import needs_grad
+from ..layout.segments import Segment
 from . import _native_build, cpu, reference
 from ._quantized import Packed
-from .layout import BlockList, Segment, needs_grad
 
 log = logging.getLogger(__name__)
 

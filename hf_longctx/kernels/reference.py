@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._pieces import pieces
-from .layout import BlockList, Segment
+from ..layout.blocks import BlockList
+from ..layout.pieces import pieces
+from ..layout.segments import Segment
 
 NAME = "reference"
 PREFERENCE = 0

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModeError
+from ..layout.blocks import BlockList
+from ..layout.segments import HeadKV, Segment
 from . import _nvidia, cpu
 from ._quantized import Packed
-from .layout import BlockList, HeadKV, Segment
 
 NAME = "triton"
 # Below cpu's: until it has been timed on a device, `auto` takes it for block lists alone, where it beats a definition.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..kernels._pieces import pieces
+from ..layout.pieces import pieces
 from .base import BLOCK, PatternSpec
 
 # Numbers per temporary of a selection, where these least steps do not need more: a number per head and key (H * S), the

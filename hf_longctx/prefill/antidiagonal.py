@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..kernels._pieces import pieces
-from ..kernels.layout import BlockList
+from ..layout.blocks import BlockList
+from ..layout.pieces import pieces
 from . import _blocks
 from ._blocks import BlockPattern, always_read, cover, shares, to_blocks
 from .base import BLOCK

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModeError
-from ..kernels.layout import BlockList, RoleHeads
+from ..layout.blocks import BlockList
+from ..layout.heads import RoleHeads
 
 BLOCK = 64  # tokens of a block, the same in every pattern, so that heads with different patterns share one list
 

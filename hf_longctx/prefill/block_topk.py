@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..bounds import COUNT
-from ..kernels.layout import BlockList
+from ..config.bounds import COUNT
+from ..layout.blocks import BlockList
 from ._blocks import BlockPattern, always_read, best, mean_pool, pooled_scores, query_pieces
 from .base import BLOCK
 

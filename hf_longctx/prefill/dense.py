@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.layout import BlockList
+from ..layout.blocks import BlockList
 from ._blocks import query_pieces
 from .base import BLOCK, PatternSpec
 

@@ -12,8 +12,8 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from ..bounds import TOKENS
-from ..kernels.layout import BlockList
+from ..config.bounds import TOKENS
+from ..layout.blocks import BlockList
 from ._blocks import BlockPattern, always_read, best, cover, mean_pool, pooled_scores, query_pieces, shares
 from .base import BLOCK
 from .vertical_slash import LAST_QUERIES, line_sums

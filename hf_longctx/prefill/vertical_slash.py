@@ -12,9 +12,9 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from ..bounds import TOKENS
-from ..kernels._pieces import pieces
-from ..kernels.layout import BlockList
+from ..config.bounds import TOKENS
+from ..layout.blocks import BlockList
+from ..layout.pieces import pieces
 from . import _blocks
 from ._blocks import best, query_pieces
 from .base import BLOCK, PatternSpec

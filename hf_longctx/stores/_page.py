@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CacheError
-from ..tensor_file import checksum
+from ..io.tensor_file import checksum
 
 GONE = "Nobody may touch page files while their cache lives. Call cache.reset() and read the prompt again."
 

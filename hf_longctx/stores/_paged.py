@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..bounds import TOKENS, TOKENS_OR_NONE
-from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
-from ..rows import Rows
-from ..saved import SavedStore, short
+from ..config.bounds import TOKENS, TOKENS_OR_NONE
+from ..layout.dtypes import needs_grad
+from ..layout.heads import RoleHeads
+from ..layout.rows import Rows
+from ..layout.segments import HeadKV, Segment
 from ._page import Folder, HostMemory, Page
 from ._pages import Entry, PagedKV, Pages
+from ._saved import SavedStore, short
 from .base import SLACK, Store, StoreSpec, room
 
 

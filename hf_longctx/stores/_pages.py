@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModeError
-from ..kernels._streamed import Streamed
-from ..kernels.layout import HeadKV, Segment
-from ..saved import SavedSegment, short
+from ..layout.segments import HeadKV, Segment
+from ..layout.streamed import Streamed
 from . import _fetch
 from ._page import Folder, HostMemory, Page
+from ._saved import SavedSegment, short
 
 
 class Entry(NamedTuple):

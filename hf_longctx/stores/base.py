@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import _streamed
-from ..kernels._streamed import Streamed
-from ..kernels.layout import HeadKV, RoleHeads, Segment
-from ..rows import Rows
-from ..saved import SavedStore
+from ..layout.heads import RoleHeads
+from ..layout.rows import Rows
+from ..layout.segments import HeadKV, Segment
+from ..layout.streamed import Streamed
+from ._saved import SavedStore
 
 SPARE = 16  # slots: free room that a growing buffer has at least when it is made
 SLACK = 255  # tokens that a store which remembers what its windows drop can take back

@@ -8,10 +8,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..bounds import MOST
-from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
-from ..rows import Rows
-from ..saved import SavedStore, short
+from ..config.bounds import MOST
+from ..layout.dtypes import needs_grad
+from ..layout.heads import RoleHeads
+from ..layout.rows import Rows
+from ..layout.segments import HeadKV, Segment
+from ._saved import SavedStore, short
 from .base import Store, StoreSpec
 
 

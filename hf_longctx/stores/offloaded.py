@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..kernels.layout import HeadKV, RoleHeads
-from ..rows import Rows
+from ..layout.heads import RoleHeads
+from ..layout.rows import Rows
+from ..layout.segments import HeadKV
 from ._page import HostMemory
 from ._paged import Paged, PagedStore
 

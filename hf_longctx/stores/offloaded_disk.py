@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..errors import CacheError
-from ..kernels.layout import RoleHeads
-from ..rows import Rows
+from ..layout.heads import RoleHeads
+from ..layout.rows import Rows
 from ._page import Folder
 from ._paged import Paged, PagedStore
 

@@ -13,12 +13,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..bounds import MOST
+from ..config.bounds import MOST
 from ..errors import ConfigError, UnsupportedModelError
 from ..kernels._quantized import BLOCK, Packed
-from ..kernels.layout import HeadKV, RoleHeads, Segment
-from ..rows import Rows
-from ..saved import SavedSegment, SavedStore, short
+from ..layout.heads import RoleHeads
+from ..layout.rows import Rows
+from ..layout.segments import HeadKV, Segment
+from ._saved import SavedSegment, SavedStore, short
 from .base import SLACK, Call, Store, StoreSpec, room
 
 

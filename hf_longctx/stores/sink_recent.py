@@ -13,11 +13,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..bounds import TOKENS, TOKENS_OR_NONE
+from ..config.bounds import TOKENS, TOKENS_OR_NONE
 from ..errors import CacheError
-from ..kernels.layout import HeadKV, RoleHeads, Segment, needs_grad
-from ..rows import Rows
-from ..saved import SavedStore, short
+from ..layout.dtypes import needs_grad
+from ..layout.heads import RoleHeads
+from ..layout.rows import Rows
+from ..layout.segments import HeadKV, Segment
+from ._saved import SavedStore, short
 from .base import SLACK, Call, Store, StoreSpec, blanked, room
 
 

@@ -14,13 +14,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..bounds import MOST, TOKENS, TOKENS_OR_NONE
+from ..config.bounds import MOST, TOKENS, TOKENS_OR_NONE
 from ..errors import CacheError
 from ..kernels import _compensated
 from ..kernels._compensated import Windows, total
-from ..kernels.layout import HeadKV, RoleHeads, Segment
-from ..rows import Rows
-from ..saved import SavedStore, short
+from ..layout.heads import RoleHeads
+from ..layout.rows import Rows
+from ..layout.segments import HeadKV, Segment
+from ._saved import SavedStore, short
 from .base import SLACK, SPARE, Call, Store, StoreSpec, blanked, room, spare
 
 

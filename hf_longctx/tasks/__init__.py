@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..config.words import build, read_fields, wrong
 from ..errors import ConfigError
-from ..registry import build, read_fields, wrong
 
 if TYPE_CHECKING:
     from .base import Task

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..devices import device_of
+from ..cache.seam import CACHE, cache_of
+from ..cache.weights import device_of
+from ..config.words import check_word, convert
 from ..errors import UnsupportedModeError
-from ..registry import check_word, convert
-from ..seam import CACHE, cache_of
 from . import MODES
 from .base import Question, Sample
 

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..bounds import TOKENS
+from ..config.bounds import TOKENS
+from ..config.words import convert, dump, load, words
 from ..errors import ConfigError
-from ..registry import convert, dump, load, words
 from .documents import place
 from .haystack import weave
 from .language import Language, TinyLanguage

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config.words import wrong
 from ..errors import ConfigError
-from ..registry import wrong
 from . import tiny_language
 from ._words import sentences
 

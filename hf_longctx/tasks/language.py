@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ..config.words import check_word
 from ..errors import ConfigError
-from ..registry import check_word
 from . import HAYSTACKS, tiny_language
 from ._words import Words, ids, names
 from .haystack import (

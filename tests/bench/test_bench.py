@@ -17,7 +17,7 @@ from hf_longctx import ConfigError, LongCtxCache, LongCtxError, UnsupportedModeE
 from hf_longctx.bench import block_lists, columns, decode, e2e, environment, prefill, show
 from hf_longctx.bench.measure import Samples, paired_ratio, turns
 from hf_longctx.bench.settings import Settings
-from hf_longctx.cli import app
+from hf_longctx.commands.app import app
 from hf_longctx.kernels import cpu
 
 SHAPE = {"layers": 2, "heads": 8, "kv_heads": 4, "head_dim": 16, "sink": 4, "recent": 16, "rounds": 2}

@@ -8,20 +8,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import config_for, tiny_config, tiny_model
+from helpers.tiny import config_for, tiny_config, tiny_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from hf_longctx import ConfigError, LongCtxCache, LongCtxConfig, LongCtxError, memory, memory_find, patch_model
+from hf_longctx import ConfigError, LongCtxCache, LongCtxConfig, LongCtxError, patch_model
 from hf_longctx.bench import environment, memory_check
 from hf_longctx.bench.memory_check import check, fill
-from hf_longctx.cli import app
-from hf_longctx.config import load_shipped
-from hf_longctx.memory import DENSE, MOST, PATCHED, RESERVED, WAYS, MemorySettings, Subject, longest
-from hf_longctx.memory_find import find
-from hf_longctx.registry import words
-from hf_longctx.seam import CACHE, cache_of
+from hf_longctx.cache.seam import CACHE, cache_of
+from hf_longctx.commands.app import app
+from hf_longctx.config.config import load_shipped
+from hf_longctx.config.words import words
+from hf_longctx.planning import find as memory_find
+from hf_longctx.planning import memory
+from hf_longctx.planning.find import find
+from hf_longctx.planning.memory import DENSE, MOST, PATCHED, RESERVED, WAYS, MemorySettings, Subject, longest
 from hf_longctx.stores.base import SPARE, StoreSpec
 
 SETTINGS = MemorySettings(10**9, "fp32", 1, 64)

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from hf_longctx import ConfigError, LongCtxConfig, LongCtxError, UnsupportedModeError
 from hf_longctx.bench import block_lists, crossover
 from hf_longctx.bench.settings import Settings
-from hf_longctx.cli import app
-from hf_longctx.config import load_shipped
+from hf_longctx.commands.app import app
+from hf_longctx.config.config import load_shipped
 from hf_longctx.kernels import cpu
 
 SHAPE = {"heads": 8, "kv_heads": 4, "head_dim": 16}

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from hf_longctx import ConfigError, LongCtxError
 from hf_longctx.bench import columns, gpu, gpu_clock, gpu_show
 from hf_longctx.bench.gpu_settings import GpuSettings
-from hf_longctx.cli import app
+from hf_longctx.commands.app import app
 from hf_longctx.kernels import cpu, reference
 
 CPU = torch.device("cpu")

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from hf_longctx import ConfigError, LongCtxError
 from hf_longctx.bench import block_lists, columns, e2e, patterns, prefill, show
 from hf_longctx.bench.settings import Settings
-from hf_longctx.cli import app
+from hf_longctx.commands.app import app
+from hf_longctx.config.words import load, words
 from hf_longctx.kernels import cpu
 from hf_longctx.prefill.base import select
 from hf_longctx.prefill.block_topk import BlockTopk
-from hf_longctx.registry import load, words
 
 SHAPE = {"layers": 2, "heads": 8, "kv_heads": 4, "head_dim": 16, "sink": 4, "recent": 16, "rounds": 2}
 TINY = Settings((300,), dtypes=("fp32",), densities=(), **SHAPE)

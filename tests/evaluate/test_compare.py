@@ -7,9 +7,9 @@ import json
 
 import pytest
 import torch
+from helpers.tiny import FAMILIES, config_for, tiny_model
+from helpers.tiny_tokenizer import byte_bpe
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from tiny import FAMILIES, config_for, tiny_model
-from tiny_tokenizer import byte_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -24,12 +24,12 @@ from hf_longctx import (
     unpatch_model,
 )
 from hf_longctx.assets import asset, assets
-from hf_longctx.cli import app
-from hf_longctx.demo import texts, ways
+from hf_longctx.commands.app import app
+from hf_longctx.commands.demo import texts, ways
 from hf_longctx.evaluate import forwards
 from hf_longctx.evaluate.measures import next_token
 from hf_longctx.evaluate.prompts import token_ids
-from hf_longctx.patch import state_of, unpatched
+from hf_longctx.model.patch import state_of, unpatched
 
 IDS = torch.arange(3, 63)[None]
 QUICK = {"max_new_tokens": 6, "rounds": 0}

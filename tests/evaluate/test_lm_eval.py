@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM
 
 from hf_longctx import ConfigError, LongCtxConfig, UnsupportedModeError, patch_model, patched, report
 from hf_longctx.assets import asset
-from hf_longctx.cli import main
-from hf_longctx.config import load_shipped
+from hf_longctx.commands.app import main
+from hf_longctx.config.config import load_shipped
 from hf_longctx.evaluate import lm_eval
 from hf_longctx.evaluate.lm_eval import LongCtxLM
-from hf_longctx.patch import state_of
+from hf_longctx.model.patch import state_of
 from hf_longctx.tasks.tiny_language import VOCAB, Filler, exam
 
 TINY = "hf-longctx/tiny-llama"  # its streaming heads keep 4 + 64 tokens
@@ -348,7 +348,7 @@ def test_without_lm_eval_the_command_says_what_to_install():
                 raise ModuleNotFoundError("No module named 'lm_eval'", name=name)
     sys.meta_path.insert(0, Missing)
     sys.argv[1:] = ["lm-eval", "--help"]
-    from hf_longctx.cli import main
+    from hf_longctx.commands.app import main
     main()
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]

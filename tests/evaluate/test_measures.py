@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import config_for, tiny_model
+from helpers.tiny import config_for, tiny_model
 
 from hf_longctx import ConfigError, UnsupportedModelError, patched
-from hf_longctx.cache import cache_bytes
+from hf_longctx.cache.cache import cache_bytes
 from hf_longctx.evaluate import forwards, measures
 from hf_longctx.evaluate.forwards import forced, greedy, output_head, perplexity, windows
 from hf_longctx.evaluate.measures import next_token, paired_bootstrap, same_tokens

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_cases import LOW, SCALE, check, cut, masks, random_qkv, wrong
+from helpers.triton_cases import LOW, SCALE, check, cut, masks, random_qkv, wrong
 
 from hf_longctx.errors import UnsupportedModeError
-from hf_longctx.kernels import dispatch, reference
-from hf_longctx.kernels.layout import BlockList, HeadKV, RoleHeads, Segment
+from hf_longctx.kernels import base as dispatch
+from hf_longctx.kernels import reference
+from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.heads import RoleHeads
+from hf_longctx.layout.segments import HeadKV, Segment
 
 DEVICE = torch.device("cuda")
 WORDS = ("cpu", "flash", "flex", "reference", "triton")

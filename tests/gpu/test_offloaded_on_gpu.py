@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from tiny import config_for, left_padded, tiny_model
+from helpers.tiny import config_for, left_padded, tiny_model
 
 from hf_longctx import LongCtxCache, patch_model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_cases import LOW, cases
+from helpers.triton_cases import LOW, cases
 
 CASES = {dtype: cases((dtype,)) for dtype in LOW}
 

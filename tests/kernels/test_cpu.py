@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_longctx.kernels import cpu, reference
-from hf_longctx.kernels.layout import Segment
+from hf_longctx.layout.segments import Segment
 
 TOLERANCE = 1e-12
 BLOCK = 64

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from hf_longctx.errors import UnsupportedModeError
-from hf_longctx.kernels import cpu, dispatch, flash, reference
-from hf_longctx.kernels.layout import Segment
+from hf_longctx.kernels import base as dispatch
+from hf_longctx.kernels import cpu, flash, reference
+from hf_longctx.layout.segments import Segment
 
 CUDA = torch.device("cuda")
 CASE = {"device": CUDA, "dtype": torch.bfloat16, "head_dim": 128, "needs_grad": False}

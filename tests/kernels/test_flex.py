@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from test_block_list import block_list, random_masks
-from test_sparse_cpu import random_qkv, rebuilt, toggled
+from helpers.block_lists import block_list, random_masks, random_qkv, rebuilt, toggled
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_longctx.errors import UnsupportedModeError
-from hf_longctx.kernels import cpu, dispatch, flex, reference
-from hf_longctx.kernels.layout import BlockList
+from hf_longctx.kernels import base as dispatch
+from hf_longctx.kernels import cpu, flex, reference
+from hf_longctx.layout.blocks import BlockList
 
 GROUP, SCALE = 2, 0.25
 CASE = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 16, "needs_grad": False}

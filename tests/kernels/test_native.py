@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 import os
-import platform
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_block_list import random_masks
+from helpers.block_lists import random_masks
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_longctx.errors import UnsupportedModeError
-from hf_longctx.kernels import cpu, dispatch, native, reference
-from hf_longctx.kernels.layout import BlockList, Segment
+from hf_longctx.kernels import base as dispatch
+from hf_longctx.kernels import cpu, native, reference
+from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.segments import Segment
 
 # (B, n, G, D): every value of each next to several of the others.
 SHAPES = [(2, 2, 4, 64), (3, 1, 7, 16), (1, 2, 8, 80), (3, 3, 1, 128), (1, 2, 4, 256), (2, 1, 4, 16)]
@@ -29,8 +29,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 SINK, RECENT = 5, 40
 SCALE = 0.3
 FUNCTIONS = ("decode", "dense_prefill_segments", "streaming_prefill", "sparse_prefill")
-# What other CPUs would compile; a compiler for x86 can leave instructions out, one for another CPU has one code path.
-BUILDS = ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"] if platform.machine() in ("x86_64", "AMD64") else []
 
 
 @pytest.fixture(autouse=True)
@@ -40,19 +38,6 @@ def _on_and_compiled(monkeypatch):
     assert native.supports(torch.device("cpu"), torch.float32, 64, False) is None
     for name in FUNCTIONS:
         monkeypatch.setattr(cpu, name, None)
-
-
-@pytest.fixture(params=BUILDS)
-def other_build(request, monkeypatch):
-    monkeypatch.setenv("CXX", f"{shutil.which('g++') or 'c++'} {request.param}")
-    native._load.cache_clear()
-    if request.param == "-mno-avx":
-        assert "AVX2" in native.supports(torch.device("cpu"), torch.float32, 64, False), "it would be slower than torch"
-        monkeypatch.setattr(native, "WIDTH", 4)
-        native._load.cache_clear()
-    assert native.supports(torch.device("cpu"), torch.float32, 64, False) is None
-    yield
-    native._load.cache_clear()
 
 
 def random_tensor(*shape, dtype=torch.float64, seed=0):

@@ -13,7 +13,8 @@ import torch
 
 from hf_longctx.kernels import native
 from hf_longctx.kernels._quantized import Packed
-from hf_longctx.kernels.layout import BlockList, Segment
+from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.segments import Segment
 
 B, N, G, D, S = 2, 2, 4, 32, 96
 RIGHT, REFUSED, OTHER, DECLINED = 0, 1, 2, 3  # declined: torch computes it

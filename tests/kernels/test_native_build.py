@@ -15,7 +15,8 @@ import torch
 
 from hf_longctx.errors import ConfigError, UnsupportedModeError
 from hf_longctx.kernels import _native_build as build
-from hf_longctx.kernels import cpu, dispatch, native
+from hf_longctx.kernels import base as dispatch
+from hf_longctx.kernels import cpu, native
 
 CASE = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 64, "needs_grad": False}
 # In another process, by its path: it needs nothing but the standard library, and torch takes seconds to import.

@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 import torch
-from tiny import FAMILIES, DenseMask, config_for, left_padded, tiny_model
+from helpers.tiny import FAMILIES, DenseMask, config_for, left_padded, tiny_model
 
 from hf_longctx import patch_model, report
 from hf_longctx.kernels import native

@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
-from packed_cases import SCALE, cases, packed, random_numbers, truth
-from test_native import BUILDS, other_build  # noqa: F401 - a fixture
+from helpers.native_builds import (
+    BUILDS,  # noqa: F401 - a fixture
+    other_build,  # noqa: F401 - a fixture
+)
+from helpers.packed_cases import SCALE, cases, packed, random_numbers, truth
 
 from hf_longctx.kernels import _streamed, native
-from hf_longctx.kernels.layout import Segment
+from hf_longctx.layout.segments import Segment
 
 DTYPES = [torch.float32, torch.bfloat16]
 

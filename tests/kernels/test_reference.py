@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_longctx.kernels import reference
-from hf_longctx.kernels.layout import Segment
+from hf_longctx.layout.segments import Segment
 
 
 def loop_attention(q, k, v, sees, scale, bias=None):

@@ -6,28 +6,19 @@ import math
 
 import pytest
 import torch
-from test_block_list import block_list, random_masks
+from helpers.block_lists import block_list, random_masks, random_qkv, rebuilt, toggled
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_longctx.errors import UnsupportedModeError
-from hf_longctx.kernels import _sparse_cpu, cpu, dispatch, reference
-from hf_longctx.kernels.layout import BlockList
+from hf_longctx.kernels import _sparse_cpu, cpu, reference
+from hf_longctx.kernels import base as dispatch
+from hf_longctx.layout.blocks import BlockList
 
 TOLERANCE = 1e-12
 PROMPTS = [1, 63, 64, 65, 127, 129, 200, 513]
 CHUNKS = [(63, 64), (64, 65), (1, 130), (70, 200), (128, 192), (200, 329), (130, 513)]  # (first, kv_len)
 GROUPS = [1, 4, 7, 8]
-
-
-def random_qkv(made: BlockList, group: int, kv_heads=2, dim=16, dtype=torch.float64):
-    """q as a projection gives it, keys and values as views of a longer buffer whose other slots are NaN."""
-    batch, make = made.counts.shape[0], torch.Generator().manual_seed(made.kv_len)
-    q = torch.randn(batch, made.kv_len - made.first, kv_heads * group, dim, generator=make, dtype=torch.float64)
-    buffers = torch.full((2, batch, kv_heads, made.kv_len + 9, dim), math.nan, dtype=torch.float64)
-    kept = buffers[..., : made.kv_len, :]
-    kept.copy_(torch.randn(kept.shape, generator=make, dtype=torch.float64))
-    return q.transpose(1, 2).to(dtype), *buffers.to(dtype)[..., : made.kv_len, :]
 
 
 def error(made: BlockList, qkv, scale=0.7) -> float:
@@ -43,18 +34,6 @@ def check(made: BlockList, group: int, **kwargs) -> None:
     assert error(made, qkv) <= TOLERANCE
     want = reference.sparse_prefill(*qkv, toggled(made), 0.7)
     assert (cpu.sparse_prefill(*qkv, made, 0.7) - want).abs().max() > 1e-4
-
-
-def toggled(made: BlockList) -> BlockList:
-    """The list in which a query block has its own block if and only if it had not."""
-    blocks = made.block_mask()
-    query_blocks = torch.arange(blocks.shape[2])
-    blocks[:, :, query_blocks, made.first // made.block + query_blocks] ^= True
-    return rebuilt(made, blocks, made.column_mask())
-
-
-def rebuilt(made: BlockList, blocks, columns) -> BlockList:
-    return BlockList.from_mask(blocks, columns, block=made.block, first=made.first, kv_len=made.kv_len)
 
 
 @pytest.fixture(params=[True, False], ids=["flash_lse", "attend"])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import slow_blocks
 import torch
-from slow_blocks import BLOCK, CHUNKS, SIZES, fewest, query_blocks, random_qk, softmax
+from helpers import slow_blocks
+from helpers.slow_blocks import BLOCK, CHUNKS, SIZES, fewest, query_blocks, random_qk, softmax
 
+from hf_longctx.config.words import build
 from hf_longctx.errors import ConfigError
 from hf_longctx.prefill.antidiagonal import Antidiagonal
 from hf_longctx.prefill.base import select
-from hf_longctx.registry import build
 
 
 def slow(spec, q, k, scale):

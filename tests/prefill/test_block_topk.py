@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import slow_blocks
 import torch
-from slow_blocks import CHUNKS, SIZES, best, mean_of, query_blocks, random_qk
+from helpers import slow_blocks
+from helpers.slow_blocks import CHUNKS, SIZES, best, mean_of, query_blocks, random_qk
 
+from hf_longctx.config.words import build
 from hf_longctx.errors import ConfigError
 from hf_longctx.prefill.base import select
 from hf_longctx.prefill.block_topk import BlockTopk
-from hf_longctx.registry import build
 
 
 def slow(spec, q, k, scale):

@@ -5,19 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from recall import attention as weights_of
-from slow_blocks import random_qk
+from helpers.recall import attention as weights_of
+from helpers.slow_blocks import random_qk
 from transformers import AutoModelForCausalLM
 
-from hf_longctx import attention, patched
+from hf_longctx import patched
 from hf_longctx.assets import asset
+from hf_longctx.config.words import dump, load, words
 from hf_longctx.kernels import cpu
+from hf_longctx.model import attention
 from hf_longctx.prefill.antidiagonal import Antidiagonal
 from hf_longctx.prefill.base import BLOCK, select
 from hf_longctx.prefill.block_topk import BlockTopk
 from hf_longctx.prefill.flexprefill import Flexprefill
 from hf_longctx.prefill.vertical_slash import VerticalSlash
-from hf_longctx.registry import dump, load, words
 from hf_longctx.tasks.documents import TinyDocuments
 from hf_longctx.tasks.haystack import TinyFiller
 

@@ -6,24 +6,16 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import config_for, left_padded, tiny_model
+from helpers.pattern_cases import CLASSES, RETRIEVAL, tight
+from helpers.tiny import config_for, left_padded, tiny_model
 
 from hf_longctx import patched, report
 from hf_longctx.errors import UnsupportedModeError
 from hf_longctx.kernels import reference
 from hf_longctx.prefill.base import BLOCK, PatternSpec, select
-from hf_longctx.registry import load, words
 
-CLASSES = {word: load("prefill", word) for word in words("prefill")}
-RETRIEVAL = {word: cls for word, cls in CLASSES.items() if "retrieval" in cls.roles}
 SIZES = [(1, 1), (63, 63), (64, 64), (65, 65), (127, 127), (128, 128), (129, 129), (300, 300)]
 CHUNKS = [(1, 300), (64, 129), (130, 257), (128, 333)]
-
-
-def tight(cls) -> PatternSpec:
-    """The spec that reads the least: every number at its lower bound."""
-    numbers = {f.name: f.metadata["min"] for f in dataclasses.fields(cls) if "min" in f.metadata}
-    return cls(**numbers)
 
 
 def random_qk(q_len, kv_len, kv_heads=2, group=2, batch=2):

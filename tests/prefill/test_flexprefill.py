@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 
 import pytest
-import slow_blocks
 import torch
-from slow_blocks import BLOCK, CHUNKS, SIZES, best, fewest, mean_of, query_blocks, random_qk, softmax
-from slow_patterns import line_sums
+from helpers import slow_blocks
+from helpers.slow_blocks import BLOCK, CHUNKS, SIZES, best, fewest, mean_of, query_blocks, random_qk, softmax
+from helpers.slow_patterns import line_sums
 
+from hf_longctx.config.words import build
 from hf_longctx.errors import ConfigError
 from hf_longctx.prefill.base import select
 from hf_longctx.prefill.flexprefill import Flexprefill
-from hf_longctx.registry import build
 
 
 def distance(by_key, q, k, scale) -> float:

@@ -7,20 +7,22 @@ import functools
 
 import pytest
 import torch
-from memory import Allocations
-from test_every_pattern import RETRIEVAL, tight
-from tiny import config_for
+from helpers.memory import Allocations
+from helpers.pattern_cases import RETRIEVAL, tight
+from helpers.tiny import config_for
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from hf_longctx import LongCtxCache, attention, patched, report
-from hf_longctx.attention import LayerCall
-from hf_longctx.kernels import _sparse_cpu, layout
-from hf_longctx.kernels.layout import BlockList
-from hf_longctx.layer_plan import LayerPlan, PrefillPlan
+from hf_longctx import LongCtxCache, patched, report
+from hf_longctx.cache.plan import LayerPlan, PrefillPlan
+from hf_longctx.config.words import dump
+from hf_longctx.kernels import _sparse_cpu
+from hf_longctx.layout import segments as layout
+from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.rows import Rows
+from hf_longctx.model import attention
+from hf_longctx.model.attention import LayerCall
 from hf_longctx.prefill import _blocks
 from hf_longctx.prefill.base import BLOCK, PatternSpec, select
-from hf_longctx.registry import dump
-from hf_longctx.rows import Rows
 from hf_longctx.stores.full import Full
 
 LAST = 64

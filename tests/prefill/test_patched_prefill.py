@@ -7,15 +7,16 @@ import pickle
 
 import pytest
 import torch
-from slow_patterns import PatternMask
-from tiny import config_for, left_padded, tiny_model
+from helpers.slow_patterns import PatternMask
+from helpers.tiny import config_for, left_padded, tiny_model
 from transformers import DynamicCache
 
-from hf_longctx import LongCtxCache, UnsupportedModeError, attention, observe, patch, patch_model, patched, report
-from hf_longctx.kernels.layout import Segment
+from hf_longctx import LongCtxCache, UnsupportedModeError, observe, patch_model, patched, report
+from hf_longctx.layout.rows import Rows
+from hf_longctx.layout.segments import Segment
+from hf_longctx.model import attention, patch
 from hf_longctx.prefill.base import select
 from hf_longctx.prefill.vertical_slash import VerticalSlash
-from hf_longctx.rows import Rows
 from hf_longctx.stores.full import FullStore
 
 TIGHT = {"pattern": "vertical_slash", "vertical": 3, "slash": 2}

@@ -6,16 +6,16 @@ import functools
 
 import pytest
 import torch
-from recall import a_shape, attention, blocks_read, kept_mass, retrieval_heads, topics, worst
+from helpers.recall import a_shape, attention, blocks_read, kept_mass, retrieval_heads, topics, worst
 
 from hf_longctx.assets import assets
-from hf_longctx.kernels.layout import BlockList
+from hf_longctx.config.words import load, words
+from hf_longctx.layout.blocks import BlockList
 from hf_longctx.prefill.antidiagonal import Antidiagonal
 from hf_longctx.prefill.base import select
 from hf_longctx.prefill.block_topk import BlockTopk
 from hf_longctx.prefill.flexprefill import Flexprefill
 from hf_longctx.prefill.vertical_slash import VerticalSlash
-from hf_longctx.registry import load, words
 
 MODELS = ("tiny-llama", "tiny-mistral", "tiny-qwen3")
 # Heads that retrieve look for single tokens. The mean key of a block says little about those in tiny-llama and

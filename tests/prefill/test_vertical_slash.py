@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slow_patterns import mask_of, pattern_mask, vertical_slash
+from helpers.slow_patterns import mask_of, pattern_mask, vertical_slash
 
 from hf_longctx.kernels import reference
 from hf_longctx.prefill import _blocks

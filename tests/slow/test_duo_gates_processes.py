@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from gate_cases import SHORT, random_model, subject_of
+from helpers.gate_cases import SHORT, random_model, subject_of
 from safetensors.torch import load_file, save_file
 
 from hf_longctx import ConfigError, LongCtxConfig
-from hf_longctx.identify.duo_gates import FILE, DuoGates
+from hf_longctx.identification.methods.duo_gates import FILE, DuoGates
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from forgeries import Edit, Forger
-from store_cases import CASES, case_config
-from tiny import left_padded, tiny_model
+from helpers.forgeries import Edit, Forger
+from helpers.store_cases import CASES, case_config
+from helpers.tiny import left_padded, tiny_model
 
 from hf_longctx import CacheError, LongCtxCache, patch_model
 

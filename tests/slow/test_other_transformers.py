@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_longctx import contract
+from hf_longctx.model import contract
 
 pytestmark = pytest.mark.slow
 
@@ -27,21 +27,21 @@ VERSIONS = (OLDEST, "5.23.0")
 NEEDS = ["accelerate", "numpy", "pytest", "pyyaml", "rich", "safetensors", "typer"]
 TESTS = [
     "tests/contract",
-    "tests/test_seam.py",
-    "tests/test_silently_wrong.py",
-    "tests/test_attention.py",
-    "tests/test_cache.py",
-    "tests/test_cache_members.py",
-    "tests/test_forks.py",
-    "tests/test_generate.py",
-    "tests/test_loading.py",
-    "tests/test_mask_errors.py",
-    "tests/test_prompt_cache.py",
-    "tests/test_prompt_options.py",
-    "tests/test_refusals.py",
-    "tests/test_second_model.py",
-    "tests/test_published_configs.py",
-    "tests/identify/test_methods.py",
+    "tests/cache/test_seam.py",
+    "tests/model/test_silently_wrong.py",
+    "tests/model/test_attention.py",
+    "tests/cache/test_cache.py",
+    "tests/cache/test_dense_members.py",
+    "tests/cache/test_forks.py",
+    "tests/model/test_generate.py",
+    "tests/model/test_loading.py",
+    "tests/layout/test_mask_errors.py",
+    "tests/prompts/test_prompt_cache.py",
+    "tests/model/test_prompt_options.py",
+    "tests/model/test_refusals.py",
+    "tests/model/test_second_model.py",
+    "tests/config/test_published_configs.py",
+    "tests/identification/test_methods.py",
     "tests/prefill/test_patched_prefill.py",
     "tests/evaluate/test_measures.py",
     "tests/tasks/test_answer.py",

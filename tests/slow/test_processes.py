@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, config_for, left_padded, tiny_config
+from helpers.tiny import FAMILIES, config_for, left_padded, tiny_config
 from transformers import AutoModelForCausalLM
 
 from hf_longctx import LongCtxCache, LongCtxConfig, patch_model, report

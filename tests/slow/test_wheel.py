@@ -89,9 +89,9 @@ def test_the_installed_package_finds_its_families_configs_and_model(target):
         import json
         import hf_longctx
         from hf_longctx.assets import asset
-        from hf_longctx.config import load_shipped
-        from hf_longctx.config_files import shipped
-        from hf_longctx.family import families, find_family
+        from hf_longctx.config.config import load_shipped
+        from hf_longctx.config.files import shipped
+        from hf_longctx.model.family import families, find_family
         for name in shipped():
             load_shipped(name)
         model = hf_longctx.AutoModelForCausalLM.from_pretrained(asset("tiny-llama"), longctx="auto")
@@ -132,7 +132,7 @@ def test_the_metadata_has_the_command_the_licence_and_the_range(target):
     )
     import hf_longctx
 
-    assert seen["commands"] == {"hf-longctx": "hf_longctx.cli:main"}
+    assert seen["commands"] == {"hf-longctx": "hf_longctx.commands.app:main"}
     assert (seen["licence"], seen["files"], seen["python"]) == ("Apache-2.0 AND MIT", ["LICENSE", "NOTICE"], ">=3.10")
     assert seen["version"] == hf_longctx.__version__
     assert (seen["author"], seen["urls"]) == ("hf_longctx contributors", None)
@@ -145,7 +145,7 @@ def test_the_metadata_has_the_command_the_licence_and_the_range(target):
 
 def test_the_command_prints_its_help(target):
     script = f"import sys; sys.path.insert(0, {str(target)!r}); sys.argv = ['hf-longctx', '--help']\n"
-    script += "from hf_longctx.cli import main; main()"
+    script += "from hf_longctx.commands.app import main; main()"
     command = [sys.executable, "-I", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, cwd=target, check=False)
     assert done.returncode == 0, done.stderr

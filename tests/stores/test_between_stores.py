@@ -8,9 +8,9 @@ import random
 
 import pytest
 import torch
-from store_cases import CASES, ROUNDED, case_config, patched_case, role_of
-from test_cache import read
-from tiny import config_for, left_padded, tiny_model
+from helpers.caches import read
+from helpers.store_cases import CASES, ROUNDED, case_config, patched_case, role_of
+from helpers.tiny import config_for, left_padded, tiny_model
 
 from hf_longctx import CacheError, LongCtxCache, patch_model
 from hf_longctx.stores.base import SLACK

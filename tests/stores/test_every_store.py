@@ -7,10 +7,11 @@ import pickle
 
 import pytest
 import torch
-from store_cases import CASES, ROUNDED, WORDS, case_config, patched_case, role_of
-from test_cache import CountReads, read
-from test_generate import MODES, NEW, prompt, run
-from tiny import left_padded, tiny_model
+from helpers.caches import read
+from helpers.device_reads import CountReads
+from helpers.generation import MODES, NEW, prompt, run
+from helpers.store_cases import CASES, ROUNDED, WORDS, case_config, patched_case, role_of
+from helpers.tiny import left_padded, tiny_model
 from transformers import DynamicCache
 
 from hf_longctx import CacheError, LongCtxCache, patch_model

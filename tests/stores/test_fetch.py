@@ -7,8 +7,8 @@ import random
 
 import pytest
 import torch
-from paged_cases import full_model, paged_config, paged_model, paged_stores, pages_of, read
-from tiny import left_padded, tiny_model
+from helpers.paged_cases import full_model, paged_config, paged_model, paged_stores, pages_of, read
+from helpers.tiny import left_padded, tiny_model
 
 from hf_longctx import LongCtxCache, patch_model
 from hf_longctx.stores import _fetch

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from store_cases import CASES, ROUNDED, patched_case, role_of
-from test_cache import read
+from helpers.caches import read
+from helpers.store_cases import CASES, ROUNDED, patched_case, role_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_longctx import LongCtxCache
-from hf_longctx.cache import storage_bytes
-from hf_longctx.kernels._streamed import Streamed
+from hf_longctx.cache.bytes import storage_bytes
+from hf_longctx.layout.streamed import Streamed
 
 PROMPT, TOKENS = 500, 50_000
 LARGER = {"page": 8192, "recent": 512}  # every step reads every page, so few of them

@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from device_reads import CountReads
-from paged_cases import WORDS, full_model, paged_config, paged_model, paged_stores, pages_of, read
-from tiny import left_padded, tiny_model
+from helpers.device_reads import CountReads
+from helpers.paged_cases import WORDS, full_model, paged_config, paged_model, paged_stores, pages_of, read
+from helpers.tiny import left_padded, tiny_model
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hf_longctx import LongCtxCache, patch_model, report
-from hf_longctx.kernels.layout import HeadKV
-from hf_longctx.registry import words
+from hf_longctx.config.words import words
+from hf_longctx.layout.segments import HeadKV
 from hf_longctx.stores import _page, _pages
 
 LENGTHS = {"one": [150], "three": [131] * 3, "padded": [150, 97, 3], "short and long": [150, 20]}

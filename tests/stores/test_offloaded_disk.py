@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory import Allocations
-from paged_cases import full_model, paged_model, paged_stores, pages_of, read
+from helpers.memory import Allocations
+from helpers.paged_cases import full_model, paged_model, paged_stores, pages_of, read
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hf_longctx import CacheError, ConfigError, LongCtxCache, UnsupportedModeError, patch_model, unpatch_model
-from hf_longctx.kernels.layout import RoleHeads
-from hf_longctx.rows import Rows
+from hf_longctx.layout.heads import RoleHeads
+from hf_longctx.layout.rows import Rows
 from hf_longctx.stores._page import DiskPage, Folder
 from hf_longctx.stores.offloaded_disk import OffloadedDisk
 
@@ -98,8 +98,8 @@ def run_python(code: str, *args: object, **kwargs) -> subprocess.CompletedProces
 ENDS = """
     import os, signal, sys
     import torch
-    from hf_longctx.kernels.layout import RoleHeads
-    from hf_longctx.rows import Rows
+    from hf_longctx.layout.heads import RoleHeads
+    from hf_longctx.layout.rows import Rows
     from hf_longctx.stores.offloaded_disk import OffloadedDisk
 
     folder, end = sys.argv[1:]
@@ -349,10 +349,10 @@ LIMITED = """
     import torch
     from hf_longctx.kernels import cpu
     from hf_longctx.kernels._streamed import attention
-    from hf_longctx.kernels.layout import RoleHeads
+    from hf_longctx.layout.heads import RoleHeads
     from hf_longctx.kernels.reference import merge
-    from hf_longctx.registry import build
-    from hf_longctx.rows import Rows
+    from hf_longctx.config.words import build
+    from hf_longctx.layout.rows import Rows
 
     torch.set_num_threads(1)
     word, folder, tokens, step = sys.argv[1], sys.argv[2], int(sys.argv[3]), 2048

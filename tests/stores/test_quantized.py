@@ -8,16 +8,16 @@ import random
 
 import pytest
 import torch
-from memory import Allocations
-from test_cache import CountReads
-from tiny import config_for, left_padded, tiny_model
+from helpers.device_reads import CountReads
+from helpers.memory import Allocations
+from helpers.tiny import config_for, left_padded, tiny_model
 
 from hf_longctx import ConfigError, LongCtxCache, LongCtxConfig, UnsupportedModelError, patch_model, report
-from hf_longctx.attention import LayerCall
 from hf_longctx.kernels import _quantized, reference
 from hf_longctx.kernels._quantized import PREFILL_NOTE, Packed, quantise
-from hf_longctx.patch import state_of
-from hf_longctx.rows import Rows
+from hf_longctx.layout.rows import Rows
+from hf_longctx.model.attention import LayerCall
+from hf_longctx.model.patch import state_of
 from hf_longctx.stores.base import SLACK, room, spare
 from hf_longctx.stores.quantized import Quantized
 

@@ -10,16 +10,16 @@ import re
 
 import pytest
 import torch
-from device_reads import CountReads
-from table import Case, pairwise
-from tiny import Shadow, config_for, left_padded, tiny_model
+from helpers.device_reads import CountReads
+from helpers.table import Case, pairwise
+from helpers.tiny import Shadow, config_for, left_padded, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-import hf_longctx.attention
+import hf_longctx.model.attention
 from hf_longctx import CacheError, ConfigError, LongCtxCache, LongCtxConfig, patch_model, report
 from hf_longctx.kernels import _compensated
-from hf_longctx.rows import Rows
+from hf_longctx.layout.rows import Rows
 from hf_longctx.stores.base import SLACK, spare
 from hf_longctx.stores.sink_recent_compensated import Growing, SinkRecentCompensated
 
@@ -89,7 +89,7 @@ class Watch(Shadow):
 def watch(monkeypatch):
     yield lambda config, **kwargs: Watch(monkeypatch, config, **kwargs)
     monkeypatch.undo()
-    hf_longctx.attention.register()
+    hf_longctx.model.attention.register()
 
 
 def configured(model, roles="mixed", sink=4, recent=16, **top) -> LongCtxConfig:

@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 import torch
-from kinds import language_of
+from helpers.kinds import language_of
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from hf_longctx import LongCtxCache, UnsupportedModeError, patched

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kinds import CASES, COUNTED, TEXTS, language_of, spoken
-from tiny_tokenizer import byte_bpe
+from helpers.kinds import CASES, COUNTED, TEXTS, language_of, spoken
+from helpers.tiny_tokenizer import byte_bpe
 
 from hf_longctx import tasks
+from hf_longctx.config.words import NOT_WORDS, load, words
 from hf_longctx.errors import ConfigError
-from hf_longctx.registry import NOT_WORDS, load, words
 from hf_longctx.tasks import passkey, task_from
 from hf_longctx.tasks.base import Sample, Task
 from hf_longctx.tasks.language import language_for

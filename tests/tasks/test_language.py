@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kinds import CHAT, TEXTS, language_of, tokenizer_of
-from tiny_tokenizer import byte_bpe
+from helpers.kinds import CHAT, TEXTS, language_of, tokenizer_of
+from helpers.tiny_tokenizer import byte_bpe
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

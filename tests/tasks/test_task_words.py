@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from kinds import CASES
+from helpers.kinds import CASES
 
 from hf_longctx.errors import ConfigError
 from hf_longctx.tasks import task_from, tasks_from
@@ -82,7 +82,7 @@ def test_every_metric_is_tried_above_and_says_what_it_is():
 
 
 def test_the_metric_of_a_task_scores_its_questions():
-    from kinds import language_of
+    from helpers.kinds import language_of
 
     for metric, expected in (("string_match", 0.5), ("string_match_any", 1.0), ("exact_match", 0.0)):
         task = task_from(f"needle:variant=multi_query:needles=2:metric={metric}")

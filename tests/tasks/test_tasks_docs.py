@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 
 import pytest
-from kinds import language_of, tokenizer_of
-from tiny_tokenizer import byte_bpe
+from helpers.kinds import language_of, tokenizer_of
+from helpers.tiny_tokenizer import byte_bpe
 from transformers import AutoModelForCausalLM
 
 from hf_longctx.assets import asset
-from hf_longctx.registry import words
+from hf_longctx.config.words import words
 from hf_longctx.tasks import task_from
 from hf_longctx.tasks.language import HAYSTACKS, language_for
 from hf_longctx.tasks.metrics import METRICS

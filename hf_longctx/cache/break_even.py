@@ -1,0 +1,67 @@
+"""From how many tokens on a cache takes less memory than a dense one: counted as the stores allocate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ..stores.base import StoreSpec
+
+if TYPE_CHECKING:
+    from .cache import LongCtxCache
+
+MOST = 1 << 20  # tokens: what costs more than dense here is said to do so at any length
+
+
+@dataclass(frozen=True)
+class Form:
+    """What decides how many bytes a row takes in a cache, at any length.
+
+    Attributes:
+        heads: KV heads of all layers, by what says how they keep their tokens.
+        head_dim: numbers of a key.
+        number: bytes of a number.
+        max_tokens, slack: see `StoreSpec.slots`.
+    """
+
+    heads: tuple[tuple[StoreSpec, int], ...]
+    head_dim: int
+    number: int
+    max_tokens: int | None
+    slack: int
+
+    @classmethod
+    def of(cls, cache: LongCtxCache) -> Form:
+        """That of a cache that has seen tokens."""
+        stores, layer = [store for layer in cache.layers for store in layer.stores], cache.layers[0]
+        heads: Counter[StoreSpec] = Counter()
+        for store in stores:
+            heads[store.spec] += len(store.heads.kv_heads)
+        slack = max(store.slack for store in stores)
+        return cls(tuple(heads.items()), layer.head_dim, layer.dtype.itemsize, cache.max_tokens, slack)
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of a row after a prompt of ``tokens`` tokens, spare room and pages in host memory included."""
+        form = (tokens, self.head_dim, self.number)
+        room = (self.max_tokens, self.slack)
+        return sum(n * (spec.head_bytes(*form, *room) + spec.host_bytes(*form)) for spec, n in self.heads)
+
+    def saves(self, tokens: int) -> bool:
+        """Whether that is less than a dense cache takes."""
+        return self.nbytes(tokens) < 2 * tokens * self.head_dim * self.number * sum(count for _, count in self.heads)
+
+    @cached_property
+    def saves_from(self) -> int | None:
+        """Fewest tokens from which on every length takes less than dense; None where none does."""
+        most = MOST if self.max_tokens is None else self.max_tokens
+        if not self.saves(most):
+            return None
+        low, high = 0, most  # at low it does not, at high it does
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.saves(middle) else (middle, high)
+        # Room grows in steps, so some lengths above that cost more again; over that many tokens steps even out.
+        above = range(min(most, low + low // 4 + 2048), low, -1)
+        return 1 + next((tokens for tokens in above if not self.saves(tokens)), low)

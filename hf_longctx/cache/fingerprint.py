@@ -1,0 +1,124 @@
+"""What tells one model from another: its dimensions, dtype and active adapters, and a few numbers of every weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.model import model_facts
+from ..errors import UnsupportedModeError
+from .weights import flat, packed_weights, plain_parts
+
+NUMBERS = 256  # of each weight, evenly spaced
+WRAPPERS = (".base_layer", ".original_module")  # what PEFT puts around a weight's own name
+
+
+def fingerprint(base: nn.Module) -> dict[str, Any]:
+    """Plain data that is equal for models whose keys and values are equal, so far as 256 numbers of each weight tell.
+
+    Reads no weight as a whole, and the device once per device. Adapters that are not active do not count, nor does
+    what comes after the last layer's keys, such as the output head.
+
+    Args:
+        base: the base model (``model.base_model``), without output head.
+
+    Raises:
+        UnsupportedModeError: weights lie elsewhere (meta device, offloaded), are spread over processes, or are of a
+            class that does not show what it packs.
+    """
+    facts = model_facts(base.config)
+    dimensions = {**facts.pop("fingerprint"), **facts}
+    rope = json.dumps(getattr(base.config, "rope_parameters", None), sort_keys=True)
+    adapters, skipped = _adapters(base)
+    digest = _digest(_weights(base, tuple(skipped)))
+    return {**dimensions, "rope": rope, "dtype": str(base.dtype), "adapters": adapters, "weights": digest}
+
+
+def _adapters(base: nn.Module) -> tuple[list[str], list[str]]:
+    """PEFT's active adapters as ``name (scaling)``, and the prefixes of the weights of those that are not active."""
+    active, skipped = set(), []
+    for path, module in base.named_modules():
+        if not getattr(type(module), "adapter_layer_names", ()):
+            continue
+        used = [] if module.disable_adapters else list(module.active_adapters)
+        scaling = getattr(module, "scaling", {})
+        for kind in module.adapter_layer_names:
+            try:
+                held = list(attrgetter(kind)(module).keys())
+            except AttributeError:  # a kind of adapter that this layer does not have
+                continue
+            active |= {f"{name} (scaling {scaling.get(name, 1)})" for name in held if name in used}
+            skipped += [f"{path}.{kind}.{name}" for name in held if name not in used]
+    return sorted(active), skipped
+
+
+def _weights(base: nn.Module, skipped: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers (packed weights are buffers), under the names they have without adapters."""
+    found = {}
+    for path, module in base.named_modules():
+        if getattr(module, "_hf_device_mesh", None) is not None:
+            _refuse(path, "spread over processes (tensor parallel)")
+        own = {**module._parameters, **module._buffers, **dict(packed_weights(module))}
+        for name, tensor in own.items():
+            full = f"{path}.{name}" if path else name
+            if (
+                tensor is None
+                or not tensor.numel()
+                or name in module._non_persistent_buffers_set
+                or _below(full, skipped)
+            ):
+                continue
+            if tensor.is_meta:
+                _refuse(full, "on the meta device (offloaded, or without weights)")
+            if hasattr(tensor, "device_mesh"):
+                _refuse(full, "spread over processes (tensor parallel)")
+            for wrapper in WRAPPERS:
+                full = full.replace(wrapper, "")
+            parts = plain_parts(full, tensor)
+            if not parts:
+                raise UnsupportedModeError(
+                    f"a file names the model it was made with, which cannot be told: {full} is of class "
+                    f"{type(tensor).__name__}, which does not show its numbers. Save and load caches with a model "
+                    "whose weights are plain tensors, or of a class with __tensor_flatten__ (as torchao's)."
+                )
+            found.update(parts)
+    yield from sorted(found.items())
+
+
+def _below(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _refuse(name: str, where: str) -> None:
+    raise UnsupportedModeError(
+        f"a file names the model it was made with, which cannot be told: {name} is {where}. Save and load caches with "
+        "a model whose weights are all in the memory of this process."
+    )
+
+
+def _digest(weights: Iterator[tuple[str, Tensor]]) -> str:
+    told, parts = hashlib.sha256(), []
+    for name, tensor in weights:
+        told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        parts.append(_numbers(tensor.detach()))
+    for device in {part.device for part in parts}:
+        here = [i for i, part in enumerate(parts) if part.device == device]
+        fetched = torch.cat([parts[i] for i in here]).cpu().split([len(parts[i]) for i in here])
+        for i, part in zip(here, fetched, strict=True):
+            parts[i] = part
+    told.update(torch.cat(parts).numpy().tobytes())
+    return told.hexdigest()[:32]
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """Bytes of ``NUMBERS`` evenly spaced numbers, the first and the last among them."""
+    numbers = flat(tensor)
+    count = min(NUMBERS, len(numbers))
+    places = torch.arange(count) * (len(numbers) - 1) // max(count - 1, 1)
+    return numbers.view(torch.uint8).view(len(numbers), -1)[places.to(numbers.device)].flatten()

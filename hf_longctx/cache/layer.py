@@ -1,0 +1,234 @@
+"""One layer of a LongCtxCache: a store per role, and what its ``update`` hands to the attention function."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import CacheError, UnsupportedModeError
+from ..io.tensor_file import DTYPES
+from ..layout.dtypes import autocast_on
+from ..layout.rows import Rows
+from ..layout.segments import HeadKV
+from ..stores._saved import SavedStore, SavedTensors, Told
+from ..stores.base import SLACK, Store
+from .dense_members import DenseLayerMembers
+from .finite import check_forward, every_forward
+from .plan import LayerPlan
+
+SAVED = ("seen", "batch", "head_dim", "dense_bytes_per_token", "autocast")  # of a layer, in its file
+
+NAME = "longctx"  # the word under which the patched attention function is registered
+
+NOT_OURS = (
+    "a LongCtxCache reached an attention function that is not the patched one: the model is not patched, or was "
+    "unpatched while the cache lived. Patch it again, or start with a new cache."
+)
+
+
+@dataclass
+class LayerKV:
+    """What one layer's cache hands to the attention function: one ``HeadKV`` per role, and the rows they belong to."""
+
+    heads: list[HeadKV]
+    rows: Rows
+
+    @property
+    def shape(self) -> None:
+        """What any other attention function asks a key for first."""
+        raise UnsupportedModeError(_wrapped() or NOT_OURS)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None) -> None:
+        """An attention function that asks for no shape (Transformers 5.0) goes straight to torch: the same error."""
+        given = (*args, *(kwargs or {}).values())
+        return next(kept.shape for kept in given if isinstance(kept, cls))
+
+
+def _wrapped() -> str | None:
+    """What is said where another library put a function of its own in front of ours."""
+    function = dict(ALL_ATTENTION_FUNCTIONS).get(NAME)
+    owner = getattr(function, "__module__", "")
+    if function is None or owner.partition(".")[0] == __name__.partition(".")[0]:
+        return None
+    return (
+        f"the attention function '{NAME}' was wrapped by {owner}, which asks for keys as one tensor; those of a "
+        "LongCtxCache are none. Import that library before patch_model (kvpress wraps all functions as it is imported)."
+    )
+
+
+class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
+    """The stores of one layer, one per role."""
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, plan: LayerPlan, max_tokens: int | None = None, slack: int = SLACK):
+        self.plan, self.max_tokens, self.is_initialized = plan, max_tokens, False
+        self.seen = 0
+        self.whole = True  # False while stores are written, and for good when that was interrupted
+        self.stores: list[Store] = [plan.stores[heads.role].new(heads, max_tokens) for heads in plan.heads]
+        for store in self.stores:
+            store.slack = slack
+        self.dense_bytes_per_token = 0
+        self.checked = every_forward()
+        self.autocast = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        per_head = (
+            key_states.shape[-1] * key_states.element_size() + value_states.shape[-1] * value_states.element_size()
+        )
+        self.batch, self.head_dim = key_states.shape[0], key_states.shape[3]
+        self.dtype, self.device, self.autocast = key_states.dtype, key_states.device, autocast_on(key_states)
+        self.dense_bytes_per_token = per_head * key_states.shape[1]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, rows: Rows) -> LayerKV:
+        """Keep k, v ``[B, H_kv, T, D]`` of this forward; return what its queries read."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        batch, kv_heads, new, head_dim = key_states.shape
+        # A prompt read under autocast may be continued without, and the reverse: the cache stays in its dtype.
+        dtype = key_states.dtype if autocast_on(key_states) == self.autocast else self.dtype
+        got = (batch, kv_heads, head_dim, dtype, key_states.device)
+        held = (self.batch, len(self.plan.roles), self.head_dim, self.dtype, self.device)
+        if got != held or not new:
+            raise CacheError(
+                f"layer {self.plan.layer_idx} got {new} tokens of {_described(*got)}, but this cache holds "
+                f"{_described(*held)}. It is as it was; bring tokens of that kind, or use a new cache."
+            )
+        if self.checked:
+            check_forward(self.plan.layer_idx, key_states, value_states)
+        for store in self.stores:
+            store.prepare(key_states, value_states, rows)
+        self.whole = False
+        heads = [store.append(key_states, value_states, rows) for store in self.stores]
+        self.seen, self.whole = rows.total, True
+        return LayerKV(heads, rows)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen (not kept), pads included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length) -> tuple[int, int]:
+        return self.seen + _length(query_length), 0
+
+    def get_max_length(self) -> int:
+        """Tokens the layer can hold, -1 for no limit."""
+        return -1 if self.max_tokens is None else self.max_tokens
+
+    get_max_cache_shape = get_max_length
+
+    def activate_past_recording(self) -> None:
+        """Remember what windows drop from now on, so that `SLACK` tokens can be taken back."""
+        for store in self.stores:
+            store.slack = SLACK
+
+    @property
+    def oldest_crop(self) -> int:
+        """Fewest tokens that this layer can still be cropped to."""
+        return max(store.oldest_crop(self.seen) for store in self.stores)
+
+    def stagger(self, rows: Rows, pads: Sequence[int]) -> None:
+        self.whole = False
+        for store in self.stores:
+            store.stagger(rows, pads)
+        self.whole = True
+
+    def crop_to(self, rows: Rows, target: int) -> None:
+        if target < self.seen:
+            self.whole = False
+            for store in self.stores:
+                store.crop(rows, target)
+            self.seen, self.whole = target, True
+
+    def map_rows(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
+        self.whole = False
+        for store in self.stores:
+            store.map_rows(change)
+        self.batch, self.whole = batch, True
+
+    def fork(self) -> LongCtxLayer:
+        other = copy.copy(self)
+        other.stores = [store.fork() for store in self.stores]
+        return other
+
+    def reset(self) -> None:
+        for store in self.stores:
+            store.reset()
+        self.seen, self.is_initialized, self.whole = 0, False, True
+
+    def tensors(self) -> Iterable[Tensor]:
+        for store in self.stores:
+            yield from store.tensors()
+
+    def saved(self, starts: tuple[int, ...] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What ``restore`` needs: tensors by name, and plain data that JSON can hold."""
+        rows, tensors, stores = Rows(self.batch, 0, self.seen, starts), {}, {}
+        for store in self.stores:
+            kept, stores[store.heads.role] = store.saved(rows)
+            tensors |= {f"{store.heads.role}.{name}": tensor for name, tensor in kept.items()}
+        numbers = {name: getattr(self, name) for name in SAVED}
+        return tensors, {**numbers, "dtype": str(self.dtype).removeprefix("torch."), "stores": stores}
+
+    def check(
+        self,
+        plain: Mapping[str, Told],
+        tensors: SavedTensors,
+        prefix: str,
+        rows: Rows,
+        *,
+        head_dim: int,
+        staggered: bool,
+    ) -> None:
+        """Raise CacheError unless ``restore`` can take ``plain`` and the tensors whose names begin with ``prefix``.
+
+        ``rows`` are all that was seen; ``head_dim`` is the model's, ``staggered`` the cache's.
+        """
+        words = [str(dtype).removeprefix("torch.") for dtype in DTYPES if dtype.is_floating_point]
+        dtype = getattr(torch, plain["dtype"].one_of(*words))
+        expected = {"seen": rows.total, "batch": rows.batch, "head_dim": head_dim}
+        expected["dense_bytes_per_token"] = 2 * head_dim * dtype.itemsize * len(self.plan.roles)
+        for name, value in expected.items():
+            plain[name].number(value, value)
+        plain["autocast"].one_of(False, True)
+        stores = plain["stores"].fields(*(store.heads.role for store in self.stores))
+        for store in self.stores:
+            told, n = stores[store.heads.role], len(store.heads.kv_heads)
+            where = f"{prefix}{store.heads.role}."
+            saved = SavedStore(told, tensors, where, rows, n, head_dim, dtype, staggered)
+            if staggered and not store.staggers:
+                saved.refuse("the cache is staggered, which this store cannot be")
+            store.check(saved)
+            saved.close()
+
+    def restore(self, read: Callable[[str], Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
+        """Fill this empty layer with what ``saved`` gave, each tensor as ``read(name)`` gives it, onto ``device``."""
+        for store in self.stores:
+            role = store.heads.role
+            store.restore(lambda name, role=role: read(f"{role}.{name}"), plain["stores"][role], device)
+        for name in SAVED:
+            setattr(self, name, plain[name])
+        self.dtype, self.device, self.is_initialized = getattr(torch, plain["dtype"]), device, True
+
+    def offloaded(self) -> Iterable[tuple[str, int]]:
+        for store in self.stores:
+            yield from store.offloaded().items()
+
+
+def _described(batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{batch} rows, {kv_heads} KV heads and head_dim {head_dim} in {dtype} on {device}"
+
+
+def _length(query_length) -> int:
+    """Transformers before 5.4 gives the positions of the new tokens instead of their number."""
+    return query_length if isinstance(query_length, int) else query_length.shape[0]

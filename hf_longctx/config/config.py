@@ -1,0 +1,197 @@
+"""A config: YAML or plain data -> frozen dataclasses, everything checked when it is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..errors import ConfigError
+from .bounds import MOST
+from .files import merge, read_file, read_shipped
+from .model import ModelSection, model_facts
+from .sections import DecodeSection, HeadsSection, PrefillSection, StoresSection, check_counts, check_rows
+from .words import check_mapping, check_word, dump, make, words
+
+if TYPE_CHECKING:
+    from ..planning.plan import Plan
+
+NOT_KERNELS = {"layout", "dispatch"}
+NUMBER = 2  # bytes of a number in bf16 and fp16
+
+
+@dataclass(frozen=True, repr=False)
+class LongCtxConfig:
+    """One checkpoint's config; ``docs/reference.md`` lists every key.
+
+    Attributes:
+        model: what it fits.
+        heads: which KV heads need the whole context.
+        stores: what the heads of each role keep.
+        prefill: which keys a query block reads while a prompt is read.
+        decode: which kept keys a decoded token reads.
+        kernel: how attention is computed, never what.
+
+    Raises:
+        ConfigError: the sections do not fit each other.
+    """
+
+    model: ModelSection
+    heads: HeadsSection
+    stores: StoresSection = field(default_factory=StoresSection)
+    prefill: PrefillSection = field(default_factory=PrefillSection)
+    decode: DecodeSection = field(default_factory=DecodeSection)
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        layers, model = self.model.num_hidden_layers, self.model
+        check_word(self.kernel, kernel_words(), "kernel")
+        self.heads.check_shape(layers, model.num_key_value_heads)
+        for name, table in self.prefill.tables.items():
+            where = f"prefill.tables.{name}.map"
+            check_rows(table.map, layers, model.num_attention_heads, where, "query heads")
+        self.roles()
+
+    def __repr__(self) -> str:
+        """What a notebook shows: for which model, and how many heads keep every token. ``to_dict`` has all of it."""
+        heads, model = "".join(self.roles()), self.model
+        name = model.ids[0] if model.ids else f"a {model.model_type}"
+        origin = self.heads.active.source.get("method", "given")
+        return (
+            f"LongCtxConfig({name}, {heads.count('R')} of {len(heads)} KV heads keep every token "
+            f"(method: {origin}, confidence: {self.heads.confidence}))"
+        )
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike) -> LongCtxConfig:
+        """The config of a file, which may take its defaults from a shipped one (``extends: NAME``).
+
+        Raises:
+            ConfigError: the message starts with the path of the file.
+        """
+        given = read_file(path)
+        try:
+            return cls.from_dict(given)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LongCtxConfig:
+        """The config of plain data, which may come from a file somebody else made.
+
+        Raises:
+            ConfigError: with the full path of the field, what was given and what fits.
+        """
+        if "extends" in check_mapping(data, "config"):
+            raise ConfigError("extends: works in config files only; load_shipped(NAME).override(...) does the same.")
+        check_counts(data)
+        return make(cls, data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that JSON can hold; ``from_dict`` gives an equal config back."""
+        return dump(self)
+
+    def to_yaml(self, path: str | os.PathLike) -> None:
+        """Write a file that ``from_yaml`` reads back, complete in itself."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+        Path(path).write_text(text, "utf-8")
+
+    def override(self, **sections: Any) -> LongCtxConfig:
+        """A config with these sections laid over this one's; see ``config_files.merge`` for what replaces what."""
+        return type(self).from_dict(merge(self.to_dict(), sections))
+
+    def roles(self) -> tuple[str, ...]:
+        """One text per layer, a letter R (retrieval) or S (streaming) per KV head, of the whole model."""
+        return self._roles
+
+    @cached_property
+    def _roles(self) -> tuple[str, ...]:
+        form = (self.heads.kv_budget_tokens, self.model.head_dim, NUMBER)
+        stores, token = (self.stores.streaming, self.stores.retrieval), 2 * self.model.head_dim * NUMBER
+        return self.heads.roles_for(*(Fraction(store.kept_bytes(*form), token) for store in stores))
+
+    def kv_bytes(self, tokens: int, number_bytes: int = NUMBER) -> tuple[int, int]:
+        """(bytes of a dense KV cache, bytes of what the heads keep) of one row after ``tokens`` tokens.
+
+        The spare room of growing buffers and a model's own sliding windows, which keep less, are not in it.
+
+        Args:
+            number_bytes: bytes of one number: 2 for bf16 and fp16.
+        """
+        stores = {"R": self.stores.retrieval, "S": self.stores.streaming}
+        heads = "".join(self.roles())
+        form = (tokens, self.model.head_dim, number_bytes)
+        kept = sum(heads.count(letter) * store.kept_bytes(*form) for letter, store in stores.items())
+        return 2 * len(heads) * tokens * self.model.head_dim * number_bytes, kept
+
+    @classmethod
+    def plan(cls, model: Any, **given: Any) -> Plan:
+        """The best config of a model for so many tokens in so much memory; no weight is loaded.
+
+        ``docs/choosing.md`` states the ladder; ``str(plan)`` says what was tried and chosen,
+        ``plan.config`` is for ``patch_model`` and ``to_yaml``.
+
+        Args:
+            model: a shipped config's name, a YAML, a model's folder or hub id, or a loaded model.
+            given: ``context``, tokens of prompt and answer together, in each of ``batch`` rows (1); ``memory`` in all,
+                bytes or a size such as "24GB"; ``dtype`` "bf16" or "fp32"; ``chunk``, the prefill_chunk_size (4096);
+                ``weights``, their size where it is not that of the parameters; ``config`` for a folder, a hub id or a
+                model (what ``patch_model`` takes); ``reserve``, True for a ``LongCtxCache`` made with ``max_tokens``.
+
+        Raises:
+            LongCtxError: not even the smallest fits; the message says what it needs and how long a context would fit.
+            ConfigError: an argument out of bounds, no such model, or no config for it.
+            UnsupportedModelError: its family cannot be patched.
+            UnsupportedModeError: as ``patch_model`` with the chosen config.
+        """
+        from ..planning.plan import plan  # stands on everything that stands on this file
+
+        return plan(model, **given)
+
+    def check_model(self, hf_config: Any) -> None:
+        """Raise ConfigError unless the config was made for a model with this Transformers config."""
+        wrongs = self.model.mismatches(hf_config)
+        if wrongs:
+            raise ConfigError(
+                f"model: this config was made for another model; it says {'; '.join(wrongs)}. "
+                "Take the config of this model, or make one (hf-longctx identify)."
+            )
+
+    @classmethod
+    def describe(cls, hf_config: Any) -> dict[str, Any]:
+        """The ``model`` section, with the whole fingerprint, of a model with this Transformers config; without ids.
+
+        Raises:
+            ConfigError: the Transformers config lacks a head dimension.
+        """
+        facts = model_facts(hf_config)
+        fingerprint, made_for = facts.pop("fingerprint"), getattr(hf_config, "max_position_embeddings", None)
+        if type(made_for) is int and 0 < made_for <= MOST:
+            facts["max_position_embeddings"] = made_for
+        facts["fingerprint"] = fingerprint
+        make(ModelSection, facts, "model")
+        return facts
+
+
+def kernel_words() -> tuple[str, ...]:
+    """What ``kernel`` may be: auto, stock, or a kernel that is there."""
+    return ("auto", "stock", *(name for name in words("kernels") if name not in NOT_KERNELS))
+
+
+def load_shipped(name: str) -> LongCtxConfig:
+    """The shipped config of that name.
+
+    Raises:
+        ConfigError: there is none; the message lists them.
+    """
+    given = read_shipped(name)
+    try:
+        return LongCtxConfig.from_dict(given)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None

@@ -1,0 +1,114 @@
+"""The ``model`` section of a config: what tells the checkpoint that it fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
+from typing import Any
+
+from .bounds import COUNT, FREE, MOST_HEADS, MOST_LAYERS, TOKENS
+from .words import short, wrong
+
+UNSCALED, SCALINGS = "default", ("linear", "dynamic", "yarn")  # rope_types
+NUMBERS = {**COUNT, "unit": "numbers"}
+LAYERS = {"min": 1, "max": MOST_LAYERS, "unit": "layers"}
+HEADS = {"min": 1, "max": MOST_HEADS, "unit": "heads"}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Numbers that tell checkpoints with the same head dimensions apart; what is absent is not checked.
+
+    Attributes:
+        hidden_size: as in the model's own config, like the others.
+        intermediate_size: of the MLP.
+        vocab_size: rows of the embedding.
+        rope_theta: base of the rotary positions.
+        rope_type: how they are scaled, ``default`` for not at all.
+    """
+
+    hidden_size: int | None = field(default=None, metadata=NUMBERS)
+    intermediate_size: int | None = field(default=None, metadata=NUMBERS)
+    vocab_size: int | None = field(default=None, metadata={**COUNT, "unit": "tokens"})
+    rope_theta: float | None = field(default=None, metadata={"above": 0.0, "max": 1e18})
+    rope_type: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """What a config fits.
+
+    Attributes:
+        model_type: as in the model's own config, like the four numbers.
+        num_hidden_layers: layers.
+        num_attention_heads: query heads of a layer.
+        num_key_value_heads: KV heads of a layer.
+        head_dim: numbers of a key.
+        ids: names of the checkpoints, as on the hub; the config is found by them, and they are free of meaning for the
+            run.
+        max_position_embeddings: tokens that the first of the checkpoints was made for, which ``plan`` says; free of
+            meaning for the run.
+        fingerprint: tells checkpoints of equal dimensions apart.
+    """
+
+    model_type: str
+    num_hidden_layers: int = field(metadata=LAYERS)
+    num_attention_heads: int = field(metadata=HEADS)
+    num_key_value_heads: int = field(metadata=HEADS)
+    head_dim: int = field(metadata={**NUMBERS, "max": 65536})
+    ids: tuple[str, ...] = field(default=(), metadata=FREE)
+    max_position_embeddings: int | None = field(default=None, metadata={**TOKENS, **FREE})
+    fingerprint: Fingerprint = Fingerprint()
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise wrong("num_key_value_heads", self.num_key_value_heads, f"a divisor of {self.num_attention_heads}")
+
+    def mismatches(self, hf_config: Any) -> list[str]:
+        """What disagrees with a Transformers config, one text per key; empty if it fits."""
+        theirs, scaled = model_facts(hf_config), self.rope_note(hf_config) is not None
+        pairs = [(f.name, getattr(self, f.name), theirs[f.name]) for f in fields(self) if f.name in theirs]
+        pairs = [pair for pair in pairs if pair[0] != "fingerprint"]
+        for f in fields(self.fingerprint):
+            mine = getattr(self.fingerprint, f.name)
+            if mine is not None and not (scaled and f.name == "rope_type"):
+                pairs.append((f"fingerprint.{f.name}", mine, theirs["fingerprint"].get(f.name)))
+        return [f"{name} {short(mine)} (model: {short(other)})" for name, mine, other in pairs if mine != other]
+
+    def as_model(self) -> Any:
+        """What a Transformers config says of itself where this section fits it, for ``mismatches``."""
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("ids", "fingerprint")}
+        told = {f.name: getattr(self.fingerprint, f.name) for f in fields(self.fingerprint)}
+        rope = {key: told.pop(key) for key in ("rope_theta", "rope_type")}
+        return SimpleNamespace(**facts, **told, rope_parameters={k: v for k, v in rope.items() if v is not None})
+
+    def rope_note(self, hf_config: Any) -> str | None:
+        """In words that the model's owner scaled its RoPE since the heads were measured; None where that is not so.
+
+        It is the same checkpoint: Qwen2.5 is to be used with ``yarn`` beyond 32768 tokens.
+        """
+        mine, theirs = self.fingerprint.rope_type, model_facts(hf_config)["fingerprint"].get("rope_type")
+        if mine != UNSCALED or theirs not in SCALINGS:
+            return None
+        return f"rope_type {theirs}: the heads were measured with rope_type {mine}, before the model's RoPE was scaled"
+
+
+def model_facts(hf_config: Any) -> dict[str, Any]:
+    """The ``model`` section of a Transformers config as plain data. What is absent there is None, or no fingerprint."""
+    heads, hidden = getattr(hf_config, "num_attention_heads", None), getattr(hf_config, "hidden_size", None)
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention") or rope
+    scaling = getattr(hf_config, "rope_scaling", None) or {}
+    theta = rope.get("rope_theta", getattr(hf_config, "rope_theta", None))
+    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    finger = {key: getattr(hf_config, key, None) for key in ("hidden_size", "intermediate_size", "vocab_size")}
+    finger |= {"rope_theta": None if theta is None else float(theta), "rope_type": None if theta is None else kind}
+    head_dim = getattr(hf_config, "head_dim", None)
+    return {
+        "model_type": getattr(hf_config, "model_type", None),
+        "num_hidden_layers": getattr(hf_config, "num_hidden_layers", None),
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(hf_config, "num_key_value_heads", None) or heads,
+        "head_dim": head_dim if head_dim is not None or not heads or not hidden else hidden // heads,
+        "fingerprint": {key: value for key, value in finger.items() if value is not None},
+    }

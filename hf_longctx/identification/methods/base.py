@@ -1,0 +1,118 @@
+"""The base of every identification method, and what a method is given.
+
+A YAML word of this folder names a frozen dataclass in the file of the same name. Its fields are the method's options.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...io.progress import Progress
+from ...tasks.answer import input_device
+from ...tasks.documents import Documents
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Subject:
+    """The model under test and what it is asked.
+
+    Attributes:
+        model: patched with all heads retrieval (what ``observe`` needs), in eval mode, without gradients.
+        layers, heads, kv_heads: its attention dimensions.
+        documents: makes texts with facts in the tokenizer's language.
+        seed: of everything drawn.
+        windowed: layers with a sliding window of the model's own, whose heads are never retrieval heads.
+        longest: tokens the model was made for.
+        work: a folder for what a long run saves and goes on from, or None.
+        progress: show on stderr how far it is.
+        measured: what a method leaves for ``heads.measured`` of the config, plain data.
+        doubts: why the scores may say nothing about this model; with any the config's confidence is low.
+    """
+
+    model: nn.Module
+    layers: int
+    heads: int
+    kv_heads: int
+    documents: Documents
+    windowed: tuple[int, ...] = ()
+    seed: int = 0
+    longest: int = 4096
+    work: Path | None = None
+    progress: bool = False
+    measured: dict[str, Any] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input ids."""
+        return input_device(self.model)
+
+    def rng(self, *stream: int) -> np.random.Generator:
+        """A generator that depends on the seed and ``stream`` alone."""
+        return np.random.default_rng([self.seed, *stream])
+
+    def ids(self, tokens: np.ndarray) -> Tensor:
+        """Token ids ``[T]`` as the model's input ``[1, T]``."""
+        return torch.from_numpy(np.asarray(tokens, dtype=np.int64))[None].to(self.device)
+
+    def per_group(self, scores: Tensor) -> Tensor:
+        """Scores ``[..., H]`` of query heads as scores ``[..., H_kv]``: a KV head takes the largest of its group."""
+        return scores.unflatten(-1, (self.kv_heads, self.heads // self.kv_heads)).amax(-1)
+
+    def doubt(self, reason: str) -> None:
+        """Note that the scores may say nothing, and warn of it."""
+        logger.warning("%s. Compare with another method, or measure the share with target_drop.", reason)
+        self.doubts.append(reason)
+
+    def track(self, label: str, total: int, unit: str, done: int = 0, shown: bool = True) -> Progress:
+        """Shows how many of ``total`` are done, where that is wanted; ``done`` of them by an earlier run."""
+        return Progress(label, total, unit, shown=shown and self.progress, done=done)
+
+    def length(self, given: int | None, default: int, name: str = "length") -> int:
+        """``given`` tokens, or ``default`` cut to what the model was made for; more than that is only warned of."""
+        if given is not None and given > self.longest:
+            logger.warning("%s: %d tokens are more than the %d the model was made for", name, given, self.longest)
+        return min(default, self.longest) if given is None else given
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """On exit every module is in the mode (train or eval) it was in, also after an exception."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class Method(ABC):
+    """What a word of ``identify/`` defines.
+
+    Attributes:
+        paper: where the method comes from.
+        reads_documents: whether its texts are the subject's documents, so that the user's own text has a use.
+        saves: whether it saves its state in the subject's work folder.
+        needs_tokenizer: whether it writes documents; otherwise random token ids are all it reads.
+    """
+
+    paper: ClassVar[str]
+    reads_documents: ClassVar[bool] = True
+    saves: ClassVar[bool] = False
+    needs_tokenizer: ClassVar[bool] = True
+
+    @abstractmethod
+    def scores(self, subject: Subject) -> Tensor:
+        """Scores ``[layers, KV heads]``, higher = more retrieval, float64 on the CPU."""

@@ -1,0 +1,56 @@
+"""``two_needle``: how much of its attention a late copy of a span gives to the early copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...model.patch import observe
+from ..attention import weights
+from .base import Method, Subject
+
+
+@dataclass(frozen=True)
+class TwoNeedle(Method):
+    """Attention mass from a late span to its early copy, as RTPurbo scores heads (arXiv:2605.16928).
+
+    The span is a list of facts near the beginning of a document, its copy the questions about them with their answers
+    at the end. Attention to any token of the list counts: a model may keep what a token says some places after it.
+
+    Attributes:
+        length: tokens of the document; 8192, or less where the model was made for less.
+        facts: facts in the list.
+        samples: documents, one forward pass each.
+    """
+
+    paper = "arXiv:2605.16928"
+
+    length: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
+    facts: int = field(default=8, metadata={"min": 1, "max": 1024, "unit": "facts"})
+    samples: int = field(default=1, metadata={"min": 1, "max": 1024, "unit": "documents"})
+
+    @torch.no_grad()
+    def scores(self, subject: Subject) -> Tensor:
+        length = subject.length(self.length, 8192)
+        mass = torch.zeros(subject.layers, subject.heads, dtype=torch.float64)
+        bar = subject.track("two needles", self.samples * subject.layers, "layers")
+
+        def look(
+            late: Tensor, early: slice, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute
+        ) -> None:
+            for _, weight in weights(q, k, scaling, late.to(q.device)):
+                mass[layer_idx] += weight[..., early].sum((-1, -2)).cpu().double() / len(late)
+            bar.advance()
+
+        with bar:
+            for sample in range(self.samples):
+                document = subject.documents.draw(subject.rng(2, sample), length, self.facts, depth=0.05)
+                late = torch.from_numpy(document.answers.ravel() - 1)  # where each token of an answer is predicted
+                early = slice(int(document.needles.min()), int(document.needles.max()) + 1)
+                with observe(subject.model, partial(look, late, early)):
+                    subject.model.base_model(subject.ids(document.ids), use_cache=False)
+        subject.measured |= {"length": length, "samples": self.samples}
+        return subject.per_group(mass / self.samples)

@@ -1,0 +1,157 @@
+"""The one interface between caches and kernels: what a role's KV heads keep, as segments, and which blocks are read.
+
+Shapes: ``B`` batch, ``n`` KV heads of one role, ``G`` query heads per KV head, ``T`` tokens of this forward, ``S``
+tokens kept, ``D`` head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .heads import RoleHeads
+
+
+@dataclass
+class Segment:
+    """Keys and values of consecutive kept tokens. Growing buffers, rings, pages and shared prefixes are all segments.
+
+    Attributes:
+        k: keys ``[B, n, capacity, D]``; slots from ``length`` on are uninitialised memory.
+        v: values ``[B, n, capacity, D_v]``.
+        length: tokens kept, in every row (int) or row by row (int64 ``[B]``).
+        bias: added to the scores of these keys before the softmax, broadcastable to ``[B, n, 1, length]``.
+        shared: nobody writes to the memory any more, and other caches may read it.
+    """
+
+    k: Tensor
+    v: Tensor
+    length: int | Tensor
+    bias: Tensor | None = None
+    shared: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Slots that a reader must look at: ``length``, or the whole capacity where rows differ."""
+        return self.length if isinstance(self.length, int) else self.k.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k.dtype
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor it keeps alive."""
+        yield from (self.k, self.v)
+        if isinstance(self.length, Tensor):
+            yield self.length
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Reorder, repeat or select the rows: ``change`` does it to a tensor ``[B, ...]``.
+
+        Rows that share their memory for good, as those that read one prompt do, go on sharing it.
+        """
+        if self.shared and self._one_row:
+            batch = change(self.k[:, :0, :0]).shape[0]
+            self.k, self.v = (x[:1].expand(batch, -1, -1, -1) for x in (self.k, self.v))
+        else:
+            self.k, self.v = change(self.k), change(self.v)
+        if isinstance(self.length, Tensor):
+            self.length = change(self.length)
+
+    def copy(self) -> Segment:
+        """One with the same tokens and memory of its own, unless that is shared."""
+        if self.shared:
+            return replace(self)
+        length = self.length.clone() if isinstance(self.length, Tensor) else self.length
+        return replace(self, k=self.k.clone(), v=self.v.clone(), length=length)
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Views of the filled slots: k, v ``[B, n, longest, D]``."""
+        return self.k[:, :, : self.longest], self.v[:, :, : self.longest]
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What `restored` needs, tensors (views of the filled slots) and plain numbers."""
+        numbers = {"rows": self.k.shape[0], "capacity": self.k.shape[2], "shared": int(self.shared)}
+        tensors = dict(zip(("k", "v"), self.kept(), strict=True))
+        if self.k.stride(0) == 0:  # rows that share their memory are kept once
+            tensors = {name: tensor[:1] for name, tensor in tensors.items()}
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        if isinstance(self.length, int):
+            return tensors, {**numbers, "length": self.length}
+        return {**tensors, "length": self.length}, numbers
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device) -> Segment:
+        """The segment of which `saved` gave ``tensors`` (views of a file, which are copied) and ``numbers``."""
+        both = []
+        for name in ("k", "v"):
+            kept = tensors[name]
+            room = kept.new_empty(*kept.shape[:2], numbers["capacity"], kept.shape[3], device=device)
+            room[:, :, : kept.shape[2]] = kept
+            both.append(room.expand(numbers["rows"], -1, -1, -1) if kept.shape[0] < numbers["rows"] else room)
+        copies = {name: tensors[name].to(device, copy=True) for name in ("length", "bias") if name in tensors}
+        return cls(*both, copies.get("length", numbers.get("length")), copies.get("bias"), bool(numbers["shared"]))
+
+    def frozen(self, tokens: int, spare: float) -> Segment:
+        """Its first ``tokens`` as a shared segment: the same memory, or a copy that fits.
+
+        The copy where the memory beside them, which they would keep alive, is more than ``spare`` times theirs.
+        """
+        rows = slice(0, 1) if self._one_row else slice(None)
+        pair = [x[rows, :, :tokens] for x in (self.k, self.v)]
+        own = sum(x.numel() * x.element_size() for x in pair)
+        held = sum(x.untyped_storage().nbytes() for x in pair)
+        if held - own > spare * own:
+            with torch.inference_mode(False):  # as other segments, to be read outside of inference mode
+                pair = [x.clone(memory_format=torch.contiguous_format) for x in pair]
+        return Segment(*(x.expand(self.k.shape[0], -1, -1, -1) for x in pair), tokens, shared=True)
+
+    @property
+    def _one_row(self) -> bool:
+        """Whether all rows are one and the same memory."""
+        return self.k.shape[0] == 1 or self.k.stride(0) == 0
+
+
+@dataclass
+class HeadKV:
+    """What the KV heads of one role offer the queries of this forward.
+
+    Attributes:
+        heads: which heads these are.
+        segments: in decode (one query token) every key of every segment is visible, but for slots past a row's
+            length. With several query tokens the queries are the last ``T`` tokens of the last segment.
+        sinks: with several query tokens, for stores with a gap after the first tokens: the segment of those first
+            tokens of each row, which ``segments`` then leaves out.
+        first: row position of the first key of ``segments[0]`` (0 when nothing was dropped or held in ``sinks``).
+        store: the spec of the store, which knows its visibility rule.
+        state: tensors a decode selector keeps between steps.
+    """
+
+    heads: RoleHeads
+    segments: list[Segment]
+    store: object
+    sinks: Segment | None = None
+    first: int = 0
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.segments[0].dtype
+
+    def alone(self, rows: slice, start: int) -> list[Segment]:
+        """The segments of ``rows``, which all start at slot ``start``, as if those rows were alone: without pads."""
+        left = []
+        for segment in self.segments:
+            cut = min(start, segment.length)
+            start -= cut
+            if cut < segment.length:
+                bias = segment.bias
+                if bias is not None:
+                    bias = (bias if bias.shape[0] == 1 else bias[rows])[..., cut:]
+                k, v = segment.k[rows, :, cut : segment.length], segment.v[rows, :, cut : segment.length]
+                left.append(Segment(k, v, segment.length - cut, bias))
+        return left

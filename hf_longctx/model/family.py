@@ -1,0 +1,65 @@
+"""The record of a model family: where its attention modules are, and which layers have a sliding window. Data only.
+
+Each file of ``patches/`` (installed as ``hf_longctx.patches``) holds one ``FAMILY``; its name is the ``model_type``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Literal
+
+from ..errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to find the attention of a family's base model.
+
+    Attributes:
+        model_type: the ``model_type`` of its config.
+        layers: attribute of the base model that holds the decoder layers.
+        attention: attribute of a decoder layer that holds the attention module. The module must hand q, and what the
+            cache's ``update`` returned, to the registered attention function untouched.
+        key_projection: attribute of the attention module, read for the KV heads of this process.
+        sliding: which layers see a sliding window: none, all when ``config.sliding_window`` is set, or those that
+            ``config.layer_types`` names.
+    """
+
+    model_type: str
+    layers: str = "layers"
+    attention: str = "self_attn"
+    key_projection: str = "k_proj"
+    sliding: Literal["none", "all", "layer_types"] = "none"
+
+    def window(self, config, layer_idx: int) -> int | None:
+        """Tokens of the layer's own sliding window, or None."""
+        if self.sliding == "none":
+            return None
+        if self.sliding == "layer_types" and config.layer_types[layer_idx] != "sliding_attention":
+            return None
+        return config.sliding_window
+
+
+def families() -> list[str]:
+    """The model types that can be patched: the files of ``hf_longctx.patches``."""
+    names = (entry.name for entry in files("hf_longctx.patches").iterdir())
+    return sorted(name[:-3] for name in names if name.endswith(".py") and not name.startswith("_"))
+
+
+def find_family(model_type: str) -> Family:
+    """The family of ``model_type``.
+
+    Raises:
+        UnsupportedModelError: no file of ``patches/`` is named so.
+    """
+    known = families()
+    if model_type not in known:
+        raise UnsupportedModelError(
+            f"model_type '{model_type}' cannot be patched; supported: {', '.join(known)}. If its attention hands "
+            f"rotated keys straight to Transformers' attention interface, as Llama's does, three lines in "
+            f"patches/{model_type}.py add it:\n\n"
+            f"    from hf_longctx import Family\n\n    FAMILY = Family(model_type={model_type!r})\n"
+        )
+    return importlib.import_module(f"hf_longctx.patches.{model_type}").FAMILY

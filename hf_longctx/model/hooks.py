@@ -1,0 +1,261 @@
+"""The seams of a patched model: what it does before every forward, and what ``generate`` and its batches start with.
+
+All are small picklable objects. Every refusal happens here, before the first layer writes into a cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from functools import partial
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from ..cache.cache import LongCtxCache
+from ..cache.plan import differing
+from ..cache.seam import CACHE, rename_cache
+from ..errors import CacheError, UnsupportedModeError
+from ..layout.mask_errors import Known
+from ..layout.rows import read_mask
+from .attention import NAME, ROWS, register
+from .graphs import refuse_graphs
+from .positions import refuse_positions
+from .refusals import refuse_call, refuse_lost_prompt
+from .rotary import check_rotary
+from .state import PatchState
+
+# base model id -> observer; a context variable, so that threads that share a model do not see each other's.
+observers: ContextVar[Mapping[int, Any]] = ContextVar("hf_longctx_observers", default=MappingProxyType({}))
+
+# Whether generate() runs a loop that is not Transformers' own, on this thread.
+custom_loop: ContextVar[bool] = ContextVar("hf_longctx_custom_loop", default=False)
+
+# cache_implementation words of generate(): those that mean a LongCtxCache ("dynamic_full" is what Transformers 5.0
+# asks of an assistant), and those that keep Transformers' own cache.
+OURS = (None, "dynamic", "dynamic_full")
+DENSE_MEMORY = ("offloaded", "quantized")
+
+# Generation modes that never take a token back.
+FORWARD_ONLY = ("greedy_search", "sample", "beam_search", "beam_sample")
+
+
+class BeforeForward:
+    """Forward pre-hook of the base model: checks the call, makes the cache, hands ``Rows`` to the layers."""
+
+    def __init__(self, state: PatchState):
+        self.state = state
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        register()
+
+    def __call__(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        config = base.config
+        named = _names(base, len(args))
+        given = {**dict(zip(named, args, strict=True)), **kwargs}
+        rename_cache(given)
+        cache = given.get(CACHE)
+        if config._attn_implementation != NAME:
+            self._refuse_dense(cache, config._attn_implementation)
+            return None
+        refuse_graphs()
+        inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if not isinstance(inputs, Tensor):
+            return None  # the model's own error says which inputs it needs
+        refuse_call(base, given)
+        cache = self._cache(base, given, config)
+        if isinstance(cache, LongCtxCache):
+            self._check_cache(base, cache)
+        past = cache.get_seq_length() if cache is not None else 0
+        mask, ids = given.get("attention_mask"), given.get("input_ids")
+        known = partial(Known.by, self.state.patched, config, cache)
+        rows = read_mask(mask, inputs.shape[0], past, inputs.shape[1], ids=ids, known=known)
+        refuse_positions(given.get("position_ids"), rows)
+        if note := check_rotary(config, rows):
+            self.state.note(note)
+        rows.observer = observers.get().get(id(base))
+        rows.cached = isinstance(cache, LongCtxCache)
+        if isinstance(cache, LongCtxCache):
+            cache.begin(rows, ids)
+            if cache.staggered and given.get("position_ids") is None:  # the model would count pads
+                given["position_ids"] = rows.positions(inputs.device)
+        elif cache is not None:
+            self.state.note(f"dense memory: a {type(cache).__name__} kept every token of every head")
+        self.state.saw(rows, cache)
+        given[CACHE], given[ROWS] = cache, rows
+        return tuple(given.pop(name) for name in named), given
+
+    def _cache(self, base: nn.Module, given: dict, config) -> Cache | None:
+        cache = given.get(CACHE)
+        use_cache = given.get("use_cache")
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if cache is not None or not use_cache or base.training:
+            return cache
+        return DynamicCache(config=config) if id(base) in observers.get() else LongCtxCache(base)
+
+    def _refuse_dense(self, cache: Any, implementation: str) -> None:
+        if isinstance(cache, LongCtxCache):
+            raise UnsupportedModeError(
+                f"the model was switched to attention '{implementation}' and runs dense, so it cannot read a "
+                f"LongCtxCache. Start with a new cache, or switch back with model.set_attn_implementation('{NAME}')."
+            )
+        self.state.runs_dense(implementation)
+
+    def _check_cache(self, base: nn.Module, cache: LongCtxCache) -> None:
+        if id(base) in observers.get():
+            raise UnsupportedModeError(
+                f"observe() shows every key, and a LongCtxCache drops some. Pass {CACHE}=DynamicCache() or "
+                "use_cache=False while observing."
+            )
+        if cache.plans != self.state.plans[: len(cache.plans)]:
+            differs = ", ".join(differing(cache.plans, self.state.plans)) or "number of layers"
+            raise CacheError(
+                f"this LongCtxCache was made for another model or another config (other {differs}). Start with a new "
+                "cache after patch_model."
+            )
+        cache.check()
+        cache.model = weakref.ref(base)
+
+
+def _names(base: nn.Module, positional: int) -> tuple[str, ...]:
+    """What the base model's forward calls its first ``positional`` arguments; Transformers itself passes none."""
+    return tuple(inspect.signature(type(base).forward).parameters)[1 : 1 + positional] if positional else ()
+
+
+def _hands_back(generation_config: Any, given: tuple) -> bool:
+    """Whether somebody may take tokens back from the cache that generate() makes: its caller, its drafts, another loop.
+
+    ``given`` are the other arguments of ``_prepare_cache_for_generation``, the generation mode among them.
+    """
+    kept = generation_config.return_dict_in_generate or getattr(generation_config, "is_assistant", False)
+    return bool(kept or custom_loop.get()) or not any(getattr(one, "value", None) in FORWARD_ONLY for one in given)
+
+
+def _refuse_drafts(given: tuple) -> None:
+    """Seen in Transformers 5.23, with its own caches too: the first step reads what the cache holds once more."""
+    if "assisted_generation" in (getattr(one, "value", None) for one in given):
+        raise UnsupportedModeError(
+            "assisted decoding and prompt lookup over a cache that was filled before: Transformers would read the "
+            "whole prompt a second time, and answer wrongly. Leave out assistant_model and prompt_lookup_num_tokens, "
+            "or start with a new cache."
+        )
+
+
+class OnModel:
+    """Replaces a method of one model.
+
+    Attributes:
+        name: of the method.
+        before: what stood on the model in place of the class's own, or None (Transformers itself puts a ``generate``
+            there for a checkpoint that brings one).
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, model: nn.Module, state: PatchState):
+        self.model = model
+        self.state = state
+        self.before: Callable | None = vars(model).get(self.name)
+
+    @property
+    def original(self) -> Callable:
+        """What it replaces, bound to the model."""
+        return self.before or getattr(type(self.model), self.name).__get__(self.model)
+
+    def remove(self) -> None:
+        """Put back what was there before."""
+        delattr(self.model, self.name)
+        if self.before is not None:
+            setattr(self.model, self.name, self.before)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"<{self.name} of a patched {type(self.model).__name__}>"
+
+    @property
+    def dense(self) -> bool:
+        """Whether the model was switched to another attention since it was patched."""
+        return self.model.config._attn_implementation != NAME
+
+
+class Generate(OnModel):
+    """Replaces ``generate``: a cache is taken under both of its names."""
+
+    name = "generate"
+
+    def __call__(self, *args, **kwargs) -> Any:
+        rename_cache(kwargs)
+        custom = self.before is not None or kwargs.get("custom_generate") is not None
+        token = custom_loop.set(custom or custom_loop.get())
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            custom_loop.reset(token)
+
+
+class StartBatching(OnModel):
+    """Replaces ``init_continuous_batching``, which would switch the model to another attention before it asks."""
+
+    name = "init_continuous_batching"
+
+    def __call__(self, *args, **kwargs) -> Any:
+        if self.dense:
+            return self.original(*args, **kwargs)
+        raise UnsupportedModeError(
+            "continuous batching (generate_batch, cache_implementation='paged', transformers serve "
+            "--continuous-batching) has a cache of its own, which keeps every token of every head, so a patched model "
+            "refuses it. Use generate() with a padded batch, or run dense: model.set_attn_implementation('sdpa')."
+        )
+
+
+class PrepareCache(OnModel):
+    """Replaces ``_prepare_cache_for_generation``: generate() starts with a ``LongCtxCache``."""
+
+    name = "_prepare_cache_for_generation"
+
+    def __call__(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
+        model = self.model
+        asked = generation_config.cache_implementation
+        cache = model_kwargs.get(CACHE)
+        no_cache = generation_config.use_cache is False or id(model.base_model) in observers.get()
+        if not self.dense:
+            _refuse_generate(model, cache, generation_config, (*args, *kwargs.values()))
+        if self.dense or cache is not None or no_cache or asked in DENSE_MEMORY:
+            return self.original(generation_config, model_kwargs, *args, **kwargs)
+        rollback = _hands_back(generation_config, (*args, *kwargs.values()))
+        model_kwargs[CACHE] = LongCtxCache(model, rollback=rollback)
+        return None
+
+
+ON_MODEL: tuple[type[OnModel], ...] = (Generate, StartBatching, PrepareCache)
+
+
+def _refuse_generate(model: nn.Module, cache: Any, generation_config: Any, given: tuple) -> None:
+    """What generate() would do wrong with this cache, or with none."""
+    asked = generation_config.cache_implementation
+    if cache is None and asked not in (*OURS, *DENSE_MEMORY):
+        raise UnsupportedModeError(
+            f"cache_implementation='{asked}' is a fixed-size cache that a patched model cannot read. Leave it out, "
+            f"or pass {CACHE}=LongCtxCache(model, max_tokens=...) to reserve memory."
+        )
+    if cache is not None and generation_config.use_cache is False:
+        raise UnsupportedModeError(
+            "use_cache=False (an argument, or in a generation config) with a cache: Transformers would read the whole "
+            "text at every step, on top of what the cache holds, and answer wrongly. Set use_cache=True, or leave out "
+            "the cache."
+        )
+    refuse_lost_prompt(model, generation_config.use_cache is not False)
+    if isinstance(cache, LongCtxCache) and cache.seen:
+        _refuse_drafts(given)

@@ -1,0 +1,134 @@
+"""What really ran: bytes kept against dense, blocks read, kernels used, and what fell back and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..cache.cache import LongCtxCache
+from ..errors import UnsupportedModelError
+from .patch import state_of
+from .state import Kept
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """Plain numbers about a patched model and the cache of its last forward.
+
+    Attributes:
+        kv_heads, retrieval_heads: KV heads of the whole model (of this process), and those that keep every token.
+        window_layers: layers that keep the model's own sliding window.
+        forwards: forwards since patching.
+        seen: tokens the last cache has seen, pads included; None when the last forward made none.
+        nbytes, nbytes_dense: bytes it holds, and bytes a dense cache would hold.
+        layers: bytes it holds per layer.
+        offloaded: bytes that it keeps outside of the device by choice, by where they are.
+        saves_from: tokens from which on a prompt in such a cache takes less than in a dense one, None where it never
+            does: buffers have room to grow, and windows only save what is longer.
+        reserved: its ``max_tokens``.
+        alive: whether that cache still exists. If not (``generate`` drops it with its answer), the seven above are what
+            was noted last: after the prompt, and then whenever the cache had grown by an eighth.
+        kernels: kernels that ran.
+        notes: what ran slower or otherwise than asked for.
+        sparse, dense: rows times layers whose prefill pattern ran, and whose rows were too short for it.
+        density: share of the causal key blocks that the sparse ones read; None before the first.
+        own_density: what it would be if each query head read its own list: less than ``density`` with
+            ``share_groups``, else the same.
+    """
+
+    kv_heads: int
+    retrieval_heads: int
+    window_layers: tuple[int, ...]
+    forwards: int
+    kernels: tuple[str, ...]
+    notes: tuple[str, ...]
+    sparse: int = 0
+    dense: int = 0
+    density: float | None = None
+    own_density: float | None = None
+    seen: int | None = None
+    nbytes: int | None = None
+    nbytes_dense: int | None = None
+    layers: tuple[int, ...] = field(default=())
+    offloaded: dict[str, int] = field(default_factory=dict)
+    saves_from: int | None = None
+    reserved: int | None = None
+    alive: bool = False
+
+    def __str__(self) -> str:
+        lines = [
+            f"KV heads      {self.retrieval_heads} of {self.kv_heads} keep every token, "
+            f"{self.kv_heads - self.retrieval_heads} keep a constant number",
+            f"forwards      {self.forwards}, kernels: {', '.join(self.kernels) or 'none yet'}",
+        ]
+        if self.window_layers:
+            lines.append(f"own window    layers {', '.join(map(str, self.window_layers))}")
+        if self.sparse or self.dense:
+            read = "" if self.density is None else f", reading {self.density:.1%} of the causal blocks"
+            if self.own_density != self.density:
+                read += f" (each query head its own list: {self.own_density:.1%})"
+            lines.append(f"prefill       {self.sparse} times sparse{read}, {self.dense} times dense (rows x layers)")
+        if self.nbytes is not None and self.nbytes_dense:
+            share = self.nbytes / self.nbytes_dense
+            gone = "" if self.alive else " (it is gone now)"
+            kept = f"{_mb(self.nbytes)} after {self.seen} tokens"
+            lines.append(f"KV cache      {kept}, {share:.0%} of dense {_mb(self.nbytes_dense)}{gone}")
+            lines += [f"              {why}" for why in self._why_more()]
+        elif self.forwards:
+            lines.append("KV cache      none alive, and none was continued after its prompt")
+        else:
+            lines.append("KV cache      none yet")
+        lines += [f"offloaded     {_mb(count)} {place}" for place, count in self.offloaded.items()]
+        lines += [f"note          {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    __repr__ = __str__  # what a notebook shows
+
+    def _why_more(self) -> Iterator[str]:
+        """Why the cache takes more than a dense one, where it does."""
+        if self.nbytes <= self.nbytes_dense:
+            return
+        why = "buffers have room to grow"
+        if self.reserved is not None:
+            why = f"max_tokens={self.reserved} is reserved"
+        if self.saves_from is None:
+            yield f"more than dense at any length: {why}"
+        elif self.seen < self.saves_from:
+            yield f"more than dense below {self.saves_from} tokens: {why}"
+
+
+def report(model: nn.Module) -> Report:
+    """The report of a patched model; ``print(report(model))``.
+
+    Raises:
+        UnsupportedModelError: the model is not patched.
+    """
+    state = state_of(model)
+    if state is None:
+        raise UnsupportedModelError("report needs a patched model: call patch_model(model) first.")
+    roles = "".join(plan.roles for plan in state.plans)
+    cache = state.last_cache
+    alive = isinstance(cache, LongCtxCache)
+    kept = Kept.by(cache) if alive else state.kept
+    return Report(
+        kv_heads=len(roles),
+        retrieval_heads=roles.count("R"),
+        window_layers=tuple(plan.layer_idx for plan in state.plans if plan.sliding),
+        forwards=state.forwards,
+        kernels=tuple(sorted(state.kernels)),
+        notes=tuple(sorted(state.notes)),
+        sparse=state.prefill.sparse,
+        dense=state.prefill.dense,
+        density=state.prefill.density,
+        own_density=state.prefill.own_density,
+        **({name: value for name, value in vars(kept).items() if name != "form"} if kept is not None else {}),
+        saves_from=kept.form.saves_from if kept is not None and kept.seen else None,
+        reserved=kept.form.max_tokens if kept is not None else None,
+        alive=alive,
+    )
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

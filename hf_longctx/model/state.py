@@ -1,0 +1,127 @@
+"""What a patched model remembers about its patch and its last forward: plain numbers and a weak reference."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+
+from ..cache.break_even import Form
+from ..cache.bytes import storage_bytes
+from ..cache.cache import LongCtxCache
+from ..cache.plan import LayerPlan
+from ..config.config import LongCtxConfig
+from ..layout.rows import PrefillCounts, Rows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a ``LongCtxCache`` held at one moment, as in ``Report``.
+
+    Attributes:
+        form: what it would hold at other lengths.
+    """
+
+    form: Form
+    seen: int
+    nbytes: int
+    nbytes_dense: int
+    layers: tuple[int, ...]
+    offloaded: dict[str, int]
+
+    @classmethod
+    def by(cls, cache: LongCtxCache) -> Kept:
+        layers = tuple(storage_bytes(layer.tensors()) for layer in cache.layers)
+        return cls(Form.of(cache), cache.seen, cache.nbytes, cache.nbytes_dense, layers, cache.nbytes_offloaded)
+
+
+@dataclass
+class PatchState:
+    """Lives on the base model as ``longctx_state``.
+
+    Attributes:
+        config: the config in force.
+        original: the model's own config object, put back by ``unpatch_model``.
+        snapshot: the attributes of the private config right after patching.
+        plans: the plan of every layer.
+        whole: the module that was patched, of which the base model may be a part.
+        forwards: forwards since patching.
+        kernels: names of the kernels that ran.
+        notes: what ran in a slower or another way than asked for, in words.
+        prefill: sparse and dense prefills of retrieval heads with a pattern.
+        kept: what the cache of the last forward held when it was last looked at.
+    """
+
+    config: LongCtxConfig
+    original: object
+    snapshot: dict
+    plans: tuple[LayerPlan, ...]
+    whole: weakref.ref | None = None
+    forwards: int = 0
+    kernels: set[str] = field(default_factory=set)
+    notes: set[str] = field(default_factory=set)
+    prefill: PrefillCounts = field(default_factory=PrefillCounts)
+    kept: Kept | None = None
+    _cache: weakref.ref | None = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_cache": None, "whole": None}
+
+    def go_on_from(self, before: PatchState) -> None:
+        """Count on from where an earlier patch by the same config stopped."""
+        for name in ("forwards", "kernels", "notes", "prefill", "kept", "_cache"):
+            setattr(self, name, getattr(before, name))
+
+    def keep_edits(self, private: object) -> None:
+        """Carry what was changed on the private config since patching over to the model's own."""
+        for name, value in vars(private).items():
+            ours = name == "longctx" or name.startswith("_attn_implementation")
+            if not ours and (name not in self.snapshot or self.snapshot[name] != value):
+                setattr(self.original, name, value)
+
+    @property
+    def patched(self):
+        """The module that was patched, while somebody still holds it and it was not copied or unpickled."""
+        return None if self.whole is None else self.whole()
+
+    @property
+    def last_cache(self):
+        """The cache of the last forward, while somebody still holds it."""
+        return self._cache() if self._cache is not None else None
+
+    def saw(self, rows: Rows, cache: object | None) -> None:
+        """Note one forward. What ``rows`` counts is shared, so the kernels of this forward arrive by themselves."""
+        self.forwards += 1
+        rows.used, rows.notes, rows.prefill = self.kernels, self.notes, self.prefill
+        self._look_at(cache)
+        self._cache = weakref.ref(cache) if cache is not None else None
+        if torch.compiler.is_compiling():
+            self.note("torch.compile: ran with graph breaks")
+        if self.config.kernel == "stock" and rows.padded:
+            self.note("kernel stock: padded rows ran on the default kernel")
+
+    def _look_at(self, cache: object | None) -> None:
+        """Keep the numbers of a cache that ``generate`` drops with its answer.
+
+        Adding them up reads every layer, so it is done for the first token after a prompt, and then whenever the cache
+        has grown by an eighth, as its buffers do.
+        """
+        if cache is None or cache is not self.last_cache:
+            self.kept = None
+        if isinstance(cache, LongCtxCache) and not torch.compiler.is_compiling():
+            seen = cache.seen
+            if seen and (self.kept is None or 8 * seen >= 9 * self.kept.seen):
+                self.kept = Kept.by(cache)
+
+    def runs_dense(self, implementation: str) -> None:
+        note = f"dense: the model was switched to attention '{implementation}'"
+        if note not in self.notes:
+            logger.warning("%s; longctx is off until set_attn_implementation('longctx')", note)
+        self.note(note)
+
+    def note(self, text: str) -> None:
+        self.notes.add(text)

@@ -1,0 +1,205 @@
+"""What a context takes in memory, dense and patched, and the longest that fits: a calculation in bytes.
+
+``bench memory`` and ``plan`` stand on it. Weights + KV cache + the working memory of a prefill. The KV cache is counted
+slot by slot, spare room included, and ``bench memory --check`` allocates it for real: as ``generate`` makes it, or with
+``max_tokens``, where it also holds what streaming heads remember to take tokens back. The working memory is what one
+layer's forward of one chunk of the prompt holds:
+
+- its activations, in numbers per token: 4 hidden + 3 intermediate + 2 head_dim in the MLP, or
+  3 hidden + 2 query heads x head_dim + 2 KV heads x head_dim + 2 head_dim in the attention, whichever needs more;
+- dense, from the second chunk on: Transformers' sdpa takes a mask of chunk x context (one byte each, and once more in
+  the dtype for every row) and, with grouped query heads, copies of the keys and values for every query head;
+- patched: in place of these, while a layer's buffer grows, its old one, at most as large as the new one.
+
+On a CPU torch's profiler agrees with this (tests/bench), but for one thing that depends on the processor: with AMX,
+sdpa holds the keys and values of all query heads once more in bf16. Kernels for GPUs may hold more as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from ..cache.plan import LayerPlan
+from ..config.config import LongCtxConfig
+from ..config.words import check_word, wrong
+from ..model.family import find_family
+from ..model.patch import attention_modules, make_plan, patch_model
+from ..stores.base import SLACK
+from .sizes import DTYPES, dtype_of
+
+MOST = 1 << 40  # tokens: what fits more than this has no limit
+UNKNOWN_LENGTH = (
+    "how many tokens the model was made for is not known: model.max_position_embeddings of the config does not say it"
+)
+DENSE, PATCHED, RESERVED = "dense", "patched", "patched, max_tokens"
+WAYS = (DENSE, PATCHED, RESERVED)
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What is asked.
+
+    Attributes:
+        memory: bytes in all.
+        dtype: word of ``sizes.DTYPES``, of weights, cache and activations.
+        batch: rows of the same length.
+        chunk: tokens of the prompt per forward (``prefill_chunk_size``); 0 for all of them.
+        weights: bytes of the weights, None to count the parameters.
+    """
+
+    memory: int
+    dtype: str = "bf16"
+    batch: int = 1
+    chunk: int = 4096
+    weights: int | None = None
+    default_shape = False  # no goals are stated for it
+
+    def __post_init__(self) -> None:
+        check_word(self.dtype, DTYPES, "dtype")
+        for name, least in (("memory", 1), ("batch", 1), ("chunk", 0), ("weights", 0)):
+            number = getattr(self, name)
+            if (type(number) is not int or number < least) and not (name == "weights" and number is None):
+                raise wrong(name, number, f"a whole number, at least {least}")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one way needs for a context of ``tokens`` tokens in each row."""
+
+    tokens: int
+    weights: int
+    kv: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.working
+
+    def as_dict(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model without weights, a config for it, and what is to be counted of them.
+
+    Attributes:
+        model: on the ``meta`` device.
+        dense: the Transformers config, for a dense cache.
+        config: what to patch with. Its ``model`` section may say less than ``dense``, or more.
+        made_for: tokens the model was made for; None where that is not known.
+        notes: what is not known of it, in words.
+    """
+
+    name: str
+    model: Any
+    dense: Any
+    settings: MemorySettings
+    config: LongCtxConfig
+    made_for: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def patch(self) -> Any:
+        """The model, patched with the config; errors as ``patch_model``."""
+        return patch_model(self.model, {**self.config.to_dict(), "model": LongCtxConfig.describe(self.dense)})
+
+    @cached_property
+    def plans(self) -> tuple[LayerPlan, ...]:
+        """The plan of every layer, as a patched model has it."""
+        family = find_family(self.dense.model_type)
+        modules = attention_modules(self.model.base_model, family)
+        return tuple(make_plan(module, self.config, family, self.dense) for module in modules)
+
+    @property
+    def kv_heads(self) -> int:
+        return len(self.plans[0].roles)
+
+    @cached_property
+    def head_dim(self) -> int:
+        return LongCtxConfig.describe(self.dense)["head_dim"]
+
+    @property
+    def number(self) -> int:
+        """Bytes of one number."""
+        return dtype_of(self.settings.dtype).itemsize
+
+    @cached_property
+    def weights(self) -> int:
+        if self.settings.weights is not None:
+            return self.settings.weights
+        return sum(parameter.numel() for parameter in self.model.parameters()) * self.number
+
+    def need(self, way: str, tokens: int) -> Need:
+        """What ``way`` needs for ``tokens`` tokens."""
+        return Need(tokens, self.weights, self.kv(way, tokens), self._working(way, tokens))
+
+    def kv(self, way: str, tokens: int) -> int:
+        """Bytes of the KV cache of all rows. With several chunks a growing buffer may have less spare room."""
+        return sum(self.layer_bytes(plan, way, tokens) for plan in self.plans)
+
+    def layer_bytes(self, plan: Any, way: str, tokens: int) -> int:
+        """Bytes of all KV heads of a layer, in all rows."""
+        if way == DENSE:
+            window = plan.stores["streaming"].recent if plan.sliding else None
+            return len(plan.roles) * (tokens if window is None else self._windowed(tokens, window)) * self._slot
+        max_tokens, slack = (tokens, SLACK) if way == RESERVED else (None, 0)
+        form = (tokens, self.head_dim, self.number, max_tokens, slack)
+        heads = (len(heads.kv_heads) * plan.stores[heads.role].head_bytes(*form) for heads in plan.heads)
+        return sum(heads) * self.settings.batch
+
+    def host(self, tokens: int) -> int:
+        """Bytes that stores keep in host memory by choice, in all rows; not in ``kv``."""
+        form = (tokens, self.head_dim, self.number)
+        parts = [(heads, plan.stores[heads.role]) for plan in self.plans for heads in plan.heads]
+        return sum(len(heads.kv_heads) * store.host_bytes(*form) for heads, store in parts) * self.settings.batch
+
+    @property
+    def _slot(self) -> int:
+        """Bytes of one slot of one KV head, in all rows."""
+        return 2 * self.head_dim * self.number * self.settings.batch
+
+    def chunk(self, tokens: int) -> int:
+        """Tokens per forward of a prompt."""
+        return min(tokens, self.settings.chunk or tokens)
+
+    def _windowed(self, tokens: int, window: int) -> int:
+        """Most slots of a dense sliding layer: what it kept before a chunk, and the chunk, of which it keeps a view."""
+        chunk = self.chunk(tokens)
+        full, last = max(0, tokens // chunk - 1) * chunk, (tokens - 1) // chunk * chunk
+        return max(min(past, window - 1) + min(chunk, tokens - past) for past in (0, full, last))
+
+    def _working(self, way: str, tokens: int) -> int:
+        config, chunk = self.dense, self.chunk(tokens)
+        hidden, heads, width = config.hidden_size, config.num_attention_heads, self.head_dim
+        mlp = 4 * hidden + 3 * config.intermediate_size + 2 * width
+        attention = 3 * hidden + 2 * (heads + self.kv_heads + 1) * width
+        mlp, attention = (chunk * part * self.number * self.settings.batch for part in (mlp, attention))
+        if way == DENSE and chunk < tokens:
+            mask = chunk * tokens
+            mlp, attention = mlp + mask, attention + mask * (1 + self.number * self.settings.batch)
+            if heads > self.kv_heads:
+                attention += tokens * heads * self._slot
+        grown = max(self.layer_bytes(plan, way, tokens) for plan in self.plans) if way == PATCHED else 0
+        return max(mlp, attention, grown)
+
+
+def longest(subject: Subject, way: str) -> int | None:
+    """Tokens of the longest context whose need fits into the memory; 0 for none, None where there is no limit."""
+
+    def fits(tokens: int) -> bool:
+        return subject.need(way, tokens).total <= subject.settings.memory
+
+    if fits(MOST):
+        return None
+    low, high = 0, 1  # low fits, high does not
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

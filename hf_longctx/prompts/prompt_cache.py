@@ -1,0 +1,190 @@
+"""PromptCache: prompts that were read once, kept for whoever asks next, within a limit of bytes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..cache.bytes import storage_bytes
+from ..cache.cache import LongCtxCache
+from ..errors import ConfigError, UnsupportedModeError
+from ..layout.prompt_learning import refuse_prompt_learning
+from .prompt import Prompt, Text, as_ids, words
+
+logger = logging.getLogger(__name__)
+
+
+class PromptCache:
+    """Reads prompts, and starts each from the longest beginning that it has read before.
+
+    Threads may share it, and the model. Handles that were given out keep their memory when the table drops a prompt,
+    so the limit is one of the table alone. After a change of the model's weights or adapters call `clear`; prompts
+    of another config are dropped by themselves.
+
+    Args:
+        model: a patched model in eval mode.
+        tokenizer: for words and messages; None: token ids only.
+        max_bytes: limit of `nbytes`; the least recently used prompts go first. None: no limit.
+        chunk_size: read prompts in pieces of so many tokens; None: in one.
+
+    Attributes:
+        hits, misses: prompts of which something, or nothing, had been read.
+        tokens_reused, tokens_read: their tokens that were taken from the table, and that went through the model.
+        evicted: prompts that were dropped for the limit.
+
+    Raises:
+        UnsupportedModelError: the model is not patched.
+        UnsupportedModeError: the model has prompt learning (PEFT).
+        ConfigError: a number out of bounds.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any = None, *, max_bytes: int | None = None, chunk_size: int | None = None
+    ):
+        for name, number in (("max_bytes", max_bytes), ("chunk_size", chunk_size)):
+            if number is not None and (type(number) is not int or number < 1):
+                raise ConfigError(f"{name}: got {number!r}, expected a whole number from 1, or None.")
+        LongCtxCache(model)  # refuses a model that is not patched
+        refuse_prompt_learning(model)
+        self.model, self.tokenizer, self.max_bytes, self.chunk_size = model, tokenizer, max_bytes, chunk_size
+        self.hits = self.misses = self.tokens_read = self.tokens_reused = self.evicted = 0
+        self._lock = threading.Lock()  # of the table and the counters; never held while the model runs
+        self._table: OrderedDict[bytes, Prompt] = OrderedDict()  # token ids -> prompt, the latest used last
+        self._reading: dict[bytes, Future[Prompt | None]] = {}
+
+    def __len__(self) -> int:
+        """Prompts in the table."""
+        return len(self._table)
+
+    def __repr__(self) -> str:
+        used = f"hits: {self.hits}, misses: {self.misses}, tokens reused: {self.tokens_reused}"
+        return f"PromptCache(prompts: {len(self)}, {self.nbytes / 1e6:.2f} MB, {used})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory behind all prompts of the table; what they share counts once."""
+        with self._lock:
+            return self._nbytes()
+
+    def clear(self) -> None:
+        """Drop every prompt."""
+        with self._lock:
+            self._table.clear()
+
+    def prefill(self, prompt: Text | Sequence[Mapping[str, Any]], **template: Any) -> Prompt:
+        """Read a prompt, or what of it was not read before, and keep it for the next.
+
+        Of a stored prompt that begins alike the common part is reused where it is the whole of it, or where its
+        streaming heads can still go back to it. A thread that asks for what another one is reading waits for that.
+
+        Args:
+            prompt: words, token ids, or the messages of a chat.
+            template: arguments of the chat template, by default ``add_generation_prompt=True``; None for words and ids.
+
+        Raises:
+            ConfigError: nothing was given, or words without a tokenizer.
+            UnsupportedModeError: the model is in training mode, or has prompt learning (PEFT).
+        """
+        if self.model.training:
+            raise UnsupportedModeError("PromptCache needs the model in eval mode: call model.eval() first.")
+        refuse_prompt_learning(self.model)  # such an adapter may have been activated since
+        ids = self._ids(prompt, template)
+        key, empty = ids.numpy().tobytes(), LongCtxCache(self.model)
+        while True:
+            with self._lock:
+                self._drop_other_configs(empty.plans)
+                if (stored := self._table.get(key)) is not None:
+                    self._table.move_to_end(key)
+                elif (other := self._reading.get(key)) is None:
+                    self._reading[key] = future = Future()
+                    near, common = self._nearest(ids)
+            if stored is None and other is None:
+                return self._read(ids, key, empty if near is None else near.cache.fork(), common, future)
+            if (found := stored or other.result()) is not None:  # None: that thread failed
+                with self._lock:
+                    self.hits += 1
+                    self.tokens_reused += found.cache.seen
+                return found.fork()
+
+    def add(self, prompt: Prompt) -> None:
+        """Keep a prompt made elsewhere: the handle that ``generate(return_handle=True)`` gave, for a chat's next turn.
+
+        A prompt that is larger than the limit by itself is not kept, and that is logged.
+        """
+        own = prompt.fork()
+        with self._lock:
+            self._store(own.ids.numpy().tobytes(), own)
+
+    def _read(self, ids: Tensor, key: bytes, cache: LongCtxCache, common: int, future: Future) -> Prompt:
+        ready = None
+        try:
+            if cache.seen > common:
+                cache.crop(common)
+            done = Prompt(self.model, self.tokenizer, ids, cache)
+            new, handle = done.catch_up(self.chunk_size), done.fork()
+            with self._lock:
+                self.hits, self.misses = self.hits + (common > 0), self.misses + (common == 0)
+                self.tokens_read, self.tokens_reused = self.tokens_read + new, self.tokens_reused + common
+                self._store(key, done)
+            ready = done
+            return handle
+        finally:
+            with self._lock:
+                del self._reading[key]
+            future.set_result(ready)
+
+    def _nearest(self, ids: Tensor) -> tuple[Prompt | None, int]:
+        """The stored prompt of which the most tokens can be reused, and how many; the latest used of equals."""
+        best, key, most = None, None, 0
+        for name, stored in reversed(self._table.items()):
+            shorter = min(len(ids), len(stored.ids))
+            differs = (ids[:shorter] != stored.ids[:shorter]).nonzero()
+            common = min(int(differs[0]) if len(differs) else shorter, len(ids) - 1, stored.cache.seen)
+            possible = common == stored.cache.seen or common >= stored.cache.oldest_crop
+            if possible and common > most:
+                best, key, most = stored, name, common
+        if key is not None:
+            self._table.move_to_end(key)
+        return best, most
+
+    def _store(self, key: bytes, prompt: Prompt) -> None:
+        if self.max_bytes is not None and prompt.nbytes > self.max_bytes:
+            logger.warning(
+                "a prompt of %d tokens holds %d bytes, more than max_bytes=%d: it is served but not kept",
+                *(len(prompt), prompt.nbytes, self.max_bytes),
+            )
+            return
+        self._table[key] = prompt
+        self._table.move_to_end(key)
+        while self.max_bytes is not None and self._nbytes() > self.max_bytes:
+            self._table.popitem(last=False)
+            self.evicted += 1
+
+    def _nbytes(self) -> int:
+        caches = [prompt.cache for prompt in self._table.values()]
+        return storage_bytes(tensor for cache in caches for layer in cache.layers for tensor in layer.tensors())
+
+    def _drop_other_configs(self, plans: tuple) -> None:
+        for key in [key for key, prompt in self._table.items() if prompt.cache.plans != plans]:
+            del self._table[key]
+
+    def _ids(self, prompt: Any, template: dict) -> Tensor:
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise ConfigError("prompt: got messages, but the tokenizer has no chat template. Give the text itself.")
+            template = {"add_generation_prompt": True, **template, "tokenize": False}
+            text = self.tokenizer.apply_chat_template(prompt, **template)
+            ids = as_ids(words(self.tokenizer, text, add_special_tokens=False))
+        elif template:
+            raise ConfigError(f"{', '.join(template)}: arguments of a chat template, but the prompt is no chat.")
+        else:
+            ids = as_ids(words(self.tokenizer, prompt) if isinstance(prompt, str) else prompt)
+        if not len(ids):
+            raise ConfigError("prompt: got nothing to read, expected at least one token.")
+        return ids

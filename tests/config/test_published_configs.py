@@ -1,0 +1,312 @@
+"""The shipped configs of published checkpoints: they fit their models, and say what the published data say.
+
+Models are built from ``checkpoints.yaml`` and head orders are computed from the JSON files, never from the YAML under
+test.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from helpers.config_cases import refused
+from helpers.published import DATA, ENTRIES, ROOT, hf_config, model_of
+from helpers.tiny import config_for, tiny_model
+
+from hf_longctx import LongCtxConfig, patch_model, patched, report
+from hf_longctx.assets import assets
+from hf_longctx.config.config import load_shipped
+from hf_longctx.config.files import shipped
+from hf_longctx.config.find import resolve
+from hf_longctx.model.family import find_family
+from hf_longctx.model.patch import state_of
+
+FILES = {path.name: json.loads(path.read_text("utf-8")) for path in sorted(DATA.glob("*.json"))}
+NAMES = sorted(ENTRIES)
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+ORDER = ("duo_gate.duo", "retrieval_score.KVzip", "retrieval_score.HeadKV", "retrieval_score.retrieval-head-profile")
+SAME_NUMBERS = ["qwen2-7b-instruct", "qwen2.5-7b-instruct"]  # only their names tell them apart
+UNUSED = 9  # data files of families outside patches/
+
+# Retrieval heads by hand from the data: half of the KV heads (a quarter without groups), or all that scored at all.
+COUNTS = {
+    "llama-3.1-8b-instruct": 128,
+    "llama-2-7b-32k-instruct": 256,
+    "llama-2-7b-hf": 125,
+    "llama-3.2-3b-instruct": 66,
+    "qwen2.5-3b-instruct": 36,
+    "qwen2.5-14b-instruct-1m": 192,
+    "falcon3-7b-base": 56,
+    "llama-3.1-70b-instruct": 640,
+    "qwen2.5-72b-instruct": 640,
+}
+
+
+@functools.cache
+def builder():
+    """examples/build_configs.py as a module."""
+    spec = importlib.util.spec_from_file_location("build_configs", ROOT / "examples" / "build_configs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def files_of(name: str) -> dict[str, dict]:
+    return {file: data for file, data in FILES.items() if data["model"] in ENTRIES[name]["ids"]}
+
+
+def kv_scores(data: dict, kv_heads: int) -> np.ndarray:
+    """``[layers, KV heads]``: the largest number of each group."""
+    values = np.array(data["values"], float)
+    return values.reshape(len(values), kv_heads, -1).max(-1)
+
+
+def expected_file(name: str) -> str | None:
+    """The best kind of measurement there is, of the first id that has one."""
+    ids = ENTRIES[name]["ids"]
+    ranked = [
+        (place, ids.index(data["model"]), file)
+        for file, data in files_of(name).items()
+        for place, start in enumerate(ORDER)
+        if file.startswith(start)
+    ]
+    return min(ranked)[2] if ranked else None
+
+
+def holds(scores: np.ndarray, roles: np.ndarray) -> bool:
+    """Whether no streaming head scored higher than a retrieval head, and both kinds are there."""
+    return scores[roles == "R"].min() >= scores[roles == "S"].max() > -1
+
+
+def letters(config: LongCtxConfig) -> np.ndarray:
+    return np.array([list(row) for row in config.roles()])
+
+
+def test_every_checkpoint_of_the_table_is_shipped():
+    assert len(FILES) == 53 and len(NAMES) == 25
+    assert shipped() == tuple(sorted([*NAMES, *assets()]))
+    assert set(COUNTS) <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_patches_a_model_of_its_checkpoint(name):
+    model, config, ids = model_of(name), load_shipped(name), ENTRIES[name]["ids"]
+    assert type(model).__name__ == f"{CLASSES[ENTRIES[name]['config']['model_type']]}ForCausalLM"
+    find_family(config.model.model_type)
+    assert list(config.model.ids) == ids and None not in vars(config.model.fingerprint).values()
+    assert ids[0].rpartition("/")[2].lower() == name
+    with patched(model, name):
+        assert state_of(model).config == config
+        assert [plan.roles for plan in state_of(model).plans] == list(config.roles())
+        assert not any(plan.sliding for plan in state_of(model).plans)
+    assert state_of(model) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_auto_finds_the_config_by_every_id(name, monkeypatch):
+    model = model_of(name)
+    for one in ENTRIES[name]["ids"]:
+        monkeypatch.setattr(model.config, "_name_or_path", one)
+        with patched(model):
+            assert state_of(model).config.model == load_shipped(name).model, one
+
+
+def test_auto_finds_the_config_by_fingerprint_or_lists_the_candidates():
+    described = {name: LongCtxConfig.describe(hf_config(name)) for name in NAMES}
+    shared = []
+    for name in NAMES:
+        twins = [other for other in NAMES if described[other] == described[name]]
+        config = hf_config(name, _name_or_path="me/finetune")
+        if twins == [name]:
+            assert resolve("auto", config).model == load_shipped(name).model
+        else:
+            shared.append(name)
+            refused(lambda c=config: resolve("auto", c), f"{len(twins)} shipped configs fit", ", ".join(twins))
+    assert shared == SAME_NUMBERS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_other_numbers_is_refused(name):
+    config = load_shipped(name)
+    facts = ENTRIES[name]["config"]
+    for key, value in (("vocab_size", facts["vocab_size"] + 8), ("num_hidden_layers", facts["num_hidden_layers"] + 1)):
+        refused(lambda k=key, v=value: config.check_model(hf_config(name, **{k: v})), "made for another model", key)
+    refused(lambda: config.check_model(hf_config(name, rope_theta=123.0)), "rope_theta")
+    other = next(
+        one for one in NAMES if LongCtxConfig.describe(hf_config(one)) != LongCtxConfig.describe(hf_config(name))
+    )
+    refused(lambda: patch_model(model_of(other), name), "made for another model")
+    assert state_of(model_of(other)) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_best_published_heads_are_the_retrieval_heads(name):
+    config, file = load_shipped(name), expected_file(name)
+    roles = letters(config)
+    assert COUNTS.get(name) in (None, (roles == "R").sum())
+    if file is None:
+        assert (roles == "R").all() and config.heads.confidence == "none"
+        assert config.heads.source["method"] == "heads not measured"
+        return
+    data = FILES[file]
+    assert config.heads.source["file"] == file and config.heads.source["model"] == data["model"]
+    assert config.heads.source["commit"] == data["commit"] and config.heads.source["from"] == data["source"]
+    assert config.heads.confidence == ("low" if "retrieval-head-profile" in file else "measured")
+    scores = kv_scores(data, data["num_kv_heads"])
+    most = 0.25 if data["num_kv_heads"] == ENTRIES[name]["config"]["num_attention_heads"] else 0.5
+    assert (roles == "R").sum() == min(most * scores.size, (scores > 0).sum())
+    assert holds(scores, roles)
+    assert roles.flat[scores.argmax()] == "R" and roles.flat[scores.size - 1 - scores[::-1, ::-1].argmin()] == "S"
+    assert not holds(scores[::-1], roles) and not holds(np.roll(scores, 1, axis=1), roles), "a control: permuted heads"
+
+
+def test_no_head_streams_where_heads_were_not_measured():
+    unmeasured = [name for name in NAMES if load_shipped(name).heads.confidence == "none"]
+    assert unmeasured == [name for name in NAMES if expected_file(name) is None]
+    assert len(unmeasured) >= 5
+    for name in unmeasured:
+        assert set("".join(load_shipped(name).roles())) == {"R"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_other_measurement_is_an_alternative(name):
+    config = load_shipped(name)
+    rest = {file for file in files_of(name) if not file.startswith("prefill_pattern")} - {expected_file(name)}
+    assert {one.source["file"] for one in config.heads.alternatives.values()} == rest
+    for label, alternative in config.heads.alternatives.items():
+        data = FILES[alternative.source["file"]]
+        source = alternative.source["file"].split(".")[1].lower()
+        assert label.startswith(f"{source}.{data['kind']}")
+        scores = kv_scores(data, config.model.num_key_value_heads)
+        share = min(0.5, round((scores > 0).mean(), 6))
+        roles = letters(config.override(heads={"use": label, "retrieval_fraction": share}))
+        assert (roles == "R").sum() == round(share * scores.size)
+        assert holds(scores, roles)
+
+
+def sets() -> list[tuple[str, str]]:
+    return [(name, f) for name in NAMES for f in files_of(name) if f.startswith("retrieval_set")]
+
+
+def test_a_published_set_serves_up_to_its_size():
+    assert len(sets()) == 8
+    for name, file in sets():
+        config, data = load_shipped(name), FILES[file]
+        group = data["num_heads"] // data["num_kv_heads"]
+        listed = {(layer, head // group) for one in data["ranked_heads"].values() for layer, head in one}
+        scores = np.array(config.heads.alternatives["qrhead.retrieval_set"].scores)
+        share = len(listed) / scores.size
+        assert scores.max() == 1.0 and len(set(scores[scores > 0])) == len(listed), "no two heads share a place"
+        half = {"use": "qrhead.retrieval_set", "retrieval_fraction": 0.5}
+        refused(lambda c=config, h=half: c.override(heads=h), f"largest usable retrieval_fraction: {round(share, 6)}")
+        if config.heads.confidence == "none":
+            refused(lambda c=config: c.override(heads={"use": "qrhead.retrieval_set"}), str(round(share, 6)))
+        roles = config.override(heads={"use": "qrhead.retrieval_set", "retrieval_fraction": share}).roles()
+        assert {(i, j) for i, row in enumerate(roles) for j, role in enumerate(row) if role == "R"} == listed
+        layer, head = next(iter(data["ranked_heads"].values()))[0]
+        one = config.override(heads={"use": "qrhead.retrieval_set", "retrieval_fraction": 1 / scores.size})
+        assert "".join(one.roles()).count("R") == 1 and one.roles()[layer][head // group] == "R"
+
+
+def test_the_tables_are_the_published_budgets():
+    seen = {}
+    for name in NAMES:
+        config = load_shipped(name)
+        for label, table in config.prefill.tables.items():
+            assert config.prefill.table is None
+            assert config.override(prefill={"retrieval": {"table": label}}).prefill.table == table
+            data = FILES[table.source["file"]]
+            assert data["model"] in ENTRIES[name]["ids"] and label.startswith("minference")
+            got = [[(table.budgets[i].vertical, table.budgets[i].slash) for i in row] for row in table.map]
+            want = [[tuple(cell[1:3]) for cell in row] for row in data["values"]]
+            assert got == want, name
+            pairs = [(budget.vertical, budget.slash) for budget in table.budgets]
+            assert pairs == sorted({cell for row in want for cell in row})
+            assert got != want[::-1] or len(pairs) == 1, "a control: layers upside down"
+            seen[table.source["file"]] = table.source.get("note", "")
+    wanted = {
+        f for f, d in FILES.items() if f.startswith("prefill") and any(d["model"] in e["ids"] for e in ENTRIES.values())
+    }
+    assert set(seen) == wanted and len(seen) == 13
+    for file, note in seen.items():
+        counts = [tuple(cell[1:3]) for row in FILES[file]["values"] for cell in row]
+        assert (f"{counts.count((1000, 6096))} of {len(counts)} heads have 1000/6096" in note) == (
+            (1000, 6096) in counts
+        )
+        assert ("A-shape" in note) == ((100, 800) in counts)
+        assert ("lower is better" in note) == FILES[file]["score_type"].startswith("error count")
+        assert ("uniform: " in note) == (max(map(counts.count, set(counts))) >= 0.95 * len(counts))
+        assert ("searched on Qwen/Qwen2.5-3B, not on" in note) == file.endswith("Qwen2.5-3B.json")
+    tables = load_shipped("llama-3.1-8b-instruct").prefill.tables
+    assert [len(tables[name].budgets) for name in ("minference", "minference.v1")] == [1, 6]
+
+
+def test_the_builder_makes_the_folder_byte_by_byte(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "build_configs"):
+        builder().main(["--out", str(tmp_path)])
+    made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert made == {f"{name}.yaml": (ROOT / "configs" / f"{name}.yaml").read_bytes() for name in NAMES}
+    known = {one for entry in ENTRIES.values() for one in entry["ids"]}
+    unused = [file for file, data in FILES.items() if data["model"] not in known]
+    assert len(unused) == UNUSED
+    assert [record.args[0] for record in caplog.records[:-1]] == unused
+    assert f"no entry for {FILES[unused[0]]['model']}" in caplog.text
+
+
+def test_the_builder_refuses_what_disagrees():
+    build, entry = builder().build, ENTRIES["llama-3.1-8b-instruct"]
+    files = [{**data, "file": file} for file, data in files_of("llama-3.1-8b-instruct").items()]
+    assert build(entry, files) == build(entry, files[::-1])
+    refused(lambda: build(entry, []), "llama-3.1-8b-instruct: no data file")
+    other = {**entry, "config": {**entry["config"], "num_hidden_layers": 31}}
+    refused(lambda: build(other, files), "duo_gate.duo-attention", "the table has (31, 8, 8)")
+    refused(lambda: build(entry, [*files, files[0]]), "another file of meta-llama/Llama-3.1-8B-Instruct is called")
+    phi = {**FILES["prefill_pattern.MInference.Phi-3-mini-128k-instruct.json"], "num_kv_heads": 8}
+    phi |= {"model": entry["ids"][0], "file": "prefill_pattern.MInference.Llama-3.1-8B-Instruct.json"}
+    refused(lambda: build(entry, [phi]), "got the patterns ['stream_llm']")
+
+
+def test_notice_and_readme_name_every_source():
+    notice, readme = ((folder / name).read_text("utf-8") for folder, name in ((ROOT, "NOTICE"), (DATA, "README.md")))
+    sources = {data["source"] for data in FILES.values()}
+    assert len(sources) == 7
+    for file, data in FILES.items():
+        assert data["source"] in notice and data["commit"] in notice and data["licence"] == "MIT", file
+        assert data["paper"].rpartition("arXiv:")[2].rstrip(")") in notice, file
+        assert f"| `{file}` | {data['model']} |" in readme and data["commit"][:8] in readme, file
+    rights = [line.strip() for line in notice.splitlines() if line.strip().startswith("Copyright (c)")]
+    assert len(rights) == 6 and all(line in readme for line in rights)
+    assert 'license-files = ["LICENSE", "NOTICE"]' in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+def test_kv_bytes_is_what_the_heads_keep():
+    config = load_shipped("llama-3.1-8b-instruct")
+    dense, kept = config.kv_bytes(32768)
+    assert dense == 2 * 2 * 128 * 256 * 32768
+    assert kept == 2 * 2 * 128 * (128 * 32768 + 128 * 320)
+    assert config.kv_bytes(100, 4) == (4 * 2 * 128 * 256 * 100,) * 2
+    model = tiny_model()
+    patch_model(model, config_for(model, sink=4, recent=16))
+    cache = model(torch.randint(3, 97, (1, 150))).past_key_values
+    segments = [segment for layer in cache.layers for store in layer.stores for segment in read_segments(store)]
+    held = sum(2 * k.shape[1] * length * k.shape[3] * k.element_size() for k, length in segments)
+    assert state_of(model).config.kv_bytes(150, 4) == (cache.nbytes_dense, held)
+
+
+def read_segments(store) -> list[tuple[torch.Tensor, int]]:
+    """(keys, tokens) of what a decoded token reads; the history of a ring is for taking tokens back."""
+    return [(segment.k, segment.length) for name, segment in store.segments.items() if name != "history"]
+
+
+def test_a_config_that_saves_nothing_says_so(caplog):
+    said = "were not measured, so all of them keep every token"
+    for name, expected in (("qwen3-8b", True), ("llama-3.1-8b-instruct", False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), patched(model_of(name), name):
+            assert any(said in note for note in report(model_of(name)).notes) == expected
+        assert (said in caplog.text) == expected

@@ -1,0 +1,27 @@
+"""The native kernels as other CPUs compile them."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+
+import pytest
+import torch
+
+from hf_longctx.kernels import native
+
+# What other CPUs would compile; a compiler for x86 can leave instructions out, one for another CPU has one code path.
+BUILDS = ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"] if platform.machine() in ("x86_64", "AMD64") else []
+
+
+@pytest.fixture(params=BUILDS)
+def other_build(request, monkeypatch):
+    monkeypatch.setenv("CXX", f"{shutil.which('g++') or 'c++'} {request.param}")
+    native._load.cache_clear()
+    if request.param == "-mno-avx":
+        assert "AVX2" in native.supports(torch.device("cpu"), torch.float32, 64, False), "it would be slower than torch"
+        monkeypatch.setattr(native, "WIDTH", 4)
+        native._load.cache_clear()
+    assert native.supports(torch.device("cpu"), torch.float32, 64, False) is None
+    yield
+    native._load.cache_clear()

@@ -1,0 +1,353 @@
+"""Each method's score equals its definition, written here over Transformers' own eager attention matrices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny import config_for, tiny_model
+from helpers.tiny_tokenizer import byte_bpe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_longctx import ConfigError, UnsupportedModelError, patched
+from hf_longctx.assets import asset
+from hf_longctx.identification import attention as _attention
+from hf_longctx.identification import share as _share
+from hf_longctx.identification.attention import weights
+from hf_longctx.identification.methods import retrieval_score
+from hf_longctx.identification.methods.base import Subject
+from hf_longctx.identification.methods.echo_induction import EchoInduction, union_order
+from hf_longctx.identification.methods.retrieval_score import RetrievalScore, copies
+from hf_longctx.identification.methods.two_needle import TwoNeedle
+from hf_longctx.tasks.documents import Document, documents_for
+from hf_longctx.tasks.haystack import TextHaystack
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class Noise:
+    """Documents for the 97 tokens of the tiny random models."""
+
+    facts = 2
+    haystack = None
+
+    def noise(self, rng, length):
+        return rng.integers(3, 97, size=length)
+
+    def draw(self, rng, length, facts=None, depth=None):
+        ids = rng.integers(3, 97, size=length)
+        needles = np.arange(5, 5 + 2 * 4).reshape(2, 4) + round((depth or 0) * (length - 40))
+        answers = length - 10 + np.arange(8).reshape(2, 4)
+        ids[answers] = ids[needles]
+        return Document(ids, answers, needles)
+
+
+def subject_of(model, **kwargs) -> Subject:
+    c = model.config
+    return Subject(model, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, Noise(), **kwargs)
+
+
+def eager_weights(model, ids: torch.Tensor) -> torch.Tensor:
+    """Attention matrices ``[layers, H, T, T]`` of Transformers' own eager attention."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = model(ids, output_attentions=True, use_cache=False).attentions
+    model.set_attn_implementation(before)
+    return torch.stack([one[0] for one in found])
+
+
+def group_max(scores: torch.Tensor, model) -> torch.Tensor:
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    rows = [[max(row[i : i + group]) for i in range(0, len(row), group)] for row in scores.tolist()]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def run(method, model, subject) -> torch.Tensor:
+    with patched(model, config_for(model, "retrieval")):
+        return method.scores(subject)
+
+
+# The weights.
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize(("new", "total"), [(1, 1), (1, 9), (5, 9), (9, 9), (63, 130)])
+@pytest.mark.parametrize("entries", [1, 500, 2**24])
+def test_weights_by_pieces_are_the_causal_softmax(monkeypatch, group, new, total, entries):
+    monkeypatch.setattr(_attention, "ENTRIES", entries)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2 * group, new, 8, generator=generator, dtype=torch.float64)
+    k = torch.randn(1, 2, total, 8, generator=generator, dtype=torch.float64)
+    scores = q[0] @ k[0].repeat_interleave(group, 0).transpose(1, 2) * 0.3
+    hidden = torch.arange(total) > torch.arange(total - new, total)[:, None]
+    want = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    pieces = list(weights(q, k, 0.3, torch.arange(total - new, total)))
+    assert torch.cat([at for at, _ in pieces]).tolist() == list(range(total - new, total))
+    got = torch.cat([piece for _, piece in pieces], 1)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
+    assert all(piece.numel() <= max(entries, 2 * group * total) for _, piece in pieces)
+    some = torch.arange(total - new, total)[::2]
+    got = torch.cat([piece for _, piece in weights(q, k, 0.3, some)], 1)
+    torch.testing.assert_close(got, want[:, ::2], rtol=0, atol=1e-14)
+
+
+# Echo and induction.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("copies_", [2, 3])
+def test_echo_and_induction_are_their_definitions(family, copies_):
+    model = tiny_model(family, dtype=torch.float64)
+    subject = subject_of(model, seed=4)
+    n = 13
+    scores = run(EchoInduction(tokens=n, copies=copies_), model, subject)
+    ids = subject.ids(np.tile(Noise().noise(subject.rng(1), n), copies_))
+    maps = eager_weights(model, ids)
+    echo, induction = torch.zeros(2, 3, 8, dtype=torch.float64)
+    for layer in range(3):
+        for head in range(8):
+            for i in range(n, n * copies_):
+                for j in range(i % n, i, n):
+                    echo[layer, head] += maps[layer, head, i, j]
+                    induction[layer, head] += maps[layer, head, i, j + 1]
+    asked = n * (copies_ - 1)
+    want_echo, want_induction = group_max(echo / asked, model), group_max(induction / asked, model)
+    got = [torch.tensor(subject.measured[name], dtype=torch.float64) for name in ("echo", "induction")]
+    torch.testing.assert_close(got[0], want_echo, rtol=0, atol=6e-5)  # written with 4 decimals
+    torch.testing.assert_close(got[1], want_induction, rtol=0, atol=6e-5)
+    assert not torch.allclose(got[0], want_induction, rtol=0, atol=6e-5), "a control"
+    assert torch.equal(scores, union_order(want_echo, want_induction, 14.0))
+
+
+def test_the_best_heads_are_the_papers_union_for_every_share():
+    generator = torch.Generator().manual_seed(1)
+    echo, induction = torch.rand(2, 10, 10, generator=generator, dtype=torch.float64)
+    scores = union_order(echo, induction, 14.0).flatten()
+    assert len(set(scores.tolist())) == 100 and scores.min() > 0 and scores.max() == 1
+    for percent in (1, 2, 3):
+        union = {
+            *echo.flatten().topk(percent).indices.tolist(),
+            *induction.flatten().topk(14 * percent).indices.tolist(),
+        }
+        assert set(scores.topk(len(union)).indices.tolist()) == union
+    assert set(union_order(echo, induction, 1e-9).flatten().topk(5).indices.tolist()) == set(
+        echo.flatten().topk(5).indices.tolist()
+    )
+
+
+def test_heads_that_enter_together_come_by_the_sum_of_their_scores():
+    echo, induction = torch.tensor([[0.0, 0.2, 0.1]]), torch.tensor([[0.5, 0.0, 0.0]])
+    # With one head by each score at a time the best of either enters first, the one with the larger sum before.
+    assert union_order(echo, induction, 1.0).flatten().argsort(descending=True).tolist() == [0, 1, 2]
+    assert union_order(2 * echo, induction / 5, 1.0).flatten().argsort(descending=True).tolist() == [1, 0, 2]
+
+
+def test_no_matrix_of_all_queries_and_keys_is_kept(monkeypatch):
+    monkeypatch.setattr(_attention, "ENTRIES", 4096)
+    model, largest = tiny_model(), []
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda x, *a, **k: largest.append(x.numel()) or softmax(x, *a, **k))
+    run(EchoInduction(tokens=100, copies=4), model, subject_of(model))
+    assert len(largest) > 3 and max(largest) <= 4096 < 8 * 400 * 400
+
+
+def test_more_than_the_model_was_made_for_is_warned_of_and_the_default_is_made_to_fit(caplog):
+    model = tiny_model()
+    subject = subject_of(model, longest=200)
+    run(EchoInduction(), model, subject)
+    assert subject.measured["tokens"] == 50 and "made for" not in caplog.text
+    run(EchoInduction(tokens=100), model, subject)
+    assert (
+        subject.measured["tokens"] == 100 and "400 tokens are more than the 200 the model was made for" in caplog.text
+    )
+    with pytest.raises(ConfigError, match="copies: got 101, but the model was made for 200 tokens"):
+        run(EchoInduction(copies=101), model, subject)
+
+
+def test_layers_with_their_own_window_are_left_out_of_the_union():
+    model = tiny_model(dtype=torch.float64)
+    free, windowed = subject_of(model), subject_of(model, windowed=(1,))
+    run(EchoInduction(tokens=20), model, free)
+    scores = run(EchoInduction(tokens=20), model, windowed)
+    echo, induction = (torch.tensor(free.measured[name], dtype=torch.float64) for name in ("echo", "induction"))
+    echo[1] = induction[1] = 0
+    assert torch.equal(torch.tensor(windowed.measured["echo"], dtype=torch.float64), echo)
+    assert scores[1].max() < scores[[0, 2]].min()
+
+
+# Two needles.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_needle_mass_is_its_definition(family):
+    model = tiny_model(family, dtype=torch.float64)
+    subject = subject_of(model, seed=2)
+    got = run(TwoNeedle(length=90, facts=2, samples=2), model, subject)
+    mass = torch.zeros(3, 8, dtype=torch.float64)
+    for sample in range(2):
+        document = Noise().draw(subject.rng(2, sample), 90, 2, 0.05)
+        maps = eager_weights(model, subject.ids(document.ids))
+        for i in document.answers.ravel():
+            for j in range(document.needles[0, 0], document.needles[-1, -1] + 1):
+                mass += maps[:, :, i - 1, j] / document.answers.size / 2
+    # Transformers' eager softmax is float32 whatever the model is.
+    torch.testing.assert_close(got, group_max(mass, model), rtol=0, atol=1e-6)
+    assert not torch.allclose(got, group_max(mass.flip(1), model), rtol=0, atol=1e-5), "a control"
+
+
+# Retrieval score.
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-mistral"])  # the heads of tiny-qwen3 copy nothing
+def test_copied_tokens_are_counted_by_the_definition(name):
+    model = AutoModelForCausalLM.from_pretrained(asset(name), dtype=torch.float64).eval()
+    subject = subject_of(model)
+    subject.documents = documents_for(AutoTokenizer.from_pretrained(asset(name)))
+    for seed in range(2):
+        document = subject.documents.draw(np.random.default_rng(seed), 150, 2)
+        with patched(model, config_for(model, "retrieval")):
+            right, got = copies(subject, document)
+        want_right, want = slow_copies(model, subject, document)
+        assert right == want_right == 1.0
+        assert (want > 0.5).any(), "no head copied anything: the comparison would prove nothing"
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        # Asked for something else the model says the same, and its heads copy the same: what counts is what it says.
+        ids = document.ids.copy()
+        ids[document.answers[0, :2]] += 1
+        with patched(model, config_for(model, "retrieval")):
+            right, got = copies(subject, Document(ids, document.answers, document.needles))
+        assert right == 0.5
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def greedy(model, ids: torch.Tensor, count: int) -> torch.Tensor:
+    for _ in range(count):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids[:, -count:]
+
+
+def slow_copies(model, subject, document) -> tuple[float, torch.Tensor]:
+    first, needle = int(document.answers[0, 0]), document.needles[0].tolist()
+    ids = subject.ids(document.ids[:first])
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    copied = {(layer, head): set() for layer in range(layers) for head in range(heads)}
+    right = 0
+    for expected in document.ids[document.answers[0]]:
+        said = int(greedy(model, ids, 1))
+        maps = eager_weights(model, ids)
+        for layer, head in copied:
+            top = int(maps[layer, head, -1].argmax())
+            if top in needle and int(document.ids[top]) == said:
+                copied[layer, head].add(top)
+        right += said == expected
+        ids = torch.cat([ids, torch.tensor([[said]])], 1)
+    shares = [[len(copied[layer, head]) / len(needle) for head in range(heads)] for layer in range(layers)]
+    return right / len(needle), torch.tensor(shares, dtype=torch.float64)
+
+
+def test_a_model_that_finds_nothing_is_said_to_find_nothing():
+    model = tiny_model()
+    with pytest.raises(UnsupportedModelError, match="found the needle in none of 4 documents"):
+        run(RetrievalScore(shortest=64, longest=96, lengths=2, depths=2), model, subject_of(model))
+
+
+def test_runs_the_model_gets_wrong_are_left_out(monkeypatch):
+    seen = iter([(0.4, torch.ones(3, 8)), (0.5, torch.full((3, 8), 0.25)), (1.0, torch.full((3, 8), 0.75))])
+    monkeypatch.setattr(retrieval_score, "copies", lambda subject, document: next(seen))
+    model = tiny_model()
+    subject = subject_of(model)
+    scores = RetrievalScore(shortest=64, longest=64, lengths=1, depths=3).scores(subject)
+    assert (scores == 0.5).all() and subject.measured["runs_answered"] == 2
+
+
+def test_lengths_are_those_asked_for():
+    subject = subject_of(tiny_model(), longest=3000)
+    assert RetrievalScore().all_lengths(subject) == [1024, 1518, 2012, 2506, 3000]
+    assert RetrievalScore(shortest=256, longest=1024, lengths=1).all_lengths(subject) == [1024]
+    assert RetrievalScore(longest=512, lengths=2).all_lengths(subject) == [512, 512]
+    with pytest.raises(ConfigError, match="shortest: got 1024 tokens, more than"):
+        RetrievalScore(shortest=1024, longest=512).all_lengths(subject)
+
+
+# The share.
+
+
+@pytest.mark.parametrize("needed", range(17))
+def test_bisection_finds_the_smallest_number_in_few_measurements(needed):
+    asked = []
+
+    def measure(heads: int) -> dict[str, float]:
+        asked.append(heads)
+        return {"exact_match": 0.9 if heads >= needed else 0.85}
+
+    found, curve = _share.bisect(range(17), {"exact_match": 0.9}, measure, drop, 0.01)
+    assert found == needed and len(asked) == len(set(asked)) <= 5 and 16 not in asked
+    assert [row["retrieval_heads"] for row in curve] == sorted([16, *asked], reverse=True)
+    assert {row["drop"] for row in curve} <= {0.0, 0.05}
+
+
+def drop(dense, patched) -> float:
+    return dense["exact_match"] - patched["exact_match"]
+
+
+@pytest.mark.parametrize(("dense", "at_8", "target"), [(0.8, 0.7, 0.1), (0.9, 0.89, 0.01), (0.3, 0.2, 0.1)])
+def test_the_target_is_inclusive(dense, at_8, target):
+    quality = {8: at_8, 4: at_8 - 0.001}
+    found, _ = _share.bisect([4, 8, 16], {"exact_match": dense}, lambda n: {"exact_match": quality[n]}, drop, target)
+    assert found == 8
+
+
+def test_a_model_that_answers_nothing_is_refused_before_anything_else():
+    with pytest.raises(ConfigError, match="answers none of the questions"):
+        _share.ShareSearch(subject_of(tiny_model()), 60, 0.1)
+
+
+def test_exact_match_counts_whole_answers():
+    model = tiny_model(dtype=torch.float64)
+    subject = subject_of(model)
+    yardstick = _share.ExactMatch(subject, 60, 4)
+    assert sum(len(text.answers) for text in yardstick.texts) == 4
+    hits, losses = [], []
+    with torch.no_grad():
+        for text in yardstick.texts:
+            logits = model(subject.ids(text.ids), use_cache=False).logits[0]
+            for answer in text.answers:
+                said = logits[answer - 1].argmax(-1)
+                hits.append(bool((said.numpy() == text.ids[answer]).all()))
+                losses += (-logits.log_softmax(-1))[answer - 1, text.ids[answer]].tolist()
+    want = {"exact_match": round(np.mean(hits), 4), "nll": round(np.mean(losses), 4)}
+    assert yardstick.measure(model) == pytest.approx(want, abs=1e-4)
+
+
+def test_agreement_and_perplexity_are_against_the_first_model_measured(tmp_path):
+    model = tiny_model(dtype=torch.float64)
+    subject = subject_of(model)
+    text = TextHaystack(np.random.default_rng(0).integers(3, 97, 5000))
+    yardstick = _share.NextToken(subject, text, 300, 2)
+    dense = yardstick.measure(model)
+    assert dense["agreement"] == 1.0 and yardstick.drop(dense, dense) == 0
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(subject.ids(p)).logits[0, :-1], torch.from_numpy(p[1:])).item()
+            for p in yardstick.pieces
+        ]
+    assert dense["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
+    with patched(model, config_for(model, "streaming", sink=1, recent=2)):
+        worse = yardstick.measure(model)
+    assert worse["agreement"] < 1 and yardstick.drop(dense, worse) >= 1 - worse["agreement"] > 0
+    assert yardstick.drop(dense, {"agreement": 1.0, "perplexity": 2 * dense["perplexity"]}) == 0.5
+    assert yardstick.drop(dense, {"agreement": 1.0, "perplexity": float("nan")}) == 1.0
+    with pytest.raises(ConfigError, match="it has 5000 tokens, fewer than a piece"):
+        _share.NextToken(subject, text, 5001, 1)
+
+
+def test_documents_of_a_real_tokenizer_reach_the_methods():
+    tokenizer = byte_bpe()
+    model = tiny_model("qwen3")
+    model.resize_token_embeddings(len(tokenizer))
+    subject = subject_of(model)
+    subject.documents = documents_for(tokenizer)
+    assert run(TwoNeedle(length=400), model, subject).shape == (3, 4)
+    assert run(EchoInduction(tokens=50), model, subject).shape == (3, 4)

@@ -1,0 +1,110 @@
+"""Which kernel runs: by the folder's listing, by preference, by what it says it supports; never silently another."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from hf_longctx import errors
+from hf_longctx.kernels import base as dispatch
+from hf_longctx.kernels import cpu, reference
+
+CASE = {"device": torch.device("cpu"), "dtype": torch.float64, "head_dim": 64, "needs_grad": False}
+
+
+@pytest.fixture
+def extra_kernel(monkeypatch):
+    """Adds a kernel module of the given preference that supports only bfloat16."""
+
+    def add(name, preference):
+        module = ModuleType(f"hf_longctx.kernels.{name}")
+        module.NAME, module.PREFERENCE = name, preference
+        module.supports = lambda device, dtype, head_dim, needs_grad: (
+            None if dtype == torch.bfloat16 else "only bfloat16"
+        )
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        listed = (*dispatch.names(), name)
+        monkeypatch.setattr(dispatch, "names", lambda: listed)
+        return module
+
+    return add
+
+
+def test_names_are_the_files():
+    folder = Path(dispatch.__file__).parent
+    files = {path.stem for path in folder.glob("[!_]*.py")} - {"layout", "dispatch", "base"}
+    assert set(dispatch.names()) == files
+    assert {"cpu", "reference"} <= files
+
+
+def test_every_kernel_has_the_same_functions():
+    for word in ("cpu", "reference"):
+        kernel = dispatch.pick(word, **CASE)
+        assert word == kernel.NAME
+        for function in ("dense_prefill", "streaming_prefill", "decode", "dense_prefill_segments"):
+            assert callable(getattr(kernel, function))
+
+
+def test_auto_takes_the_fast_kernel_and_a_word_the_one_it_names():
+    assert dispatch.pick("auto", **CASE) is cpu
+    assert dispatch.pick("auto", **{**CASE, "needs_grad": True, "dtype": torch.float64}) is cpu
+    assert dispatch.pick("reference", **CASE) is reference
+    assert cpu.PREFERENCE > reference.PREFERENCE
+
+
+def test_auto_prefers_by_number_among_those_that_support_the_case(extra_kernel):
+    fast = extra_kernel("zz_fast", 50)
+    assert dispatch.pick("auto", **{**CASE, "dtype": torch.bfloat16}) is fast
+    assert dispatch.pick("auto", **CASE) is cpu
+
+
+def test_a_named_kernel_that_cannot_is_an_error_that_says_what_works(extra_kernel):
+    extra_kernel("zz_fast", 50)
+    with pytest.raises(errors.UnsupportedModeError, match=r"zz_fast.*float64.*only bfloat16.*auto or one of: cpu"):
+        dispatch.pick("zz_fast", **CASE)
+
+
+def test_a_kernel_without_the_function_is_passed_over(extra_kernel):
+    fast = extra_kernel("zz_fast", 50)
+    case = {**CASE, "dtype": torch.bfloat16, "function": "sparse_prefill"}
+    assert hasattr(reference, "sparse_prefill")
+    assert dispatch.pick("auto", **case) is not fast
+    with pytest.raises(errors.UnsupportedModeError, match=r"zz_fast: has no sparse_prefill.*one of:.*reference"):
+        dispatch.pick("zz_fast", **case)
+    fast.sparse_prefill = reference.sparse_prefill
+    assert dispatch.pick("auto", **case) is fast
+
+
+def test_a_kernel_that_lacks_a_function_is_refused_early(extra_kernel):
+    fast = extra_kernel("zz_fast", 50)
+    for word in ("auto", "stock", "reference", "zz_unknown"):
+        dispatch.require(word, "sparse_prefill", "it")
+    with pytest.raises(errors.UnsupportedModeError, match=r"it needs.*'sparse_prefill'.*'zz_fast'.*one of:.*reference"):
+        dispatch.require("zz_fast", "sparse_prefill", "it")
+    fast.sparse_prefill = reference.sparse_prefill
+    dispatch.require("zz_fast", "sparse_prefill", "it")
+
+
+def test_a_kernel_that_cannot_be_imported_is_skipped_by_auto_and_named_in_the_error(monkeypatch):
+    listed = (*dispatch.names(), "zz_missing")
+    monkeypatch.setattr(dispatch, "names", lambda: listed)
+    assert dispatch.pick("auto", **CASE) is cpu
+    with pytest.raises(errors.UnsupportedModeError, match="cannot be imported"):
+        dispatch.pick("zz_missing", **CASE)
+
+
+def test_no_kernel_for_integers():
+    with pytest.raises(errors.UnsupportedModeError, match="floating point"):
+        dispatch.pick("auto", **{**CASE, "dtype": torch.int32})
+
+
+@pytest.mark.parametrize(
+    ("word", "near"), [("refrence", "reference"), ("CPU", "known"), ("layout", "known"), ("../cpu", "cpu")]
+)
+def test_an_unknown_word_is_a_config_error(word, near):
+    with pytest.raises(errors.ConfigError, match=near):
+        dispatch.pick(word, **CASE)
