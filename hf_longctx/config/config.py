@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..planning.plan import Plan
 
 NOT_KERNELS = {"layout", "dispatch"}
-NUMBER = 2  # bytes of a number in bf16 and fp16
+ITEMSIZE = 2  # bytes of an element in bf16 and fp16
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,9 +33,9 @@ class LongCtxConfig:
     Attributes:
         model: what it fits.
         heads: which KV heads need the whole context.
-        stores: what the heads of each role keep.
+        stores: which tokens the heads of each role cache.
         prefill: which keys a query block reads while a prompt is read.
-        decode: which kept keys a decoded token reads.
+        decode: which cached keys a decoded token reads.
         kernel: how attention is computed, never what.
 
     Raises:
@@ -103,7 +103,7 @@ class LongCtxConfig:
         Path(path).write_text(text, "utf-8")
 
     def override(self, **sections: Any) -> LongCtxConfig:
-        """A config with these sections laid over this one's; see ``config_files.merge`` for what replaces what."""
+        """A config with these sections laid over this one's; see ``files.merge`` for what replaces what."""
         return type(self).from_dict(merge(self.to_dict(), sections))
 
     def roles(self) -> tuple[str, ...]:
@@ -112,17 +112,17 @@ class LongCtxConfig:
 
     @cached_property
     def _roles(self) -> tuple[str, ...]:
-        form = (self.heads.kv_budget_tokens, self.model.head_dim, NUMBER)
-        stores, token = (self.stores.streaming, self.stores.retrieval), 2 * self.model.head_dim * NUMBER
+        form = (self.heads.kv_budget_tokens, self.model.head_dim, ITEMSIZE)
+        stores, token = (self.stores.streaming, self.stores.retrieval), 2 * self.model.head_dim * ITEMSIZE
         return self.heads.roles_for(*(Fraction(store.kept_bytes(*form), token) for store in stores))
 
-    def kv_bytes(self, tokens: int, number_bytes: int = NUMBER) -> tuple[int, int]:
-        """(bytes of a dense KV cache, bytes of what the heads keep) of one row after ``tokens`` tokens.
+    def kv_bytes(self, tokens: int, number_bytes: int = ITEMSIZE) -> tuple[int, int]:
+        """(bytes of a dense KV cache, bytes of what the heads cache) of one sequence after ``tokens`` tokens.
 
-        The spare room of growing buffers and a model's own sliding windows, which keep less, are not in it.
+        The spare room of growing buffers and a model's own sliding windows, which cache less, are not in it.
 
         Args:
-            number_bytes: bytes of one number: 2 for bf16 and fp16.
+            number_bytes: bytes of one element: 2 for bf16 and fp16.
         """
         stores = {"R": self.stores.retrieval, "S": self.stores.streaming}
         heads = "".join(self.roles())
@@ -139,10 +139,11 @@ class LongCtxConfig:
 
         Args:
             model: a shipped config's name, a YAML, a model's folder or hub id, or a loaded model.
-            given: ``context``, tokens of prompt and answer together, in each of ``batch`` rows (1); ``memory`` in all,
-                bytes or a size such as "24GB"; ``dtype`` "bf16" or "fp32"; ``chunk``, the prefill_chunk_size (4096);
-                ``weights``, their size where it is not that of the parameters; ``config`` for a folder, a hub id or a
-                model (what ``patch_model`` takes); ``reserve``, True for a ``LongCtxCache`` made with ``max_tokens``.
+            given: ``context``, tokens of prompt and answer together, in each of ``batch`` sequences (1); ``memory`` in
+                all, bytes or a size such as "24GB"; ``dtype`` "bf16" or "fp32"; ``chunk``, the prefill_chunk_size
+                (4096); ``weights``, their size where it is not that of the parameters; ``config`` for a folder, a hub
+                id or a model (what ``patch_model`` takes); ``reserve``, True for a ``LongCtxCache`` made with
+                ``max_tokens``.
 
         Raises:
             LongCtxError: not even the smallest fits; the message says what it needs and how long a context would fit.
