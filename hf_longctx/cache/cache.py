@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import CacheError, UnsupportedModelError
 from ..layout.dtypes import as_autocast
+from ..layout.forward import Forward
 from ..layout.rows import Rows
 from ..stores.base import SLACK
 from . import file as cache_file
@@ -58,10 +59,10 @@ class LongCtxCache(DenseCacheMembers, Cache):
         self.staggered = False
         self.starts: tuple[int, ...] | None = None
         self.ends: tuple[int, ...] | None = None
-        self.rows: Rows | None = None
+        self.forward: Forward | None = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "rows": None, "model": None}
+        return {**self.__dict__, "forward": None, "model": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -126,8 +127,8 @@ class LongCtxCache(DenseCacheMembers, Cache):
         """
         return self.token_ids.known(self.seen)
 
-    def begin(self, rows: Rows, ids: Tensor | None = None) -> None:
-        """Check that this cache can take the forward that ``rows`` describes, before any layer writes.
+    def begin(self, forward: Forward, ids: Tensor | None = None) -> None:
+        """Check that this cache can take ``forward``, before any layer writes.
 
         Args:
             ids: the new tokens' ids ``[B, T]``, where they are known.
@@ -135,6 +136,7 @@ class LongCtxCache(DenseCacheMembers, Cache):
         Raises:
             CacheError: the rows do not continue the cached ones, or the forward does not fit into ``max_tokens``.
         """
+        rows = forward.rows
         if not rows.new:
             raise CacheError("this forward brings no tokens, and a cache needs at least one. Pass the next ones.")
         if self.batch_size not in (-1, rows.batch):
@@ -154,7 +156,7 @@ class LongCtxCache(DenseCacheMembers, Cache):
             )
         self._check_room(rows)
         self._check_starts(rows)
-        self.rows = rows
+        self.forward = forward
         self.token_ids.append(rows.past, ids)
 
     def check(self) -> None:
@@ -208,17 +210,16 @@ class LongCtxCache(DenseCacheMembers, Cache):
             CacheError: the keys have other rows or KV heads than the cache, or do not fit into ``max_tokens``.
         """
         layer, new = self.layers[layer_idx], key_states.shape[2]
-        if self.rows is None or (self.rows.past, self.rows.new) != (layer.seen, new):
-            rows = Rows(key_states.shape[0], layer.seen, new, self.starts)
-            self._check_room(rows)
-            self.rows = rows
-            self.token_ids.append(rows.past, None)
-        rows = self.rows
-        kept = layer.update(*as_autocast(key_states, value_states), rows)
-        self.starts, self.ends = rows.starts, rows.ends
+        forward = self.forward
+        if forward is None or (forward.rows.past, forward.rows.new) != (layer.seen, new):
+            forward = self.forward = Forward(Rows(key_states.shape[0], layer.seen, new, self.starts))
+            self._check_room(forward.rows)
+            self.token_ids.append(forward.rows.past, None)
+        result = layer.update(*as_autocast(key_states, value_states), forward)
+        self.starts, self.ends = forward.rows.starts, forward.rows.ends
         if layer_idx == len(self.layers) - 1:
-            self.rows = None  # with the tensors its layers shared
-        return kept, kept
+            self.forward = None  # with the tensors its layers shared
+        return result, result
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen (not kept), pads included."""
@@ -251,7 +252,7 @@ class LongCtxCache(DenseCacheMembers, Cache):
         if self.ends is not None:
             self.ends = tuple(min(end, target) for end in self.ends)
         self.token_ids.crop(target)
-        self.rows = None
+        self.forward = None
 
     def _stuck(self, target: int) -> LongCtxLayer | None:
         """The first layer that cannot be cropped to ``target`` tokens."""
@@ -277,7 +278,7 @@ class LongCtxCache(DenseCacheMembers, Cache):
         for layer in self.layers:
             layer.reset()
         self.token_ids.reset()
-        self.rows, self.starts, self.ends, self.staggered = None, None, None, False
+        self.forward, self.starts, self.ends, self.staggered = None, None, None, False
 
     def fork(self) -> LongCtxCache:
         """A cache that goes on from here independently of this one.
@@ -291,7 +292,7 @@ class LongCtxCache(DenseCacheMembers, Cache):
         """
         self.check()
         other = type(self).__new__(type(self))
-        other.__dict__ |= vars(self) | {"layers": [layer.fork() for layer in self.layers], "rows": None}
+        other.__dict__ |= vars(self) | {"layers": [layer.fork() for layer in self.layers], "forward": None}
         other.token_ids, other.model = self.token_ids.fork(), self.model
         return other
 
@@ -361,7 +362,7 @@ class LongCtxCache(DenseCacheMembers, Cache):
         for layer in self.layers:
             layer.stagger(Rows(self.batch_size, 0, layer.seen), pads)
         self.token_ids.stagger(pads)
-        self.starts, self.rows, self.staggered = tuple(pads), None, True
+        self.starts, self.forward, self.staggered = tuple(pads), None, True
 
     def activate_past_recording(self) -> None:
         """Let streaming heads remember what they drop from now on: for a cache made with ``rollback=False``."""
@@ -415,7 +416,7 @@ class LongCtxCache(DenseCacheMembers, Cache):
         for layer in filled:
             layer.map_rows(change, picked.numel())
         self.token_ids.map_rows(change)
-        self.rows = None
+        self.forward = None
 
 
 def _whole(number: int | Tensor, method: str) -> int:

@@ -18,7 +18,8 @@ from ..config.config import LongCtxConfig
 from ..config.find import resolve
 from ..config.head_map import slice_roles
 from ..errors import UnsupportedModelError
-from ..kernels import base as dispatch
+from ..kernels import base as kernels
+from ..layout.blocks import BlockList
 from ..prefill.base import PatternSpec
 from ..stores.sink_recent import SinkRecent
 from .attention import NAME, register
@@ -74,7 +75,7 @@ def patch_model(
         config = state.config  # given in this process: it may name paths, which a config that came with a model may not
     settings = resolve(config, hf_config, getattr(hf_config, "_name_or_path", None), sections)
     _apply(_patched_as(model), settings)
-    if UNMEASURED in state_of(model).notes:
+    if UNMEASURED in state_of(model).log.notes:
         logger.warning("%s: hf-longctx identify measures them", UNMEASURED)
     if (scaled := settings.model.rope_note(hf_config)) is not None:
         logger.warning("%s", scaled)
@@ -89,8 +90,8 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     modules = attention_modules(base, family)
     check_transformers(inner, base, attention_copies(modules[0], family)[0])
     plans = [make_plan(module, settings, family, base.config) for module in modules]
-    if any(plan.prefill is not None for plan in plans):
-        dispatch.require(settings.kernel, "sparse_prefill", "this config's prefill pattern")
+    if any(role.prefill is not None for plan in plans for role in plan.roles):
+        kernels.require(settings.kernel, BlockList, "this config's prefill pattern")
 
     unpatch_model(model)
     register()
@@ -292,9 +293,11 @@ def make_plan(module: nn.Module, settings: LongCtxConfig, family: Family, hf_con
         patterns = query_patterns(settings, layer)
         step = len(patterns) // size
         prefill = make_prefill(settings, roles, patterns[rank * step : (rank + 1) * step])
-        return LayerPlan(layer, roles, stores, settings.kernel, prefill=prefill)
-    own = SinkRecent(sink=0, recent=window)
-    return LayerPlan(layer, "S" * len(roles), dict.fromkeys(stores, own), settings.kernel, sliding=True)
+        more = {"prefill": prefill, "decode": settings.decode.retrieval}
+    else:
+        roles, more = "S" * len(roles), {"window": window}
+        stores = dict.fromkeys(stores, SinkRecent(sink=0, recent=window))
+    return LayerPlan.of(layer, roles, stores, settings.kernel, scores=family.scores, **more)
 
 
 def query_patterns(settings: LongCtxConfig, layer: int) -> tuple[PatternSpec, ...]:

@@ -20,7 +20,7 @@ from ..layout.heads import RoleHeads
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._saved import SavedSegment, SavedStore, short
-from .base import SLACK, Call, Store, StoreSpec, room
+from .base import SLACK, Store, StoreSpec, room
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,6 @@ class Quantized(StoreSpec):
         codes = 2 * packed * (head_dim * self.bits // 8)
         scales = 2 * number * (packed // self.group * head_dim + packed)
         return 2 * exact * head_dim * number + codes + scales
-
-    def span(self) -> None:
-        return None
-
-    def decode(self, call: Call, q: Tensor, part: HeadKV) -> Tensor:
-        if any(isinstance(segment, Packed) for segment in part.segments):
-            kernel = call.kernel(q)
-            if hasattr(kernel, "decode_packed"):
-                out = kernel.decode_packed(q, part.segments, call.scale)
-                if out is not None:
-                    return out
-        return super().decode(call, q, part)
 
 
 @dataclass

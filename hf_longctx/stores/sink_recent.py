@@ -17,10 +17,11 @@ from ..config.bounds import TOKENS, TOKENS_OR_NONE
 from ..errors import CacheError
 from ..layout.dtypes import needs_grad
 from ..layout.heads import RoleHeads
+from ..layout.reads import Window
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._saved import SavedStore, short
-from .base import SLACK, Call, Store, StoreSpec, blanked, room
+from .base import SLACK, Store, StoreSpec, blanked, room
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class SinkRecent(StoreSpec):
     """
 
     roles = ("streaming",)
+    rule = "positional"
 
     sink: int = field(default=64, metadata=TOKENS_OR_NONE)
     recent: int = field(default=256, metadata=TOKENS)
@@ -59,20 +61,17 @@ class SinkRecent(StoreSpec):
         reserved = None if max_tokens is None else max_tokens - self.window
         return room(dropped, reserved, slack) + 1 if slack and max(dropped, reserved or 0) > 0 else 0
 
-    def span(self) -> tuple[int, int]:
-        return self.sink, self.recent
-
-    def prefill(self, call: Call, q: Tensor, part: HeadKV, group: slice, start: int) -> Tensor:
+    def reads(self, part: HeadKV, rows: Rows, group: slice, start: int) -> tuple[list[Segment], Window]:
         sinks, band = part.sinks, part.segments[0]
         if sinks is None:
             sink_k, sink_v = (t[group, :, start : start + self.sink] for t in (band.k, band.v))
         else:
-            count = min(sinks.length, call.rows.total - start)
+            count = min(sinks.length, rows.total - start)
             sink_k, sink_v = sinks.k[group, :, :count], sinks.v[group, :, :count]
         skipped = max(0, start + self.sink - part.first)
         k, v = (t[group, :, skipped : band.length] for t in (band.k, band.v))
-        first, kernel = call.rows.total - start - k.shape[2], call.kernel(q)
-        return kernel.streaming_prefill(q, sink_k, sink_v, k, v, recent=self.recent, first=first, scale=call.scale)
+        segments = [Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])]
+        return segments, Window(self.recent, rows.total - start - k.shape[2])
 
 
 class SinkRecentStore(Store):

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ..config.bounds import MOST, TOKENS, TOKENS_OR_NONE
 from ..errors import CacheError
-from ..kernels import _compensated
-from ..kernels._compensated import Windows, total
+from ..kernels._compensated import total
 from ..layout.heads import RoleHeads
+from ..layout.reads import Averaged
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._saved import SavedStore, short
-from .base import SLACK, SPARE, Call, Store, StoreSpec, blanked, room, spare
+from .base import SLACK, SPARE, Store, StoreSpec, blanked, room, spare
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class SinkRecentCompensated(StoreSpec):
     """
 
     roles = ("streaming",)
+    rule = "positional"
 
     sink: int = field(default=64, metadata=TOKENS_OR_NONE)
     recent: int | Growing = field(default=256, metadata=TOKENS)
@@ -83,9 +84,6 @@ class SinkRecentCompensated(StoreSpec):
     ) -> int:
         return super().head_bytes(tokens, head_dim, number, max_tokens, slack) + _sum_bytes(head_dim)
 
-    def span(self) -> tuple[int, int]:
-        return self.sink, self.window(0)
-
     def held(self, tokens: int, slack: int = SLACK) -> int:
         """Tokens outside of the sinks that a row needs, those to go back to included."""
         return max(0, tokens - self.edge(tokens - slack - 1))
@@ -96,8 +94,8 @@ class SinkRecentCompensated(StoreSpec):
             return room(self.held(tokens, slack), None) if tokens + SPARE > self.sink else 0
         return min(max(0, max_tokens - self.sink), room(self.held(max_tokens, slack), None))
 
-    def prefill(self, call: Call, q: Tensor, part: HeadKV, group: slice, start: int) -> Tensor:
-        band, rows, dropped = part.segments[0], call.rows, None
+    def reads(self, part: HeadKV, rows: Rows, group: slice, start: int) -> tuple[list[Segment], Averaged]:
+        band, dropped = part.segments[0], None
         end = rows.total - start
         if part.state:
             first, count = self.edge(rows.past - start - 1), min(self.sink, end)
@@ -107,15 +105,14 @@ class SinkRecentCompensated(StoreSpec):
         else:
             first = self.sink
             sinks = tuple(x[group, :, start : start + self.sink] for x in (band.k, band.v))
-        kept = tuple(x[group, :, start + first - part.first : band.length] for x in (band.k, band.v))
-        begin = end - q.shape[2]
+        recent = tuple(x[group, :, start + first - part.first : band.length] for x in (band.k, band.v))
+        begin = max(0, rows.past - start)
         edges = rows.memo(
-            ("edges", self, begin, end, q.device),
-            lambda: torch.tensor([self.edge(i) for i in range(begin, end)], device=q.device),
+            ("edges", self, begin, end, band.k.device),
+            lambda: torch.tensor([self.edge(i) for i in range(begin, end)], device=band.k.device),
         )
-        rows.used.add(_compensated.NAME)
-        windows = Windows(self.sink, self.edge, edges, end)
-        return _compensated.prefill(q, sinks, kept, dropped, windows, first=first, scale=call.scale)
+        segments = [Segment(*pair, pair[0].shape[2]) for pair in (sinks, recent)]
+        return segments, Averaged(self.sink, first, end, self.edge, edges, dropped)
 
 
 class SinkRecentCompensatedStore(Store):

@@ -102,8 +102,8 @@ def test_a_config_patches_a_model_of_its_checkpoint(name):
     assert ids[0].rpartition("/")[2].lower() == name
     with patched(model, name):
         assert state_of(model).config == config
-        assert [plan.roles for plan in state_of(model).plans] == list(config.roles())
-        assert not any(plan.sliding for plan in state_of(model).plans)
+        assert [plan.letters for plan in state_of(model).plans] == list(config.roles())
+        assert not any(plan.window for plan in state_of(model).plans)
     assert state_of(model) is None
 
 
