@@ -33,7 +33,7 @@ from ..config.words import near
 from ..errors import ConfigError, UnsupportedModeError
 from ..layout.dtypes import needs_grad
 from ..layout.forward import Forward
-from ..layout.reads import ALL, Causal, Reads
+from ..layout.reads import ALL, All, Causal, Reads
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 from ..layout.streamed import Streamed
@@ -173,6 +173,17 @@ def attend(
         kernel = choose(word, case, forward)
         out, lse = kernel.attend(q, segments, reads, own, want_lse or scores.sinks is not None)
     return (out, lse) if scores.sinks is None else with_sinks(out, lse, scores.sinks)
+
+
+def some_launch_layers(word: str, device: torch.device, forward: Forward) -> bool:
+    """Whether `choose` may give a kernel with ``attend_layer`` on this device; asked once per forward."""
+    key = (word, device)
+    if key not in forward.kernels:
+        modules = [module for _, module, _ in _candidates([word] if word != AUTO else names())]
+        able = [one for one in modules if hasattr(one, "attend_layer")]
+        probe = Case(device, torch.bfloat16, 64, one_query=True, reads=All)
+        forward.kernels[key] = any(one.supports(probe) is None for one in able)
+    return forward.kernels[key]
 
 
 def _reads_kinds(word: str, case: Case, forward: Forward) -> bool:

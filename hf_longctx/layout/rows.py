@@ -51,9 +51,13 @@ class Rows:
             for row, start in enumerate(self.starts or (0,) * self.batch):
                 yield slice(row, row + 1), start
 
+    def start(self, row: int) -> int:
+        """Padded position of a row's first real token."""
+        return 0 if self.starts is None else self.starts[row]
+
     def real(self, row: int) -> tuple[int, int]:
         """Real tokens of a row that this forward brings, and that were seen so far, this forward included."""
-        start = 0 if self.starts is None else self.starts[row]
+        start = self.start(row)
         end = self.total if self.ends is None else self.ends[row]
         return max(0, end - max(start, self.past)), max(0, end - start)
 

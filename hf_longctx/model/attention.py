@@ -7,6 +7,8 @@ answer, by the same visibility rule; plain tensors only save no memory.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -61,18 +63,25 @@ def attend(
     if plan is None and call is None:
         more = {"scaling": scaling, "dropout": dropout, **kwargs}
         return attend_as_stock(module, query, key, value, attention_mask, **more)
-    _check_place(module, plan, call, kwargs)
-    _check_call(module, plan, attention_mask, dropout, kwargs)
+    if plan is None or call is None:
+        _refuse_place(module, call, kwargs)
+    asks_more = dropout or not (attention_mask is None or isinstance(attention_mask, StockMask))
+    if asks_more or kwargs.get("sliding_window") != plan.window or not kwargs.keys() <= KNOWN:
+        _check_call(module, plan, attention_mask, dropout, kwargs)
     if call.cached and not isinstance(key, LayerKV):
         raise UnsupportedModeError(
             f"layer {plan.layer_idx} was run without the LongCtxCache that the model was given, so nothing would be "
             "kept: something between the model and its layers takes the cache away, as gradient checkpointing does. "
             "Turn that off around generate(), or pass use_cache=False."
         )
-    layer = LayerCall(plan, call, _scores(plan, query, scaling, kwargs))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    # What the family's record maps to a field of Scores.
+    scores = Scores(scale, **{field: kwargs.get(name) for name, field in plan.scores})
+    layer = LayerCall(plan, call, scores)
     (query,) = as_autocast(query)
     if isinstance(key, LayerKV):
-        out = layer.cached(query, key.parts)
+        out = layer.observed_cache(query, key.parts) if call.observer else None
+        out = layer.cached(query, key.parts) if out is None else out
         if call.rows.past and needs_grad(out):
             out = _NoBackward.apply(out)
     else:
@@ -99,20 +108,11 @@ def _check_call(module: nn.Module, plan: LayerPlan, attention_mask: object, drop
             f"the model made a mask of shape {tuple(attention_mask.shape)} of its own for layer {plan.layer_idx}: it "
             "asks for more than causal attention over padded rows. Run it dense: model.set_attn_implementation('sdpa')."
         )
-    if not kwargs.keys() <= KNOWN:
-        _refuse_unknown(module, plan, kwargs)
+    _refuse_unknown(module, plan, kwargs)
 
 
-def _scores(plan: LayerPlan, query: Tensor, scaling: float | None, kwargs: dict) -> Scores:
-    """How this layer makes its scores: the scale, and what its family's record maps to a field of `Scores`."""
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return Scores(scale, **{field: kwargs.get(name) for name, field in plan.scores})
-
-
-def _check_place(module: nn.Module, plan: LayerPlan | None, call: Forward | None, kwargs: dict) -> None:
+def _refuse_place(module: nn.Module, call: Forward | None, kwargs: dict) -> NoReturn:
     """Refuse an attention module that has no plan, or that was reached without the forward it belongs to."""
-    if plan is not None and call is not None:
-        return
     name = type(module).__name__
     if call is None:
         raise UnsupportedModeError(

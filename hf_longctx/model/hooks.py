@@ -108,11 +108,6 @@ class BeforeForward:
         self.state.runs_dense(implementation)
 
     def _check_cache(self, base: nn.Module, cache: LongCtxCache) -> None:
-        if id(base) in observers.get():
-            raise UnsupportedModeError(
-                f"observe() shows every key, and a LongCtxCache drops some. Pass {CACHE}=DynamicCache() or "
-                "use_cache=False while observing."
-            )
         if cache.plans != self.state.plans[: len(cache.plans)]:
             differs = ", ".join(differing(cache.plans, self.state.plans)) or "number of layers"
             raise CacheError(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..cache.plan import LayerPlan, RolePlan
+from ..cache.seam import CACHE
 from ..errors import UnsupportedModeError
 from ..kernels import base as kernels
 from ..layout.dtypes import needs_grad
@@ -19,6 +20,7 @@ from ..layout.scores import Scores
 from ..layout.segments import HeadKV, Segment
 from ..layout.streamed import Streamed
 from ..prefill.base import select
+from .observed import CachedRole
 
 STOCK = "stock"  # the kernel word that means Transformers' own attention call
 SLOWLY = "sparse prefill: ran by its slow definition (kernel reference), no faster kernel computes it "
@@ -56,6 +58,22 @@ class LayerCall:
             outs.append(self._role(role.heads.take(query, group), role, part, rowwise=True))
         return self._join(self.plan.filled, outs, group)
 
+    def observed_cache(self, query: Tensor, parts: list[HeadKV]) -> Tensor | None:
+        """`observed` of what a LongCtxCache holds; heads of one role cannot be computed by the rule of the other."""
+        cached = tuple(CachedRole(part.heads, part, self.rows) for part in parts)
+
+        def compute(name: str) -> Tensor:
+            other = [one for one in cached if one.heads.role != name]
+            if other:
+                raise UnsupportedModeError(
+                    f"compute({name!r}) in layer {self.plan.layer_idx}: its {other[0].heads.role} heads "
+                    f"{list(other[0].heads.kv_heads)} keep their own tokens in a LongCtxCache, so the others are gone. "
+                    f"Observe with {CACHE}=DynamicCache(), which keeps every token."
+                )
+            return self.cached(query, parts)
+
+        return self.forward.observer(self.plan.layer_idx, query, cached, cached, self.scores.scale, self.rows, compute)
+
     def observed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         """Show this layer to the observer; its answer replaces the layer's output. No pattern runs in ``compute``."""
         total = key.shape[1]
@@ -72,6 +90,8 @@ class LayerCall:
 
     def _in_one_launch(self, query: Tensor, parts: list[HeadKV]) -> Tensor | None:
         """One decoded token by a kernel that has `attend_layer`; None where it is computed role by role."""
+        if not kernels.some_launch_layers(self.plan.word, query.device, self.forward):
+            return None
         if any(role.as_stock for role in self.plan.filled) or len({part.dtype for part in parts}) > 1:
             return None  # two dtypes: autocast was on while one of them grew
         query, scores = query.to(parts[0].dtype), self.scores

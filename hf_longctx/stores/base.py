@@ -80,6 +80,16 @@ class StoreSpec(ABC):
         """
         return part.alone(group, start), CAUSAL
 
+    def cached(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment | Streamed], Tensor]:
+        """What one sequence still has, without pads on its left: segments ``[1, n, S', D]``, each token's row position.
+
+        Args:
+            part: what the store's `append` returned.
+            row: index of the sequence in the batch.
+        """
+        start = rows.start(row)
+        return part.alone(slice(row, row + 1), start), torch.arange(rows.total - start)
+
 
 class Store(ABC):
     """The KV of one role's heads in one layer, for all rows of the batch.

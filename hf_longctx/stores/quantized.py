@@ -102,10 +102,21 @@ class PackedKV(HeadKV):
 
 
 class QuantizedStore(Store):
-    """The newest tokens in a buffer whose slots are the batch's, all others by row position in packed pieces.
+    """The newest tokens exact, in a buffer of padded positions; all older ones quantised, by row position.
 
-    The buffer begins at slot ``base``, early enough that ``slack`` tokens can be taken back and are read exactly; when
-    it is full its newest tokens move to its front. Groups are cut by row position: a padded row equals the row alone.
+        one sequence of 10 tokens, start 3, group 4, residual 2: packed(10) = 8
+
+        padded position  0 1 2 3 4 5 6 7 8 9 10 11 12      Quantised  |0 1 2 3|4 5 6 7|    row positions
+                         . . . 0 1 2 3 4 5 6 7  8  9       exact        5 6 7 8 9          from padded position base = 8
+                                         ^ base                         ^ quantised too, kept to roll back exactly
+
+    The buffer begins at padded position ``base``, early enough that ``slack`` tokens can be rolled back and are read
+    exactly. When it is full, the compaction: what is still needed moves to its front, and ``base`` moves up.
+
+        |old old old|n n n n|   ->   |n n n n|           |
+         base        new base         base
+
+    Groups are cut by row position, so a padded sequence equals the sequence alone.
     """
 
     kinds = (Segment, Packed)

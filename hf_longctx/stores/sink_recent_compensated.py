@@ -114,13 +114,35 @@ class SinkRecentCompensated(StoreSpec):
         segments = [Segment(*pair, pair[0].shape[2]) for pair in (sinks, recent)]
         return segments, Averaged(self.sink, first, end, self.edge, edges, dropped)
 
+    def cached(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment], Tensor]:
+        group, start = slice(row, row + 1), rows.start(row)
+        count = rows.total - start
+        if rows.new > 1:
+            segments, averaged = self.reads(part, rows, group, start)
+            sinks, band = (segment.length for segment in segments)
+            return segments, torch.cat([torch.arange(sinks), torch.arange(averaged.first, averaged.first + band)])
+        sinks, window = min(self.sink, count), max(0, count - self.edge(count - 1))
+        if rows.past == 0:
+            sinks, window = 0, count
+        segments, ends = list(part.segments), []  # sinks where there are any, window, and the mean, which is no token
+        if sinks:
+            ends.append(_cut(segments.pop(0), group, 0, sinks))
+        if window:
+            ends.append(_cut(segments[0], group, segments[0].longest - window, segments[0].longest))
+        return ends, torch.cat([torch.arange(sinks), torch.arange(count - window, count)])
+
 
 class SinkRecentCompensatedStore(Store):
     """Sinks by row position, then a buffer of batch slots that begins at slot ``low``, and two sums of what left it.
 
-    The buffer holds the windows of all rows and the tokens before them that a rollback may need. When it is full, what
-    is still needed moves to its front. The sums are in float64 and of exactly the tokens before each row's window, so a
-    rollback subtracts what comes back.
+        row positions   0 .. sink-1 | sink ........ edge-1 | edge ......... newest
+                        sinks       | summed in state      | window
+        buffer                              |low ... edge-1|edge ......... newest|  free |
+                                             for a rollback
+
+    The buffer holds the windows of all sequences and the tokens before them that a rollback may need. When it is full,
+    what is still needed moves to its front. The sums are in float64 and of exactly the tokens before each sequence's
+    window, so a rollback subtracts what comes back.
     """
 
     numbers: ClassVar[tuple[str, ...]] = ("low", "begin")
@@ -334,6 +356,11 @@ class SinkRecentCompensatedStore(Store):
     def reset(self) -> None:
         super().reset()
         self.low = self.begin = 0
+
+
+def _cut(segment: Segment, group: slice, low: int, high: int) -> Segment:
+    """Its slots ``low .. high`` of the rows ``group``."""
+    return Segment(segment.k[group, :, low:high], segment.v[group, :, low:high], high - low)
 
 
 def _sum_bytes(head_dim: int) -> int:

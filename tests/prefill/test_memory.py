@@ -16,6 +16,7 @@ from hf_longctx import LongCtxCache, patched, report
 from hf_longctx.cache.plan import LayerPlan, PrefillPlan
 from hf_longctx.config.words import dump
 from hf_longctx.kernels import _sparse_cpu
+from hf_longctx.layout import blocks as layout
 from hf_longctx.layout.blocks import BlockList
 from hf_longctx.layout.forward import Forward
 from hf_longctx.layout.rows import Rows
