@@ -16,7 +16,8 @@ from ..config.find import checkpoint_name
 from ..config.head_map import usable_fraction
 from ..config.words import build, convert, dump, words
 from ..errors import ConfigError, UnsupportedModeError, UnsupportedModelError
-from ..model.patch import patched, state_of, unwrap
+from ..model.modules import state_of, unwrap
+from ..model.patch import patched
 from ..tasks.documents import Documents, RandomTokens, documents_for
 from .methods.base import Method, Subject, modes_kept
 from .share import ShareSearch

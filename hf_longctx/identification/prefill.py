@@ -25,7 +25,9 @@ from ..io.work import check_settings, work_file
 from ..kernels import base as kernels
 from ..layout.blocks import BlockList
 from ..model.family import find_family
-from ..model.patch import observe, patched, unwrap
+from ..model.modules import unwrap
+from ..model.observe import observe
+from ..model.patch import patched
 from ..prefill.base import BLOCK, PatternSpec, select
 from ..prefill.block_topk import BlockTopk
 from ..prefill.vertical_slash import VerticalSlash

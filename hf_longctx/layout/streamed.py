@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..layout.segments import Segment
+from .segments import Segment
 
 
 class Streamed(ABC):

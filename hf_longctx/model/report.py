@@ -9,7 +9,7 @@ from torch import nn
 
 from ..cache.cache import LongCtxCache
 from ..errors import UnsupportedModelError
-from .patch import state_of
+from .modules import state_of
 from .state import Kept
 
 

@@ -25,7 +25,9 @@ from ..cache.plan import LayerPlan
 from ..config.config import LongCtxConfig
 from ..config.words import check_word, wrong
 from ..model.family import find_family
-from ..model.patch import attention_modules, make_plan, patch_model
+from ..model.modules import attention_modules
+from ..model.patch import patch_model
+from ..model.plans import make_plan
 from ..stores.base import SLACK
 from .sizes import DTYPES, dtype_of
 

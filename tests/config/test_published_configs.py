@@ -24,7 +24,7 @@ from hf_longctx.config.config import load_shipped
 from hf_longctx.config.files import shipped
 from hf_longctx.config.find import resolve
 from hf_longctx.model.family import find_family
-from hf_longctx.model.patch import state_of
+from hf_longctx.model.modules import state_of
 
 FILES = {path.name: json.loads(path.read_text("utf-8")) for path in sorted(DATA.glob("*.json"))}
 NAMES = sorted(ENTRIES)

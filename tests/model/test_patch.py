@@ -16,15 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM
 
 import hf_longctx.model.attention
-from hf_longctx import (
-    LongCtxCache,
-    UnsupportedModelError,
-    observe,
-    patch_model,
-    patched,
-    report,
-    unpatch_model,
-)
+from hf_longctx import LongCtxCache, UnsupportedModelError, observe, patch_model, patched, report, unpatch_model
 
 IDS = torch.arange(3, 63)[None]
 

@@ -19,7 +19,7 @@ from hf_longctx.layout.forward import Forward
 from hf_longctx.layout.rows import Rows
 from hf_longctx.layout.scores import Scores
 from hf_longctx.model.layer_call import LayerCall
-from hf_longctx.model.patch import state_of
+from hf_longctx.model.modules import state_of
 from hf_longctx.stores.base import SLACK, room, spare
 from hf_longctx.stores.quantized import Quantized
 
