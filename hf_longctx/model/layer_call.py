@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
@@ -48,7 +49,7 @@ class LayerCall:
             # A cache filled in another dtype (autocast, model.to) is read in its own.
             q = role.heads.take(query, group).to(part.dtype)
             outs.append(self._role(q, role, part))
-        return self._join(self.plan.filled, outs, group).to(query.dtype)
+        return join([part.heads for part in parts], outs, group).to(query.dtype)
 
     def plain(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The same attention over the keys and values ``[B, H_kv, S, D]`` of all tokens."""
@@ -56,7 +57,7 @@ class LayerCall:
         for role in self.plan.filled:
             part = self._all_tokens(role, role.heads, key, value)
             outs.append(self._role(role.heads.take(query, group), role, part, rowwise=True))
-        return self._join(self.plan.filled, outs, group)
+        return join([role.heads for role in self.plan.filled], outs, group)
 
     def observed_cache(self, query: Tensor, parts: list[HeadKV]) -> Tensor | None:
         """`observed` of what a LongCtxCache holds; heads of one role cannot be computed by the rule of the other."""
@@ -215,17 +216,18 @@ class LayerCall:
         keys, values = zip(*pairs, strict=True)
         return torch.cat(keys, 2), torch.cat(values, 2)
 
-    def _join(self, roles: tuple[RolePlan, ...], outs: list[Tensor], group: int) -> Tensor:
-        """The outputs of the roles ``[B, n * group, T, D]`` put back into the order of the layer's heads."""
-        if len(outs) == 1:
-            return outs[0]
-        pieces = []
-        for role, out in zip(roles, outs, strict=True):
-            done = 0
-            for first, end in role.heads.runs:
-                pieces.append((first, out[:, done * group : (done + end - first) * group]))
-                done += end - first
-        return torch.cat([piece for _, piece in sorted(pieces, key=lambda piece: piece[0])], 1)
+
+def join(heads: Sequence[RoleHeads], outs: list[Tensor], group: int) -> Tensor:
+    """The outputs of the roles ``[B, n * group, T, D]`` put back into the order of the layer's heads."""
+    if len(outs) == 1:
+        return outs[0]
+    pieces = []
+    for own, out in zip(heads, outs, strict=True):
+        done = 0
+        for first, end in own.runs:
+            pieces.append((first, out[:, done * group : (done + end - first) * group]))
+            done += end - first
+    return torch.cat([piece for _, piece in sorted(pieces, key=lambda piece: piece[0])], 1)
 
 
 def _one_plain(part: HeadKV) -> bool:

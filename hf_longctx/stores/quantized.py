@@ -95,7 +95,7 @@ class PackedKV(HeadKV):
     low: int = 0
 
     def alone(self, rows: slice, start: int) -> list[Segment | Packed]:
-        count = self.store.packed(self.past - start)
+        count = self.spec.packed(self.past - start)
         pieces = [one.alone(rows, count) for one in self.segments if isinstance(one, Packed) and one.first < count]
         plain = replace(self, segments=[one for one in self.segments if isinstance(one, Segment)])
         return [*pieces, *HeadKV.alone(plain, rows, start + count - self.low)]
@@ -150,7 +150,7 @@ class QuantizedStore(Store):
             low, plain = 0, [Segment(*self.incoming(k, v), rows.new)]
         if rows.new == 1 and rows.padded:
             plain[0].bias = _hidden(rows, low, read, plain[0].k)
-        seen = (piece.seen(read, rows.ints, rows.notes) for piece in self.pieces if piece.first < max(read))
+        seen = (piece.seen(read, rows.ints) for piece in self.pieces if piece.first < max(read))
         return PackedKV(self.heads, [*seen, *plain], spec, state=self.state, past=rows.past, low=low)
 
     def _make_room(self, k: Tensor, v: Tensor, rows: Rows) -> None:
