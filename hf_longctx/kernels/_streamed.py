@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..layout.scores import Scores
 from ..layout.segments import Segment
 from ..layout.streamed import Streamed
 from . import cpu
@@ -21,9 +22,9 @@ def attention(q: Tensor, segments: list[Segment | Streamed], scale: float) -> Te
     merged = None
     for segment in past if q.shape[2] > 1 else segments:
         for block in segment.blocks() if isinstance(segment, Streamed) else (segment,):
-            merged = _with(merged, cpu.with_lse(q, block, scale))
+            merged = _with(merged, cpu.with_lse(q, block, Scores(scale)))
     if q.shape[2] > 1:
-        merged = _with(merged, cpu.with_lse(q, own, scale, causal=True))
+        merged = _with(merged, cpu.with_lse(q, own, Scores(scale), causal=True))
     return merged[0].to(q.dtype)
 
 

@@ -159,7 +159,7 @@ def attend(
 
 
 def _reads_kinds(word: str, case: Case, forward: Forward) -> bool:
-    """Whether the kernel, or with ``auto`` some kernel, reads these segments without unpacking or fetching them first."""
+    """Whether the kernel, or with ``auto`` some kernel, reads these segments as they are."""
     key = (word, case)
     if key not in forward.kernels:
         for _, module, _ in _candidates([word] if word != AUTO else names()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -22,6 +22,11 @@ class Streamed(ABC):
 
     dtype: torch.dtype
     bias: ClassVar[None] = None
+
+    @property
+    @abstractmethod
+    def kind(self) -> Hashable:
+        """What a kernel must know of it to say whether it reads it as it is."""
 
     @abstractmethod
     def blocks(self) -> Iterator[Segment]:

@@ -55,6 +55,10 @@ class Pages(Streamed):
     fetchers: list = field(default_factory=list)
 
     @property
+    def kind(self) -> str:
+        return "pages"
+
+    @property
     def length(self) -> int:
         return sum(entry.high - entry.low for entry in self.entries)
 

@@ -151,7 +151,7 @@ class QuantizedStore(Store):
             low, plain = 0, [Segment(*self.incoming(k, v), rows.new)]
         if rows.new == 1 and rows.padded:
             plain[0].bias = _hidden(rows, low, read, plain[0].k)
-        seen = (piece.seen(read, rows.ints, rows.notes) for piece in self.pieces if piece.first < max(read))
+        seen = (piece.seen(read, rows.ints) for piece in self.pieces if piece.first < max(read))
         return PackedKV(self.heads, [*seen, *plain], spec, state=self.state, past=rows.past, low=low)
 
     def _make_room(self, k: Tensor, v: Tensor, rows: Rows) -> None:

@@ -13,6 +13,7 @@ from helpers.native_builds import (
 from helpers.packed_cases import SCALE, cases, packed, random_numbers, truth
 
 from hf_longctx.kernels import _streamed, native
+from hf_longctx.kernels import base as dispatch
 from hf_longctx.layout.segments import Segment
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -44,7 +45,7 @@ def check(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_are_read_as_the_numbers_they_stand_for(dtype):
-    assert native.supports(torch.device("cpu"), dtype, 64, False) is None
+    assert native.supports(dispatch.Case(torch.device("cpu"), dtype, 64)) is None
     check(dtype)
 
 
