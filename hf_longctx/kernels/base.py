@@ -139,8 +139,9 @@ def choose(word: str, case: Case, forward: Forward) -> ModuleType:
     """
     kernel = forward.kernels.get((word, case))
     if kernel is None:
-        able = word if word == AUTO or case.reads in getattr(_module(word), "READS", ()) else AUTO
-        kernel = forward.kernels[word, case] = pick(able, case)
+        module = _module(word)
+        other = module is not None and case.reads not in module.READS
+        kernel = forward.kernels[word, case] = pick(AUTO if other else word, case)
     forward.log.used.add(kernel.NAME)
     return kernel
 
