@@ -374,7 +374,8 @@ LIMITED = """
 
     torch.manual_seed(1)
     q, parts = torch.randn(1, 8, 1, 64, dtype=torch.float64) * 0.3, None
-    attention(q, [store.append(*tokens_at(0), Rows(1, 0, step)).segments[-1]], Rows(1, 0, step))  # warm: libraries are loaded
+    first = store.append(*tokens_at(0), Rows(1, 0, step)).segments[-1:]
+    attention(q, first, Rows(1, 0, step))  # warm: libraries are loaded
     in_use = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (in_use + 96 * 2**20,) * 2)
     try:
