@@ -19,7 +19,7 @@ from .base import Store, StoreSpec
 
 @dataclass(frozen=True)
 class Full(StoreSpec):
-    """Keep every token."""
+    """Cache every token."""
 
     roles = ("retrieval",)
 
@@ -28,9 +28,6 @@ class Full(StoreSpec):
 
     def kept(self, tokens: int) -> int:
         return tokens
-
-    def span(self) -> None:
-        return None
 
 
 @dataclass

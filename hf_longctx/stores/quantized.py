@@ -20,20 +20,20 @@ from ..layout.heads import RoleHeads
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._saved import SavedSegment, SavedStore, short
-from .base import SLACK, Call, Store, StoreSpec, room
+from .base import SLACK, Store, StoreSpec, room
 
 
 @dataclass(frozen=True)
 class Quantized(StoreSpec):
-    """Keep every token, all but the newest of them packed to ``bits`` bits a number.
+    """Cache every token, all but the newest of them quantised to ``bits`` bits an element.
 
-    Of a row's T tokens the first ``packed(T)`` are packed. A forward reads the tokens before it as they were kept, and
-    its own exactly: a prompt read at once is read exactly.
+    Of a sequence's T tokens the first ``packed(T)`` are quantised. Earlier tokens are read dequantised, the tokens of
+    the current forward in full precision: a prompt read in one forward is read exactly.
 
     Attributes:
-        bits: of a packed number.
-        group: tokens that are packed together and share the step of a channel of the keys; a multiple of 16.
-        residual: newest tokens kept as they are; up to ``group`` - 1 more wait until a group is full.
+        bits: of a quantised element.
+        group: tokens that are quantised together and share the step of a channel of the keys; a multiple of 16.
+        residual: newest tokens in full precision; up to ``group`` - 1 more wait until a group is full.
     """
 
     roles = ("retrieval",)
@@ -81,18 +81,6 @@ class Quantized(StoreSpec):
         scales = 2 * number * (packed // self.group * head_dim + packed)
         return 2 * exact * head_dim * number + codes + scales
 
-    def span(self) -> None:
-        return None
-
-    def decode(self, call: Call, q: Tensor, part: HeadKV) -> Tensor:
-        if any(isinstance(segment, Packed) for segment in part.segments):
-            kernel = call.kernel(q)
-            if hasattr(kernel, "decode_packed"):
-                out = kernel.decode_packed(q, part.segments, call.scale)
-                if out is not None:
-                    return out
-        return super().decode(call, q, part)
-
 
 @dataclass
 class PackedKV(HeadKV):
@@ -107,17 +95,28 @@ class PackedKV(HeadKV):
     low: int = 0
 
     def alone(self, rows: slice, start: int) -> list[Segment | Packed]:
-        count = self.store.packed(self.past - start)
+        count = self.spec.packed(self.past - start)
         pieces = [one.alone(rows, count) for one in self.segments if isinstance(one, Packed) and one.first < count]
         plain = replace(self, segments=[one for one in self.segments if isinstance(one, Segment)])
         return [*pieces, *HeadKV.alone(plain, rows, start + count - self.low)]
 
 
 class QuantizedStore(Store):
-    """The newest tokens in a buffer whose slots are the batch's, all others by row position in packed pieces.
+    """The newest tokens exact, in a buffer of padded positions; all older ones quantised, by row position.
 
-    The buffer begins at slot ``base``, early enough that ``slack`` tokens can be taken back and are read exactly; when
-    it is full its newest tokens move to its front. Groups are cut by row position: a padded row equals the row alone.
+        one sequence of 10 tokens, start 3, group 4, residual 2: packed(10) = 8
+
+        padded position  0 1 2 3 4 5 6 7 8 9 10 11 12      Quantised  |0 1 2 3|4 5 6 7|    row positions
+                         . . . 0 1 2 3 4 5 6 7  8  9       exact        5 6 7 8 9          from padded position base = 8
+                                         ^ base                         ^ quantised too, kept to roll back exactly
+
+    The buffer begins at padded position ``base``, early enough that ``slack`` tokens can be rolled back and are read
+    exactly. When it is full, the compaction: what is still needed moves to its front, and ``base`` moves up.
+
+        |old old old|n n n n|   ->   |n n n n|           |
+         base        new base         base
+
+    Groups are cut by row position, so a padded sequence equals the sequence alone.
     """
 
     kinds = (Segment, Packed)
@@ -151,7 +150,7 @@ class QuantizedStore(Store):
             low, plain = 0, [Segment(*self.incoming(k, v), rows.new)]
         if rows.new == 1 and rows.padded:
             plain[0].bias = _hidden(rows, low, read, plain[0].k)
-        seen = (piece.seen(read, rows.ints, rows.notes) for piece in self.pieces if piece.first < max(read))
+        seen = (piece.seen(read, rows.ints) for piece in self.pieces if piece.first < max(read))
         return PackedKV(self.heads, [*seen, *plain], spec, state=self.state, past=rows.past, low=low)
 
     def _make_room(self, k: Tensor, v: Tensor, rows: Rows) -> None:

@@ -24,15 +24,15 @@ TOKENS = torch.arange(3, 83)[None]  # more than a window, a group and a few page
 # The one list. Pickles made by 0.1.0 and later name these modules of hf_longctx, so none of them may move.
 NAMED = {
     "a patched model": (
-        "cache.plan config.config config.model config.sections decode.dense layout.heads layout.rows "
+        "cache.plan config.config config.model config.sections decode.dense layout.forward layout.heads "
         "model.hooks model.state prefill.block_topk prefill.dense prefill.sink_recent stores.full "
         "stores.offloaded stores.offloaded_disk stores.quantized stores.sink_recent "
         "stores.sink_recent_compensated"
     ),
     "a cache": (
-        "cache.cache cache.layer cache.plan cache.token_ids kernels._quantized layout.heads layout.segments "
-        "prefill.block_topk stores._page stores._pages stores.full stores.offloaded stores.offloaded_disk "
-        "stores.quantized stores.sink_recent stores.sink_recent_compensated"
+        "cache.cache cache.layer cache.plan cache.token_ids decode.dense kernels._quantized layout.heads "
+        "layout.segments prefill.block_topk stores._page stores._pages stores.full stores.offloaded "
+        "stores.offloaded_disk stores.quantized stores.sink_recent stores.sink_recent_compensated"
     ),
 }
 
