@@ -102,7 +102,7 @@ class LongCtxConfig:
         Path(path).write_text(text, "utf-8")
 
     def override(self, **sections: Any) -> LongCtxConfig:
-        """A config with these sections laid over this one's; see ``files.merge`` for what replaces what."""
+        """A config with these sections laid over this one's; see ``config_files.merge`` for what replaces what."""
         return type(self).from_dict(merge(self.to_dict(), sections))
 
     def roles(self) -> tuple[str, ...]:
