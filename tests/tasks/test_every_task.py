@@ -18,9 +18,10 @@ from helpers.tiny_tokenizer import byte_bpe
 from hf_longctx import tasks
 from hf_longctx.config.words import NOT_WORDS, load, words
 from hf_longctx.errors import ConfigError
-from hf_longctx.tasks import passkey, task_from
+from hf_longctx.tasks import task_from
 from hf_longctx.tasks.base import Sample, Task
 from hf_longctx.tasks.language import language_for
+from hf_longctx.tasks.synthetic import passkey
 
 SPOKEN = spoken()
 LENGTH = 1100
@@ -38,7 +39,7 @@ def same(one: Sample, other: Sample) -> bool:
 
 
 def test_the_listing_is_the_tasks_and_each_has_its_cases():
-    assert words("tasks") == (
+    assert words("tasks.synthetic") == (
         "common_words",
         "frequent_words",
         "key_value",
@@ -47,11 +48,11 @@ def test_the_listing_is_the_tasks_and_each_has_its_cases():
         "threading",
         "variable_tracking",
     )
-    assert {case.partition(":")[0] for case in CASES} == set(words("tasks"))
+    assert {case.partition(":")[0] for case in CASES} == set(words("tasks.synthetic"))
     assert all((Path(tasks.__file__).parent / f"{name}.py").exists() for name in NOT_WORDS["tasks"])
     assert len(SPOKEN) == 6 * 14 + 6 and len(DEEP) == 6 * 11 + 6
-    for word in words("tasks"):
-        task = load("tasks", word)
+    for word in words("tasks.synthetic"):
+        task = load("tasks.synthetic", word)
         assert issubclass(task, Task) and task.__dataclass_params__.frozen and task.paper.startswith("arXiv:")
         assert task.deep == (word not in COUNTED)
 

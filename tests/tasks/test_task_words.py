@@ -9,8 +9,8 @@ from hf_longctx.errors import ConfigError
 from hf_longctx.tasks import task_from, tasks_from
 from hf_longctx.tasks.answer import score
 from hf_longctx.tasks.metrics import METRICS
-from hf_longctx.tasks.needle import Needle
-from hf_longctx.tasks.passkey import Passkey
+from hf_longctx.tasks.synthetic.needle import Needle
+from hf_longctx.tasks.synthetic.passkey import Passkey
 
 
 def test_a_task_and_its_fields_by_name():

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ..base import Draft, Question, Task
+from ..language import Wording
 from ._pairs import Pairs, listing
-from .base import Draft, Question, Task
 from .key_value import WORDING
-from .language import Wording
 
 START = replace(
     WORDING,

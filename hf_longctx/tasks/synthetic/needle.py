@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..errors import ConfigError
-from ._words import numbers
-from .base import Draft, Task
-from .documents import place
-from .language import Wording
+from ...errors import ConfigError
+from .._words import numbers
+from ..base import Draft, Task
+from ..documents import place
+from ..language import Wording
 
 VARIANTS = ("single", "multi_key", "multi_value", "multi_query")
 ONE = Wording(

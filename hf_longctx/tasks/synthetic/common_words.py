@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..errors import ConfigError
+from ...errors import ConfigError
+from .._words import coded
+from ..base import Draft, Task
+from ..language import Wording
 from ._counting import counting
-from ._words import coded
-from .base import Draft, Task
-from .language import Wording
 
 WORDING = Wording(
     intro="Below is a list of words. Some of them appear more often than the others.\n\nList:",

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .._words import coded
+from ..base import Draft, Task
+from ..language import Wording
 from ._counting import counting
-from ._words import coded
-from .base import Draft, Task
-from .language import Wording
 
 WORDING = Wording(
     intro="Below is a text in code. The dots mean nothing, the words are counted.\n\nText:",

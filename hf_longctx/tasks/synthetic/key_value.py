@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .._words import ids
+from ..base import Draft, Question, Task
+from ..language import Wording
 from ._pairs import Pairs, listing
-from ._words import ids
-from .base import Draft, Question, Task
-from .language import Wording
 
 WORDING = Wording(
     intro="Below is a JSON object with many keys and their values.\n\n",

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ._words import coded, passkeys
-from .base import Draft, Task, chain
-from .language import Wording
+from .._words import coded, passkeys
+from ..base import Draft, Task, chain
+from ..language import Wording
 
 WORDING = Wording(
     intro="Variables are assigned in the text below. Keep track of their values.\n\nText:",
