@@ -42,10 +42,14 @@ class StoreSpec(ABC):
 
     Attributes:
         places: names of the fields that say where it keeps things, not what: a saved cache may be loaded with others.
+        exact: what is read is what was written, not rounded.
+        cases: small settings, fields by name, that together show all it does; the tests run each of them.
     """
 
     roles: tuple[str, ...]
     places: ClassVar[tuple[str, ...]] = ()
+    exact: ClassVar[bool] = True
+    cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     @abstractmethod
     def new(self, heads: RoleHeads, max_tokens: int | None) -> Store:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -94,11 +94,13 @@ class Task(ABC):
 
     Attributes:
         metric: how answers are scored; ``string_match`` is the share of the answers that are found in the output.
+        cases: small settings, fields by name, that together show all it does; the tests run each of them.
     """
 
     paper: ClassVar[str]
     deep: ClassVar[bool] = True  # whether there is a place in the context that ``depth`` can choose
     text_only: ClassVar[bool] = True  # whether the embedded models' language cannot say it
+    cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     metric: str = field(default="string_match", metadata={"choices": tuple(METRICS)})
 

@@ -40,7 +40,7 @@ def test_a_task_and_its_fields_by_name():
         ("needle:needles", "got 'needles', expected NAME=VALUE"),
         ("passkey:task=needle", "not a field"),
         ("needle:variant=multi_key:needles=4:needles=8", "needles is given twice"),
-        (["needle"], "tasks: got .*expected text"),
+        ([["needle"]], "tasks: got .*expected text"),
         ("threading:hops=0", "tasks.hops: got 0"),
         ("frequent_words:alpha=1", "tasks.alpha: got 1"),
         ("common_words:count=3", "tasks.others: got 3, expected less than count"),

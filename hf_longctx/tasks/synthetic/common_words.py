@@ -28,6 +28,7 @@ class CommonWords(Task):
     """
 
     paper = "arXiv:2404.06654"
+    cases = ({"words": 4, "count": 6, "others": 2},)
     deep = False
 
     words: int = field(default=10, metadata={"min": 1, "max": 1024, "unit": "words"})

@@ -34,6 +34,7 @@ class FrequentWords(Task):
     """
 
     paper = "arXiv:2404.06654"
+    cases = ({}, {"words": 2, "alpha": 1.5})
     deep = False
 
     alpha: float = field(default=2.0, metadata={"min": 1.1, "max": 8.0})

@@ -32,6 +32,7 @@ class KeyValue(Task):
     """
 
     paper = "arXiv:2307.03172"
+    cases = ({}, {"questions": 4})
     text_only = False
 
     questions: int = field(default=1, metadata={"min": 1, "max": 512, "unit": "questions"})

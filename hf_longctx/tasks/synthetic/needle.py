@@ -40,6 +40,12 @@ class Needle(Task):
     """
 
     paper = "arXiv:2404.06654"
+    cases = (
+        {},
+        {"variant": "multi_key", "needles": 5, "questions": 3},
+        {"variant": "multi_value"},
+        {"variant": "multi_query", "needles": 3},
+    )
     text_only = False
 
     variant: str = field(default="single", metadata={"choices": VARIANTS})

@@ -38,6 +38,7 @@ class Threading(Task):
     """
 
     paper = "arXiv:2411.05000"
+    cases = ({}, {"threads": 2, "hops": 3})
 
     hops: int = field(default=4, metadata={"min": 1, "max": 256, "unit": "pairs"})
     threads: int = field(default=1, metadata={"min": 1, "max": 64, "unit": "threads"})

@@ -33,6 +33,7 @@ class VariableTracking(Task):
     """
 
     paper = "arXiv:2404.06654"
+    cases = ({}, {"chains": 3, "hops": 2})
 
     chains: int = field(default=1, metadata={"min": 1, "max": 64, "unit": "chains"})
     hops: int = field(default=4, metadata={"min": 1, "max": 256, "unit": "assignments"})
