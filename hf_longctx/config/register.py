@@ -27,7 +27,7 @@ BASES = {
 WITH_ROLES = ("store", "prefill", "decode")
 ROLES = ("retrieval", "streaming")
 PLAIN = (int, float, str, bool, dict)
-KERNEL = ("NAME", "PREFERENCE", "supports", "attend")
+KERNEL = ("NAME", "PREFERENCE", "READS", "supports", "attend")
 
 
 def register(kind: str, word: str, thing: Any) -> None:
@@ -41,7 +41,7 @@ def register(kind: str, word: str, thing: Any) -> None:
             ``family``.
         word: small letters, digits and underscores; of a family, its ``model_type``.
         thing: of the first five kinds the class, a frozen dataclass that extends the kind's base; of ``kernel`` a
-            module or object with ``NAME``, ``PREFERENCE``, ``supports`` and ``attend``; of ``family`` a ``Family``.
+            module or object with what ``kernels/base.py`` asks of one; of ``family`` a ``Family``.
 
     Raises:
         ConfigError: no such kind, a word that is taken or malformed, or a thing that lacks what its kind needs.
@@ -144,6 +144,8 @@ def _check_kernel(kind: str, word: str, thing: Any, where: str) -> None:
         raise wrong(f"{where}: NAME", thing.NAME, f"the word, {word!r}")
     if type(thing.PREFERENCE) is not int:
         raise wrong(f"{where}: PREFERENCE", thing.PREFERENCE, "a whole number")
+    if not (isinstance(thing.READS, frozenset) and thing.READS):
+        raise wrong(f"{where}: READS", thing.READS, "a frozenset of the classes of reads that it computes")
 
 
 def _check_family(kind: str, word: str, thing: Any, where: str) -> None:

@@ -34,6 +34,7 @@ from hf_longctx.config.reference import reference
 from hf_longctx.config.words import FOLDERS, dump, load, words
 from hf_longctx.decode.base import SelectSpec
 from hf_longctx.evaluate.run import evaluate
+from hf_longctx.layout.reads import Causal
 from hf_longctx.model.family import families, find_family
 from hf_longctx.prefill.base import PatternSpec
 from hf_longctx.stores.full import Full
@@ -83,10 +84,10 @@ def test_a_word_that_means_something_is_not_replaced(kind):
     if kind == "family":
         thing = Family(model_type=taken)
     elif kind == "kernel":
-        thing = SimpleNamespace(**{**vars(type(thing)), "NAME": taken, "attend": print, "supports": print})
+        thing = SimpleNamespace(**KERNEL | {"NAME": taken})
     refused(lambda: register(kind, taken, thing), f"register({kind!r}, {taken!r}, ...)", "the package has that word")
     own(kind)
-    others = {"kernel": SimpleNamespace(NAME=word, PREFERENCE=1, supports=print, attend=print)}
+    others = {"kernel": SimpleNamespace(**KERNEL | {"NAME": word})}
     others |= {"family": Family(model_type=word, layers="h")}
     other = others.get(kind) or dataclass(frozen=True)(type("Other", (WORDS[kind][1],), {"__module__": __name__}))
     refused(lambda: register(kind, word, other), "the word was registered before", "Choose another word")
@@ -153,7 +154,7 @@ class Abstract(WORDS["heads"][1].__mro__[1]):
     paper = "x"
 
 
-KERNEL = {"NAME": "mine", "PREFERENCE": 1, "supports": print, "attend": print}
+KERNEL = {"NAME": "mine", "PREFERENCE": 1, "READS": frozenset({Causal}), "supports": print, "attend": print}
 
 
 @pytest.mark.parametrize(
@@ -183,10 +184,11 @@ KERNEL = {"NAME": "mine", "PREFERENCE": 1, "supports": print, "attend": print}
         ("heads", "mine", dataclass(frozen=True)(Abstract), ("Abstract lacks: scores",)),
         ("decode", "mine", Rounded, ("a class that extends hf_longctx.decode.base.SelectSpec",)),
         ("task", "mine", Rounded, ("a class that extends hf_longctx.tasks.base.Task",)),
-        ("kernel", "mine", SimpleNamespace(NAME="mine"), ("lacks: PREFERENCE, supports, attend",)),
+        ("kernel", "mine", SimpleNamespace(NAME="mine"), ("lacks: PREFERENCE, READS, supports, attend",)),
         ("kernel", "mine", SimpleNamespace(**KERNEL | {"NAME": "other"}), ("NAME: got 'other'",)),
         ("kernel", "mine", SimpleNamespace(**KERNEL | {"PREFERENCE": "high"}), ("PREFERENCE: got 'high'",)),
         ("kernel", "mine", SimpleNamespace(**KERNEL | {"attend": None}), ("lacks: attend",)),
+        ("kernel", "mine", SimpleNamespace(**KERNEL | {"READS": (Causal,)}), ("READS: got",)),
         ("family", "olmo2", Rounded, ("expected a hf_longctx.Family",)),
         ("family", "olmo", FAMILY, ("model_type: got 'olmo2', expected the word, 'olmo'",)),
     ],
@@ -214,6 +216,23 @@ def test_words_and_objects_patch_alike():
     assert torch.equal(*found) and not torch.allclose(found[0][:, :80], dense, atol=1e-3)
     patch_model(model, config_for(model, "retrieval", stores={"retrieval": Full()}))
     assert not torch.allclose(found[0], logits(model, torch.arange(3, 403)[None] % 90), atol=1e-3)
+
+
+def test_a_kernel_computes(kernel="plain"):
+    model = tiny_model(dtype=torch.float64)
+    dense = logits(model)
+    own("kernel")
+    patch_model(model, config_for(model, "retrieval"), kernel=kernel)
+    assert torch.allclose(logits(model), dense, atol=1e-9, rtol=0) and report(model).kernels == (kernel,)
+    refused(lambda: patch_model(model, config_for(model), kernel=WORDS["kernel"][1]), "kernel: got <")
+    with pytest.raises(ValueError, match="not what auto takes"):
+        register("kernel", "first", SimpleNamespace(**KERNEL | {"NAME": "first", "PREFERENCE": 99, "supports": unsaid}))
+        patch_model(model, config_for(model, "retrieval"), kernel="auto")
+        logits(model)
+
+
+def unsaid(case):
+    raise ValueError("not what auto takes: it is asked first")
 
 
 def test_an_object_replaces_the_whole_spec():

@@ -13,6 +13,7 @@ from hf_longctx import Family
 from hf_longctx.config.words import registered
 from hf_longctx.decode.base import SelectSpec
 from hf_longctx.identification.methods.base import Method, Subject
+from hf_longctx.kernels import reference
 from hf_longctx.layout.blocks import BlockList
 from hf_longctx.prefill.base import BLOCK, PatternSpec
 from hf_longctx.stores.full import Full, FullStore
@@ -86,13 +87,13 @@ class Pin(Passkey):
 class Plain:
     """The definition of attention, as a kernel of one's own."""
 
-    NAME, PREFERENCE = "plain", -1
+    NAME, PREFERENCE, READS = "plain", -1, reference.READS
 
     def supports(self, case) -> None:
         return None
 
     def attend(self, q, segments, reads, scores, want_lse=True):
-        raise NotImplementedError
+        return reference.attend(q, segments, reads, scores, want_lse)
 
 
 PLAIN = Plain()

@@ -27,7 +27,7 @@ def tiny_config(
     **extra,
 ):
     """A config of 3 small layers; ``sliding`` gives every layer (as in Mistral) or every second one (Qwen) a window."""
-    if find_family(family).sliding == "all":
+    if family in FAMILIES and find_family(family).sliding == "all":
         extra["sliding_window"] = sliding
     elif sliding is not None:
         types = ["sliding_attention" if i % 2 else "full_attention" for i in range(layers)]
@@ -149,12 +149,12 @@ class Shadow:
     def check(self, module, q, kept, out, scaling) -> None:
         assert isinstance(kept, LayerKV)
         k, v = self.keys[module.layer_idx]
-        rows, plan = kept.rows, module.longctx_plan
+        rows, plan = kept.forward.rows, module.longctx_plan
         starts = rows.starts or (0,) * q.shape[0]
         stores = self.config.stores.streaming
-        window = plan.stores["streaming"].recent if plan.sliding else None
+        window = plan.window
         visible = dense_mask_visible(
-            plan.roles,
+            plan.letters,
             q.shape[1] // k.shape[1],
             starts,
             q.shape[2],

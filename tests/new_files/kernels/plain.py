@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import reference
 
-NAME, PREFERENCE = "plain", -1
+NAME, PREFERENCE, READS = "plain", -1, reference.READS
 
 
 def supports(case) -> str | None:
