@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.config_cases import plain, refused
-from helpers.own_words import FAMILY, WORDS, Pages, Pin, Rounded, Strided, WeightNorm, nothing_kept
+from helpers.own_words import FAMILY, WORDS, Pages, Pin, Rounded, Strided, WeightNorm
+from helpers.registered import nothing_kept
 from helpers.tiny import config_for, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,12 +44,6 @@ from hf_longctx.tasks import task_from, tasks_from
 
 IDS = torch.arange(3, 83)[None]
 KINDS = pytest.mark.parametrize("kind", WORDS)
-
-
-@pytest.fixture(autouse=True)
-def forgotten():
-    with nothing_kept():
-        yield
 
 
 def own(kind: str) -> None:

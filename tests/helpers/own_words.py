@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hf_longctx import Family
-from hf_longctx.config.words import registered
 from hf_longctx.decode.base import SelectSpec
 from hf_longctx.identification.methods.base import Method, Subject
 from hf_longctx.kernels import reference
@@ -107,15 +105,3 @@ WORDS = {  # kind -> (word, what is registered)
     "kernel": ("plain", PLAIN),
     "family": ("olmo2", FAMILY),
 }
-
-
-@contextmanager
-def nothing_kept() -> Iterator[None]:
-    """What is registered inside is forgotten on exit."""
-    before = {folder: dict(words) for folder, words in registered.items()}
-    try:
-        yield
-    finally:
-        for folder, words in before.items():
-            registered[folder].clear()
-            registered[folder].update(words)
