@@ -17,7 +17,7 @@ from .bounds import MOST
 from .files import merge, read_file, read_shipped
 from .model import ModelSection, model_facts
 from .sections import DecodeSection, HeadsSection, PrefillSection, StoresSection, check_counts, check_rows
-from .words import check_mapping, check_word, dump, make, words
+from .words import check_mapping, check_word, dump, make, register_first, words
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan
@@ -50,7 +50,7 @@ class LongCtxConfig:
 
     def __post_init__(self) -> None:
         layers, model = self.model.num_hidden_layers, self.model
-        check_word(self.kernel, kernel_words(), "kernel")
+        check_word(self.kernel, kernel_words(), "kernel", register_first("kernels", self.kernel))
         self.heads.check_shape(layers, model.num_key_value_heads)
         for name, table in self.prefill.tables.items():
             where = f"prefill.tables.{name}.map"
@@ -93,16 +93,28 @@ class LongCtxConfig:
         return make(cls, data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that JSON can hold; ``from_dict`` gives an equal config back."""
+        """Plain data that JSON can hold; ``from_dict`` gives an equal config back.
+
+        Raises:
+            ConfigError: it holds a spec of somebody's own whose class is not registered (``register``).
+        """
         return dump(self)
 
     def to_yaml(self, path: str | os.PathLike) -> None:
-        """Write a file that ``from_yaml`` reads back, complete in itself."""
+        """Write a file that ``from_yaml`` reads back, complete in itself.
+
+        Raises:
+            ConfigError: as ``to_dict``.
+        """
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
         Path(path).write_text(text, "utf-8")
 
     def override(self, **sections: Any) -> LongCtxConfig:
-        """A config with these sections laid over this one's; see ``config_files.merge`` for what replaces what."""
+        """A config with these sections laid over this one's; see ``files.merge`` for what replaces what.
+
+        Raises:
+            ConfigError: as ``from_dict`` and ``to_dict``.
+        """
         return type(self).from_dict(merge(self.to_dict(), sections))
 
     def roles(self) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ class Paged(StoreSpec):
     """
 
     roles = ("retrieval",)
+    cases = ({"page": 16, "recent": 20},)
 
     page: int = field(default=1024, metadata={**TOKENS, "min": 16})
     recent: int = field(default=4096, metadata=TOKENS_OR_NONE)

@@ -34,11 +34,15 @@ class StoreSpec(ABC):
         rule: which tokens it keeps: ``all`` of them, those at some row positions (``positional``), or those that the
             data choose (``data``).
         places: fields that name a storage location; a saved cache may be loaded with other values.
+        exact: what is read is what was written, not rounded.
+        cases: small settings, fields by name, that together show all it does; the tests run each of them.
     """
 
     roles: tuple[str, ...]
     rule: ClassVar[Literal["all", "positional", "data"]] = "all"
     places: ClassVar[tuple[str, ...]] = ()
+    exact: ClassVar[bool] = True
+    cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     @abstractmethod
     def new(self, heads: RoleHeads, max_tokens: int | None) -> Store:

@@ -37,6 +37,8 @@ class Quantized(StoreSpec):
     """
 
     roles = ("retrieval",)
+    exact = False
+    cases = ({"bits": 8, "group": 16, "residual": 8}, {"bits": 4, "group": 16, "residual": 0})
 
     bits: int = field(default=8, metadata={"choices": (8, 4)})
     group: int = field(default=64, metadata={"min": 16, "max": 1024, "unit": "tokens"})

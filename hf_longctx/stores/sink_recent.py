@@ -37,6 +37,7 @@ class SinkRecent(StoreSpec):
 
     roles = ("streaming",)
     rule = "positional"
+    cases = ({"sink": 4, "recent": 16},)
 
     sink: int = field(default=64, metadata=TOKENS_OR_NONE)
     recent: int = field(default=256, metadata=TOKENS)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.store_cases import CASES, role_of
 from helpers.tiny import config_for, tiny_config, tiny_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
@@ -19,7 +20,6 @@ from hf_longctx.bench.memory_check import check, fill
 from hf_longctx.cache.seam import CACHE, cache_of
 from hf_longctx.commands.app import app
 from hf_longctx.config.config import load_shipped
-from hf_longctx.config.words import words
 from hf_longctx.planning import find as memory_find
 from hf_longctx.planning import memory
 from hf_longctx.planning.find import find
@@ -137,10 +137,18 @@ def test_packed_bytes_are_what_is_allocated(tokens, word, batch, bits, folder):
         assert subject.kv(way, tokens) == 12 * batch * one == check(subject, way, tokens)
 
 
-def test_every_store_knows_its_slots():
-    checked = {"full", "sink_recent", "sink_recent_compensated", "offloaded", "offloaded_disk", "quantized"}
-    assert set(words("stores")) == checked, "a new store is checked above or below"
+@pytest.mark.parametrize("tokens", [20, 300])
+@pytest.mark.parametrize("case", CASES)
+def test_the_calculation_of_every_store_is_what_is_allocated(case, tokens, folder):
+    path, config = folder(roles=role_of(case))
+    stores = {role_of(case): CASES[case]}
+    LongCtxConfig.from_yaml(config).override(stores=stores).to_yaml(config)
+    subject = find(path, SETTINGS, config)
+    for way in WAYS:
+        assert subject.kv(way, tokens) == check(subject, way, tokens)
 
+
+def test_a_store_says_its_slots_or_a_test_fails():
     class Twice(StoreSpec):
         def new(self, heads, max_tokens): ...
 
