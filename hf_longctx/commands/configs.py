@@ -19,6 +19,7 @@ from ..config.ranking import ranked, readme_table
 from ..config.words import spec_word
 from ..errors import ConfigError
 from ..io.console import console
+from ._options import short_names
 
 app = typer.Typer(help="The shipped configs, one per checkpoint: a list without a command, or one of them.")
 
@@ -26,7 +27,7 @@ LENGTHS = {"32k": 32768, "128k": 131072}  # tokens
 MARKS = {"R": "R", "S": "."}  # told apart without colour too
 SHADES = ("bold green", "green", "yellow", "bright_black")  # of the quarters of all heads, best scores first
 
-SHARE = "Draw this share of retrieval heads, 0 to 1."
+SHARE = "Draw this share of retrieval heads, 0 to 1. Or --fraction."
 
 
 @app.callback(invoke_without_command=True)
@@ -36,17 +37,17 @@ def configs(context: typer.Context) -> None:
         _list(console())
 
 
-@app.command()
+@app.command("show", **short_names(fraction="retrieval-fraction"))
 def show(
     name: Annotated[str, typer.Argument(help="Shipped config, one of its hub ids, YAML, or a model's folder.")],
     use: Annotated[str | None, typer.Option(help="Draw the head map of this alternative.")] = None,
-    fraction: Annotated[float | None, typer.Option("--retrieval-fraction", "--fraction", help=SHARE)] = None,
+    retrieval_fraction: Annotated[float | None, typer.Option(help=SHARE)] = None,
 ) -> None:
     """The facts of one config, and its head map: one line per layer, one cell per KV head."""
-    given = {"use": use, "retrieval_fraction": fraction}
-    given = {key: value for key, value in given.items() if value is not None}
+    overrides = {"use": use, "retrieval_fraction": retrieval_fraction}
+    overrides = {key: value for key, value in overrides.items() if value is not None}
     config = find_config(name)
-    config = config.override(heads=given) if given else config
+    config = config.override(heads=overrides) if overrides else config
     to = console()
     _facts(to, name, config)
     _head_map(to, config)

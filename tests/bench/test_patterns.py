@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from hf_longctx import ConfigError, LongCtxError
 from hf_longctx.bench import block_lists, columns, e2e, patterns, prefill, show
 from hf_longctx.bench.settings import Settings
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
 from hf_longctx.config.words import load, words
 from hf_longctx.kernels import cpu
 from hf_longctx.prefill.base import select

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hf_longctx import ConfigError, patch_model, patched, unpatch_model
 from hf_longctx.assets import asset
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
 from hf_longctx.config.words import load, words
 from hf_longctx.evaluate import run
 from hf_longctx.evaluate.forwards import perplexity
