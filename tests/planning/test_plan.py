@@ -427,7 +427,9 @@ def test_the_command_prints_the_plan_and_writes_it(given, tmp_path):
     model = patch_model(tiny_model(), str(out))
     assert state_of(model).config == found.config
     reserved = invoke(path, *args, "--memory", "1GB", "--reserve", "--batch", 3, "--weights", "900MB")
-    assert reserved.exit_code == 0 and "max_tokens=1000) makes it" in reserved.output and "3 sequences" in reserved.output
+    assert (
+        reserved.exit_code == 0 and "max_tokens=1000) makes it" in reserved.output and "3 sequences" in reserved.output
+    )
     assert "900.00 MB" not in reserved.output and re.search(r"the config as it is +0\.90 ", reserved.output)
 
 
