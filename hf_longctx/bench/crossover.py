@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..cache.plan import FEWEST
 from ..config.config import LongCtxConfig, load_shipped
+from ..config.find import is_file_name
 from ..errors import ConfigError
 from ..prefill.base import select
 from ..prefill.dense import Dense
@@ -65,7 +66,7 @@ def case_of(
     """
     if min(settings.tokens) < FEWEST:
         raise ConfigError(f"tokens: patterns run for at least {FEWEST} tokens, given {min(settings.tokens)}.")
-    read = LongCtxConfig.from_yaml if (config or "").lower().endswith((".yaml", ".yml")) else load_shipped
+    read = LongCtxConfig.from_yaml if config is not None and is_file_name(config) else load_shipped
     own = None if config is None else read(config)
     if kernel == ("auto" if own is None else own.kernel):
         kernel = None  # nothing to override

@@ -55,10 +55,9 @@ def ways(model: nn.Module) -> list[Way]:
     unpatch_model(model)
     upside_down = tuple(tuple(-score for score in row) for row in right.heads.scores)
     wrong = right.override(heads={"scores": upside_down, "retrieval_fraction": right.heads.retrieval_fraction})
-    roles = "".join(right.roles())
-    kept = f"{roles.count('R')} of {len(roles)}"
-    dense = f"{len(roles)} of {len(roles)}"
-    return [Way("dense", dense, None), Way("patched", kept, right), Way("wrong heads", kept, wrong)]
+    every = f"{right.kv_heads} of {right.kv_heads}"
+    chosen = f"{right.retrieval_heads} of {right.kv_heads}"
+    return [Way("dense", every, None), Way("patched", chosen, right), Way("wrong heads", chosen, wrong)]
 
 
 def texts(seed: int, prompts: int, length: int, notes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-YAML = (".yaml", ".yml")
 JSON = (".json",)
 PNG = (".png",)
 PICTURES = (*PNG, ".pdf", ".svg")

@@ -108,7 +108,6 @@ def find_config(name: str) -> LongCtxConfig:
 def _facts(console: Console, name: str, config: LongCtxConfig) -> None:
     """Everything the config says but its numbers, a line of text each."""
     model, heads = config.model, config.heads
-    roles = "".join(config.roles())
     grid = Table(title=name, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -126,7 +125,7 @@ def _facts(console: Console, name: str, config: LongCtxConfig) -> None:
         grid.add_row(f"  {key}", Text(_plain(heads.active.source[key])))
     if heads.use is None:
         grid.add_row("  confidence", heads.confidence)
-    grid.add_row("retrieval", f"{roles.count('R')} of {len(roles)} KV heads ({_share(config):.1%})")
+    grid.add_row("retrieval", f"{config.retrieval_heads} of {config.kv_heads} KV heads ({_share(config):.1%})")
     grid.add_row("KV MB", "\n".join(_memory(config)) + "\nof one row, dense -> patched, 2 bytes per number")
     for other, alternative in heads.alternatives.items():
         source = alternative.source
@@ -176,8 +175,7 @@ def _origin(config: LongCtxConfig) -> str:
 
 
 def _share(config: LongCtxConfig) -> float:
-    roles = "".join(config.roles())
-    return roles.count("R") / len(roles)
+    return config.retrieval_heads / config.kv_heads
 
 
 def _memory(config: LongCtxConfig) -> list[str]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..assets import embedded
+from ..config.find import YAML
 from ..config.words import build, check_word, read_fields, words
 from ..io.console import console
 from ..io.plots import head_map, save
@@ -18,7 +19,6 @@ from ..planning.sizes import parse_tokens
 from ._options import (
     DTYPES,
     PICTURES,
-    YAML,
     Device,
     Dtype,
     Model,
@@ -106,7 +106,6 @@ DEFAULTS = {0.5: "Half of the heads", 0.25: "A quarter of the heads"}
 
 def show(console: Console, config: LongCtxConfig, out: os.PathLike, default: bool = False) -> None:
     """What was found, in a few lines, and what to do with it; ``default``: nobody said which share it should be."""
-    roles = "".join(config.roles())
     curve = config.heads.measured.get("curve", [])
     if curve:
         table = Table(title="The share, measured against the dense model")
@@ -116,7 +115,7 @@ def show(console: Console, config: LongCtxConfig, out: os.PathLike, default: boo
             table.add_row(*map(str, row.values()))
         console.print(table)
     console.print(
-        f"{roles.count('R')} of {len(roles)} KV heads are retrieval heads "
+        f"{config.retrieval_heads} of {config.kv_heads} KV heads are retrieval heads "
         f"(retrieval_fraction {config.heads.retrieval_fraction}). Written to {out}.\n"
         f'Use it: patch_model(model, "{out}")' + (_how_to_choose(config, out) if default else ""),
         markup=False,

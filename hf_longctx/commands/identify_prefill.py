@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..assets import embedded
+from ..config.find import YAML
 from ..config.words import check_word, dump
 from ..io.console import console
 from ..planning.sizes import parse_tokens
-from ._options import DTYPES, YAML, Device, Dtype, Model, Seed, Yaml, check_output, device_of, load_model
+from ._options import DTYPES, Device, Dtype, Model, Seed, Yaml, check_output, device_of, load_model
 
 if TYPE_CHECKING:
     from ..config.config import LongCtxConfig

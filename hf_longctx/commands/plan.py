@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from ..config.config import LongCtxConfig
+from ..config.find import YAML
 from ..config.words import check_word
 from ..io.console import console
 from ..io.environment import environment
 from ..planning.sizes import DTYPES, parse_bytes, parse_tokens
 from ._options import (
     JSON,
-    YAML,
     Batch,
     Json,
     Memory,

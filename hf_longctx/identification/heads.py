@@ -14,6 +14,7 @@ from ..config.bounds import TOKENS
 from ..config.config import LongCtxConfig
 from ..config.find import checkpoint_name
 from ..config.head_map import usable_fraction
+from ..config.model import made_for
 from ..config.words import build, convert, dump, words
 from ..errors import ConfigError, UnsupportedModeError, UnsupportedModelError
 from ..model.patch import patched, state_of, unwrap
@@ -160,6 +161,7 @@ def probe_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int, 
     reach = 0 if tokenizer is None else max(tokenizer.get_vocab().values(), default=0)
     if reach >= (known := inner.get_input_embeddings().num_embeddings):
         raise ConfigError(f"tokenizer: its ids reach {reach}, but the model knows {known}. Is it this model's own?")
+    bounds = [tokens for tokens in (made_for(hf_config), documents.longest) if tokens]
     return HeadProbe(
         model=inner,
         layers=hf_config.num_hidden_layers,
@@ -168,7 +170,7 @@ def probe_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int, 
         documents=documents,
         windowed=windowed,
         seed=seed,
-        longest=min(hf_config.max_position_embeddings, documents.longest or hf_config.max_position_embeddings),
+        longest=min(bounds, default=HeadProbe.longest),
         work=None if work is None else Path(work),
         progress=progress,
         measured={"tokenizer": "none"} if tokenizer is None else {},

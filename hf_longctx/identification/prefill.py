@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..cache.fingerprint import weights_digest
 from ..config.config import LongCtxConfig
 from ..config.find import resolve
 from ..config.words import build, convert, dump, wrong
@@ -33,7 +34,6 @@ from ..tasks.haystack import TextHaystack
 from .attention import weights
 from .heads import SEED, all_retrieval, probe_of
 from .methods.base import HeadProbe, modes_kept
-from .work import model_hash
 
 TABLE = "searched"
 FILE = "identify_prefill.json"
@@ -213,7 +213,7 @@ class Search:
             "seed": self.probe.seed,
             "query_blocks": self.blocks,
             "prompt": hashlib.sha256(self.ids.tobytes()).hexdigest()[:16],
-            "model": model_hash(self.probe.model),
+            "model": weights_digest(unwrap(self.probe.model), complete=False),
             "dtype": str(self.probe.model.dtype),
         }
 

@@ -14,6 +14,7 @@ from ..assets import embedded
 from ..config.config import LongCtxConfig, load_shipped
 from ..config.files import shipped
 from ..config.find import find_name, is_file_name, resolve
+from ..config.model import made_for
 from ..config.words import check_word
 from ..errors import ConfigError, UnsupportedModelError
 from ..model.family import find_family
@@ -79,7 +80,7 @@ def loaded(model: Any, settings: MemorySettings, config: str | None = None) -> M
 def _told(dense: Any, config: LongCtxConfig) -> tuple[int | None, tuple[str, ...]]:
     """(tokens it was made for, notes) of a model whose own config is known."""
     scaled = config.model.rope_note(dense)
-    return getattr(dense, "max_position_embeddings", None), () if scaled is None else (scaled,)
+    return made_for(dense), () if scaled is None else (scaled,)
 
 
 def _check_dense(name: str, dense: Any) -> None:
@@ -150,5 +151,6 @@ def _described(name: str, known: str, named: LongCtxConfig, settings: MemorySett
         "The model's config.json does: name its folder."
     )
     notes = (note,) if settings.weights is None else ()
-    made_for = model.max_position_embeddings
-    return _checked(MemoryModel(name, _meta(dense, settings), dense, settings, named, made_for, notes))
+    return _checked(
+        MemoryModel(name, _meta(dense, settings), dense, settings, named, model.max_position_embeddings, notes)
+    )

@@ -117,8 +117,7 @@ def _pinned(config: LongCtxConfig) -> Overrides:
 
 
 def _share(config: LongCtxConfig) -> float:
-    roles = "".join(config.roles())
-    return round(roles.count("R") / len(roles), 6)
+    return round(config.retrieval_heads / config.kv_heads, 6)
 
 
 def _leaves(overrides: Mapping[str, Any]) -> Iterator[str]:

@@ -158,21 +158,25 @@ def plan(
 
 def _quality(config: LongCtxConfig, rung: Rung) -> Iterator[str]:
     """What is known of the answers of a config, and what is not."""
-    heads, roles = config.heads, "".join(config.roles())
-    kept, source, form = roles.count("R"), heads.active.source, "roles" if heads.active.scores is None else "scores"
-    said, own = f"{kept} of {len(roles)} KV heads keep every token", heads.use is None
-    curve = heads.measured.get("curve") if own else None
-    rows = [row for row in curve or () if isinstance(row, Mapping) and row.get("retrieval_heads") == kept]
-    if kept == len(roles):
+    heads = config.heads
+    source = heads.active.source
+    form = "roles" if heads.active.scores is None else "scores"
+    counted = f"{config.retrieval_heads} of {config.kv_heads} KV heads keep every token"
+    first_map = heads.use is None  # not an alternative, which the measurements are not of
+    curve = heads.measured.get("curve") if first_map else None
+    rows = [
+        row for row in curve or () if isinstance(row, Mapping) and row.get("retrieval_heads") == config.retrieval_heads
+    ]
+    if config.retrieval_heads == config.kv_heads:
         unmeasured = ": the heads of this model were not measured, and hf-longctx identify measures them"
-        yield said + (unmeasured if own and heads.confidence == "none" else "")
+        yield counted + (unmeasured if first_map and heads.confidence == "none" else "")
     elif rows:
         figures = ", ".join(f"{key} {value}" for key, value in rows[0].items() if key != "retrieval_heads")
-        yield f"{said}; heads.measured has for that: {figures}"
+        yield f"{counted}; heads.measured has for that: {figures}"
     else:
         origin = f"{source.get('method', form)} of {source.get('from', 'unknown origin')}"
-        yield f"{said}, by {origin}; what that costs was not measured (heads.measured): hf-longctx eval measures it"
-    if heads.doubt is not None and kept < len(roles):
+        yield f"{counted}, by {origin}; what that costs was not measured (heads.measured): hf-longctx eval measures it"
+    if heads.doubt is not None and config.retrieval_heads < config.kv_heads:
         yield heads.doubt
     if "stores" in rung.overrides:
         yield f"what these stores cost was not measured on this model: {_flow(rung.overrides['stores'])}"

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache.fingerprint import weights_digest
 from ...config.words import dump
 from ...errors import ConfigError, UnsupportedModeError
 from ...io.processes import Processes
 from ...io.work import work_file
-from ...model.patch import state_of
+from ...model.patch import state_of, unwrap
 from ...tasks.documents import Document
 from ..gates import Gates, distance, frozen, load, save
-from ..work import model_hash
 from .base import HeadProbe, Method
 
 FILE = "duo_gates.safetensors"
@@ -141,7 +141,7 @@ class DuoGates(Method):
             "documents_per_step": documents,
             "seed": probe.seed,
             "streaming": dump(config.stores.streaming, "store"),
-            "model": model_hash(probe.model),
+            "model": weights_digest(unwrap(probe.model), complete=False),
             "documents": hashlib.sha256(self.document(probe, 0, 0, lengths).ids.tobytes()).hexdigest()[:16],
         }
 
