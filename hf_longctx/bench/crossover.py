@@ -160,7 +160,7 @@ def _measured(case: CrossoverCase, word: str, tokens: int, told: Told) -> dict:
             error = max(error, _check(columns[name], name, qkv, out, word))
     middle, worst = gain(times[DENSE].ms, times[SPARSE].ms)
     figures = {name: {"ms": times[name].as_dict(), "kernel": column.kernel} for name, column in columns.items()}
-    figures[SPARSE]["density"] = columns[SPARSE].rows.prefill.density
+    figures[SPARSE]["density"] = columns[SPARSE].forward.log.prefill.density
     facts = {"heads": settings.heads, "kv_heads": settings.kv_heads, "error": error}
     verdict = {"faster": middle, "faster_in_worst": worst, "wins": worst > 1}
     return {"dtype": word, "tokens": tokens, **facts, "columns": figures, **verdict}
@@ -170,7 +170,7 @@ def _check(column: Column, name: str, qkv: QKV, out: Tensor, word: str) -> float
     """The error of ``out [1, T, H, D]`` at some queries, against the mask of the lists that its patterns choose."""
     q, k, v = qkv
     at, module = spread(q.shape[2]), column.model.model.layers[0].self_attn
-    plan = module.longctx_plan.prefill
+    plan = module.longctx_plan.role("retrieval").prefill
     k, v = kept_buffers(
         column.update(0, k, v)
     )  # in the memory layout in which the patterns saw them: scores round alike

@@ -99,7 +99,7 @@ def show(console: Console, memory_model: MemoryModel, results: list[dict[str, An
     rows = [_line(result, results[0]["longest"])[: len(names)] for result in results]
     for table in tables(title, names, rows, console.width):
         console.print(table)
-    roles = "".join(plan.roles for plan in memory_model.plans)
+    roles = "".join(plan.letters for plan in memory_model.plans)
     sequences = count(s.batch, "sequence")
     read = f"read in chunks of {s.chunk} tokens (prefill_chunk_size={s.chunk})" if s.chunk else "read in one forward"
     lines = [

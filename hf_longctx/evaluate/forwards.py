@@ -15,7 +15,7 @@ from ..cache.cache import cache_bytes
 from ..cache.seam import CACHE, cache_of
 from ..config.model import made_for
 from ..errors import ConfigError, UnsupportedModelError
-from ..model.patch import unwrap
+from ..model.modules import unwrap
 from ..tasks.answer import input_device
 from .measures import LOGITS, Perplexity
 

@@ -11,16 +11,22 @@ Shapes: ``B`` batch, ``n`` KV heads, ``S`` token slots, ``D`` head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..layout.reads import All, Causal
 from ..layout.segments import Segment
 from ..layout.streamed import Streamed
 
+if TYPE_CHECKING:
+    from .base import Case
+
 BLOCK = 1 << 20  # numbers of a block of unpacked keys, at most, but for a single group of tokens
+PACKED = "packed"  # first of a `kind`
 TENSORS = ("k", "k_scale", "v", "v_scale")
 PREFILL_NOTE = "sparse prefill: what a quantized store kept was unpacked as a whole, layer by layer, to choose from it"
 
@@ -40,8 +46,7 @@ class Packed(Streamed):
         whole: slots that every row has filled, at least.
         shared: nobody writes to the memory any more, and other caches may read it.
         lengths: what a reader sees: slots filled, in every row (one number) or row by row.
-        ints: makes a tensor of whole numbers on a device; readers need it where rows differ.
-        notes: takes what a report should say.
+        by_row: ``lengths`` as int64 ``[B]`` on the device of ``k``; needed where they differ.
         room: slots to have again after saving and loading; 0: as many as now.
     """
 
@@ -55,8 +60,7 @@ class Packed(Streamed):
     whole: int = 0
     shared: bool = False
     lengths: tuple[int, ...] = (0,)
-    ints: Callable[[list[int], torch.device], Tensor] | None = None
-    notes: set[str] | None = None
+    by_row: Tensor | None = None
     room: int = 0
 
     @classmethod
@@ -79,6 +83,15 @@ class Packed(Streamed):
         }
 
     @property
+    def kind(self) -> Hashable:
+        """Bits of a code, and head_dim of the values."""
+        return PACKED, self.bits, self.v.shape[3] * 8 // self.bits
+
+    @property
+    def joined_note(self) -> str:
+        return PREFILL_NOTE
+
+    @property
     def slots(self) -> int:
         return self.k.shape[2]
 
@@ -99,7 +112,7 @@ class Packed(Streamed):
     def length(self, low: int, high: int) -> int | Tensor:
         """How many of the slots ``low .. high`` are filled, in every row or row by row (int64 ``[B]``)."""
         found = [min(max(0, length - low), high - low) for length in self.lengths]
-        return found[0] if min(found) == max(found) else self.ints(found, self.k.device)
+        return found[0] if min(found) == max(found) else self.by_row.clamp(low, high) - low
 
     def write(self, rows: slice, slot: int, k: Tensor, v: Tensor) -> None:
         """Pack k, v ``[b, n, N, D]`` of the rows ``rows`` into the slots from ``slot`` on, whole groups of them."""
@@ -126,11 +139,6 @@ class Packed(Streamed):
             high = min(low + tokens, self.longest)
             yield Segment(*room.fill(self, low, high), self.length(low, high))
 
-    def kept(self) -> tuple[Tensor, Tensor]:
-        if self.notes is not None:
-            self.notes.add(PREFILL_NOTE)
-        return super().kept()
-
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.k, self.k_scale, self.v, self.v_scale)
 
@@ -147,7 +155,7 @@ class Packed(Streamed):
 
     def __getstate__(self) -> dict:
         """Of copies and pickles. A pickle has all the memory behind a tensor: after a fork, that of several pieces."""
-        return {**self.__dict__, "ints": None, "notes": None} | {name: _alone(getattr(self, name)) for name in TENSORS}
+        return {**self.__dict__, "by_row": None} | {name: _alone(getattr(self, name)) for name in TENSORS}
 
     def blanked(self, held: list[tuple[slice, int]]) -> Packed:
         """Without the slots that no row fills; those that one row does not are zeros. ``held`` are (rows, slots)."""
@@ -196,15 +204,19 @@ class Packed(Streamed):
             for into, x in zip(ours.tensors(), theirs.tensors(), strict=True):
                 into.copy_(x)
 
-    def seen(self, counts: list[int], ints: Callable[[list[int], torch.device], Tensor], notes: set[str]) -> Packed:
-        """For a reader of the first ``counts`` tokens of each row (one number for all of them)."""
-        lengths = tuple(min(max(0, count - self.first), self.slots) for count in counts)
-        return replace(self, lengths=lengths, ints=ints, notes=notes)
+    def seen(self, counts: Sequence[int], ints: Callable[[list[int], torch.device], Tensor]) -> Packed:
+        """For a reader of the first ``counts`` tokens of each row (one number for all of them).
+
+        ``ints`` makes a tensor on a device, and is asked where rows differ.
+        """
+        lengths = [min(max(0, count - self.first), self.slots) for count in counts]
+        by_row = ints(lengths, self.k.device) if min(lengths) < max(lengths) else None
+        return replace(self, lengths=tuple(lengths), by_row=by_row)
 
     def alone(self, rows: slice, count: int) -> Packed:
         """For a reader of the first ``count`` tokens of the rows ``rows``."""
         other = self._with(x[rows] for x in self.tensors())
-        other.lengths = (min(max(0, count - self.first), self.slots),)
+        other.lengths, other.by_row = (min(max(0, count - self.first), self.slots),), None
         return other
 
     def _with(self, tensors) -> Packed:
@@ -221,6 +233,21 @@ def _alone(x: Tensor) -> Tensor:
         return x
     with torch.inference_mode(False):  # as in `Packed.empty`
         return one.clone(memory_format=torch.contiguous_format).expand(x.shape)
+
+
+def packed_reason(case: Case, lanes: int = 1) -> str | None:
+    """Why a kernel does not read the segments of a case that are not plain; None: it unpacks them for one query.
+
+    ``lanes``: what a head_dim must be a multiple of, at 8 bits; at 4 bits twice that.
+    """
+    if len(case.kinds) > 1 or not all(isinstance(kind, tuple) and kind[0] == PACKED for kind in case.kinds):
+        return "reads plain segments and packed ones of one kind alone"
+    if not case.one_query or case.reads not in (All, Causal):
+        return "reads packed segments with one query over all of them alone"
+    ((_, bits, dim),) = case.kinds
+    if dim != case.head_dim or dim % (lanes * 8 // bits):
+        return f"takes no packed values of {bits} bits and head_dim {dim} with queries of {case.head_dim}"
+    return None
 
 
 class _Room:

@@ -1,4 +1,4 @@
-"""`sparse_prefill` of the cpu kernel: three disjoint sets of keys per query block, joined by logsumexp.
+"""Block lists of the cpu kernel: three disjoint sets of keys per query block, joined by logsumexp.
 
 Shapes as in `cpu.py`, and ``L`` lists per KV head (G, or 1 where its query heads share one), ``g = G // L`` query heads
 per list, ``NB`` query blocks of ``rows`` queries.
@@ -28,26 +28,29 @@ TEMPORARY = 1 << 20
 GATHERED = 1 << 19  # numbers of gathered keys per call, unless one query block lists more
 COLUMN_BLOCKS = 16  # query blocks per call over the columns: more would hide more columns of the first ones
 
-Attend = Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, scale, bias, causal) -> (out, lse), as `cpu.attend`
+Attend = Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, bias=None, causal=False) -> (out, lse)
 
 
-def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float, attend: Attend) -> Tensor:
-    """`cpu.sparse_prefill`, whose attention over keys that are not sparse is ``attend``."""
+def attend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, dense: Attend) -> tuple[Tensor, Tensor]:
+    """(out ``[B, H, T, D]``, lse ``[B, H, T]``) over k, v ``[B, n, S, D]``, by ``dense`` where nothing is sparse."""
     (batch, heads, q_len, dim), kv_heads = q.shape, k.shape[1]
     group, lists = heads // kv_heads, blocks.counts.shape[1] // kv_heads
     out = q.new_empty(batch, q_len, heads, v.shape[3]).transpose(1, 2)
+    lse = q.new_empty(batch, heads, q_len, dtype=torch.promote_types(q.dtype, torch.float32))
     room = {}
     with torch.autocast(q.device.type, enabled=False):  # it would round the scores
         for row, head in product(range(batch), range(kv_heads)):
             mine, listed = slice(head * group, (head + 1) * group), slice(head * lists, (head + 1) * lists)
             names = ("indices", "counts", "columns", "column_counts")
             own = replace(blocks, **{name: getattr(blocks, name)[row : row + 1, listed] for name in names})
-            reader = _Reader(k[row, head], v[row, head], own, scale, attend, room)
+            reader = _Reader(k[row, head], v[row, head], own, dense, room)
             for low, high, rows in _pieces(blocks, q_len, max(1, TEMPORARY // (group * blocks.block * dim))):
                 queries = q[row, mine, low:high].unflatten(1, (-1, rows)).transpose(0, 1)
-                into = out[row, mine, low:high].unflatten(1, (-1, rows)).transpose(0, 1)
-                into.copy_(reader.read(queries.unflatten(1, (lists, -1)), blocks.first + low).flatten(1, 2))
-    return out
+                found = reader.read(queries.unflatten(1, (lists, -1)), blocks.first + low)
+                for into, values in zip((out, lse), found, strict=True):
+                    into = into[row, mine, low:high].unflatten(1, (-1, rows)).transpose(0, 1)
+                    into.copy_(values.flatten(1, 2))
+    return out, lse
 
 
 def _pieces(blocks: BlockList, q_len: int, most: int) -> Iterator[tuple[int, int, int]]:
@@ -73,12 +76,11 @@ class _Reader:
     k: Tensor
     v: Tensor
     blocks: BlockList
-    scale: float
-    attend: Attend
+    dense: Attend
     room: dict[str, Tensor]
 
-    def read(self, q: Tensor, position: int) -> Tensor:
-        """Attention ``[NB, L, g, rows, D]``, float32 or wider, of queries of that shape from row position ``position``.
+    def read(self, q: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """(out, lse) of queries ``[NB, L, g, rows, D]`` from row position ``position`` on, float32 or wider.
 
         They are whole query blocks, or a part of one.
         """
@@ -96,19 +98,19 @@ class _Reader:
         before = (counts - own.int()).masked_fill(full, 0)
         self._listed_before(*(t.flatten(0, 1) for t in (q, out, lse, indices, before)))
         for number in full.nonzero()[:, 0].tolist():
-            self._everything(q[:, number], out[:, number], position)
+            self._everything(q[:, number], out[:, number], lse[:, number], position)
         if self.blocks.columns.shape[2]:
             for number, count in enumerate(self.blocks.column_counts[0].tolist()):
                 columns = self.blocks.columns[0, number, :count].long()
                 self._columns(*(t[:, number] for t in (q, out, lse)), columns, number, first)
-        return out
+        return out, lse
 
     def _own_blocks(self, q: Tensor, position: int, own: Tensor) -> tuple[Tensor, Tensor]:
         """(out, lse) of every query over its own block, 0 and -inf where ``own [NB, L]`` says it is not listed."""
         count, lists, _, rows, _ = q.shape
         begin, end = position - position % self.blocks.block, position + count * rows
         k, v = (t[begin:end].unflatten(0, (count, -1))[:, None] for t in (self.k, self.v))
-        out, lse = self.attend(q.flatten(1, 2), k, v, self.scale, causal=True)
+        out, lse = self.dense(q.flatten(1, 2), k, v, causal=True)
         out, lse = (t.to(lse.dtype).contiguous().unflatten(1, (lists, -1)) for t in (out, lse))
         if not own.all():
             out.masked_fill_(~own[:, :, None, None, None], 0)
@@ -120,7 +122,7 @@ class _Reader:
         for width, at in _equal(counts, GATHERED // (self.blocks.block * q.shape[3])):
             listed = indices.index_select(0, at)[:, :width].flatten()
             k, v = (self._gather(name, listed, len(at)) for name in "kv")
-            part = self.attend(q.index_select(0, at), k, v, self.scale)
+            part = self.dense(q.index_select(0, at), k, v)
             joined = _join((out.index_select(0, at), lse.index_select(0, at)), part)
             for into, values in zip((out, lse), joined, strict=True):
                 into.index_copy_(0, at, values)
@@ -146,12 +148,12 @@ class _Reader:
         into = self.room[name][:size].view(-1, source.shape[1])
         return torch.index_select(source, 0, listed, out=into).view(count, 1, -1, source.shape[1] // self.blocks.block)
 
-    def _everything(self, q: Tensor, out: Tensor, position: int) -> None:
-        """Write dense attention of q ``[NB, g, rows, D]`` to out: full tiles of queries, and nothing to gather."""
+    def _everything(self, q: Tensor, out: Tensor, lse: Tensor, position: int) -> None:
+        """Write dense attention of q ``[NB, g, rows, D]``: full tiles of queries, and nothing to gather."""
         queries = q.transpose(0, 1).flatten(1, 2)[None]
         k, v = (t[None, None, : position + queries.shape[2]] for t in (self.k, self.v))
-        dense = self.attend(queries, k, v, self.scale, causal=True)[0]
-        out.copy_(dense[0].unflatten(1, (q.shape[0], -1)).transpose(0, 1))
+        for into, values in zip((out, lse), self.dense(queries, k, v, causal=True), strict=True):
+            into.copy_(values[0].unflatten(1, (q.shape[0], -1)).transpose(0, 1))
 
     def _columns(self, q: Tensor, out: Tensor, lse: Tensor, columns: Tensor, number: int, first: int) -> None:
         """Join the columns that list ``number`` reads to (out, lse) of its queries q ``[NB, g, rows, D]``.
@@ -172,7 +174,7 @@ class _Reader:
                 continue
             bias = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
             keys, values = (t[None, None, : len(seen)].expand(len(hidden), -1, -1, -1) for t in (k, v))
-            part = self.attend(q[some], keys, values, self.scale, bias)
+            part = self.dense(q[some], keys, values, bias=bias)
             out[some], lse[some] = _join((out[some], lse[some]), part)
 
 

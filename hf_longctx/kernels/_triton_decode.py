@@ -8,6 +8,7 @@ Shapes: ``B`` batch, ``H`` query heads, ``n`` KV heads, ``G = H // n`` query hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..layout.segments import Segment
 from . import _triton_quantized
 from ._quantized import Packed
-from ._triton_tiles import LOG2E, load_tile, scores_of, settings, softmax_step, store_part, units
+from ._triton_tiles import LN2, LOG2E, load_tile, scores_of, settings, softmax_step, store_part, units
 
 KEYS = 64  # keys of a tile
 LEAST = 256  # keys that an item should have before another multiprocessor is given work
@@ -140,6 +141,7 @@ def merge_kernel(
     lses,
     order,
     out,
+    out_lse,
     roles,
     out_strides,
     GROUP: tl.constexpr,
@@ -174,6 +176,10 @@ def merge_kernel(
             acc = acc / tl.where(total == 0, 1.0, total)
             places = out + row * out_strides[0] + head * out_strides[1] + cols * out_strides[3]
             tl.store(places, acc.to(out.dtype.element_ty), mask=cols < DIM)
+            sees = total > 0
+            found = tl.where(sees, top + tl.log2(tl.where(sees, total, 1.0)), float("-inf"))
+            one = tl.arange(0, 1)
+            tl.store(out_lse + row * tl.num_programs(0) + head + one, found)
 
 
 @lru_cache(maxsize=1024)
@@ -183,8 +189,10 @@ def _order(kv_heads: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(kv_heads, dtype=torch.int32, device=device)
 
 
-def decode(q: Tensor, parts: list[tuple[tuple[int, ...], list[Segment | Packed]]], scale: float) -> Tensor:
-    """Attention ``[B, H, 1, D]`` of one token q ``[B, H, 1, D]`` over all segments of all parts.
+def decode(
+    q: Tensor, parts: Sequence[tuple[tuple[int, ...], Sequence[Segment | Packed]]], scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out ``[B, H, 1, D]``, lse ``[B, H, 1]``) of one token q ``[B, H, 1, D]`` over all segments of all parts.
 
     Args:
         q: the queries, in the order of the layer's heads.
@@ -195,8 +203,9 @@ def decode(q: Tensor, parts: list[tuple[tuple[int, ...], list[Segment | Packed]]
     order = _order(tuple(head for kv_heads, _ in parts for head in kv_heads), q.device)
     group = heads // len(order)
     chunk, segments, numbers, roles, items, slots = _plan(batch, parts, units(q.device))
+    lse = torch.full((batch, heads, 1), float("-inf"), dtype=torch.float32, device=q.device)
     if not items:
-        return torch.zeros_like(q)
+        return torch.zeros_like(q), lse
     outs = torch.empty(slots, group, dim, dtype=torch.float32, device=q.device)
     lses = torch.empty(slots, group, dtype=torch.float32, device=q.device)
     out = torch.empty_like(q)
@@ -236,11 +245,11 @@ def decode(q: Tensor, parts: list[tuple[tuple[int, ...], list[Segment | Packed]]
         if packed:
             found = (packed, tuple(packed_numbers), chunk, scale, {**shape, "GROUP_ROWS": rows})
             _triton_quantized.launch((items, batch), (q, order, outs, lses), *found)
-        merge_kernel[heads, batch](outs, lses, order, out, roles, out.stride(), **shape, PARTS=PARTS)
-    return out
+        merge_kernel[heads, batch](outs, lses, order, out, lse, roles, out.stride(), **shape, PARTS=PARTS)
+    return out, lse.mul_(LN2)
 
 
-def _plan(batch: int, parts: list[tuple[tuple[int, ...], list[Segment | Packed]]], processors: int) -> tuple:
+def _plan(batch: int, parts: Sequence[tuple[tuple[int, ...], Sequence[Segment | Packed]]], processors: int) -> tuple:
     """How a layer's keys are cut into items, from Python numbers alone.
 
     Returns (keys per item, segments, their numbers, roles, items per row, slots). The numbers of a segment are: its

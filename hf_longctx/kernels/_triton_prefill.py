@@ -12,18 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout.blocks import BlockList
-from ._triton_tiles import LOG2E, load_tile, rank, scores_of, settings, softmax_step
+from ._triton_tiles import LN2, LOG2E, load_tile, rank, scores_of, settings, softmax_step
 
 ROWS = KEYS = 64  # tile of `streaming_prefill`
 
 
 @triton.jit
-def _store(out, strides, row, head, token, valid, total, acc, DIM: tl.constexpr, COLS: tl.constexpr):
-    """Write normalised rows; rows that saw nothing are 0."""
-    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+def _store(out, lse, strides, row, head, token, q_len, valid, top, total, acc, DIM: tl.constexpr, COLS: tl.constexpr):
+    """Write normalised rows and their lse ``[B, H, T]``, base 2; rows that saw nothing are 0 and -inf."""
+    sees = total > 0
+    acc = acc / tl.where(sees, total, 1.0)[:, None]
     cols = tl.arange(0, COLS)
     places = out + row * strides[0] + head * strides[1] + token[:, None] * strides[2] + cols[None, :] * strides[3]
     tl.store(places, acc.to(out.dtype.element_ty), mask=valid[:, None] & (cols[None, :] < DIM))
+    found = tl.where(sees, top + tl.log2(tl.where(sees, total, 1.0)), float("-inf"))
+    tl.store(lse + (row * tl.num_programs(0) + head) * q_len + token, found, mask=valid)
 
 
 @triton.jit(do_not_specialize=["lists", "query_blocks", "width", "columns_width", "steps", "first", "kv_len"])
@@ -32,6 +35,7 @@ def sparse_kernel(
     k,
     v,
     out,
+    lse,
     indices,
     counts,
     columns,
@@ -102,7 +106,7 @@ def sparse_kernel(
         values = load_tile(v + start * v_strides[2], slots, v_strides[2], v_strides[3], valid, DIM, COLS)
         scores = tl.where(slots[None, :] <= slots[:, None], scores_of(queries, keys, scale), float("-inf"))
         top, total, acc = softmax_step(top, total, acc, scores, values)
-    _store(out, out_strides, row, head, token, real, total, acc, DIM, COLS)
+    _store(out, lse, out_strides, row, head, token, kv_len - first, real, top, total, acc, DIM, COLS)
 
 
 @triton.jit(do_not_specialize=["q_len", "sinks", "band", "recent", "first"])
@@ -113,6 +117,7 @@ def streaming_kernel(
     k,
     v,
     out,
+    lse,
     q_strides,
     sink_k_strides,
     sink_v_strides,
@@ -167,20 +172,20 @@ def streaming_kernel(
         visible = valid[None, :] & (age >= 0) & (age < recent)
         scores = tl.where(visible, scores_of(queries, keys, scale), float("-inf"))
         top, total, acc = softmax_step(top, total, acc, scores, values)
-    _store(out, out_strides, row, head, token.to(tl.int64), real, total, acc, DIM, COLS)
+    _store(out, lse, out_strides, row, head, token.to(tl.int64), q_len, real, top, total, acc, DIM, COLS)
 
 
-def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
-    """Attention ``[B, H, T, D]`` that reads what ``blocks`` lists; k, v ``[B, n, S, D]``. Reads nothing back."""
+def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> tuple[Tensor, Tensor]:
+    """(out ``[B, H, T, D]``, lse) of what ``blocks`` lists; k, v ``[B, n, S, D]``. Reads nothing back."""
     batch, heads, q_len, dim = q.shape
-    out = q.new_empty(batch, q_len, heads, dim).transpose(1, 2)
+    out, lse = _results(q)
     lists = [t.to(torch.int32).contiguous() for t in (blocks.indices, blocks.counts)]
     lists += [t.to(torch.int32).contiguous() for t in (blocks.columns, blocks.column_counts)]
     indices, _, columns, _ = lists
     width, columns_width = indices.shape[3], columns.shape[2]
     with torch.cuda.device_of(q):
         sparse_kernel[heads, indices.shape[2], batch](
-            *(q, k, v, out, *lists),
+            *(q, k, v, out, lse, *lists),
             *(t.stride() for t in (q, k, v, out)),
             *(indices.shape[1], indices.shape[2], width, columns_width),
             max(width, columns_width).bit_length(),
@@ -191,19 +196,27 @@ def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: fl
             BLOCK=blocks.block,
             **settings(q, blocks.block, blocks.block),
         )
-    return out
+    return out, lse.mul_(LN2)
+
+
+def _results(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for out, in the layout that models want, and for lse."""
+    batch, heads, q_len, dim = q.shape
+    out = q.new_empty(batch, q_len, heads, dim).transpose(1, 2)
+    return out, torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
 
 
 def streaming_prefill(
     q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
-) -> Tensor:
-    """StreamingLLM attention (arXiv:2309.17453) ``[B, H, T, D]``, as `reference.streaming_prefill` defines it."""
+) -> tuple[Tensor, Tensor]:
+    """StreamingLLM attention (arXiv:2309.17453), out ``[B, H, T, D]`` and lse, over a `Window`."""
     batch, heads, q_len, dim = q.shape
-    out = q.new_empty(batch, q_len, heads, dim).transpose(1, 2)
+    out, lse = _results(q)
     tensors = (q, sink_k, sink_v, k, v, out)
     with torch.cuda.device_of(q):
         streaming_kernel[heads, triton.cdiv(q_len, ROWS), batch](
             *tensors,
+            lse,
             *(t.stride() for t in tensors),
             *(q_len, sink_k.shape[2], k.shape[2], recent, first, scale * LOG2E),
             GROUP=heads // k.shape[1],
@@ -213,4 +226,4 @@ def streaming_prefill(
             KEYS=KEYS,
             **settings(q, ROWS, KEYS),
         )
-    return out
+    return out, lse.mul_(LN2)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
+LN2 = math.log(2)
 CPU_UNITS, CPU_SHARED = 4, 1 << 17  # what the interpreter is told a device has
 
 

@@ -1,35 +1,91 @@
-"""Which kernel computes a call: the first that supports the device, dtype and head_dim at hand, or the one asked for.
+"""What a kernel is, how one is chosen, and the one place where parts of an attention call are merged.
 
-A kernel is a module of this folder with the functions of `reference.py` and
+A kernel is a module of this folder:
 
-- ``NAME: str``, its word in a config (the file name),
-- ``PREFERENCE: int``, higher is tried first by ``auto`` (reference 0, cpu 10, native 20; leave room between;
-  below 0: by name alone),
-- ``supports(device, dtype, head_dim, needs_grad) -> str | None``, None or the reason why not;
-  where a function does less than the others, ``supports_<function>`` of the same form answers for it.
+- ``NAME: str``, its word in a config (the file name);
+- ``PREFERENCE: int``, higher is tried first by ``auto`` (reference 0, cpu 10, native 20; leave room between; below 0:
+  by name alone);
+- ``READS: frozenset[type]``, the classes of reads that it computes on some device; for others ``auto`` picks another;
+- ``supports(case: Case) -> str | None``: None, or the reason why it does not compute the case;
+- ``attend(q, segments, reads, scores, want_lse=True) -> (out, lse)``: q ``[B, H, T, D]``, out ``[B, H, T, D_v]`` in the
+  dtype of q, lse ``[B, H, T]`` (natural log) in float32 or wider; a query that reads nothing gives 0 and -inf. Where
+  ``want_lse`` is False, lse may be None. Of `Scores` it computes all but ``sinks``, which are added here.
 
-Of these functions only `sparse_prefill` may be missing: whoever needs it asks `pick` for a kernel that has it. One more
-is for kernels that decode all roles of a layer at once: ``decode_layer(q, parts: list[HeadKV], scale)``. And one for
-those that read packed keys without unpacking them first: ``decode_packed(q, segments, scale)``, or None. A kernel
-must import on every machine, or fail with ImportError: `pick` then reports that as the reason. Nothing lists kernels by
-hand.
+Optional: ``attend_layer(q, parts, scores) -> (out, lse)``, one decoded token of all roles in one launch, where
+``parts`` are (KV heads, segments). The kernel ``reference`` computes everything, by definition. A kernel must import on
+every machine, or fail with ImportError, which is then the reason. Nothing lists kernels.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 import sys
+from collections.abc import Hashable, Iterator, Sequence
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from .. import errors
+from ..config.words import near
+from ..errors import ConfigError, UnsupportedModeError
+from ..layout.dtypes import needs_grad
+from ..layout.forward import Forward
+from ..layout.reads import ALL, All, Causal, Reads
+from ..layout.scores import Scores
+from ..layout.segments import Segment
+from ..layout.streamed import Streamed
+from .reference import merge, with_sinks
 
 AUTO = "auto"
-_NOT_KERNELS = ("layout", "dispatch", "base")
+STREAMED = "streamed"  # what the report calls segments that were read block by block
+
+Part = tuple[Tensor, Tensor]  # out and logsumexp
+
+
+class Case(NamedTuple):
+    """What a kernel is asked about, once per forward.
+
+    Attributes:
+        device, dtype, head_dim: of q.
+        needs_grad: gradients must flow through the call.
+        reads: the class of its reads.
+        one_query: T is 1.
+        kinds: the ``kind`` of its segments that are not plain ones.
+        softcap, first_bias: whether `Scores` has them.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    needs_grad: bool = False
+    reads: type = Causal
+    one_query: bool = False
+    kinds: frozenset[Hashable] = frozenset()
+    softcap: bool = False
+    first_bias: bool = False
+
+    def __str__(self) -> str:
+        gradients = "with" if self.needs_grad else "without"
+        return f"{self.dtype} on {self.device.type}, head_dim {self.head_dim}, {gradients} gradients"
+
+
+def case_of(q: Tensor, segments: Sequence[Segment | Streamed], reads: Reads, scores: Scores) -> Case:
+    """The case of a call."""
+    plain = [tensor for one in segments if isinstance(one, Segment) for tensor in (one.k, one.v)]
+    return Case(
+        q.device,
+        q.dtype,
+        q.shape[3],
+        needs_grad(q, *plain),
+        type(reads),
+        q.shape[2] == 1,
+        frozenset(one.kind for one in segments if not isinstance(one, Segment)),
+        scores.softcap is not None,
+        scores.first_bias is not None,
+    )
 
 
 @cache
@@ -37,89 +93,174 @@ def names() -> tuple[str, ...]:
     """The kernels there are, from the folder's listing, in alphabetical order."""
     package = importlib.import_module(__package__)
     found = (module.name for module in pkgutil.iter_modules(package.__path__))
-    return tuple(sorted(name for name in found if name not in _NOT_KERNELS and not name.startswith("_")))
+    return tuple(sorted(name for name in found if name != "base" and not name.startswith("_")))
 
 
-def pick(
-    word: str,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    needs_grad: bool,
-    function: str | None = None,
-) -> ModuleType:
-    """The kernel module for one call.
-
-    Args:
-        word: ``auto`` or one of `names`.
-        device: where q, k and v are.
-        dtype: their dtype.
-        head_dim: their last dimension.
-        needs_grad: whether gradients must flow through the call.
-        function: kernels without a function of this name are passed over.
+def pick(word: str, case: Case) -> ModuleType:
+    """The kernel module ``word`` (``auto``: the preferred one) that computes ``case``.
 
     Raises:
         ConfigError: there is no such kernel.
         UnsupportedModeError: the kernel asked for does not compute this case, or none does.
     """
-    if word != AUTO and word not in names():
-        near = difflib.get_close_matches(word, [AUTO, *names()], n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ";"
-        raise errors.ConfigError(f"unknown kernel {word!r}{hint} known: {', '.join([AUTO, *names()])}")
-    case, reasons = (device, dtype, head_dim, needs_grad), {}
+    known = (AUTO, *names())
+    if word not in known:
+        raise ConfigError(f"unknown kernel {word!r}; known: {', '.join(known)}.{near(word, known)}")
+    reasons = {}
     for name, module, failure in _candidates([word] if word != AUTO else names()):
-        reasons[name] = failure if module is None else _refusal(module, function, case)
+        reasons[name] = failure if module is None else _refusal(module, case)
         if reasons[name] is None:
             return module
-    asked = f"{dtype} on {device.type}, head_dim {head_dim}, {'with' if needs_grad else 'without'} gradients"
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise errors.UnsupportedModeError(
-        f"kernel {word!r} does not compute {asked} ({why}). {_advice(word, function, case)}"
+    raise UnsupportedModeError(f"kernel {word!r} does not compute {case} ({why}). {_advice(word, case)}")
+
+
+def require(word: str, reads: type, wanted: str) -> None:
+    """Refuse early, before a model runs, a kernel that computes no such reads, which ``wanted`` (words) needs.
+
+    Raises:
+        UnsupportedModeError: the message names the kernels that compute them.
+    """
+    if word not in names() or (module := _module(word)) is None or reads in module.READS:
+        return
+    works = [name for name, one, _ in _candidates(names()) if one is not None and reads in one.READS]
+    raise UnsupportedModeError(
+        f"{wanted} needs a kernel that reads a {reads.__name__}, which kernel {word!r} does not. Use kernel: {AUTO} or "
+        f"one of: {', '.join(works)}"
     )
 
 
-def require(word: str, function: str, wanted: str) -> None:
-    """Refuse early, before a model runs, a kernel that does not have the function that ``wanted`` (words) needs.
+def choose(word: str, case: Case, forward: Forward) -> ModuleType:
+    """`pick`, asked once per forward; the report names the kernel.
 
     Raises:
-        UnsupportedModeError: the message names the kernels that have it.
+        ConfigError: as `pick`.
+        UnsupportedModeError: as `pick`.
     """
-    if word not in names():
-        return
-    found = {name: module for name, module, _ in _candidates(names()) if module is not None}
-    if word in found and not hasattr(found[word], function):
-        can = [name for name, module in found.items() if hasattr(module, function)]
-        raise errors.UnsupportedModeError(
-            f"{wanted} needs a kernel with {function!r}, which kernel {word!r} does not have. Use kernel: {AUTO} or "
-            f"one of: {', '.join(can)}"
-        )
+    kernel = forward.kernels.get((word, case))
+    if kernel is None:
+        module = _module(word)
+        other = module is not None and case.reads not in module.READS
+        kernel = forward.kernels[word, case] = pick(AUTO if other else word, case)
+    forward.log.used.add(kernel.NAME)
+    return kernel
 
 
-def _candidates(words: tuple[str, ...] | list[str]) -> list[tuple[str, ModuleType | None, str | None]]:
+def attend(
+    word: str,
+    q: Tensor,
+    segments: Sequence[Segment | Streamed],
+    reads: Reads,
+    scores: Scores,
+    forward: Forward,
+    want_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of q ``[B, H, T, D]`` over one role's segments: out ``[B, H, T, D_v]``, lse ``[B, H, T]``.
+
+    Segments that the kernel does not read as they are come to it block by block, and are merged by logsumexp.
+
+    Args:
+        word: the config's ``kernel``, but ``stock``.
+        want_lse: lse may be None without it.
+
+    Raises:
+        UnsupportedModeError: as `pick`.
+    """
+    own = scores if scores.sinks is None else Scores(scores.scale, scores.softcap, None, scores.first_bias)
+    case = case_of(q, segments, reads, own)
+    if case.kinds and not _reads_kinds(word, case, forward):
+        out, lse = _streamed(word, q, segments, reads, own, forward)
+    else:
+        kernel = choose(word, case, forward)
+        out, lse = kernel.attend(q, segments, reads, own, want_lse or scores.sinks is not None)
+    return (out, lse) if scores.sinks is None else with_sinks(out, lse, scores.sinks)
+
+
+def some_launch_layers(word: str, device: torch.device, forward: Forward) -> bool:
+    """Whether `choose` may give a kernel with ``attend_layer`` on this device; asked once per forward."""
+    key = (word, device)
+    if key not in forward.kernels:
+        modules = [module for _, module, _ in _candidates([word] if word != AUTO else names())]
+        able = [one for one in modules if hasattr(one, "attend_layer")]
+        probe = Case(device, torch.bfloat16, 64, one_query=True, reads=All)
+        forward.kernels[key] = any(one.supports(probe) is None for one in able)
+    return forward.kernels[key]
+
+
+def _reads_kinds(word: str, case: Case, forward: Forward) -> bool:
+    """Whether the kernel, or with ``auto`` some kernel, reads these segments as they are."""
+    key = (word, case)
+    if key not in forward.kernels:
+        for _, module, _ in _candidates([word] if word != AUTO else names()):
+            if module is not None and _refusal(module, case) is None:
+                forward.kernels[key] = module
+                return True
+        forward.kernels[key] = None
+    return forward.kernels[key] is not None
+
+
+def _streamed(
+    word: str, q: Tensor, segments: Sequence[Segment | Streamed], reads: Reads, scores: Scores, forward: Forward
+) -> Part:
+    """One block at a time, each merged before the next is asked for: it may end the last one.
+
+    The queries lie in the last segment, which is a plain one if there is more than one of them.
+    """
+    past, last = (segments[:-1], segments[-1:]) if q.shape[2] > 1 else (segments, ())
+    merged = None
+    for block in _blocks(past):
+        merged = _with(merged, _attend_plain(word, q, block, ALL, scores, forward))
+        scores = Scores(scores.scale, scores.softcap)  # the first token is in the first block
+    for own in last:
+        merged = _with(merged, _attend_plain(word, q, own, reads, scores, forward))
+    forward.log.used.add(STREAMED)
+    forward.log.notes.update(one.note for one in segments if not isinstance(one, Segment) and one.note)
+    out, lse = merged
+    return out.to(q.dtype), lse
+
+
+def _attend_plain(word: str, q: Tensor, segment: Segment, reads: Reads, scores: Scores, forward: Forward) -> Part:
+    kernel = choose(word, case_of(q, (segment,), reads, scores), forward)
+    return kernel.attend(q, [segment], reads, scores, True)
+
+
+def _blocks(segments: Sequence[Segment | Streamed]) -> Iterator[Segment]:
+    for segment in segments:
+        yield from segment.blocks() if isinstance(segment, Streamed) else (segment,)
+
+
+def _with(merged: Part | None, part: Part) -> Part:
+    out, lse = part
+    part = (out.to(lse.dtype), lse)  # rounded to a low precision after each block, the error would add up
+    return part if merged is None else merge([merged, part])
+
+
+def _module(word: str) -> ModuleType | None:
+    """The kernel of this name; None where it cannot be imported, or where there is none."""
+    return _candidates([word])[0][1] if word in names() else None
+
+
+def _refusal(module: ModuleType, case: Case) -> str | None:
+    """Why this kernel does not compute the case; None if it does."""
+    if case.reads not in module.READS:
+        return f"computes no {case.reads.__name__}"
+    return module.supports(case)
+
+
+def _candidates(words: Sequence[str]) -> list[tuple[str, ModuleType | None, str | None]]:
     """(name, module, why it cannot be imported) of these kernels, preferred ones first."""
     found = []
     for name in words:
         full = f"{__package__}.{name}"
-        try:  # import_module takes a lock even for what is there, and this runs per layer and token
+        try:  # import_module takes a lock even for what is there
             found.append((name, sys.modules.get(full) or importlib.import_module(full), None))
         except ImportError as error:
             found.append((name, None, f"cannot be imported ({error})"))
     return sorted(found, key=lambda entry: -(entry[1].PREFERENCE if entry[1] else 0))
 
 
-def _refusal(module: ModuleType, function: str | None, case: tuple[torch.device, torch.dtype, int, bool]) -> str | None:
-    """Why this kernel does not compute the case; None if it does."""
-    if function is not None and not hasattr(module, function):
-        return f"has no {function}"
-    return getattr(module, f"supports_{function}", module.supports)(*case)
-
-
-def _advice(word: str, function: str | None, case: tuple[torch.device, torch.dtype, int, bool]) -> str:
+def _advice(word: str, case: Case) -> str:
     """What works instead, as the last sentence of the error."""
-    works = [
-        name
-        for name, module, _ in _candidates(names())
-        if name != word and module and _refusal(module, function, case) is None
-    ]
+    others = [(name, module) for name, module, _ in _candidates(names()) if name != word and module is not None]
+    works = [name for name, module in others if _refusal(module, case) is None]
     return f"Use kernel: {AUTO} or one of: {', '.join(works)}" if works else "Use a floating point dtype."

@@ -12,19 +12,30 @@ Shapes: ``B`` batch, ``H`` query heads, ``n`` KV heads of one role, ``G = H // n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ..errors import UnsupportedModeError
 from ..layout.blocks import BlockList
 from ..layout.dtypes import needs_grad
+from ..layout.reads import All, Averaged, Causal, Reads, Window
+from ..layout.scores import Scores
 from ..layout.segments import Segment
-from . import _sparse_cpu
+from . import _compensated, _few_cpu, _first_token, _sparse_cpu
+from ._arguments import PLAIN, check, joined
 from .reference import attention, merge
+
+if TYPE_CHECKING:
+    from .base import Case
 
 NAME = "cpu"
 PREFERENCE = 10
+READS = frozenset({All, Causal, Window, Averaged, BlockList})
 
 MASK_ROWS = 512  # rows of the largest mask, group fold included
 TILE_KEYS = 4096  # keys per step of `attend`
@@ -34,35 +45,147 @@ TEMPORARY = 1 << 20  # numbers per temporary: scores of `attend`, gathered keys 
 _flash_for_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
-def supports(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+def supports(case: Case) -> str | None:
     """None when this kernel computes the case, otherwise why it does not."""
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        return f"scaled_dot_product_attention does not take {dtype}"
-    return None
+    if case.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return f"scaled_dot_product_attention does not take {case.dtype}"
+    if case.kinds:
+        return PLAIN
+    return _no_list(case.device, case.needs_grad) if case.reads is BlockList else None
 
 
-def supports_sparse_prefill(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
-    """None when `sparse_prefill` computes the case, otherwise why it does not."""
+def _no_list(device: torch.device, needs_grad: bool) -> str | None:
+    """Why block lists are not computed."""
     if needs_grad:
-        return "its sparse_prefill has no gradient: call the model under torch.no_grad() where none is wanted"
-    if device.type != "cpu":
-        return "its sparse_prefill is for the CPU alone"
-    return supports(device, dtype, head_dim, needs_grad)
+        return "has no gradient of block lists: call the model under torch.no_grad() where none is wanted"
+    return None if device.type == "cpu" else "reads block lists on the CPU alone"
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, causal: bool = False
+    q: Tensor, segments: Sequence[Segment], reads: Reads, scores: Scores, want_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as `base` says: out ``[B, H, T, D_v]``, lse ``[B, H, T]``.
+
+    Raises:
+        ValueError: sinks, or segments that a window or a list cannot be read from.
+        UnsupportedModeError: a block list for other q and k, or with gradients, or off the CPU.
+    """
+    check(NAME, q, segments, reads, scores)
+    if isinstance(reads, Averaged):
+        sinks, band = (segment.kept() for segment in segments)
+        return _compensated.attend(q, sinks, band, reads, scores, want_lse)
+    if scores.first_bias is not None:
+        return _first_token.attend(q, segments, reads, scores, attend)
+    if isinstance(reads, BlockList):
+        return _listed(q, segments, reads, scores)
+    if isinstance(reads, Window):
+        return _streaming(q, segments, reads, scores, want_lse)
+    return _dense(q, segments, reads, scores, want_lse)
+
+
+def _dense(
+    q: Tensor, segments: Sequence[Segment], reads: All | Causal, scores: Scores, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Over every key, or the queries being the last T tokens of the last segment, by each sequence's length."""
+    *past, own = segments
+    causal = isinstance(reads, Causal) and q.shape[2] > 1
+    ragged = isinstance(own.length, Tensor)
+    if not past and not want_lse and scores.softcap is None and q.numel() and own.longest:
+        if causal and not ragged and own.bias is None:
+            return _causal(q, *own.kept(), scores, False)
+        if not causal and _takes_bias(q, own):
+            return _folded(q, *_clean(own), scores.scale, _score_bias(own, q)), None
+    last = _ragged(q, own, scores) if causal and ragged else with_lse(q, own, scores, causal)
+    return merge([*(with_lse(q, segment, scores) for segment in past), last])
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scores: Scores, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """The queries being the last T of the S tokens of k, v ``[B, n, S, D]``."""
+    q_len, kv_len = q.shape[2], k.shape[2]
+    if want_lse or scores.softcap is not None or not q.numel() or kv_len < q_len:
+        return _partial(q, k, v, scores, causal=True)
+    if q_len == kv_len:
+        return _square(q, k, v, scores.scale), None
+    if q_len == 1:
+        return _folded(q, k, v, scores.scale), None
+    if _gives_lse(q, k, v):
+        return _partial(q, k, v, scores, causal=True)
+    rows = max(1, MASK_ROWS // (q.shape[1] // k.shape[1]))
+    blocks = []
+    for low in range(0, q_len, rows):
+        high = min(low + rows, q_len)
+        seen = kv_len - q_len + high
+        visible = _causal_tile(slice(0, seen), seen, high - low, q.device)
+        mask = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
+        blocks.append(_folded(q[:, :, low:high], k[:, :, :seen], v[:, :, :seen], scores.scale, mask))
+    return torch.cat(blocks, 2), None
+
+
+def _streaming(
+    q: Tensor, segments: Sequence[Segment], reads: Window, scores: Scores, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """In O(T * (s + recent)) time and bounded temporary memory.
+
+    The first queries see all there is, a dense causal prefill. Every later one sees all sinks and exactly ``recent``
+    keys, so blocks of queries differ only in where their band starts: they go to the batch dimension and share one
+    small mask.
+    """
+    (sink_k, sink_v), (k, v) = (segment.kept() for segment in segments)
+    batch, heads, q_len, dim = q.shape
+    if not q.numel():
+        return _tiled(q, k, v, scores)
+    first, recent = reads.first, reads.recent
+    start = first + k.shape[2] - q_len  # row position of the first query
+    head = min(max(first + recent - start, 0), q_len)
+    parts = []
+    if head:
+        seen = start + head - first
+        keys, values = k[:, :, :seen], v[:, :, :seen]
+        if sink_k.shape[2]:
+            keys, values = torch.cat([sink_k, keys], 2), torch.cat([sink_v, values], 2)
+        out, lse = _causal(q[:, :, :head], keys, values, scores, want_lse)
+        parts.append((out.transpose(1, 2), lse))
+    rows = _block_rows(heads // k.shape[1])
+    width = batch * k.shape[1] * (sink_k.shape[2] + recent + rows) * dim
+    step = rows * min(64, max(1, TEMPORARY // width))
+    low, room = head, {}
+    while low < q_len:
+        left = q_len - low
+        high = low + (min(step, left // rows * rows) or left)
+        rows = min(rows, left)
+        band = slice(start + low - first - recent + 1, start + high - first)
+        own = (k[:, :, band], v[:, :, band])
+        parts.append(_window(q[:, :, low:high], (sink_k, sink_v), own, recent, rows, scores, room, want_lse))
+        low = high
+    # SDPA on CPU writes [B, T, H, D], and models want that layout: joining along T there keeps both copies sequential.
+    outs, lses = zip(*parts, strict=True)
+    out = (outs[0] if len(outs) == 1 else torch.cat(outs, 1)).transpose(1, 2)
+    return out, torch.cat(lses, 2) if want_lse else None
+
+
+def _listed(q: Tensor, segments: Sequence[Segment], blocks: BlockList, scores: Scores) -> tuple[Tensor, Tensor]:
+    reason = _no_list(q.device, needs_grad(q, *(x for segment in segments for x in (segment.k, segment.v))))
+    if reason is not None:
+        raise UnsupportedModeError(f"kernel cpu {reason}. Kernel reference computes it.")
+    own = partial(_partial, scores=scores)
+    if q.shape[2] == 1:
+        return _few_cpu.attend(q, segments, blocks, own)
+    return _sparse_cpu.attend(q, *joined(segments), blocks, own)
+
+
+def _tiled(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, bias: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Attention that also returns its logsumexp, tile by tile with temporaries of bounded size. Differentiable.
 
-    q ``[B, H, T, D]``, k, v ``[B, n, S, D]``, bias (added to the scaled scores, -inf hides a key) broadcastable to
+    q ``[B, H, T, D]``, k, v ``[B, n, S, D]``, bias (added to the capped scores, -inf hides a key) broadcastable to
     ``[B, n, T, S]``. ``causal``: the queries are the last T of the S tokens. Returns out ``[B, H, T, D]`` in the dtype
     of q and lse ``[B, H, T]`` in float32 or wider; a query that sees nothing gives 0 and -inf.
     """
     (batch, heads, q_len, _), kv_len = q.shape, k.shape[2]
     if not q.numel() or not kv_len:
         dtype = torch.promote_types(q.dtype, torch.float32)
-        return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=dtype)
+        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], float("-inf"), dtype=dtype)
     rows = max(1, TEMPORARY // (batch * heads * min(kv_len, TILE_KEYS)))
     blocks = []
     for low in range(0, q_len, rows):
@@ -76,7 +199,8 @@ def attend(
             visible = _causal_tile(keys, seen, high - low, q.device) if causal else None
             visible = _per_head(visible, heads // k.shape[1])
             tile_bias = None if added is None else _per_head(added[..., keys], heads // k.shape[1])
-            parts.append(attention(block, k[:, :, keys], v[:, :, keys], visible, scale, tile_bias))
+            own = (block, k[:, :, keys], v[:, :, keys])
+            parts.append(attention(*own, visible, scores.scale, tile_bias, scores.softcap))
         out, lse = merge(parts)
         blocks.append((_unfold(out, heads), _unfold(lse, heads)))
     outs, lses = zip(*blocks, strict=True)
@@ -84,103 +208,26 @@ def attend(
 
 
 def dense_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention ``[B, H, T, D]``, the queries being the last T of the S >= T tokens of k, v ``[B, n, S, D]``."""
-    q_len, kv_len = q.shape[2], k.shape[2]
-    if not q.numel():
-        return torch.zeros_like(q)
-    if q_len == kv_len:
-        return _square(q, k, v, scale)
-    if q_len == 1:
-        return _folded(q, k, v, scale)
-    if _gives_lse(q, k, v):
-        return _partial(q, k, v, scale, causal=True)[0]
-    rows = max(1, MASK_ROWS // (q.shape[1] // k.shape[1]))
-    blocks = []
-    for low in range(0, q_len, rows):
-        high = min(low + rows, q_len)
-        seen = kv_len - q_len + high
-        visible = _causal_tile(slice(0, seen), seen, high - low, q.device)
-        mask = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
-        blocks.append(_folded(q[:, :, low:high], k[:, :, :seen], v[:, :, :seen], scale, mask))
-    return torch.cat(blocks, 2)
+    return attend(q, [Segment(k, v, k.shape[2])], Causal(), Scores(scale), False)[0]
 
 
 def streaming_prefill(
     q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
 ) -> Tensor:
-    """StreamingLLM attention (arXiv:2309.17453) in O(T * (s + recent)) time and bounded temporary memory.
-
-    sink_k, sink_v ``[B, n, s, D]`` are the row positions 0..s-1, k, v ``[B, n, N, D]`` the positions first..first+N-1,
-    first >= s; the queries, ``[B, H, T, D]``, are the last T row positions up to first+N-1. Query i reads the sinks r
-    <= i and, of the band, the positions j <= i with i - j < recent (recent >= 1). The band holds every such position;
-    so, where N < T and the first queries are sinks themselves, first == s.
-
-    The first queries see all there is, a dense causal prefill. Every later one sees all sinks and exactly ``recent``
-    keys, so blocks of queries differ only in where their band starts: they go to the batch dimension and share one
-    small mask.
-    """
-    batch, heads, q_len, dim = q.shape
-    if not q.numel():
-        return torch.zeros_like(q)
-    start = first + k.shape[2] - q_len  # row position of the first query
-    head = min(max(first + recent - start, 0), q_len)
-    blocks = []
-    if head:
-        seen = start + head - first
-        keys, values = k[:, :, :seen], v[:, :, :seen]
-        if sink_k.shape[2]:
-            keys, values = torch.cat([sink_k, keys], 2), torch.cat([sink_v, values], 2)
-        blocks.append(dense_prefill(q[:, :, :head], keys, values, scale).transpose(1, 2))
-    rows = _block_rows(heads // k.shape[1])
-    width = batch * k.shape[1] * (sink_k.shape[2] + recent + rows) * dim
-    step = rows * min(64, max(1, TEMPORARY // width))
-    low, room = head, {}
-    while low < q_len:
-        left = q_len - low
-        high = low + (min(step, left // rows * rows) or left)
-        rows = min(rows, left)
-        band = slice(start + low - first - recent + 1, start + high - first)
-        own = (k[:, :, band], v[:, :, band])
-        blocks.append(_window(q[:, :, low:high], (sink_k, sink_v), own, recent, rows, scale, room))
-        low = high
-    # SDPA on CPU writes [B, T, H, D], and models want that layout: joining along T there keeps both copies sequential.
-    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)).transpose(1, 2)
+    sinks, band = Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])
+    return attend(q, [sinks, band], Window(recent, first), Scores(scale), False)[0]
 
 
 def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    """Attention ``[B, H, 1, D]`` of one token over every key of every segment, but for slots past a row's length."""
-    if len(segments) > 1:
-        return merge([with_lse(q, segment, scale) for segment in segments])[0]
-    segment = segments[0]
-    if not q.numel() or not segment.longest or not _takes_bias(q, segment):
-        return with_lse(q, segment, scale)[0]
-    return _folded(q, *_clean(segment), scale, _score_bias(segment, q))
+    return attend(q, segments, All(), Scores(scale), False)[0]
 
 
 def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    """Causal attention ``[B, H, T, D]`` whose queries are the last T tokens of the last segment; all see the others.
-
-    Where a length differs by row, the queries of that row are the last T tokens of its own length.
-    """
-    *past, own = segments
-    if q.shape[2] == 1:
-        return decode(q, segments, scale)
-    if not past and isinstance(own.length, int) and own.bias is None:
-        return dense_prefill(q, *own.kept(), scale)
-    last = _ragged(q, own, scale) if isinstance(own.length, Tensor) else with_lse(q, own, scale, causal=True)
-    return merge([*(with_lse(q, segment, scale) for segment in past), last])[0]
+    return attend(q, segments, Causal(), Scores(scale), False)[0]
 
 
 def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
-    """Attention ``[B, H, T, D]`` that reads what ``blocks`` lists, the queries being the last T of S tokens.
-
-    Raises:
-        UnsupportedModeError: a gradient is asked for.
-    """
-    reason = supports_sparse_prefill(q.device, q.dtype, q.shape[3], needs_grad(q, k, v))
-    if reason is not None:
-        raise UnsupportedModeError(f"kernel cpu: {reason}. Kernel reference computes it.")
-    return _sparse_cpu.sparse_prefill(q, k, v, blocks, scale, _partial)
+    return attend(q, [Segment(k, v, k.shape[2])], blocks, Scores(scale), False)[0]
 
 
 def _fold(x: Tensor, kv_heads: int) -> Tensor:
@@ -228,25 +275,35 @@ def _gives_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> b
 
 
 def _partial(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, causal: bool = False
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, bias: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`attend`, by SDPA's CPU kernel where that is possible: the past without a mask, then the diagonal, then merged.
+    """`_tiled`, by SDPA's CPU kernel where that is possible: the past without a mask, then the diagonal, then merged.
 
-    15 to 20 % faster than blocks of rows with a mask.
+    15 to 20 % faster than blocks of rows with a mask. ``causal``: queries before the first of the keys read nothing.
     """
-    heads, past = q.shape[1], k.shape[2] - q.shape[2] if causal else k.shape[2]
-    if not q.numel() or not k.shape[2] or not _gives_lse(q, k, v, bias) or (causal and bias is not None):
-        return attend(q, k, v, scale, bias, causal)
-    parts = []
+    past = k.shape[2] - q.shape[2] if causal else k.shape[2]
+    if past < 0 and q.numel():
+        out, lse = _partial(q[:, :, -past:], k, v, scores, bias, causal)
+        return pad(out, (0, 0, -past, 0)), pad(lse, (-past, 0), value=float("-inf"))
+    plain = scores.softcap is None and _gives_lse(q, k, v, bias) and not (causal and bias is not None)
+    if not q.numel() or not k.shape[2] or not plain:
+        return _tiled(q, k, v, scores, bias, causal)
+    heads, parts = q.shape[1], []
     if past:
-        folded, bias = _fold(q, k.shape[1]), _per_head(bias, heads // k.shape[1])
-        out, lse = _flash_for_cpu(folded, k[:, :, :past], v[:, :, :past], 0.0, False, attn_mask=bias, scale=scale)
-        if bias is not None:  # the kernel reports 0, not -inf, for rows that see nothing
-            lse = lse.masked_fill((bias == float("-inf")).all(-1), float("-inf"))
+        mask = _per_head(bias, heads // k.shape[1])
+        out, lse = _flash(_fold(q, k.shape[1]), k[:, :, :past], v[:, :, :past], scores.scale, mask)
         parts.append((_unfold(out, heads), _unfold(lse, heads)))
     if causal:
-        parts.append(_flash_for_cpu(q, k[:, :, past:], v[:, :, past:], 0.0, True, scale=scale))
+        parts.append(_flash_for_cpu(q, k[:, :, past:], v[:, :, past:], 0.0, True, scale=scores.scale))
     return merge(parts)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of SDPA's CPU kernel, with a float mask ``[.., T or 1, S]`` of four dimensions."""
+    out, lse = _flash_for_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    if mask is not None:  # the kernel reports 0, not -inf, for rows that see nothing
+        lse = lse.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
+    return out, lse
 
 
 def _block_rows(group: int) -> int:
@@ -263,15 +320,19 @@ def _window(
     band: tuple[Tensor, Tensor],
     recent: int,
     rows: int,
-    scale: float,
+    scores: Scores,
     room: dict[tuple[int, int], tuple[Tensor, Tensor]],
-) -> Tensor:
-    """Blocks of ``rows`` queries that all see the sinks and ``recent`` keys: ``[B, T, H, D]``, T a multiple of rows.
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Blocks of ``rows`` queries that all see the sinks and ``recent`` keys: out ``[B, T, H, D]``, lse ``[B, H, T]``.
+
+    T is a multiple of ``rows``.
 
     q ``[B, H, T, D]``; the band's k, v ``[B, n, recent - 1 + T, D]`` end at the last query. ``room`` keeps the gathered
     keys of one call for the next of the same size: their memory, and the sinks, which are the same in every block.
     """
     (batch, heads, q_len, dim), kv_heads, sink = q.shape, band[0].shape[1], sinks[0].shape[2]
+    v_dim = band[1].shape[3]
     group, count = heads // kv_heads, q_len // rows
     age = torch.arange(rows, device=q.device)[:, None] - torch.arange(1 - recent, rows, device=q.device)
     mask = torch.zeros(rows, sink + recent - 1 + rows, dtype=q.dtype, device=q.device)
@@ -287,9 +348,23 @@ def _window(
         keys, values = room[size] = tuple(torch.cat(pair, 3) for pair in zip(spread, windows, strict=True))
     blocks = q.reshape(batch, kv_heads, group, count, rows, dim).permute(0, 3, 1, 2, 4, 5).flatten(0, 1).flatten(2, 3)
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-    out = scaled_dot_product_attention(blocks, keys, values, attn_mask=mask.repeat(group, 1), scale=scale)
+    out, lse = _masked(blocks, keys, values, mask.repeat(group, 1), scores, want_lse)
     out = out.unflatten(2, (group, rows)).unflatten(0, (batch, count)).permute(0, 1, 4, 2, 3, 5)
-    return out.reshape(batch, q_len, heads, dim)
+    if lse is not None:
+        lse = lse.unflatten(2, (group, rows)).unflatten(0, (batch, count)).permute(0, 2, 3, 1, 4)
+        lse = lse.reshape(batch, heads, q_len)
+    return out.reshape(batch, q_len, heads, v_dim), lse
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of q ``[B, n, T, D]`` over k, v ``[B, n, S, D]`` with a float mask ``[T, S]``."""
+    if scores.softcap is None and not want_lse:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scale), None
+    if scores.softcap is None and _gives_lse(q, k, v):
+        return _flash(q, k, v, scores.scale, mask[None, None])
+    return attention(q, k, v, mask == 0, scores.scale, softcap=scores.softcap)
 
 
 def _clean(segment: Segment) -> tuple[Tensor, Tensor]:
@@ -323,12 +398,12 @@ def _takes_bias(q: Tensor, segment: Segment) -> bool:
     return segment.bias is None or q.device.type == "cpu" or q.dtype in (torch.float32, torch.float64)
 
 
-def with_lse(q: Tensor, segment: Segment, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
+def with_lse(q: Tensor, segment: Segment, scores: Scores, causal: bool = False) -> tuple[Tensor, Tensor]:
     """(out, lse) of q ``[B, H, T, D]`` over one segment; causal needs a length that is the same in every row."""
-    return _partial(q, *_clean(segment), scale, _score_bias(segment, q), causal)
+    return _partial(q, *_clean(segment), scores, _score_bias(segment, q), causal)
 
 
-def _ragged(q: Tensor, segment: Segment, scale: float) -> tuple[Tensor, Tensor]:
+def _ragged(q: Tensor, segment: Segment, scores: Scores) -> tuple[Tensor, Tensor]:
     """(out, lse) where each row's queries are the last T tokens of its own length: blocks of rows with a mask each."""
     (batch, heads, q_len, _), (k, v) = q.shape, _clean(segment)
     bias = _score_bias(segment, q)
@@ -338,6 +413,6 @@ def _ragged(q: Tensor, segment: Segment, scale: float) -> tuple[Tensor, Tensor]:
     blocks = []
     for low in range(0, q_len, rows):
         hidden = (slot > own[:, low : low + rows, None])[:, None]
-        blocks.append(_partial(q[:, :, low : low + rows], k, v, scale, bias.masked_fill(hidden, float("-inf"))))
+        blocks.append(_partial(q[:, :, low : low + rows], k, v, scores, bias.masked_fill(hidden, float("-inf"))))
     outs, lses = zip(*blocks, strict=True)
     return torch.cat(outs, 2), torch.cat(lses, 2)

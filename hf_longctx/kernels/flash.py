@@ -3,7 +3,7 @@
 FlashAttention-2 (arXiv:2307.08691) is the module `flash_attn`, -3 (arXiv:2407.08608) `flash_attn_interface`, -4
 `flash_attn.cute`. All three have `flash_attn_func` on q ``[B, T, H, D]`` and k, v ``[B, S, n, D]``, with causality and
 windows counted from the last key, and can hand out the logsumexp. They are imported at the first question, never by
-importing this file. Decoding and segments that are not plain are `cpu.py`'s, and there is no `sparse_prefill`.
+importing this file. Decoding, lengths by sequence and several segments are `cpu.py`'s; block lists are not read.
 
 Shapes here: ``B`` batch, ``H`` query heads, ``n`` KV heads, ``T`` query tokens, ``S`` key tokens, ``D`` head_dim.
 """
@@ -12,26 +12,29 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModeError
-from ..layout.dtypes import needs_grad
+from ..layout.blocks import BlockList
+from ..layout.reads import All, Causal, Reads, Window
+from ..layout.scores import Scores
 from ..layout.segments import Segment
-from . import _nvidia
-from .cpu import decode
-from .cpu import dense_prefill_segments as any_segments
+from . import _nvidia, cpu
+from ._arguments import PLAIN, check
 from .reference import merge
 
-__all__ = ["decode", "dense_prefill", "dense_prefill_segments", "streaming_prefill", "supports"]
+if TYPE_CHECKING:
+    from .base import Case
 
 NAME = "flash"
 # Below cpu's, whose SDPA is flash attention on CUDA as well: until both have been timed on a device, by name alone.
 PREFERENCE = 2
+READS = frozenset({All, Causal, Window})
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,31 @@ VERSIONS = (  # preferred ones first
 )
 
 
-def supports(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+def supports(case: Case) -> str | None:
     """None when this kernel computes the case, otherwise why it does not."""
+    if case.reads is BlockList:
+        return "reads no block lists"
+    if case.kinds:
+        return PLAIN
+    if case.softcap or case.first_bias:
+        return "computes neither a softcap nor a bias of the first token"
     # No gradient, because none flows through the logsumexp.
-    return _nvidia.refusal(device, needs_grad) or _nvidia.half_only(dtype) or _not_found(device, head_dim)
+    missing = _nvidia.refusal(case.device, case.needs_grad) or _nvidia.half_only(case.dtype)
+    return missing or _not_found(case.device, case.head_dim)
+
+
+def attend(
+    q: Tensor, segments: Sequence[Segment], reads: Reads, scores: Scores, want_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as `base` says: out ``[B, H, T, D_v]``, lse ``[B, H, T]``."""
+    check(NAME, q, segments, reads, scores)
+    own = segments[-1]
+    plain = len(segments) == 1 and own.bias is None and isinstance(own.length, int)
+    if isinstance(reads, Window) and q.numel():
+        return _streaming(q, segments, reads, scores.scale)
+    if isinstance(reads, Causal) and plain and q.numel() and q.shape[2] > 1:
+        return _call(q, *own.kept(), scores.scale, causal=True)
+    return cpu.attend(q, segments, reads, scores, want_lse)
 
 
 def _version(device: torch.device, head_dim: int) -> _Version | None:
@@ -83,17 +107,11 @@ def _function(module: str) -> Callable | None:
         return None
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, recent: int | None = None) -> tuple:
+def _call(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, recent: int | None = None) -> tuple:
     """(out ``[B, H, T, D]``, lse ``[B, H, T]``), the queries being the last T of the S tokens where ``causal``.
 
     ``recent``: only the keys i - j < recent.
-
-    Raises:
-        UnsupportedModeError: the case is not one that `supports` names.
     """
-    reason = supports(q.device, q.dtype, q.shape[3], needs_grad(q, k, v))
-    if reason is not None:
-        raise UnsupportedModeError(f"kernel flash {reason}. Use kernel: auto or cpu.")
     call = _function(_version(q.device, q.shape[3]).module)
     names = inspect.signature(call).parameters
     # Some versions return the logsumexp when asked, by one of two words, others always.
@@ -105,41 +123,44 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, recent:
     return out.transpose(1, 2), lse
 
 
+def _streaming(q: Tensor, segments: Sequence[Segment], reads: Window, scale: float) -> tuple[Tensor, Tensor]:
+    """A window and the sinks, joined by logsumexp.
+
+    The queries before position first + recent see all there is, a dense prefill: so no query is left that reads nothing
+    of a part, for which the versions give different logsumexps.
+    """
+    (sink_k, sink_v), (k, v) = (segment.kept() for segment in segments)
+    q_len, first = q.shape[2], reads.first
+    start = first + k.shape[2] - q_len
+    head = min(max(first + reads.recent - start, 0), q_len)
+    found = []
+    if head:
+        seen = start + head - first
+        keys, values = (torch.cat([s, t[:, :, :seen]], 2) for s, t in ((sink_k, k), (sink_v, v)))
+        found.append(_call(q[:, :, :head], keys, values, scale, causal=True))
+    if head < q_len:
+        later = q[:, :, head:]
+        parts = [_call(later, k, v, scale, causal=True, recent=reads.recent)]
+        if sink_k.shape[2]:
+            parts.append(_call(later, sink_k, sink_v, scale, causal=False))
+        found.append(merge(parts))
+    outs, lses = zip(*found, strict=True)
+    return (outs[0], lses[0]) if len(found) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
+
+
 def dense_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention ``[B, H, T, D]``, the queries being the last T of the S >= T tokens of k, v ``[B, n, S, D]``."""
-    return _attend(q, k, v, scale, causal=True)[0] if q.numel() else torch.zeros_like(q)
+    return attend(q, [Segment(k, v, k.shape[2])], Causal(), Scores(scale), False)[0]
 
 
 def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    """Causal attention ``[B, H, T, D]`` whose queries are the last T tokens of the last segment; all see the others."""
-    own = segments[0]
-    if len(segments) > 1 or q.shape[2] == 1 or own.bias is not None or not isinstance(own.length, int):
-        return any_segments(q, segments, scale)
-    return dense_prefill(q, *own.kept(), scale)
+    return attend(q, segments, Causal(), Scores(scale), False)[0]
+
+
+decode = dense_prefill_segments
 
 
 def streaming_prefill(
     q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
 ) -> Tensor:
-    """StreamingLLM attention (arXiv:2309.17453) as `reference.streaming_prefill` defines it, ``[B, H, T, D]``.
-
-    A window and the sinks, joined by logsumexp. The queries before position first + recent see all there is, a dense
-    prefill: so no query is left that reads nothing of a part, for which the versions give different logsumexps.
-    """
-    if not q.numel():
-        return torch.zeros_like(q)
-    q_len, sink = q.shape[2], sink_k.shape[2]
-    start = first + k.shape[2] - q_len
-    head = min(max(first + recent - start, 0), q_len)
-    outs = []
-    if head:
-        seen = start + head - first
-        keys, values = (torch.cat([s, t[:, :, :seen]], 2) for s, t in ((sink_k, k), (sink_v, v)))
-        outs.append(dense_prefill(q[:, :, :head], keys, values, scale))
-    if head < q_len:
-        later = q[:, :, head:]
-        parts = [_attend(later, k, v, scale, causal=True, recent=recent)]
-        if sink:
-            parts.append(_attend(later, sink_k, sink_v, scale, causal=False))
-        outs.append(merge(parts)[0])
-    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+    sinks, band = Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])
+    return attend(q, [sinks, band], Window(recent, first), Scores(scale), False)[0]

@@ -17,46 +17,73 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import UnsupportedModeError
 from ..layout.blocks import BlockList
-from ..layout.dtypes import needs_grad
-from . import _nvidia
+from ..layout.reads import All, Causal, Reads, Window
+from ..layout.scores import Scores
+from ..layout.segments import Segment
+from . import _nvidia, cpu, reference
+from ._arguments import PLAIN, check, joined
 from .cpu import decode, dense_prefill, dense_prefill_segments, streaming_prefill
+
+if TYPE_CHECKING:
+    from .base import Case
 
 __all__ = ["decode", "dense_prefill", "dense_prefill_segments", "sparse_prefill", "streaming_prefill", "supports"]
 
 NAME = "flex"
 # Below the definition, which needs no compiler: `auto` never takes it.
 PREFERENCE = -1
+READS = frozenset({All, Causal, Window, BlockList})
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VARIANTS = 64  # compiled kernels of a process; beyond that torch raises, where without fullgraph it would run densely
 
 
-def supports(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+def supports(case: Case) -> str | None:
     """None when this kernel computes the case, otherwise why it does not."""
-    if device.type not in ("cpu", "cuda"):
-        return f"is compiled for the CPU and for CUDA, not for {device.type}"
-    if dtype not in DTYPES:
-        return f"takes {', '.join(map(str, DTYPES))}, not {dtype}"
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        return f"takes a head_dim that is a power of two from 16 on, not {head_dim}"
-    if needs_grad:
+    if case.device.type not in ("cpu", "cuda"):
+        return f"is compiled for the CPU and for CUDA, not for {case.device.type}"
+    if case.dtype not in DTYPES:
+        return f"takes {', '.join(map(str, DTYPES))}, not {case.dtype}"
+    if case.head_dim < 16 or case.head_dim & (case.head_dim - 1):
+        return f"takes a head_dim that is a power of two from 16 on, not {case.head_dim}"
+    if case.needs_grad:
         return "computes no gradients"
-    missing = (
-        _no_compiler() if device.type == "cpu" else _nvidia.refusal(device, needs_grad) or _nvidia.no_triton(device)
-    )
+    if case.kinds:
+        return PLAIN
+    if case.reads is BlockList and (case.softcap or case.first_bias):
+        return "computes neither a softcap nor a bias of the first token"
+    return _missing(case.device)
+
+
+def _missing(device: torch.device) -> str | None:
+    """What this machine lacks."""
+    on_cuda = device.type == "cuda"
+    missing = _nvidia.refusal(device, False) or _nvidia.no_triton(device) if on_cuda else _no_compiler()
     if missing is None and not _torch_has_it():
         missing = f"torch {torch.__version__} has no BlockMask.from_kv_blocks for inference"
     return missing
+
+
+def attend(
+    q: Tensor, segments: Sequence[Segment], reads: Reads, scores: Scores, want_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as `base` says: out ``[B, H, T, D_v]``; of a block list there is no lse, where it is not wanted."""
+    if not isinstance(reads, BlockList):
+        return cpu.attend(q, segments, reads, scores, want_lse)
+    if want_lse:
+        return (cpu if q.device.type == "cpu" else reference).attend(q, segments, reads, scores)
+    check(NAME, q, segments, reads, scores)
+    return _listed(q, *joined(segments), reads, scores.scale), None
 
 
 def _no_compiler() -> str | None:
@@ -79,14 +106,11 @@ def _torch_has_it() -> bool:
 
 
 def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
-    """Attention ``[B, H, T, D]`` that reads what ``blocks`` lists, the queries being the last T of S tokens.
+    return attend(q, [Segment(k, v, k.shape[2])], blocks, Scores(scale), False)[0]
 
-    Raises:
-        UnsupportedModeError: the case is not one that `supports` names.
-    """
-    reason = supports(q.device, q.dtype, q.shape[3], needs_grad(q, k, v))
-    if reason is not None:
-        raise UnsupportedModeError(f"kernel flex {reason}. Use kernel: cpu or reference.")
+
+def _listed(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
+    """Attention ``[B, H, T, D]`` over k, v ``[B, n, S, D]``."""
     (batch, heads, q_len, _), kv_heads = q.shape, k.shape[1]
     group, lists = heads // kv_heads, blocks.counts.shape[1] // kv_heads
     out = torch.zeros_like(q)

@@ -16,7 +16,7 @@ import ctypes
 import logging
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ctypes import c_double, c_int, c_void_p
 from functools import cache
 from typing import NoReturn
@@ -27,37 +27,83 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedModeError
 from ..layout.blocks import BlockList
 from ..layout.dtypes import needs_grad
+from ..layout.reads import All, Averaged, Causal, Reads, Window
+from ..layout.scores import Scores
 from ..layout.segments import Segment
 from . import _native_build, cpu, reference
-from ._quantized import Packed
+from ._arguments import check, joined
+from ._quantized import Packed, packed_reason
+from .base import Case
 
 log = logging.getLogger(__name__)
 
 NAME = "native"
 PREFERENCE = 20
+READS = frozenset({All, Causal, Window, BlockList})
 
 SWITCH = "HF_LONGCTX_NATIVE"
 HEAD_DIM = 256  # at most, and a multiple of 16
 WIDTH = 8  # float32 numbers of a vector, at least: with 4 (measured without AVX) torch is up to twice as fast
 
 
-def supports(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+def supports(case: Case) -> str | None:
     """None when this kernel computes the case, otherwise why it does not. Compiles it, the first time it would.
 
     Raises:
         ConfigError: ``HF_LONGCTX_NATIVE`` is neither 0 nor 1.
     """
-    if device.type != "cpu":
-        return f"needs tensors on the CPU, not on {device.type}"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"takes float32 and bfloat16, not {dtype}"
-    if head_dim % 16 or not 0 < head_dim <= HEAD_DIM:
-        return f"takes a head_dim that is a multiple of 16 up to {HEAD_DIM}, not {head_dim}"
-    if needs_grad:
+    if case.device.type != "cpu":
+        return f"needs tensors on the CPU, not on {case.device.type}"
+    if case.dtype not in (torch.float32, torch.bfloat16):
+        return f"takes float32 and bfloat16, not {case.dtype}"
+    if case.head_dim % 16 or not 0 < case.head_dim <= HEAD_DIM:
+        return f"takes a head_dim that is a multiple of 16 up to {HEAD_DIM}, not {case.head_dim}"
+    if case.needs_grad:
         return "computes no gradients"
     if torch.compiler.is_compiling():
         return "cannot be traced by torch.compile"
-    return _load()[1]
+    library, missing = _load()
+    if library is not None and case.kinds:
+        return packed_reason(case, library.hf_longctx_width())
+    return missing
+
+
+def attend(
+    q: Tensor, segments: Sequence[Segment | Packed], reads: Reads, scores: Scores, want_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as `base` says: out ``[B, H, T, D]``, lse ``[B, H, T]`` where it is wanted.
+
+    Raises:
+        ValueError: tensors, lengths or lists that do not fit each other.
+        UnsupportedModeError: a block list made for other q and k.
+    """
+    check(NAME, q, segments, reads, scores)
+    plain = [segment for segment in segments if isinstance(segment, Segment)]
+    packed = len(plain) < len(segments)
+    own = _computes(scores.scale, q, *_of(plain)) and not needs_grad(*(segment.bias for segment in plain))
+    one = q.shape[2] == 1 and isinstance(reads, All | Causal)
+    simple = not want_lse and scores.softcap is None and scores.first_bias is None
+    biased = any(segment.bias is not None for segment in plain)
+    if packed and own and one and simple:
+        return _decode_packed(q, segments, scores.scale), None
+    if packed:
+        raise UnsupportedModeError(
+            "kernel native unpacks keys and values for one query that reads all of them, without gradients. Call "
+            "hf_longctx.kernels.base.attend, which reads them block by block otherwise."
+        )
+    leaves = isinstance(reads, Averaged) or not own or not simple or (not one and (biased or isinstance(reads, All)))
+    if leaves:
+        other = reference if isinstance(reads, BlockList) and needs_grad(q, *_of(plain)) else cpu
+        return other.attend(q, segments, reads, scores, want_lse)
+    if one:
+        call = _Call()
+        return call.run("decode", q, segments[0].k.shape[1], scores.scale, [*call.segments(segments), 0]), None
+    if isinstance(reads, BlockList):
+        return _listed(q, *joined(segments), reads, scores.scale), None
+    if isinstance(reads, Window):
+        return _streaming(q, segments, reads, scores.scale), None
+    call = _Call()
+    return call.run("dense", q, segments[0].k.shape[1], scores.scale, call.segments(segments)), None
 
 
 @cache
@@ -154,6 +200,8 @@ def _check_piece(piece: Packed, q: Tensor) -> None:
     slots, dim, heads = piece.slots, q.shape[3], piece.k.shape[1]
     if piece.bits not in (4, 8) or piece.group < 1 or slots % piece.group or not 0 <= piece.longest <= slots:
         _refuse(f"{slots} slots of {piece.bits} bits in groups of {piece.group} for a length of {piece.longest}")
+    if piece.by_row is None and len(set(piece.lengths)) > 1:
+        _refuse(f"lengths {piece.lengths} that are not on the device")
     expected = Packed.shapes((q.shape[0], heads), dim, dim, slots, piece.bits, piece.group, q.dtype)
     for (name, (dtype, shape)), x in zip(expected.items(), piece.tensors(), strict=True):
         if x.shape != shape or x.dtype != dtype or x.device != q.device:
@@ -180,7 +228,7 @@ def _check_lists(blocks: BlockList, q: Tensor) -> None:
 
 def _computes(scale: float, q: Tensor, *kv: Tensor) -> bool:
     """Whether the library takes the call; whoever was refused by `supports` may still ask for the answer."""
-    if supports(q.device, q.dtype, q.shape[3], needs_grad(q, *kv)) is not None:
+    if supports(Case(q.device, q.dtype, q.shape[3], needs_grad(q, *kv))) is not None:
         return False
     batch, kv_heads, dim = q.shape[0], kv[0].shape[1] if kv else 0, q.shape[3]
     if kv and (not kv_heads or q.shape[1] % kv_heads):
@@ -191,31 +239,14 @@ def _computes(scale: float, q: Tensor, *kv: Tensor) -> bool:
     return q.numel() > 0 and 1e-30 < scale < 1e30
 
 
-def _of(segments: list[Segment]) -> list[Tensor]:
+def _of(segments: Sequence[Segment]) -> list[Tensor]:
     return [x for segment in segments for x in (segment.k, segment.v)]
 
 
-def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    """Attention ``[B, H, 1, D]`` of one token over every key of every segment, but for slots past a row's length."""
-    biased = [segment.bias for segment in segments]
-    if not _computes(scale, q, *_of(segments)) or needs_grad(*biased):
-        return cpu.decode(q, segments, scale)
-    call = _Call()
-    return call.run("decode", q, segments[0].k.shape[1], scale, [*call.segments(segments), 0])
-
-
-def decode_packed(q: Tensor, segments: list[Segment | Packed], scale: float) -> Tensor | None:
-    """`decode` over segments some of which are packed, unpacked tile by tile; None where it does not compute that."""
+def _decode_packed(q: Tensor, segments: Sequence[Segment | Packed], scale: float) -> Tensor:
+    """One query over segments some of which are packed, unpacked tile by tile."""
     plain = [segment for segment in segments if isinstance(segment, Segment)]
     pieces = [segment for segment in segments if isinstance(segment, Packed)]
-    if not _computes(scale, q, *_of(plain)) or needs_grad(*(segment.bias for segment in plain)):
-        return None
-    for piece in pieces:
-        dims = (piece.k_scale.shape[4], piece.v.shape[3] * 8 // piece.bits)
-        if piece.dtype != q.dtype or dims != (q.shape[3], q.shape[3]) or q.shape[3] % _load()[0].hf_longctx_width():
-            return None
-        if piece.bits == 4 and q.shape[3] % (2 * _load()[0].hf_longctx_width()):
-            return None
     call = _Call()
     kv_heads = {segment.k.shape[1] for segment in segments}
     if len(kv_heads) != 1:
@@ -224,65 +255,61 @@ def decode_packed(q: Tensor, segments: list[Segment | Packed], scale: float) -> 
     return call.run("decode", q, *kv_heads, scale, numbers)
 
 
-def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    """Causal attention ``[B, H, T, D]`` whose queries are the last T tokens of the last segment; all see the others.
-
-    Where a length differs by row, the queries of that row are the last T tokens of its own length.
-    """
-    if q.shape[2] == 1:
-        return decode(q, segments, scale)
-    if not _computes(scale, q, *_of(segments)) or any(segment.bias is not None for segment in segments):
-        return cpu.dense_prefill_segments(q, segments, scale)
-    call = _Call()
-    return call.run("dense", q, segments[0].k.shape[1], scale, call.segments(segments))
-
-
-def dense_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention ``[B, H, T, D]``, the queries being the last T of the S >= T tokens of k, v ``[B, n, S, D]``."""
-    return dense_prefill_segments(q, [Segment(k, v, k.shape[2])], scale)
-
-
-def streaming_prefill(
-    q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
-) -> Tensor:
-    """StreamingLLM attention (arXiv:2309.17453), as `cpu.streaming_prefill` but without temporaries.
-
-    sink_k, sink_v ``[B, n, s, D]`` are the row positions 0..s-1, k, v ``[B, n, N, D]`` the positions first..first+N-1,
-    first >= s; the queries, ``[B, H, T, D]``, are the last T row positions up to first+N-1. Query i reads the sinks r
-    <= i and, of the band, the positions j <= i with i - j < recent (recent >= 1).
-    """
-    if not _computes(scale, q, sink_k, sink_v, k, v):
-        return cpu.streaming_prefill(q, sink_k, sink_v, k, v, recent=recent, first=first, scale=scale)
-    seen = first + k.shape[2]
-    if recent < 1 or not sink_k.shape[2] <= first or q.shape[2] > seen:
+def _streaming(q: Tensor, segments: Sequence[Segment], reads: Window, scale: float) -> Tensor:
+    """Without temporaries."""
+    sinks, band = segments
+    seen = reads.first + band.longest
+    if reads.recent < 1 or not sinks.longest <= reads.first or q.shape[2] > seen:
         _refuse(
-            f"a window of {recent}, {sink_k.shape[2]} sinks and a band from {first} to {seen} for {q.shape[2]} queries"
+            f"a window of {reads.recent}, {sinks.longest} sinks and a band from {reads.first} to {seen} for "
+            f"{q.shape[2]} queries"
         )
     call = _Call()
-    sinks, band = (call.segment(Segment(*pair, pair[0].shape[2])) for pair in ((sink_k, sink_v), (k, v)))
-    return call.run("streaming", q, k.shape[1], scale, (first, recent, *sinks, *band))
+    numbers = (number for segment in segments for number in call.segment(segment))
+    return call.run("streaming", q, band.k.shape[1], scale, (reads.first, reads.recent, *numbers))
 
 
-def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
-    """Attention ``[B, H, T, D]`` that reads what ``blocks`` lists, the queries being the last T of S tokens.
-
-    Raises:
-        UnsupportedModeError: the list is of other sizes than q and k.
-    """
-    queries, lists = blocks.kv_len - blocks.first, blocks.counts.shape[1]
-    if q.shape[2] != queries or k.shape[2] < blocks.kv_len or lists not in (q.shape[1], k.shape[1]):
-        raise UnsupportedModeError(
-            f"sparse prefill was given {q.shape[1]} heads of {q.shape[2]} queries, {k.shape[1]} of {k.shape[2]} keys, "
-            f"with {lists} lists for {queries} queries and {blocks.kv_len} keys. Make the BlockList for this q and k."
-        )
-    if not _computes(scale, q, k, v):
-        return (reference if needs_grad(q, k, v) else cpu).sparse_prefill(q, k, v, blocks, scale)
+def _listed(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
+    """k, v ``[B, n, S, D]``."""
     if v.shape[2] < blocks.kv_len:
         _refuse(f"{v.shape[2]} values for {blocks.kv_len} keys")
     _check_lists(blocks, q)
     call = _Call()
     tensors = (blocks.indices, blocks.counts, blocks.columns, blocks.column_counts)
-    sizes = (lists, blocks.indices.shape[2], blocks.indices.shape[3], blocks.columns.shape[2])
+    sizes = (blocks.counts.shape[1], blocks.indices.shape[2], blocks.indices.shape[3], blocks.columns.shape[2])
     pointers = (call.pointer(x.to(torch.int32).contiguous()) for x in tensors)
     made = (blocks.block, blocks.first, blocks.kv_len, *sizes, *pointers)
     return call.run("sparse", q, k.shape[1], scale, (*call.heads(k), *call.heads(v), *made))
+
+
+def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
+    return attend(q, segments, All(), Scores(scale), False)[0]
+
+
+def decode_packed(q: Tensor, segments: list[Segment | Packed], scale: float) -> Tensor | None:
+    kinds = frozenset(piece.kind for piece in segments if isinstance(piece, Packed))
+    plain = [segment for segment in segments if isinstance(segment, Segment)]
+    grads = needs_grad(*_of(plain), *(segment.bias for segment in plain))
+    case = Case(q.device, q.dtype, q.shape[3], grads, All, True, kinds)
+    if supports(case) is not None or any(segment.dtype != q.dtype for segment in segments):
+        return None
+    return attend(q, segments, All(), Scores(scale), False)[0]
+
+
+def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
+    return attend(q, segments, Causal(), Scores(scale), False)[0]
+
+
+def dense_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return attend(q, [Segment(k, v, k.shape[2])], Causal(), Scores(scale), False)[0]
+
+
+def streaming_prefill(
+    q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
+) -> Tensor:
+    sinks, band = Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])
+    return attend(q, [sinks, band], Window(recent, first), Scores(scale), False)[0]
+
+
+def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
+    return attend(q, [Segment(k, v, k.shape[2])], blocks, Scores(scale), False)[0]

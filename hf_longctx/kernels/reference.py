@@ -1,27 +1,52 @@
 """The truth every fast kernel is tested against: plain torch, whole score matrices, short enough to check by eye.
 
 Shapes: ``B`` batch, ``H`` query heads, ``n`` KV heads, ``G = H // n`` (query head h reads KV head h // G), ``T`` query
-tokens, ``S`` key tokens, ``D`` head_dim. Memory is O(T * S), but for `sparse_prefill`: for tests and short prompts.
+tokens, ``S`` key tokens, ``D`` head_dim. Memory is O(T * S), but for block lists: for tests and short prompts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..layout.blocks import BlockList
 from ..layout.pieces import pieces
+from ..layout.reads import ALL, CAUSAL, All, Averaged, Causal, Reads, Window
+from ..layout.scores import Scores
 from ..layout.segments import Segment
+
+if TYPE_CHECKING:
+    from .base import Case
 
 NAME = "reference"
 PREFERENCE = 0
+READS = frozenset({All, Causal, Window, Averaged, BlockList})
 
-PIECE = 512  # queries, those of all heads of a group together, per mask of `sparse_prefill`
+PIECE = 512  # queries, those of all heads of a group together, per mask of a block list
 
 
-def supports(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+def supports(case: Case) -> str | None:
     """None when this kernel computes the case, otherwise why it does not."""
-    return None if dtype.is_floating_point else f"{dtype} is not a floating point type"
+    if case.kinds:
+        return "reads plain segments alone"
+    return None if case.dtype.is_floating_point else f"{case.dtype} is not a floating point type"
+
+
+def attend(
+    q: Tensor, segments: Sequence[Segment], reads: Reads, scores: Scores, want_lse: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Attention as `base` says, ``(out [B, H, T, D_v], lse [B, H, T])``, sinks included. Differentiable, any device."""
+    with torch.autocast(q.device.type, enabled=False):  # it would round the scores
+        k, v, bias = _joined(q, segments, reads, scores)
+        if isinstance(reads, BlockList):
+            return _listed(q, k, v, reads, scores, bias)
+        visible = _visible(q, segments, reads)
+        if isinstance(reads, Averaged):
+            return _averaged(q, k, v, visible, segments, reads, scores, bias)
+        return attention(q, k, v, visible, scores.scale, bias, scores.softcap, scores.sinks)
 
 
 def causal_visible(q_len: int, kv_len: int, device: torch.device | None = None) -> Tensor:
@@ -38,23 +63,33 @@ def streaming_visible(q_len: int, kv_len: int, sink: int, recent: int, device: t
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of q ``[B, H, T, D]`` over the visible ones of k, v ``[B, n, S, D]``.
 
-    ``visible`` is bool, broadcastable to ``[B, H, T, S]`` (None: every key); ``bias`` is added to the scaled scores,
-    broadcastable to the same shape. Low precision is computed in float32. Returns out ``[B, H, T, D_v]`` in the dtype
-    of q and the natural log of the softmax denominator, lse ``[B, H, T]``, in the dtype of the computation. A query
-    that sees nothing gives out 0 and lse -inf.
+    ``visible`` is bool, broadcastable to ``[B, H, T, S]`` (None: every key); ``bias`` is added to the scaled and capped
+    scores, broadcastable to the same shape; ``sinks [H]`` are logits without a value. Low precision is computed in
+    float32. Returns out ``[B, H, T, D_v]`` in the dtype of q and the natural log of the softmax denominator, lse
+    ``[B, H, T]``, in the dtype of the computation. A query that reads nothing gives out 0 and lse -inf.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // max(k.shape[1], 1)
     k, v = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v))
-    scores = q.to(dtype) @ k.transpose(-1, -2) * scale
+    scores = capped(q.to(dtype) @ k.transpose(-1, -2) * scale, softcap)
     if bias is not None:
         scores = scores + bias.to(dtype)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)], -1)
+        v = torch.cat([v, v.new_zeros(*v.shape[:2], 1, v.shape[3])], 2)
     sees = (scores > float("-inf")).any(-1, keepdim=True)
     # The row maximum cancels, so it is detached; it is 0 where a query sees nothing, because -inf - -inf is NaN.
     top = scores.detach().amax(-1, keepdim=True).masked_fill(~sees, 0) if scores.shape[-1] else sees.to(dtype)
@@ -64,7 +99,12 @@ def attention(
     return ((weights @ v) / total).to(q.dtype), lse.squeeze(-1)
 
 
-def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """``softcap * tanh(scores / softcap)``; the scores themselves without a cap."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Join attention over disjoint sets of keys: (out ``[B, H, T, D]``, lse ``[B, H, T]``) pairs to one such pair.
 
     out = sum_p exp(lse_p - lse) out_p with lse = log(sum_p exp(lse_p)); a query that sees nothing anywhere stays 0 and
@@ -82,62 +122,115 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return out.to(parts[0][0].dtype), (total.log() + top).masked_fill(~sees, float("-inf"))
 
 
-def dense_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention ``[B, H, T, D]``, the queries being the last T of the S tokens of k, v ``[B, n, S, D]``."""
-    return attention(q, k, v, causal_visible(q.shape[2], k.shape[2], q.device), scale)[0]
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """(out ``[B, H, T, D]``, lse ``[B, H, T]``) with a logit per head, ``sinks [H]``, that has no value."""
+    logits = sinks.to(lse.dtype)[:, None]
+    # exp(lse - logaddexp(lse, logits)) of (out, lse); a query that reads nothing else has lse -inf and weight 0.
+    share = torch.sigmoid(lse - logits)
+    return (out * share[..., None]).to(out.dtype), torch.logaddexp(lse, logits.expand_as(lse))
 
 
-def streaming_prefill(
-    q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
-) -> Tensor:
-    """StreamingLLM attention (arXiv:2309.17453): the first ``s`` tokens of the row and the last ``recent`` ones.
-
-    sink_k, sink_v ``[B, n, s, D]`` are the row positions 0..s-1, k, v ``[B, n, N, D]`` the positions first..first+N-1,
-    where first >= s; the queries are the last T row positions up to first+N-1. Query i reads the sinks r <= i and, of
-    the band, the positions j <= i with i - j < recent.
-    """
-    sink, band, q_len = sink_k.shape[2], k.shape[2], q.shape[2]
-    position = torch.cat([torch.arange(sink), torch.arange(first, first + band)]).to(q.device)
-    i = torch.arange(first + band - q_len, first + band, device=q.device)[:, None]
-    visible = (position <= i) & ((position < sink) | (i - position < recent))
-    return attention(q, torch.cat([sink_k, k], 2), torch.cat([sink_v, v], 2), visible, scale)[0]
-
-
-def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    """Causal attention ``[B, H, T, D]`` whose queries are the last T tokens of the last segment; all see the others.
-
-    Where a length differs by row, the queries of that row are the last T tokens of its own length.
-    """
-    parts = []
+def _joined(
+    q: Tensor, segments: Sequence[Segment], reads: Reads, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """k, v ``[B, n, S, D]`` of all segments, zeros past each length, and what is added to scores ``[B, H, 1, S]``."""
+    keys, values, biases = [], [], []
     for segment in segments:
         k, v = segment.kept()
-        slot = torch.arange(k.shape[2], device=q.device)
-        end = torch.as_tensor(segment.length, device=q.device).view(-1, 1, 1, 1)
-        filled = slot[:, None] < end  # [B or 1, 1, longest, 1]
-        # Slots past a row's length are uninitialised memory, and 0 * NaN is NaN.
-        k, v = k.masked_fill(~filled, 0), v.masked_fill(~filled, 0)
-        visible = slot < end
-        if segment is segments[-1]:
-            visible = slot <= end - q.shape[2] + torch.arange(q.shape[2], device=q.device)[:, None]
-        bias = segment.bias
-        if bias is not None:
-            bias = bias.broadcast_to(*k.shape[:2], 1, k.shape[2]).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        parts.append(attention(q, k, v, visible, scale, bias))
-    return merge(parts)[0]
+        empty = ~_filled(segment, q.device).transpose(2, 3)
+        # Slots past a sequence's length are uninitialised memory, and 0 * NaN is NaN.
+        keys.append(k.masked_fill(empty, 0))
+        values.append(v.masked_fill(empty, 0))
+        biases.append(_bias(segment, q))
+    k, v, bias = torch.cat(keys, 2), torch.cat(values, 2), torch.cat(biases, 3)
+    if scores.first_bias is not None and k.shape[2] and _reads_first(segments, reads):
+        added = torch.zeros_like(bias)
+        added[..., 0] = 1
+        bias = bias + added * scores.first_bias.to(bias.dtype)[:, None, None]
+    return k, v, bias
 
 
-def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    """Attention ``[B, H, 1, D]`` of one token, the last of the last segment, over every kept key of every segment."""
-    return dense_prefill_segments(q, segments, scale)
+def _reads_first(segments: Sequence[Segment], reads: Reads) -> bool:
+    """Whether the first key that there is, is the first token: a window without sinks may begin after it."""
+    return not isinstance(reads, Window | Averaged) or bool(segments[0].longest) or reads.first == 0
 
 
-def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
-    """Attention ``[B, H, T, D]`` that reads what ``blocks`` lists, the queries being the last T of S tokens.
+def _bias(segment: Segment, q: Tensor) -> Tensor:
+    """Of a segment's scores, ``[B, H, 1, longest]``."""
+    batch, heads = segment.k.shape[:2]
+    bias = segment.bias
+    if bias is None:
+        bias = torch.zeros((), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    return bias.broadcast_to(batch, heads, 1, segment.longest).repeat_interleave(q.shape[1] // max(heads, 1), 1)
 
-    KV head by KV head and in pieces of queries, so that no mask holds more than ``PIECE * S`` entries per row.
-    """
+
+def _filled(segment: Segment, device: torch.device) -> Tensor:
+    """Bool ``[B or 1, 1, 1, longest]``."""
+    return torch.arange(segment.longest, device=device) < _end(segment, device)
+
+
+def _end(segment: Segment, device: torch.device) -> Tensor:
+    return torch.as_tensor(segment.length, device=device).view(-1, 1, 1, 1)
+
+
+def _visible(q: Tensor, segments: Sequence[Segment], reads: Reads) -> Tensor:
+    """Bool ``[B or 1, 1, T, S]``, of all but block lists."""
+    q_len, device = q.shape[2], q.device
+    if isinstance(reads, Window | Averaged):
+        return _visible_window(q, segments, reads)[None, None]
+    parts = [_filled(segment, device) for segment in segments]
+    if not isinstance(reads, All):
+        own = segments[-1]
+        slots = torch.arange(own.longest, device=device)
+        parts[-1] = slots <= _end(own, device) - q_len + torch.arange(q_len, device=device)[:, None]
+    batch = max(part.shape[0] for part in parts)
+    return torch.cat([part.expand(batch, 1, q_len, -1) for part in parts], 3)
+
+
+def _visible_window(q: Tensor, segments: Sequence[Segment], reads: Window | Averaged) -> Tensor:
+    """Bool ``[T, s + N]``: the sinks, then the band."""
+    sink, band = (segment.longest for segment in segments)
+    end = reads.first + band if isinstance(reads, Window) else reads.end
+    i = torch.arange(end - q.shape[2], end, device=q.device)[:, None]
+    j = torch.arange(reads.first, reads.first + band, device=q.device)
+    edge = i - reads.recent + 1 if isinstance(reads, Window) else reads.edges[:, None]
+    return torch.cat([torch.arange(sink, device=q.device) <= i, (j >= edge) & (j <= i)], 1)
+
+
+def _averaged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    segments: Sequence[Segment],
+    reads: Averaged,
+    scores: Scores,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Each query's window and sinks, and the mean of what lies between as one more key."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    wide, group = q.to(dtype), q.shape[1] // k.shape[1]
+    parts = [attention(wide, k, v, visible, scores.scale, bias, scores.softcap)]
+    counts = reads.edges - reads.sink
+    means = []
+    for nth, band in enumerate(segments[1].kept()):
+        before = band.new_zeros(*band.shape[:2], 1, band.shape[3], dtype=torch.float64)
+        before = before if reads.dropped is None else reads.dropped[nth]
+        sums = torch.cat([before, before + band.double().cumsum(2)], 2).index_select(2, reads.edges - reads.first)
+        means.append((sums / counts.clamp(min=1)[:, None]).to(dtype).repeat_interleave(group, 1))
+    score = capped((wide * means[0]).sum(-1) * scores.scale, scores.softcap) + counts.to(dtype).log()
+    out, lse = merge([*parts, (means[1], score)])
+    if scores.sinks is not None:
+        out, lse = with_sinks(out, lse, scores.sinks)
+    return out.to(q.dtype), lse
+
+
+def _listed(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scores: Scores, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """KV head by KV head and in pieces of queries, so that no mask holds more than ``PIECE * S`` entries per row."""
     group, lists = q.shape[1] // k.shape[1], blocks.counts.shape[1]
-    outs = []
+    outs, lses = [], []
     for head in range(k.shape[1]):
         own, parts = slice(head * group, (head + 1) * group), []
         listed = slice(head * lists // k.shape[1], (head + 1) * lists // k.shape[1])
@@ -147,7 +240,35 @@ def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: fl
             visible = blocks.visible(low, high, listed)[..., :seen]
             visible = visible.repeat_interleave(group // visible.shape[1], 1)
             keys, values = k[:, head : head + 1, :seen], v[:, head : head + 1, :seen]
-            with torch.autocast(q.device.type, enabled=False):  # it would round the scores
-                parts.append(attention(q[:, own, low:high], keys, values, visible, scale)[0])
-        outs.append(torch.cat(parts, 2))
-    return torch.cat(outs, 1)
+            added = bias[:, own, :, :seen]
+            sinks = None if scores.sinks is None else scores.sinks[own]
+            parts.append(
+                attention(q[:, own, low:high], keys, values, visible, scores.scale, added, scores.softcap, sinks)
+            )
+        out, lse = zip(*parts, strict=True)
+        outs.append(torch.cat(out, 2))
+        lses.append(torch.cat(lse, 2))
+    return torch.cat(outs, 1), torch.cat(lses, 1)
+
+
+def dense_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return attend(q, [Segment(k, v, k.shape[2])], CAUSAL, Scores(scale))[0]
+
+
+def streaming_prefill(
+    q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
+) -> Tensor:
+    sinks, band = Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])
+    return attend(q, [sinks, band], Window(recent, first), Scores(scale))[0]
+
+
+def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
+    return attend(q, segments, CAUSAL, Scores(scale))[0]
+
+
+def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
+    return attend(q, segments, ALL, Scores(scale))[0]
+
+
+def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
+    return attend(q, [Segment(k, v, k.shape[2])], blocks, Scores(scale))[0]

@@ -8,129 +8,176 @@ Shapes: ``B`` batch, ``H`` query heads, ``n`` KV heads, ``T`` query tokens, ``S`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModeError
 from ..layout.blocks import BlockList
+from ..layout.reads import All, Causal, Reads, Window
+from ..layout.scores import Scores
 from ..layout.segments import HeadKV, Segment
 from . import _nvidia, cpu
-from ._quantized import Packed
+from ._arguments import check, joined
+from ._quantized import Packed, packed_reason
+
+if TYPE_CHECKING:
+    from .base import Case
+
+Part = tuple[tuple[int, ...], Sequence[Segment | Packed]]  # KV heads of the layer, what they cached
 
 NAME = "triton"
 # Below cpu's: until it has been timed on a device, `auto` takes it for block lists alone, where it beats a definition.
 PREFERENCE = 5
+READS = frozenset({All, Causal, Window, BlockList})
 
 HEAD_DIM = 256  # at most; wider tiles do not fit the shared memory
 BLOCKS = (16, 32, 64, 128)  # tokens of a block
 
 
-def supports(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+def supports(case: Case) -> str | None:
     """None when this kernel computes the case, otherwise why it does not."""
-    if head_dim > HEAD_DIM:
-        return f"takes head_dim up to {HEAD_DIM}, not {head_dim}"
+    if case.head_dim > HEAD_DIM:
+        return f"takes head_dim up to {HEAD_DIM}, not {case.head_dim}"
+    if case.softcap or case.first_bias:
+        return "computes neither a softcap nor a bias of the first token"
+    if case.kinds and (reason := packed_reason(case)) is not None:
+        return reason
     # float32 is computed right, but without matrix instructions: minutes to compile, slow to run.
-    return _nvidia.refusal(device, needs_grad) or _nvidia.half_only(dtype) or _nvidia.no_triton(device)
+    missing = _nvidia.refusal(case.device, case.needs_grad) or _nvidia.half_only(case.dtype)
+    return missing or _nvidia.no_triton(case.device)
 
 
-def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
-    """Attention ``[B, H, T, D]`` that reads what ``blocks`` lists, the queries being the last T of S tokens.
-
-    k, v ``[B, n, S, D]``, any strides.
+def attend(
+    q: Tensor, segments: Sequence[Segment | Packed], reads: Reads, scores: Scores, want_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as `base` says: out ``[B, H, T, D]``, lse ``[B, H, T]`` where it is wanted.
 
     Raises:
-        UnsupportedModeError: the list has blocks of another size than `BLOCKS`, or was made for other lengths.
+        UnsupportedModeError: k and v that the kernels would misread; a list with blocks of another size than `BLOCKS`,
+            or made for other lengths.
     """
+    check(NAME, q, segments, reads, scores)
+    if isinstance(reads, All | Causal) and q.shape[2] == 1:
+        return _decode(q, [(tuple(range(segments[0].k.shape[1])), segments)], scores.scale)
+    if isinstance(reads, BlockList):
+        return _sparse(q, *joined(segments), reads, scores.scale)
+    if isinstance(reads, Window):
+        return _streaming(q, segments, reads, scores.scale)
+    return cpu.attend(q, segments, reads, scores, want_lse)
+
+
+def attend_layer(q: Tensor, parts: Sequence[Part], scores: Scores) -> tuple[Tensor, Tensor]:
+    """One decoded token of all heads of a layer in one launch, in the order of its heads: out ``[B, H, 1, D]``, lse.
+
+    Raises:
+        UnsupportedModeError: the parts do not hold each KV head of the layer once, or not in the dtype of q.
+    """
+    held = sorted(head for kv_heads, _ in parts for head in kv_heads)
+    if held != list(range(len(held))) or not held or q.shape[1] % len(held):
+        raise UnsupportedModeError(
+            f"attend_layer was given the KV heads {held} for {q.shape[1]} query heads: pass every role of the layer, "
+            "or call attend role by role."
+        )
+    for _, segments in parts:
+        check(NAME, q, segments, All(), scores)
+    return _decode(q, parts, scores.scale)
+
+
+def _sparse(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> tuple[Tensor, Tensor]:
+    """k, v ``[B, n, S, D]``, any strides."""
     _check(q, k, v)
     if blocks.block not in BLOCKS:
         raise UnsupportedModeError(
             f"kernel triton reads blocks of {', '.join(map(str, BLOCKS))} tokens, not of {blocks.block}. Use kernel: "
             "reference."
         )
-    lengths, made_for = (k.shape[2] - q.shape[2], k.shape[2]), (blocks.first, blocks.kv_len)
     rows, lists, query_blocks = blocks.counts.shape
-    touched = -(-blocks.kv_len // blocks.block) - blocks.first // blocks.block
-    fits = rows == q.shape[0] and lists in (q.shape[1], k.shape[1]) and query_blocks == touched
-    if lengths != made_for or not fits:
+    touched = blocks.key_blocks - blocks.first // blocks.block
+    if rows != q.shape[0] or query_blocks != touched:
         raise UnsupportedModeError(
-            f"a list of {rows} rows, {lists} heads and {query_blocks} query blocks for the tokens {made_for[0]} to "
-            f"{made_for[1]} was given with {q.shape[0]} rows, {q.shape[1]} query heads and the tokens {lengths[0]} to "
-            f"{lengths[1]}. Make the list from the same q and k."
+            f"a list of {rows} rows, {lists} heads and {query_blocks} query blocks for the tokens {blocks.first} to "
+            f"{blocks.kv_len} was given with {q.shape[0]} rows and {q.shape[1]} query heads. Make the list from the "
+            "same q and k."
         )
     if not q.numel():
-        return torch.zeros_like(q)
+        return _nothing(q)
     from . import _triton_prefill
 
     return _triton_prefill.sparse_prefill(q, k, v, blocks, scale)
 
 
+def _streaming(q: Tensor, segments: Sequence[Segment], reads: Window, scale: float) -> tuple[Tensor, Tensor]:
+    """In O(T * (s + recent)) time, and without copies."""
+    sinks, band = (segment.kept() for segment in segments)
+    _check(q, *band)
+    _check(q, *sinks)
+    if not q.numel():
+        return _nothing(q)
+    from . import _triton_prefill
+
+    return _triton_prefill.streaming_prefill(q, *sinks, *band, recent=reads.recent, first=reads.first, scale=scale)
+
+
+def _nothing(q: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(q), q.new_full(
+        q.shape[:3], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32)
+    )
+
+
+def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
+    return attend(q, [Segment(k, v, k.shape[2])], blocks, Scores(scale), False)[0]
+
+
 def streaming_prefill(
     q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
 ) -> Tensor:
-    """StreamingLLM attention (arXiv:2309.17453) as `reference.streaming_prefill` defines it, ``[B, H, T, D]``.
-
-    In O(T * (s + recent)) time, and without copies.
-    """
-    _check(q, k, v)
-    _check(q, sink_k, sink_v)
-    if not q.numel():
-        return torch.zeros_like(q)
-    from . import _triton_prefill
-
-    return _triton_prefill.streaming_prefill(q, sink_k, sink_v, k, v, recent=recent, first=first, scale=scale)
+    sinks, band = Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])
+    return attend(q, [sinks, band], Window(recent, first), Scores(scale), False)[0]
 
 
 def dense_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention ``[B, H, T, D]``, the queries being the last T of the S >= T tokens of k, v ``[B, n, S, D]``."""
-    return cpu.dense_prefill(q, k, v, scale)
+    return attend(q, [Segment(k, v, k.shape[2])], Causal(), Scores(scale), False)[0]
 
 
 def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    """Causal attention ``[B, H, T, D]`` whose queries are the last T tokens of the last segment; all see the others."""
-    return decode(q, segments, scale) if q.shape[2] == 1 else cpu.dense_prefill_segments(q, segments, scale)
+    return attend(q, segments, Causal(), Scores(scale), False)[0]
 
 
 def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    """Attention ``[B, H, 1, D]`` of one token over every key of every segment, but for slots past a row's length."""
-    return _decode(q, [(tuple(range(segments[0].k.shape[1])), segments)], scale)
+    return _decode(q, [(tuple(range(segments[0].k.shape[1])), segments)], scale)[0]
 
 
 def decode_packed(q: Tensor, segments: list[Segment | Packed], scale: float) -> Tensor | None:
-    """`decode` over segments some of which are packed, unpacked in the kernel; None where it does not compute that."""
     pieces = [segment for segment in segments if isinstance(segment, Packed)]
     for piece in pieces:
-        dims = (piece.k_scale.shape[4], piece.v.shape[3] * 8 // piece.bits)
-        if piece.dtype != q.dtype or dims != (q.shape[3], q.shape[3]) or piece.k.device != q.device:
+        if piece.dtype != q.dtype or piece.kind[2] != q.shape[3] or piece.k_scale.shape[4] != q.shape[3]:
             return None
-    return _decode(q, [(tuple(range(segments[0].k.shape[1])), segments)], scale)
+    return decode(q, segments, scale)
 
 
 def decode_layer(q: Tensor, parts: list[HeadKV], scale: float) -> Tensor:
-    """`decode` for all heads of a layer at once: q and the result ``[B, H, 1, D]`` are in the order of its heads.
-
-    Raises:
-        UnsupportedModeError: the parts do not hold each KV head of the layer once, or not in the dtype of q.
-    """
-    held = sorted(head for part in parts for head in part.heads.kv_heads)
-    if held != list(range(parts[0].heads.total)):
-        raise UnsupportedModeError(
-            f"decode_layer was given the KV heads {held} of a layer that has {parts[0].heads.total}: pass every role "
-            "of the layer, or call decode role by role."
-        )
-    return _decode(q, [(part.heads.kv_heads, part.segments) for part in parts], scale)
+    return attend_layer(q, [(part.heads.kv_heads, part.segments) for part in parts], Scores(scale))[0]
 
 
-def _decode(q: Tensor, parts: list[tuple[tuple[int, ...], list[Segment]]], scale: float) -> Tensor:
+def _decode(q: Tensor, parts: Sequence[Part], scale: float) -> tuple[Tensor, Tensor]:
     """Check and launch; ``parts`` as `_triton_decode.decode` takes them."""
     total = sum(len(kv_heads) for kv_heads, _ in parts)
     for kv_heads, segments in parts:
         for one in segments:
             if isinstance(one, Segment):
                 _check(q, one.k, one.v, total, len(kv_heads))
+            elif one.dtype != q.dtype or one.k.device != q.device or one.k_scale.shape[4] != q.shape[3]:
+                raise UnsupportedModeError(
+                    f"kernel triton takes packed keys of the dtype, device and head_dim of the queries, {q.dtype} "
+                    f"{q.device} {q.shape[3]}, not {one.dtype} {one.k.device} {one.k_scale.shape[4]}. Use kernel: cpu."
+                )
     if q.shape[2] != 1:
-        raise UnsupportedModeError(f"decode takes one query token, not {q.shape[2]}. Use dense_prefill_segments.")
+        raise UnsupportedModeError(f"decode takes one query token, not {q.shape[2]}. Use attend.")
     if not q.numel():
-        return torch.zeros_like(q)
+        return _nothing(q)
     from . import _triton_decode
 
     return _triton_decode.decode(q, parts, scale)

@@ -18,7 +18,7 @@ from ..config.model import made_for
 from ..config.words import check_word
 from ..errors import ConfigError, UnsupportedModelError
 from ..model.family import find_family
-from ..model.patch import state_of, unwrap
+from ..model.modules import state_of, unwrap
 from .memory import MemoryModel, MemorySettings
 from .sizes import dtype_of
 

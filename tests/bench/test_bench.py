@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.kernel_faults import change_attend
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ from hf_longctx.bench.measure import Samples, paired_ratio, turns
 from hf_longctx.bench.settings import Settings
 from hf_longctx.commands._app import app
 from hf_longctx.kernels import cpu
+from hf_longctx.layout.blocks import BlockList
 
 SHAPE = {"layers": 2, "heads": 8, "kv_heads": 4, "head_dim": 16, "sink": 4, "recent": 16, "rounds": 2}
 TINY = Settings((65, 150), **SHAPE)
@@ -28,7 +30,7 @@ NAMES = {
     "prefill": ["stock", "all retrieval", "all streaming", "blocks 10%", "blocks 20%", "blocks 30%"],
     "e2e": ["stock", "stock static", "all retrieval", "half streaming", "all streaming"],
 }
-sparse_prefill, list_answer = cpu.sparse_prefill, block_lists.list_answer
+list_answer = block_lists.list_answer
 RAW = {  # benchmark -> (figures with raw times, samples per column)
     "decode": (["ms_per_layer", "sum_ms_per_layer"], 2 * 3),
     "prefill": (["ms", "update_ms"], 2),
@@ -133,7 +135,7 @@ def test_a_wrong_retrieval_column_is_caught(run, monkeypatch):
 def test_a_wrong_block_list_is_caught_before_anything_is_timed(wrong, monkeypatch):
     other = block_lists.random_list(300, 4, 0.8, seed=9)
     if wrong == "attend":
-        monkeypatch.setattr(cpu, "sparse_prefill", lambda q, k, v, _, scale: sparse_prefill(q, k, v, other, scale))
+        change_attend(monkeypatch, cpu, BlockList, lambda q, segments, reads: (q, segments, other))
     else:
         monkeypatch.setattr(prefill, "list_answer", lambda q, k, v, at, _: list_answer(q, k, v, at, other))
     monkeypatch.setattr(prefill, "turns", lambda *args: pytest.fail("timed columns that differ"))

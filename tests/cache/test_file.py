@@ -201,6 +201,9 @@ def test_every_store_can_be_saved(word, role, lengths, tmp_path):
 class Halves(Streamed):
     """Reads what it keeps in two blocks."""
 
+    kind = "halves"
+    joined_note = "halves were joined"
+
     def __init__(self, k, v):
         self.k, self.v, self.dtype = k, v, k.dtype
 

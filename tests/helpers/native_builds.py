@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from hf_longctx.kernels import base as dispatch
 from hf_longctx.kernels import native
 
 # What other CPUs would compile; a compiler for x86 can leave instructions out, one for another CPU has one code path.
@@ -19,9 +20,11 @@ def other_build(request, monkeypatch):
     monkeypatch.setenv("CXX", f"{shutil.which('g++') or 'c++'} {request.param}")
     native._load.cache_clear()
     if request.param == "-mno-avx":
-        assert "AVX2" in native.supports(torch.device("cpu"), torch.float32, 64, False), "it would be slower than torch"
+        assert "AVX2" in native.supports(dispatch.Case(torch.device("cpu"), torch.float32, 64)), (
+            "it would be slower than torch"
+        )
         monkeypatch.setattr(native, "WIDTH", 4)
         native._load.cache_clear()
-    assert native.supports(torch.device("cpu"), torch.float32, 64, False) is None
+    assert native.supports(dispatch.Case(torch.device("cpu"), torch.float32, 64)) is None
     yield
     native._load.cache_clear()

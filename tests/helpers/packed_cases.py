@@ -32,7 +32,7 @@ def packed(shape, tokens, bits, group, lengths=None, first=0, *, dtype, device="
     for x in (made.k_scale, made.v_scale):
         x.fill_(math.nan)
     made.write(slice(None), 0, k, v)
-    return made.seen([first + one for one in lengths or [tokens]], ints, set())
+    return made.seen([first + one for one in lengths or [tokens]], ints)
 
 
 def numbers_of(piece):

@@ -53,7 +53,7 @@ def launch_everything(head_dim, dtype, q_len, kv_len, batch):
     ragged = Segment(k, k, torch.full([batch], kv_len), torch.zeros(kv_len))
     triton.decode(q[:, :, :1], [Segment(k, k, kv_len), ragged], 0.1)
     slots = -(-kv_len // 64) * 64
-    packed = Packed.empty(k, k, 2, slots, 4, 64, 0).seen([slots], None, set())
+    packed = Packed.empty(k, k, 2, slots, 4, 64, 0).seen([slots], None)
     triton.decode_packed(q[:, :, :1], [packed, Segment(k, k, kv_len), ragged], 0.1)
 
 

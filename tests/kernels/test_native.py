@@ -28,16 +28,14 @@ LENGTHS = [1, 2, 15, 24, 25, 63, 64, 65, 127, 129, 513]  # up to 24 queries are 
 DTYPES = [torch.float32, torch.bfloat16]
 SINK, RECENT = 5, 40
 SCALE = 0.3
-FUNCTIONS = ("decode", "dense_prefill_segments", "streaming_prefill", "sparse_prefill")
 
 
 @pytest.fixture(autouse=True)
 def _on_and_compiled(monkeypatch):
     """These tests fail where there is no compiler, and the cpu kernel must not answer in place of this one."""
     monkeypatch.delenv(native.SWITCH, raising=False)
-    assert native.supports(torch.device("cpu"), torch.float32, 64, False) is None
-    for name in FUNCTIONS:
-        monkeypatch.setattr(cpu, name, None)
+    assert native.supports(dispatch.Case(torch.device("cpu"), torch.float32, 64)) is None
+    monkeypatch.setattr(cpu, "attend", None)
 
 
 def random_tensor(*shape, dtype=torch.float64, seed=0):
@@ -377,7 +375,7 @@ def test_what_it_supports():
         ((device, torch.float32, 272, False), "up to 256"),
         ((device, torch.bfloat16, 64, True), "no gradients"),
     ):
-        assert reason in native.supports(*case)
+        assert reason in native.supports(dispatch.Case(*case))
     case = {"device": device, "dtype": torch.bfloat16, "head_dim": 80, "needs_grad": False}
     assert dispatch.pick("auto", **case) is dispatch.pick("native", **case) is native
     assert dispatch.pick("auto", **case, function="sparse_prefill") is native

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hf_longctx.kernels import base as dispatch
 from hf_longctx.kernels import native
 from hf_longctx.kernels._quantized import Packed
 from hf_longctx.layout.blocks import BlockList
@@ -22,7 +23,7 @@ RIGHT, REFUSED, OTHER, DECLINED = 0, 1, 2, 3  # declined: torch computes it
 
 @pytest.fixture(autouse=True)
 def _compiled():
-    assert native.supports(torch.device("cpu"), torch.float32, D, False) is None
+    assert native.supports(dispatch.Case(torch.device("cpu"), torch.float32, D)) is None
 
 
 def tensor(*shape):
@@ -45,7 +46,7 @@ def piece(bits=8, group=16, length=S, **changed):
     made = Packed.empty(kv(), kv(), N, S, bits, group, 0)
     for low in range(0, S, group):
         made.write(slice(None), low, kv(tokens=group), kv(tokens=group))
-    return replace(made, lengths=(length,), ints=lambda values, device: torch.tensor(values), **changed)
+    return replace(made, lengths=(length,), **changed)
 
 
 def ended(call) -> tuple[int, str]:

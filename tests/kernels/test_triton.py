@@ -28,10 +28,18 @@ CASES = 50
 def run_script(name: str, folder: Path, **environment: str) -> dict:
     """What a script of the tests prints as JSON."""
     package = str(Path(hf_longctx.__file__).parents[1])  # the one that is tested, wherever it was imported from
-    environment |= {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": package}
+    environment |= {
+        "TRITON_CACHE_DIR": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join((package, str(TESTS))),
+    }
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     done = subprocess.run(
-        [sys.executable, str(TESTS / name)], capture_output=True, text=True, check=False, env=inherited | environment
+        [sys.executable, str(TESTS / "helpers" / name)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=inherited | environment,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

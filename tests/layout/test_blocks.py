@@ -11,7 +11,7 @@ from helpers.device_reads import CountReads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_longctx.kernels import reference
-from hf_longctx.layout import segments as layout
+from hf_longctx.layout import blocks as layout
 from hf_longctx.layout.blocks import BlockList
 
 

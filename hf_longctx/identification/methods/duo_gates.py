@@ -16,7 +16,7 @@ from ...config.words import dump
 from ...errors import ConfigError, UnsupportedModeError
 from ...io.processes import Processes
 from ...io.work import work_file
-from ...model.patch import state_of, unwrap
+from ...model.modules import state_of, unwrap
 from ...tasks.documents import Document
 from ..gates import Gates, distance, frozen, load, save
 from .base import HeadProbe, Method

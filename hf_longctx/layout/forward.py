@@ -1,0 +1,83 @@
+"""What belongs to one forward beside its geometry: the log for the report, the observer, the kernels chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .rows import Rows
+
+
+@dataclass
+class PrefillCounts:
+    """How retrieval heads with a pattern read their prompts, for the report; one-token forwards do not count.
+
+    Attributes:
+        sparse, dense: sequences times layers in which the patterns ran, or were too short for them.
+        reads: key tokens read by the query heads of the sparse ones (per device, so that nothing waits).
+        own_reads: what they would read if each query head read its own list; as ``reads`` without ``share_groups``.
+        causal: what dense attention would read.
+    """
+
+    sparse: int = 0
+    dense: int = 0
+    reads: dict[torch.device, Tensor] = field(default_factory=dict)
+    own_reads: dict[torch.device, Tensor] = field(default_factory=dict)
+    causal: int = 0
+
+    def add(self, reads: Tensor, own_reads: Tensor, causal: int, sequences: int) -> None:
+        self.sparse += sequences
+        self.causal += causal
+        for total, more in ((self.reads, reads), (self.own_reads, own_reads)):
+            total[more.device] = more + total.get(more.device, 0)
+
+    @property
+    def density(self) -> float | None:
+        """Share of the causal key blocks that was read; None before any sparse prefill. Reads the device."""
+        return self._share(self.reads)
+
+    @property
+    def own_density(self) -> float | None:
+        """``density`` if each query head read its own list. Reads the device."""
+        return self._share(self.own_reads)
+
+    def _share(self, reads: dict[torch.device, Tensor]) -> float | None:
+        return sum(part.item() for part in reads.values()) / self.causal if self.causal else None
+
+
+@dataclass
+class ForwardLog:
+    """What happened, for the report.
+
+    Attributes:
+        used: kernels that ran.
+        notes: what ran slower than asked for.
+        prefill: sparse prefills.
+    """
+
+    used: set[str] = field(default_factory=set)
+    notes: set[str] = field(default_factory=set)
+    prefill: PrefillCounts = field(default_factory=PrefillCounts)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of the base model; its pre-hook makes it and every layer gets it.
+
+    Attributes:
+        rows: where each sequence of the batch stands.
+        log: filled while it runs.
+        observer: see ``hf_longctx.observe``.
+        cached: every layer must bring the cache that this forward was given or got, a ``LongCtxCache``.
+        kernels: the kernel of each case that came up, see `hf_longctx.kernels.base.choose`.
+    """
+
+    rows: Rows
+    log: ForwardLog = field(default_factory=ForwardLog)
+    observer: Callable | None = None
+    cached: bool = False
+    kernels: dict[tuple, ModuleType] = field(default_factory=dict, repr=False, compare=False)
