@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from hf_longctx import LongCtxConfig
 from hf_longctx.assets import embedded
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
 from hf_longctx.config.config import load_shipped
 from hf_longctx.config.files import shipped
 from hf_longctx.config.ranking import readme_table

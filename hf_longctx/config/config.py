@@ -15,7 +15,7 @@ import yaml
 from ..errors import ConfigError
 from .bounds import MOST
 from .files import merge, read_file, read_shipped
-from .model import ModelSection, model_facts
+from .model import ModelSection, made_for, model_facts
 from .sections import DecodeSection, HeadsSection, PrefillSection, StoresSection, check_counts, check_rows
 from .words import check_mapping, check_word, dump, make, register_first, words
 
@@ -59,11 +59,11 @@ class LongCtxConfig:
 
     def __repr__(self) -> str:
         """What a notebook shows: for which model, and how many heads keep every token. ``to_dict`` has all of it."""
-        heads, model = "".join(self.roles()), self.model
+        model = self.model
         name = model.ids[0] if model.ids else f"a {model.model_type}"
         origin = self.heads.active.source.get("method", "given")
         return (
-            f"LongCtxConfig({name}, {heads.count('R')} of {len(heads)} KV heads keep every token "
+            f"LongCtxConfig({name}, {self.retrieval_heads} of {self.kv_heads} KV heads keep every token "
             f"(method: {origin}, confidence: {self.heads.confidence}))"
         )
 
@@ -120,6 +120,16 @@ class LongCtxConfig:
     def roles(self) -> tuple[str, ...]:
         """One text per layer, a letter R (retrieval) or S (streaming) per KV head, of the whole model."""
         return self._roles
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of KV heads of all layers."""
+        return self.model.num_hidden_layers * self.model.num_key_value_heads
+
+    @property
+    def retrieval_heads(self) -> int:
+        """Number of retrieval heads of all layers."""
+        return sum(row.count("R") for row in self.roles())
 
     @cached_property
     def _roles(self) -> tuple[str, ...]:
@@ -183,9 +193,10 @@ class LongCtxConfig:
             ConfigError: the Transformers config lacks a head dimension.
         """
         facts = model_facts(hf_config)
-        fingerprint, made_for = facts.pop("fingerprint"), getattr(hf_config, "max_position_embeddings", None)
-        if type(made_for) is int and 0 < made_for <= MOST:
-            facts["max_position_embeddings"] = made_for
+        fingerprint = facts.pop("fingerprint")
+        tokens = made_for(hf_config)
+        if type(tokens) is int and 0 < tokens <= MOST:
+            facts["max_position_embeddings"] = tokens
         facts["fingerprint"] = fingerprint
         make(ModelSection, facts, "model")
         return facts

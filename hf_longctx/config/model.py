@@ -92,6 +92,11 @@ class ModelSection:
         return f"rope_type {theirs}: the heads were measured with rope_type {mine}, before the model's RoPE was scaled"
 
 
+def made_for(hf_config: Any) -> int | None:
+    """Tokens of the longest text that a model was made for; None where its Transformers config does not say it."""
+    return getattr(hf_config, "max_position_embeddings", None)
+
+
 def model_facts(hf_config: Any) -> dict[str, Any]:
     """The ``model`` section of a Transformers config as plain data. What is absent there is None, or no fingerprint."""
     heads, hidden = getattr(hf_config, "num_attention_heads", None), getattr(hf_config, "hidden_size", None)
