@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .identification.prefill import identify_prefill
     from .model.family import Family
     from .model.loading import AutoModelForCausalLM, install, uninstall
-    from .model.patch import observe, patch_model, patched, unpatch_model
+    from .model.observe import observe
+    from .model.patch import patch_model, patched, unpatch_model
     from .model.report import report
     from .prompts.prompt_cache import PromptCache
 
@@ -63,7 +64,7 @@ _MODULES = {
     "identify": "identification.heads",
     "identify_prefill": "identification.prefill",
     "install": "model.loading",
-    "observe": "model.patch",
+    "observe": "model.observe",
     "patch_model": "model.patch",
     "patched": "model.patch",
     "report": "model.report",

@@ -324,10 +324,11 @@ def public() -> Iterator[tuple[str, str | None, list[str]]]:
         thing = getattr(hf_longctx, name)
         if inspect.isclass(thing):
             yield name, vars(thing).get("__doc__"), [f"{name}.__init__", f"{name}.__post_init__"]
-            for method, value in vars(thing).items():
+            owners = [one for one in thing.__mro__ if one.__module__.startswith("hf_longctx.")]
+            for owner, method, value in ((one, *item) for one in owners for item in vars(one).items()):
                 if not method.startswith("_") and (callable(value) or isinstance(value, (classmethod, property))):
                     value = getattr(value, "fget", None) or getattr(value, "__func__", value)
-                    yield f"{name}.{method}", value.__doc__, [f"{name}.{method}"]
+                    yield f"{name}.{method}", value.__doc__, [f"{owner.__name__}.{method}"]
         else:
             yield name, thing.__doc__, [name]
 
@@ -351,5 +352,5 @@ def test_public_names_say_what_they_do_and_what_they_raise(name):
 
 def test_the_search_for_raising_functions_finds_them():
     found = set(raising())
-    assert {"patch_model", "unwrap", "uninstall", "report", "LongCtxCache.__init__", "LongCtxCache.crop"} <= found
+    assert {"patch_model", "unwrap", "uninstall", "report", "LongCtxCache.__init__", "RollBack.crop"} <= found
     assert not {"LongCtxCache.seen", "install", "families"} & found

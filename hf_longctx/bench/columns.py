@@ -66,14 +66,14 @@ class Column:
     ``update`` and ``attend`` are the two calls that an attention module's forward makes between its projections.
 
     Attributes:
-        rows: what the last ``attend`` of a patched model noted down.
+        forward: what the last ``attend`` of a patched model noted down.
         mask: which keys are read, ``[1, 1, T, S]``, where a stock model would make a mask.
     """
 
     model: Any
     cache: Cache
     functions: AttentionInterface = field(default_factory=AttentionInterface)
-    rows: Any = None
+    forward: Any = None
     mask: Tensor | None = None
 
     @classmethod
@@ -87,7 +87,7 @@ class Column:
     @property
     def kernel(self) -> str:
         """The kernels that ran in the last ``attend``."""
-        return SDPA if self.rows is None else "+".join(sorted(self.rows.used))
+        return SDPA if self.forward is None else "+".join(sorted(self.forward.log.used))
 
     def forget(self) -> None:
         """Go on with an empty cache."""
@@ -100,7 +100,7 @@ class Column:
     def attend(self, layer: int, q: Tensor, kept: tuple[Any, Any]) -> Tensor:
         """``[B, T, H, D]``"""
         module = self.model.model.layers[layer].self_attn
-        self.rows = getattr(kept[0], "rows", None)
+        self.forward = getattr(kept[0], "forward", None)
         function = self.functions[module.config._attn_implementation]
         return function(module, q, *kept, self.mask, dropout=0.0, scaling=module.scaling)[0]
 
@@ -109,7 +109,7 @@ def kept_buffers(kept: tuple[Any, Any]) -> list[Tensor]:
     """Views of the keys and values that a column's attention reads in one layer."""
     if isinstance(kept[0], Tensor):
         return list(kept)
-    return [part for heads in kept[0].heads for segment in heads.segments for part in segment.kept()]
+    return [part for heads in kept[0].parts for segment in heads.segments for part in segment.kept()]
 
 
 def random_heads(heads: int, tokens: int, settings: Settings, dtype: torch.dtype) -> Tensor:

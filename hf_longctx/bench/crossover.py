@@ -159,7 +159,7 @@ def _case(subject: Subject, word: str, tokens: int, told: Told) -> dict:
             error = max(error, _check(columns[name], name, qkv, out, word))
     middle, worst = gain(times[DENSE].ms, times[SPARSE].ms)
     figures = {name: {"ms": times[name].as_dict(), "kernel": column.kernel} for name, column in columns.items()}
-    figures[SPARSE]["density"] = columns[SPARSE].rows.prefill.density
+    figures[SPARSE]["density"] = columns[SPARSE].forward.log.prefill.density
     facts = {"heads": settings.heads, "kv_heads": settings.kv_heads, "error": error}
     verdict = {"faster": middle, "faster_in_worst": worst, "wins": worst > 1}
     return {"dtype": word, "tokens": tokens, **facts, "columns": figures, **verdict}

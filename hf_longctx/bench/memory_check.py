@@ -47,10 +47,10 @@ def fill(subject: Subject, way: str, tokens: int) -> int:
         cache = LongCtxCache(subject.patch(), tokens if own else None, rollback=own)
     most = 0
     for index, plan in enumerate(subject.plans):
-        step = subject.chunk(tokens) if way == DENSE and plan.sliding else tokens
+        step = subject.chunk(tokens) if way == DENSE and plan.window is not None else tokens
         before, largest = cache_bytes(cache), 0
         for past in range(0, tokens, step):
-            cache.update(*_zeros(subject, len(plan.roles), min(step, tokens - past)), index)
+            cache.update(*_zeros(subject, plan.kv_heads, min(step, tokens - past)), index)
             largest = max(largest, cache_bytes(cache) - before)
         most += largest
     return most if way == DENSE else most - cache.nbytes_offloaded.get("in host memory", 0)

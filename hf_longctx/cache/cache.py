@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +16,19 @@ from transformers.cache_utils import Cache
 
 from ..errors import CacheError, UnsupportedModelError
 from ..layout.dtypes import as_autocast
+from ..layout.forward import Forward
 from ..layout.rows import Rows
 from ..stores.base import SLACK
 from . import file as cache_file
 from .bytes import storage_bytes
 from .dense_members import DenseCacheMembers
 from .layer import LayerKV, LongCtxLayer
+from .roll_back import RollBack
+from .sequences import SequenceOperations
 from .token_ids import TokenIds
 
 
-class LongCtxCache(DenseCacheMembers, Cache):
+class LongCtxCache(SequenceOperations, RollBack, DenseCacheMembers, Cache):
     """KV cache of a patched model.
 
     Args:
@@ -58,10 +60,10 @@ class LongCtxCache(DenseCacheMembers, Cache):
         self.staggered = False
         self.starts: tuple[int, ...] | None = None
         self.ends: tuple[int, ...] | None = None
-        self.rows: Rows | None = None
+        self.forward: Forward | None = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "rows": None, "model": None}
+        return {**self.__dict__, "forward": None, "model": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -126,8 +128,8 @@ class LongCtxCache(DenseCacheMembers, Cache):
         """
         return self.token_ids.known(self.seen)
 
-    def begin(self, rows: Rows, ids: Tensor | None = None) -> None:
-        """Check that this cache can take the forward that ``rows`` describes, before any layer writes.
+    def begin(self, forward: Forward, ids: Tensor | None = None) -> None:
+        """Check that this cache can take ``forward``, before any layer writes.
 
         Args:
             ids: the new tokens' ids ``[B, T]``, where they are known.
@@ -135,6 +137,7 @@ class LongCtxCache(DenseCacheMembers, Cache):
         Raises:
             CacheError: the rows do not continue the cached ones, or the forward does not fit into ``max_tokens``.
         """
+        rows = forward.rows
         if not rows.new:
             raise CacheError("this forward brings no tokens, and a cache needs at least one. Pass the next ones.")
         if self.batch_size not in (-1, rows.batch):
@@ -154,7 +157,7 @@ class LongCtxCache(DenseCacheMembers, Cache):
             )
         self._check_room(rows)
         self._check_starts(rows)
-        self.rows = rows
+        self.forward = forward
         self.token_ids.append(rows.past, ids)
 
     def check(self) -> None:
@@ -208,17 +211,16 @@ class LongCtxCache(DenseCacheMembers, Cache):
             CacheError: the keys have other rows or KV heads than the cache, or do not fit into ``max_tokens``.
         """
         layer, new = self.layers[layer_idx], key_states.shape[2]
-        if self.rows is None or (self.rows.past, self.rows.new) != (layer.seen, new):
-            rows = Rows(key_states.shape[0], layer.seen, new, self.starts)
-            self._check_room(rows)
-            self.rows = rows
-            self.token_ids.append(rows.past, None)
-        rows = self.rows
-        kept = layer.update(*as_autocast(key_states, value_states), rows)
-        self.starts, self.ends = rows.starts, rows.ends
+        forward = self.forward
+        if forward is None or (forward.rows.past, forward.rows.new) != (layer.seen, new):
+            forward = self.forward = Forward(Rows(key_states.shape[0], layer.seen, new, self.starts))
+            self._check_room(forward.rows)
+            self.token_ids.append(forward.rows.past, None)
+        result = layer.update(*as_autocast(key_states, value_states), forward)
+        self.starts, self.ends = forward.rows.starts, forward.rows.ends
         if layer_idx == len(self.layers) - 1:
-            self.rows = None  # with the tensors its layers shared
-        return kept, kept
+            self.forward = None  # with the tensors its layers shared
+        return result, result
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen (not kept), pads included."""
@@ -227,57 +229,12 @@ class LongCtxCache(DenseCacheMembers, Cache):
     def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
         return self.layers[layer_idx].get_mask_sizes(query_length)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take tokens back: the last ``-n`` for a negative n, all but the first n for a positive n, none for 0.
-
-        Also mends a cache whose forward was interrupted: every layer goes back to what all layers have seen.
-
-        Raises:
-            CacheError: a streaming head has dropped tokens that the shorter sequence needs, and does not remember
-                them; nothing is changed.
-        """
-        seen, tokens_to_remove = self.seen, _whole(tokens_to_remove, "crop")
-        target = min(seen, tokens_to_remove) if tokens_to_remove > 0 else max(0, seen + tokens_to_remove)
-        if target == 0:
-            self.reset()
-            return
-        self._refuse_half_written()
-        if (stuck := self._stuck(target)) is not None:
-            raise CacheError(self._no_way_back(stuck, target))
-        for layer in self.layers:
-            layer.crop_to(Rows(max(self.batch_size, 1), 0, layer.seen, self.starts), target)
-        if self.starts is not None:
-            self.starts = tuple(min(start, target) for start in self.starts)
-        if self.ends is not None:
-            self.ends = tuple(min(end, target) for end in self.ends)
-        self.token_ids.crop(target)
-        self.rows = None
-
-    def _stuck(self, target: int) -> LongCtxLayer | None:
-        """The first layer that cannot be cropped to ``target`` tokens."""
-        return next((layer for layer in self.layers if target < min(layer.oldest_crop, layer.seen)), None)
-
-    def _no_way_back(self, layer: LongCtxLayer, target: int) -> str:
-        """Why ``layer`` cannot be cropped to ``target`` tokens."""
-        if not self.is_recording_past(layer.plan.layer_idx):
-            return (
-                f"cannot take back {layer.seen - target} tokens: this cache was made with rollback=False (generate() "
-                "makes it so where it does not hand it out), so its streaming heads do not remember what they dropped. "
-                "Call cache.activate_past_recording() before it reads what may be taken back, or pass a "
-                "LongCtxCache(model) of your own."
-            )
-        return (
-            f"cannot crop from {layer.seen} to {target} tokens: layer {layer.plan.layer_idx} can go back to "
-            f"{layer.oldest_crop} at most, older tokens of its streaming heads are gone (at most {SLACK} can be "
-            "taken back, so drafts must not be longer). Call cache.reset() and read the prompt again."
-        )
-
     def reset(self) -> None:
         """Forget everything and free the memory."""
         for layer in self.layers:
             layer.reset()
         self.token_ids.reset()
-        self.rows, self.starts, self.ends, self.staggered = None, None, None, False
+        self.forward, self.starts, self.ends, self.staggered = None, None, None, False
 
     def fork(self) -> LongCtxCache:
         """A cache that goes on from here independently of this one.
@@ -291,7 +248,7 @@ class LongCtxCache(DenseCacheMembers, Cache):
         """
         self.check()
         other = type(self).__new__(type(self))
-        other.__dict__ |= vars(self) | {"layers": [layer.fork() for layer in self.layers], "rows": None}
+        other.__dict__ |= vars(self) | {"layers": [layer.fork() for layer in self.layers], "forward": None}
         other.token_ids, other.model = self.token_ids.fork(), self.model
         return other
 
@@ -326,105 +283,6 @@ class LongCtxCache(DenseCacheMembers, Cache):
             UnsupportedModeError: the model's weights are not all in the memory of this process.
         """
         return cache_file.load(path, model, cls)
-
-    @property
-    def oldest_crop(self) -> int:
-        """Fewest tokens that `crop` can still go back to, but for 0; more than were seen where it cannot at all."""
-        return max(layer.oldest_crop for layer in self.layers)
-
-    @property
-    def stagger_room(self) -> int:
-        """How far `stagger` can take rows back: tokens."""
-        stores = [store for layer in self.layers for store in layer.stores]
-        if any(self.starts or ()) or self.ends or not all(store.staggers and not store.state for store in stores):
-            return 0
-        return max(0, self.seen - max(1, self.oldest_crop))
-
-    def stagger(self, pads: Sequence[int]) -> None:
-        """Row ``i`` gives back its last ``pads[i]`` tokens and gets as many left pads; what is seen stays the same.
-
-        So rows that share one prompt go on by texts of different lengths, still sharing it: as a left-padded batch of
-        whole texts, of which the next forward brings the columns from ``seen`` on. Its positions count real tokens, as
-        ``generate`` has it; a forward without ``position_ids`` gets those.
-
-        Raises:
-            CacheError: rows cannot go so far back (`stagger_room`); nothing is changed.
-        """
-        self.check()
-        if len(pads) != self.batch_size or min(pads) < 0 or max(pads) > self.stagger_room:
-            raise CacheError(
-                f"cannot stagger {self.batch_size} rows by {list(pads)}: give one number a row, from 0 to "
-                f"{self.stagger_room}, the tokens that this cache can take back. Read texts of one length together."
-            )
-        if not any(pads):
-            return
-        for layer in self.layers:
-            layer.stagger(Rows(self.batch_size, 0, layer.seen), pads)
-        self.token_ids.stagger(pads)
-        self.starts, self.rows, self.staggered = tuple(pads), None, True
-
-    def activate_past_recording(self) -> None:
-        """Let streaming heads remember what they drop from now on: for a cache made with ``rollback=False``."""
-        for layer in self.layers:
-            layer.activate_past_recording()
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        """Whether the streaming heads of a layer remember what they drop."""
-        return all(store.slack for store in self.layers[layer_idx].stores)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row ``i`` becomes what row ``beam_idx[i]`` was; CacheError for a half-written cache."""
-        beam_idx = torch.as_tensor(beam_idx)
-        self._map_rows(beam_idx, lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times, next to each other; CacheError for a half-written cache."""
-        repeats = _whole(repeats, "batch_repeat_interleave")
-        if repeats < 1:
-            raise CacheError(f"batch_repeat_interleave({repeats}): every row must stay at least once.")
-        rows = torch.arange(self.batch_size).repeat_interleave(repeats)
-        self._map_rows(rows, lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor | Sequence[int] | slice) -> None:
-        """Keep the rows ``indices``, whatever a tensor's first dimension takes; CacheError for a half-written cache."""
-        if self.batch_size == -1:
-            return
-        given = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
-        try:
-            rows = torch.arange(self.batch_size)[given]
-        except IndexError:
-            rows = torch.empty(0, dtype=torch.int64)
-        if rows.dim() != 1 or not len(rows):
-            raise CacheError(
-                f"batch_select_indices({indices}): this cache holds {self.batch_size} rows; give a list of those to "
-                "keep."
-            )
-        self._map_rows(rows, lambda tensor: tensor[rows.to(tensor.device)])
-
-    def _map_rows(self, picked: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-        if self.batch_size == -1:
-            return
-        self._refuse_half_written()
-        if self.starts is not None or self.ends is not None:
-            rows = picked.tolist()
-            self.starts = self.starts and tuple(self.starts[row] for row in rows)
-            self.ends = self.ends and tuple(self.ends[row] for row in rows)
-        filled = [layer for layer in self.layers if layer.is_initialized]
-        for layer in filled:
-            layer.whole = False  # also where this is interrupted between two layers
-        for layer in filled:
-            layer.map_rows(change, picked.numel())
-        self.token_ids.map_rows(change)
-        self.rows = None
-
-
-def _whole(number: int | Tensor, method: str) -> int:
-    """A whole number of tokens or times; Transformers 5.17 passes a tensor."""
-    if isinstance(number, Tensor) and not number.dim() and not number.is_floating_point():
-        return int(number)
-    if type(number) is not int:
-        raise CacheError(f"{method}({number!r}): expected a whole number.")
-    return number
 
 
 def cache_bytes(cache: Cache) -> int:

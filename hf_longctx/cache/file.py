@@ -148,11 +148,13 @@ def _fill(cache: Any, told: list[dict], saved: Mapping[str, Any], file: TensorFi
 
 def describe(plan: LayerPlan) -> dict[str, Any]:
     """What a layer keeps, as plain data: roles and stores; kernel, prefill patterns and places have no part in it."""
-    stores = {heads.role: dump(plan.stores[heads.role], "store") for heads in plan.heads}
-    for heads in plan.heads:
-        for name in plan.stores[heads.role].places:
-            stores[heads.role].pop(name, None)
-    return json.loads(json.dumps({"roles": plan.roles, "own window": plan.sliding, "stores": stores}))
+    stores = {}
+    for role in plan.filled:
+        stores[role.heads.role] = fields = dump(role.store, "store")
+        for name in role.store.places:
+            fields.pop(name, None)
+    plain = {"roles": plan.letters, "own window": plan.window is not None, "stores": stores}
+    return json.loads(json.dumps(plain))
 
 
 def _filled_by(cache: Any, model: nn.Module | None) -> nn.Module:

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..errors import CacheError, UnsupportedModeError
 from ..io.tensor_file import DTYPES
 from ..layout.dtypes import autocast_on
+from ..layout.forward import Forward
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV
 from ..stores._saved import SavedStore, SavedTensors, Told
@@ -35,10 +36,10 @@ NOT_OURS = (
 
 @dataclass
 class LayerKV:
-    """What one layer's cache hands to the attention function: one ``HeadKV`` per role, and the rows they belong to."""
+    """What one layer's cache hands to the attention function: one ``HeadKV`` per role that has heads."""
 
-    heads: list[HeadKV]
-    rows: Rows
+    parts: list[HeadKV]
+    forward: Forward
 
     @property
     def shape(self) -> None:
@@ -76,7 +77,7 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         self.plan, self.max_tokens, self.is_initialized = plan, max_tokens, False
         self.seen = 0
         self.whole = True  # False while stores are written, and for good when that was interrupted
-        self.stores: list[Store] = [plan.stores[heads.role].new(heads, max_tokens) for heads in plan.heads]
+        self.stores: list[Store] = [role.store.new(role.heads, max_tokens) for role in plan.filled]
         for store in self.stores:
             store.slack = slack
         self.dense_bytes_per_token = 0
@@ -92,15 +93,16 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         self.dense_bytes_per_token = per_head * key_states.shape[1]
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, rows: Rows) -> LayerKV:
+    def update(self, key_states: Tensor, value_states: Tensor, forward: Forward) -> LayerKV:
         """Keep k, v ``[B, H_kv, T, D]`` of this forward; return what its queries read."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         batch, kv_heads, new, head_dim = key_states.shape
+        rows = forward.rows
         # A prompt read under autocast may be continued without, and the reverse: the cache stays in its dtype.
         dtype = key_states.dtype if autocast_on(key_states) == self.autocast else self.dtype
         got = (batch, kv_heads, head_dim, dtype, key_states.device)
-        held = (self.batch, len(self.plan.roles), self.head_dim, self.dtype, self.device)
+        held = (self.batch, self.plan.kv_heads, self.head_dim, self.dtype, self.device)
         if got != held or not new:
             raise CacheError(
                 f"layer {self.plan.layer_idx} got {new} tokens of {_described(*got)}, but this cache holds "
@@ -111,9 +113,9 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         for store in self.stores:
             store.prepare(key_states, value_states, rows)
         self.whole = False
-        heads = [store.append(key_states, value_states, rows) for store in self.stores]
+        parts = [store.append(key_states, value_states, rows) for store in self.stores]
         self.seen, self.whole = rows.total, True
-        return LayerKV(heads, rows)
+        return LayerKV(parts, forward)
 
     def get_seq_length(self) -> int:
         """Tokens seen (not kept), pads included."""
@@ -197,7 +199,7 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         words = [str(dtype).removeprefix("torch.") for dtype in DTYPES if dtype.is_floating_point]
         dtype = getattr(torch, plain["dtype"].one_of(*words))
         expected = {"seen": rows.total, "batch": rows.batch, "head_dim": head_dim}
-        expected["dense_bytes_per_token"] = 2 * head_dim * dtype.itemsize * len(self.plan.roles)
+        expected["dense_bytes_per_token"] = 2 * head_dim * dtype.itemsize * self.plan.kv_heads
         for name, value in expected.items():
             plain[name].number(value, value)
         plain["autocast"].one_of(False, True)

@@ -1,17 +1,20 @@
-"""What one attention layer was told at patch time: the role of each of its KV heads, their stores and patterns."""
+"""What one attention layer was told at patch time: for each role its heads, store, prefill patterns and selection."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
+from ..decode.base import SelectSpec
+from ..decode.dense import Dense
 from ..layout.heads import RoleHeads
 from ..prefill.base import PatternSpec
 from ..stores.base import StoreSpec
 
 LETTERS = {"retrieval": "R", "streaming": "S"}
-FEWEST = 128  # real tokens a forward must bring of a row for its pattern to run; verification steps bring fewer
+FEWEST = 128  # real tokens a forward must add to a sequence for its pattern to run; verification steps add fewer
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class PrefillPlan:
 
     Attributes:
         patterns: one spec per query head of the layer's retrieval KV heads, in their order.
-        min_tokens: a row that has seen fewer real tokens is read densely.
+        min_tokens: a sequence of fewer real tokens is read densely.
         share_groups: one list per KV head, the union of its query heads' lists.
     """
 
@@ -28,9 +31,28 @@ class PrefillPlan:
     min_tokens: int
     share_groups: bool
 
-    def runs(self, brought: int, seen: int) -> bool:
-        """Whether the patterns run for a row that shows ``brought`` new real tokens and has seen ``seen`` so far."""
-        return brought >= FEWEST and seen >= self.min_tokens
+    def runs(self, new: int, processed: int) -> bool:
+        """Whether the patterns run for a sequence to which this forward adds ``new`` tokens, ``processed`` in all."""
+        return new >= FEWEST and processed >= self.min_tokens
+
+
+@dataclass(frozen=True)
+class RolePlan:
+    """How the KV heads of one role are kept and read in one layer.
+
+    Attributes:
+        heads: which heads these are; there may be none.
+        store: the spec of their store.
+        prefill: their patterns; None where all of them read densely.
+        decode: which cached tokens a decoded token reads.
+        as_stock: Transformers' own attention call computes them (``kernel: stock``), wherever it can be made.
+    """
+
+    heads: RoleHeads
+    store: StoreSpec
+    prefill: PrefillPlan | None = None
+    decode: SelectSpec = field(default_factory=Dense)
+    as_stock: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,33 +61,85 @@ class LayerPlan:
 
     Attributes:
         layer_idx: index of the layer in the model and in the cache.
-        roles: one letter (R or S) per KV head, of this process under tensor parallel.
-        stores: role -> spec of its store.
+        roles: retrieval, then streaming; the KV heads of this process, under tensor parallel.
         kernel: the config's ``kernel`` word.
-        sliding: the layer has the model's own sliding window, which replaces both roles' stores.
-        prefill: the patterns of the retrieval heads; None where all of them read densely.
+        window: tokens of the model's own sliding window, which replaces both roles' stores; None: it has none.
+        scores: keyword of this module's attention call -> the field of `Scores` it fills.
     """
 
     layer_idx: int
-    roles: str
-    stores: dict[str, StoreSpec]
+    roles: tuple[RolePlan, ...]
     kernel: str = "auto"
-    sliding: bool = False
-    prefill: PrefillPlan | None = None
+    window: int | None = None
+    scores: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        layer_idx: int,
+        letters: str,
+        stores: Mapping[str, StoreSpec],
+        kernel: str = "auto",
+        *,
+        prefill: PrefillPlan | None = None,
+        decode: SelectSpec | None = None,
+        window: int | None = None,
+        scores: Mapping[str, str] | None = None,
+    ) -> LayerPlan:
+        """The plan of a layer.
+
+        Args:
+            letters: the role of each KV head, R or S.
+            stores: role -> spec of its store.
+            prefill, decode: of the retrieval heads.
+        """
+        roles = []
+        for role, letter in LETTERS.items():
+            heads = RoleHeads(role, tuple(i for i, given in enumerate(letters) if given == letter), len(letters))
+            own = {"prefill": prefill, "decode": decode or Dense()} if role == "retrieval" else {}
+            as_stock = kernel == "stock" and stores[role].rule == "all" and not scores
+            roles.append(RolePlan(heads, stores[role], as_stock=as_stock, **own))
+        return cls(layer_idx, tuple(roles), kernel, window, tuple((scores or {}).items()))
 
     @cached_property
-    def heads(self) -> tuple[RoleHeads, ...]:
-        """The layer's heads by role, roles without heads left out."""
-        found = []
-        for role, letter in LETTERS.items():
-            indices = tuple(i for i, given in enumerate(self.roles) if given == letter)
-            if indices:
-                found.append(RoleHeads(role, indices, len(self.roles)))
-        return tuple(found)
+    def filled(self) -> tuple[RolePlan, ...]:
+        """The roles that have heads."""
+        return tuple(role for role in self.roles if role.heads.kv_heads)
+
+    @cached_property
+    def kv_heads(self) -> int:
+        """KV heads of the layer, on this process."""
+        return self.roles[0].heads.total
+
+    @cached_property
+    def letters(self) -> str:
+        """The role of each KV head, R or S."""
+        found = [(head, LETTERS[role.heads.role]) for role in self.roles for head in role.heads.kv_heads]
+        return "".join(letter for _, letter in sorted(found))
+
+    @cached_property
+    def word(self) -> str:
+        """The kernel where Transformers' own call cannot be made."""
+        return "auto" if self.kernel == "stock" else self.kernel
+
+    def role(self, name: str) -> RolePlan:
+        """The plan of ``retrieval`` or ``streaming`` heads."""
+        return next(role for role in self.roles if role.heads.role == name)
+
+    def facts(self) -> dict[str, Any]:
+        """What a cache's plan must have in common with the model's, by the words of a message."""
+        return {
+            "roles": self.letters,
+            "stores": [role.store for role in self.roles],
+            "prefill": [role.prefill for role in self.roles],
+            "decode": [role.decode for role in self.roles],
+            "kernel": self.kernel,
+            "window": self.window,
+        }
 
 
 def differing(plans: Sequence[LayerPlan], others: Sequence[LayerPlan]) -> list[str]:
-    """Names of the fields in which plans of the same layers differ."""
-    names = [field.name for field in fields(LayerPlan)]
-    pairs = list(zip(plans, others, strict=False))
-    return [name for name in names if any(getattr(one, name) != getattr(other, name) for one, other in pairs)]
+    """In which facts plans of the same layers differ."""
+    pairs = [(one.facts(), other.facts()) for one, other in zip(plans, others, strict=False)]
+    names = pairs[0][0] if pairs else ()
+    return [name for name in names if any(one[name] != other[name] for one, other in pairs)]

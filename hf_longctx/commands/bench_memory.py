@@ -89,7 +89,7 @@ def show(console: Console, subject: Subject, results: list[dict[str, Any]]) -> N
     rows = [_line(result, results[0]["longest"])[: len(names)] for result in results]
     for table in tables(title, names, rows, console.width):
         console.print(table)
-    roles = "".join(plan.roles for plan in subject.plans)
+    roles = "".join(plan.letters for plan in subject.plans)
     rows = f"{s.batch} row{'s' if s.batch > 1 else ''}"
     read = f"read in chunks of {s.chunk} tokens (prefill_chunk_size={s.chunk})" if s.chunk else "read in one forward"
     lines = [

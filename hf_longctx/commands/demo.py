@@ -20,7 +20,8 @@ from ..config.config import LongCtxConfig
 from ..io.console import count, tables
 from ..io.progress import Progress
 from ..model.loading import AutoModelForCausalLM
-from ..model.patch import patch_model, state_of, unpatch_model
+from ..model.modules import state_of
+from ..model.patch import patch_model, unpatch_model
 from ..tasks.tiny_language import BLOCK, NOTE, Filler, exam
 from ._options import no_bars
 

@@ -22,7 +22,6 @@ from .words import check_mapping, check_word, dump, make, words
 if TYPE_CHECKING:
     from ..planning.plan import Plan
 
-NOT_KERNELS = {"layout", "dispatch"}
 NUMBER = 2  # bytes of a number in bf16 and fp16
 
 
@@ -181,7 +180,7 @@ class LongCtxConfig:
 
 def kernel_words() -> tuple[str, ...]:
     """What ``kernel`` may be: auto, stock, or a kernel that is there."""
-    return ("auto", "stock", *(name for name in words("kernels") if name not in NOT_KERNELS))
+    return ("auto", "stock", *words("kernels"))
 
 
 def load_shipped(name: str) -> LongCtxConfig:

@@ -16,7 +16,8 @@ from ..config.config import LongCtxConfig
 from ..errors import ConfigError
 from ..identification.methods.base import modes_kept
 from ..io.progress import Progress
-from ..model.patch import patched, state_of, unpatched, unwrap
+from ..model.modules import state_of, unwrap
+from ..model.patch import patched, unpatched
 from ..model.report import report
 from .forwards import Answer, forced, greedy, output_head
 from .measures import NextToken, SameTokens, next_token, same_tokens

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from ..cache.cache import cache_bytes
 from ..cache.seam import CACHE, cache_of
 from ..errors import ConfigError, UnsupportedModelError
-from ..model.patch import unwrap
+from ..model.modules import unwrap
 from ..tasks.answer import input_device
 from .measures import LOGITS, Perplexity
 

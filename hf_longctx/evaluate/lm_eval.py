@@ -18,7 +18,8 @@ from ..assets import embedded
 from ..config.config import LongCtxConfig
 from ..config.words import check_mapping, check_word
 from ..errors import ConfigError, UnsupportedModelError
-from ..model.patch import patch_model, state_of, unpatch_model
+from ..model.modules import state_of
+from ..model.patch import patch_model, unpatch_model
 from ..model.report import report
 
 try:

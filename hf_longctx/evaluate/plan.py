@@ -17,7 +17,8 @@ from ..config import strict_yaml
 from ..config.config import LongCtxConfig
 from ..config.words import near, short
 from ..errors import ConfigError
-from ..model.patch import patched, state_of
+from ..model.modules import state_of
+from ..model.patch import patched
 from ..tasks import MODES
 from ..tasks.base import DEPTH, LENGTH, SEED, Sample, Task
 from ..tasks.haystack import TextHaystack

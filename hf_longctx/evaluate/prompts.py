@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..model.patch import unwrap
+from ..model.modules import unwrap
 from ..tasks.answer import input_device
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | Tensor

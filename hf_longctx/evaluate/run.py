@@ -23,7 +23,8 @@ from ..io.atomic import written_whole
 from ..io.environment import environment
 from ..io.processes import Processes
 from ..io.progress import Progress
-from ..model.patch import patched, state_of, unpatched, unwrap
+from ..model.modules import state_of, unwrap
+from ..model.patch import patched, unpatched
 from ..model.report import report
 from ..tasks import tasks_from
 from ..tasks.answer import end_tokens, input_device, score

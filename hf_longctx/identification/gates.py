@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ConfigError, UnsupportedModelError
 from ..io.atomic import written_whole
 from ..io.work import check_settings
-from ..model.patch import observe, unwrap
+from ..model.modules import unwrap
+from ..model.observe import observe
 from .methods.base import modes_kept
 
 FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")

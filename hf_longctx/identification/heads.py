@@ -16,7 +16,8 @@ from ..config.find import checkpoint_name
 from ..config.head_map import usable_fraction
 from ..config.words import build, convert, dump, words
 from ..errors import ConfigError, UnsupportedModeError, UnsupportedModelError
-from ..model.patch import patched, state_of, unwrap
+from ..model.modules import state_of, unwrap
+from ..model.patch import patched
 from ..tasks.documents import Documents, RandomTokens, documents_for
 from .methods.base import Method, Subject, modes_kept
 from .share import ShareSearch
@@ -149,12 +150,12 @@ def subject_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int
     kv_heads = hf_config.num_key_value_heads
     if inner.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{type(inner).__name__} has no LM head: load it with AutoModelForCausalLM.")
-    if any(len(plan.roles) != kv_heads for plan in plans):
+    if any(plan.kv_heads != kv_heads for plan in plans):
         raise UnsupportedModeError(
             f"identify measures all {kv_heads} KV heads of a layer at once, and this process holds a part of them. "
             "Load the model without tensor parallelism; the config then serves any number of processes."
         )
-    windowed = tuple(plan.layer_idx for plan in plans if plan.sliding)
+    windowed = tuple(plan.layer_idx for plan in plans if plan.window is not None)
     if len(windowed) == len(plans):
         raise ConfigError("identify: every layer has a sliding window of its own, so there is nothing to measure.")
     reach = 0 if tokenizer is None else max(tokenizer.get_vocab().values(), default=0)

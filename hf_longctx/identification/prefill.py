@@ -22,9 +22,12 @@ from ..config.words import build, convert, dump, wrong
 from ..errors import ConfigError
 from ..io.atomic import written_whole
 from ..io.work import check_settings, work_file
-from ..kernels import base as dispatch
+from ..kernels import base as kernels
+from ..layout.blocks import BlockList
 from ..model.family import find_family
-from ..model.patch import observe, patched, unwrap
+from ..model.modules import unwrap
+from ..model.observe import observe
+from ..model.patch import patched
 from ..prefill.base import BLOCK, PatternSpec, select
 from ..prefill.block_topk import BlockTopk
 from ..prefill.vertical_slash import VerticalSlash
@@ -98,7 +101,7 @@ def identify_prefill(
     hf_config = unwrap(model).base_model.config
     find_family(hf_config.model_type)
     wanted = resolve(config, hf_config)
-    dispatch.require(wanted.kernel, "sparse_prefill", "a prefill pattern")
+    kernels.require(wanted.kernel, BlockList, "a prefill pattern")
     with torch.no_grad(), modes_kept(model), patched(model, all_retrieval(model)):
         model.eval()
         documents = documents_for(tokenizer, text)

@@ -7,7 +7,7 @@ import hashlib
 from torch import nn
 
 from ..cache.weights import plain_parts
-from ..model.patch import unwrap
+from ..model.modules import unwrap
 
 
 def model_hash(model: nn.Module) -> str:

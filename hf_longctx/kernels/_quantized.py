@@ -88,6 +88,10 @@ class Packed(Streamed):
         return PACKED, self.bits, self.v.shape[3] * 8 // self.bits
 
     @property
+    def joined_note(self) -> str:
+        return PREFILL_NOTE
+
+    @property
     def slots(self) -> int:
         return self.k.shape[2]
 

@@ -5,6 +5,7 @@ A kernel is a module of this folder:
 - ``NAME: str``, its word in a config (the file name);
 - ``PREFERENCE: int``, higher is tried first by ``auto`` (reference 0, cpu 10, native 20; leave room between; below 0:
   by name alone);
+- ``READS: frozenset[type]``, the classes of reads that it computes on some device; for others ``auto`` picks another;
 - ``supports(case: Case) -> str | None``: None, or the reason why it does not compute the case;
 - ``attend(q, segments, reads, scores, want_lse=True) -> (out, lse)``: q ``[B, H, T, D]``, out ``[B, H, T, D_v]`` in the
   dtype of q, lse ``[B, H, T]`` (natural log) in float32 or wider; a query that reads nothing gives 0 and -inf. Where
@@ -32,7 +33,7 @@ from ..config.words import near
 from ..errors import ConfigError, UnsupportedModeError
 from ..layout.dtypes import needs_grad
 from ..layout.forward import Forward
-from ..layout.reads import ALL, Causal, Reads
+from ..layout.reads import ALL, All, Causal, Reads
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 from ..layout.streamed import Streamed
@@ -107,11 +108,26 @@ def pick(word: str, case: Case) -> ModuleType:
         raise ConfigError(f"unknown kernel {word!r}; known: {', '.join(known)}.{near(word, known)}")
     reasons = {}
     for name, module, failure in _candidates([word] if word != AUTO else names()):
-        reasons[name] = failure if module is None else module.supports(case)
+        reasons[name] = failure if module is None else _refusal(module, case)
         if reasons[name] is None:
             return module
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise UnsupportedModeError(f"kernel {word!r} does not compute {case} ({why}). {_advice(word, case)}")
+
+
+def require(word: str, reads: type, wanted: str) -> None:
+    """Refuse early, before a model runs, a kernel that computes no such reads, which ``wanted`` (words) needs.
+
+    Raises:
+        UnsupportedModeError: the message names the kernels that compute them.
+    """
+    if word not in names() or (module := _module(word)) is None or reads in module.READS:
+        return
+    works = [name for name, one, _ in _candidates(names()) if one is not None and reads in one.READS]
+    raise UnsupportedModeError(
+        f"{wanted} needs a kernel that reads a {reads.__name__}, which kernel {word!r} does not. Use kernel: {AUTO} or "
+        f"one of: {', '.join(works)}"
+    )
 
 
 def choose(word: str, case: Case, forward: Forward) -> ModuleType:
@@ -123,7 +139,9 @@ def choose(word: str, case: Case, forward: Forward) -> ModuleType:
     """
     kernel = forward.kernels.get((word, case))
     if kernel is None:
-        kernel = forward.kernels[word, case] = pick(word, case)
+        module = _module(word)
+        other = module is not None and case.reads not in module.READS
+        kernel = forward.kernels[word, case] = pick(AUTO if other else word, case)
     forward.log.used.add(kernel.NAME)
     return kernel
 
@@ -158,12 +176,23 @@ def attend(
     return (out, lse) if scores.sinks is None else with_sinks(out, lse, scores.sinks)
 
 
+def some_launch_layers(word: str, device: torch.device, forward: Forward) -> bool:
+    """Whether `choose` may give a kernel with ``attend_layer`` on this device; asked once per forward."""
+    key = (word, device)
+    if key not in forward.kernels:
+        modules = [module for _, module, _ in _candidates([word] if word != AUTO else names())]
+        able = [one for one in modules if hasattr(one, "attend_layer")]
+        probe = Case(device, torch.bfloat16, 64, one_query=True, reads=All)
+        forward.kernels[key] = any(one.supports(probe) is None for one in able)
+    return forward.kernels[key]
+
+
 def _reads_kinds(word: str, case: Case, forward: Forward) -> bool:
     """Whether the kernel, or with ``auto`` some kernel, reads these segments as they are."""
     key = (word, case)
     if key not in forward.kernels:
         for _, module, _ in _candidates([word] if word != AUTO else names()):
-            if module is not None and module.supports(case) is None:
+            if module is not None and _refusal(module, case) is None:
                 forward.kernels[key] = module
                 return True
         forward.kernels[key] = None
@@ -185,6 +214,7 @@ def _streamed(
     for own in last:
         merged = _with(merged, _attend_plain(word, q, own, reads, scores, forward))
     forward.log.used.add(STREAMED)
+    forward.log.notes.update(one.note for one in segments if not isinstance(one, Segment) and one.note)
     out, lse = merged
     return out.to(q.dtype), lse
 
@@ -205,6 +235,18 @@ def _with(merged: Part | None, part: Part) -> Part:
     return part if merged is None else merge([merged, part])
 
 
+def _module(word: str) -> ModuleType | None:
+    """The kernel of this name; None where it cannot be imported, or where there is none."""
+    return _candidates([word])[0][1] if word in names() else None
+
+
+def _refusal(module: ModuleType, case: Case) -> str | None:
+    """Why this kernel does not compute the case; None if it does."""
+    if case.reads not in module.READS:
+        return f"computes no {case.reads.__name__}"
+    return module.supports(case)
+
+
 def _candidates(words: Sequence[str]) -> list[tuple[str, ModuleType | None, str | None]]:
     """(name, module, why it cannot be imported) of these kernels, preferred ones first."""
     found = []
@@ -220,5 +262,5 @@ def _candidates(words: Sequence[str]) -> list[tuple[str, ModuleType | None, str 
 def _advice(word: str, case: Case) -> str:
     """What works instead, as the last sentence of the error."""
     others = [(name, module) for name, module, _ in _candidates(names()) if name != word and module is not None]
-    works = [name for name, module in others if module.supports(case) is None]
+    works = [name for name, module in others if _refusal(module, case) is None]
     return f"Use kernel: {AUTO} or one of: {', '.join(works)}" if works else "Use a floating point dtype."

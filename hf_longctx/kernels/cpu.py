@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 NAME = "cpu"
 PREFERENCE = 10
+READS = frozenset({All, Causal, Window, Averaged, BlockList})
 
 MASK_ROWS = 512  # rows of the largest mask, group fold included
 TILE_KEYS = 4096  # keys per step of `attend`

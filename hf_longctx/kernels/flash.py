@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..layout.blocks import BlockList
-from ..layout.reads import Causal, Reads, Window
+from ..layout.reads import All, Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 from . import _nvidia, cpu
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 NAME = "flash"
 # Below cpu's, whose SDPA is flash attention on CUDA as well: until both have been timed on a device, by name alone.
 PREFERENCE = 2
+READS = frozenset({All, Causal, Window})
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..layout.blocks import BlockList
-from ..layout.reads import Reads
+from ..layout.reads import All, Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 from . import _nvidia, cpu, reference
@@ -42,6 +42,7 @@ __all__ = ["decode", "dense_prefill", "dense_prefill_segments", "sparse_prefill"
 NAME = "flex"
 # Below the definition, which needs no compiler: `auto` never takes it.
 PREFERENCE = -1
+READS = frozenset({All, Causal, Window, BlockList})
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VARIANTS = 64  # compiled kernels of a process; beyond that torch raises, where without fullgraph it would run densely

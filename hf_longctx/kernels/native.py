@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 NAME = "native"
 PREFERENCE = 20
+READS = frozenset({All, Causal, Window, BlockList})
 
 SWITCH = "HF_LONGCTX_NATIVE"
 HEAD_DIM = 256  # at most, and a multiple of 16

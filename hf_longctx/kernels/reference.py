@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layout.blocks import BlockList
 from ..layout.pieces import pieces
-from ..layout.reads import ALL, CAUSAL, All, Averaged, Reads, Window
+from ..layout.reads import ALL, CAUSAL, All, Averaged, Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NAME = "reference"
 PREFERENCE = 0
+READS = frozenset({All, Causal, Window, Averaged, BlockList})
 
 PIECE = 512  # queries, those of all heads of a group together, per mask of a block list
 

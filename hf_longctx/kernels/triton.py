@@ -31,6 +31,7 @@ Part = tuple[tuple[int, ...], Sequence[Segment | Packed]]  # KV heads of the lay
 NAME = "triton"
 # Below cpu's: until it has been timed on a device, `auto` takes it for block lists alone, where it beats a definition.
 PREFERENCE = 5
+READS = frozenset({All, Causal, Window, BlockList})
 
 HEAD_DIM = 256  # at most; wider tiles do not fit the shared memory
 BLOCKS = (16, 32, 64, 128)  # tokens of a block

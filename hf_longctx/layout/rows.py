@@ -1,6 +1,6 @@
-"""What one forward knows about the rows of its batch, as plain Python numbers: where each row starts, what is new.
+"""The geometry of one forward, as plain Python numbers: where each sequence of the batch starts, what is new.
 
-Set once per forward by the base model's pre-hook and handed to every layer, so that no layer has to read a device.
+Made once per forward by the base model's pre-hook and handed to every layer, so that no layer has to read a device.
 """
 
 from __future__ import annotations
@@ -14,44 +14,7 @@ from torch import Tensor
 from . import mask_errors
 
 
-@dataclass
-class PrefillCounts:
-    """How retrieval heads with a pattern read their prompts, for the report; one-token forwards do not count.
-
-    Attributes:
-        sparse, dense: rows times layers in which the patterns ran, or were too short for them.
-        reads: key tokens read by the query heads of the sparse ones (per device, so that nothing waits).
-        own_reads: what they would read if each query head read its own list; as ``reads`` without ``share_groups``.
-        causal: what dense attention would read.
-    """
-
-    sparse: int = 0
-    dense: int = 0
-    reads: dict[torch.device, Tensor] = field(default_factory=dict)
-    own_reads: dict[torch.device, Tensor] = field(default_factory=dict)
-    causal: int = 0
-
-    def add(self, reads: Tensor, own_reads: Tensor, causal: int, rows: int) -> None:
-        self.sparse += rows
-        self.causal += causal
-        for total, more in ((self.reads, reads), (self.own_reads, own_reads)):
-            total[more.device] = more + total.get(more.device, 0)
-
-    @property
-    def density(self) -> float | None:
-        """Share of the causal key blocks that was read; None before any sparse prefill. Reads the device."""
-        return self._share(self.reads)
-
-    @property
-    def own_density(self) -> float | None:
-        """``density`` if each query head read its own list. Reads the device."""
-        return self._share(self.own_reads)
-
-    def _share(self, reads: dict[torch.device, Tensor]) -> float | None:
-        return sum(part.item() for part in reads.values()) / self.causal if self.causal else None
-
-
-@dataclass
+@dataclass(frozen=True)
 class Rows:
     """The rows of one forward. A slot is a column of the batch, pads included; a position counts a row's real tokens.
 
@@ -62,9 +25,6 @@ class Rows:
         starts: slot of each row's first real token, or None where every row starts at slot 0. A row that has
             shown nothing but pads so far is open: its start is ``past + new``.
         ends: slot after each row's last real token, or None where no row ends in pads.
-        observer: see ``hf_longctx.observe``.
-        cached: every layer must bring the cache that this forward was given or got, a ``LongCtxCache``.
-        used, notes, prefill: kernels that ran, what ran slower than asked for, and sparse prefills, for the report.
     """
 
     batch: int
@@ -72,11 +32,6 @@ class Rows:
     new: int
     starts: tuple[int, ...] | None = None
     ends: tuple[int, ...] | None = None
-    observer: Callable | None = None
-    cached: bool = False
-    used: set[str] = field(default_factory=set)
-    notes: set[str] = field(default_factory=set)
-    prefill: PrefillCounts = field(default_factory=PrefillCounts)
     _memo: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -96,9 +51,13 @@ class Rows:
             for row, start in enumerate(self.starts or (0,) * self.batch):
                 yield slice(row, row + 1), start
 
+    def start(self, row: int) -> int:
+        """Padded position of a row's first real token."""
+        return 0 if self.starts is None else self.starts[row]
+
     def real(self, row: int) -> tuple[int, int]:
         """Real tokens of a row that this forward brings, and that were seen so far, this forward included."""
-        start = 0 if self.starts is None else self.starts[row]
+        start = self.start(row)
         end = self.total if self.ends is None else self.ends[row]
         return max(0, end - max(start, self.past)), max(0, end - start)
 

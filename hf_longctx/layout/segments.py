@@ -127,13 +127,13 @@ class HeadKV:
         sinks: with several query tokens, for stores with a gap after the first tokens: the segment of those first
             tokens of each row, which ``segments`` then leaves out.
         first: row position of the first key of ``segments[0]`` (0 when nothing was dropped or held in ``sinks``).
-        store: the spec of the store, which knows its visibility rule.
-        state: tensors a decode selector keeps between steps.
+        spec: the spec of the store, which knows its visibility rule.
+        state: what else the spec's `reads` needs, tensors by name.
     """
 
     heads: RoleHeads
     segments: list[Segment]
-    store: object
+    spec: object
     sinks: Segment | None = None
     first: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)

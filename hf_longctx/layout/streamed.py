@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..layout.segments import Segment
+from .segments import Segment
 
 
 class Streamed(ABC):
@@ -18,15 +18,22 @@ class Streamed(ABC):
     Attributes:
         dtype: of the plain blocks.
         bias: none, as of a segment whose scores get nothing added.
+        note: what the report says where it is read; None for nothing.
     """
 
     dtype: torch.dtype
     bias: ClassVar[None] = None
+    note: str | None = None
 
     @property
     @abstractmethod
     def kind(self) -> Hashable:
         """What a kernel must know of it to say whether it reads it as it is."""
+
+    @property
+    @abstractmethod
+    def joined_note(self) -> str:
+        """What the report says where a prefill pattern needs all of it at once (`kept`)."""
 
     @abstractmethod
     def blocks(self) -> Iterator[Segment]:

@@ -6,7 +6,8 @@ Each file of ``patches/`` (installed as ``hf_longctx.patches``) holds one ``FAMI
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Literal
 
@@ -25,6 +26,8 @@ class Family:
         key_projection: attribute of the attention module, read for the KV heads of this process.
         sliding: which layers see a sliding window: none, all when ``config.sliding_window`` is set, or those that
             ``config.layer_types`` names.
+        scores: keyword that its attention passes to the attention function -> field of
+            `hf_longctx.layout.scores.Scores`: ``{"softcap": "softcap", "s_aux": "sinks"}``. Any other is refused.
     """
 
     model_type: str
@@ -32,6 +35,7 @@ class Family:
     attention: str = "self_attn"
     key_projection: str = "k_proj"
     sliding: Literal["none", "all", "layer_types"] = "none"
+    scores: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def window(self, config, layer_idx: int) -> int | None:
         """Tokens of the layer's own sliding window, or None."""

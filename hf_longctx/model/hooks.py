@@ -20,9 +20,10 @@ from ..cache.cache import LongCtxCache
 from ..cache.plan import differing
 from ..cache.seam import CACHE, rename_cache
 from ..errors import CacheError, UnsupportedModeError
+from ..layout.forward import Forward
 from ..layout.mask_errors import Known
 from ..layout.rows import read_mask
-from .attention import NAME, ROWS, register
+from .attention import FORWARD, NAME, register
 from .graphs import refuse_graphs
 from .positions import refuse_positions
 from .refusals import refuse_call, refuse_lost_prompt
@@ -78,16 +79,16 @@ class BeforeForward:
         refuse_positions(given.get("position_ids"), rows)
         if note := check_rotary(config, rows):
             self.state.note(note)
-        rows.observer = observers.get().get(id(base))
-        rows.cached = isinstance(cache, LongCtxCache)
+        observer = observers.get().get(id(base))
+        forward = Forward(rows, self.state.log, observer, isinstance(cache, LongCtxCache))
         if isinstance(cache, LongCtxCache):
-            cache.begin(rows, ids)
+            cache.begin(forward, ids)
             if cache.staggered and given.get("position_ids") is None:  # the model would count pads
                 given["position_ids"] = rows.positions(inputs.device)
         elif cache is not None:
             self.state.note(f"dense memory: a {type(cache).__name__} kept every token of every head")
         self.state.saw(rows, cache)
-        given[CACHE], given[ROWS] = cache, rows
+        given[CACHE], given[FORWARD] = cache, forward
         return tuple(given.pop(name) for name in named), given
 
     def _cache(self, base: nn.Module, given: dict, config) -> Cache | None:
@@ -107,11 +108,6 @@ class BeforeForward:
         self.state.runs_dense(implementation)
 
     def _check_cache(self, base: nn.Module, cache: LongCtxCache) -> None:
-        if id(base) in observers.get():
-            raise UnsupportedModeError(
-                f"observe() shows every key, and a LongCtxCache drops some. Pass {CACHE}=DynamicCache() or "
-                "use_cache=False while observing."
-            )
         if cache.plans != self.state.plans[: len(cache.plans)]:
             differs = ", ".join(differing(cache.plans, self.state.plans)) or "number of layers"
             raise CacheError(

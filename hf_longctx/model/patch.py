@@ -1,31 +1,28 @@
-"""patch_model, unpatch_model, patched, unpatched, observe: switch one model over, and back."""
+"""patch_model, unpatch_model, patched, unpatched: switch one model over, and back."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
-from ..cache.plan import LayerPlan, PrefillPlan
 from ..config.config import LongCtxConfig
 from ..config.find import resolve
-from ..config.head_map import slice_roles
-from ..errors import UnsupportedModelError
-from ..kernels import base as dispatch
-from ..prefill.base import PatternSpec
-from ..stores.sink_recent import SinkRecent
+from ..kernels import base as kernels
+from ..layout.blocks import BlockList
 from .attention import NAME, register
 from .contract import check_transformers
-from .family import Family, families, find_family
-from .hooks import ON_MODEL, BeforeForward, OnModel, observers
+from .family import find_family
+from .hooks import ON_MODEL, BeforeForward, OnModel
+from .modules import attention_copies, attention_modules, state_of, unwrap
 from .overrides import keywords
+from .plans import make_plan
 from .state import PatchState
 
 UNMEASURED = "the heads of this model were not measured, so all of them keep every token and no memory is saved"
@@ -74,7 +71,7 @@ def patch_model(
         config = state.config  # given in this process: it may name paths, which a config that came with a model may not
     settings = resolve(config, hf_config, getattr(hf_config, "_name_or_path", None), sections)
     _apply(_patched_as(model), settings)
-    if UNMEASURED in state_of(model).notes:
+    if UNMEASURED in state_of(model).log.notes:
         logger.warning("%s: hf-longctx identify measures them", UNMEASURED)
     if (scaled := settings.model.rope_note(hf_config)) is not None:
         logger.warning("%s", scaled)
@@ -89,8 +86,8 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     modules = attention_modules(base, family)
     check_transformers(inner, base, attention_copies(modules[0], family)[0])
     plans = [make_plan(module, settings, family, base.config) for module in modules]
-    if any(plan.prefill is not None for plan in plans):
-        dispatch.require(settings.kernel, "sparse_prefill", "this config's prefill pattern")
+    if any(role.prefill is not None for plan in plans for role in plan.roles):
+        kernels.require(settings.kernel, BlockList, "this config's prefill pattern")
 
     unpatch_model(model)
     register()
@@ -197,138 +194,6 @@ def _patch_kept(model: nn.Module) -> Iterator[None]:
             _apply(whole, before.config)
             state_of(model).go_on_from(before)
             unwrap(model).base_model.config._attn_implementation = attention
-
-
-@contextmanager
-def observe(model: nn.Module, fn: Callable) -> Iterator[nn.Module]:
-    """Show every attention call of a patched model to ``fn``, on this thread, until the block ends.
-
-    ``fn(layer_idx, q, k, v, scaling, rows, compute)`` gets the rotated q ``[B, H, T, D]`` and all keys and values
-    ``[B, H_kv, S, D]``. It returns the layer's output ``[B, H, T, D]``, built from ``compute("retrieval")`` and
-    ``compute("streaming")`` (every head computed by the rule of that role's store, differentiable; prefill patterns do
-    not run there), or None to leave it alone. Inside, caches are Transformers' own DynamicCache, because a
-    ``LongCtxCache`` could not show the keys it drops.
-
-    Raises:
-        UnsupportedModelError: the model is not patched.
-        UnsupportedModeError: a forward inside the block is given a ``LongCtxCache``.
-    """
-    if state_of(model) is None:
-        raise UnsupportedModelError("observe needs a patched model: call patch_model(model) first.")
-    token = observers.set({**observers.get(), id(unwrap(model).base_model): fn})
-    try:
-        yield model
-    finally:
-        observers.reset(token)
-
-
-def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The Transformers model inside PEFT and torch.compile wrappers.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
-    inner = getattr(model, "_orig_mod", model)
-    if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner = inner.module
-    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    if not isinstance(inner, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is no Transformers model; supported model types: {', '.join(families())}."
-        )
-    return inner
-
-
-def state_of(model: nn.Module) -> PatchState | None:
-    """What a patched model remembers; None for a model that is not patched."""
-    return getattr(unwrap(model).base_model, "longctx_state", None)
-
-
-def attention_modules(base: nn.Module, family: Family) -> list[nn.Module]:
-    """The attention modules of the base model, by layer index."""
-    layers = getattr(base, family.layers, None)
-    modules = [getattr(layer, family.attention) for layer in layers or () if hasattr(layer, family.attention)]
-    wrapper = next((type(module).__name__ for module in modules if not hasattr(module, "layer_idx")), None)
-    if wrapper is not None:
-        raise UnsupportedModelError(
-            f"'{family.layers}[i].{family.attention}' is a {wrapper}, which has no layer_idx: something was put around "
-            "the attention, as PEFT's adaption prompt does. Call patch_model first, and wrap the patched model."
-        )
-    if not modules:
-        raise UnsupportedModelError(
-            f"{type(base).__name__} has no '{family.layers}[i].{family.attention}', where {family.model_type} models "
-            "keep their attention."
-        )
-    return modules
-
-
-def attention_copies(module: nn.Module, family: Family) -> list[nn.Module]:
-    """The attention module itself, or the copies inside PEFT's modules_to_save, each of which has its own config.
-
-    Raises:
-        UnsupportedModelError: it has no projection of the name that the family says.
-    """
-    found = [part for part in module.modules() if family.key_projection in part._modules]
-    if not found:
-        names = ", ".join(module._modules) or "none"
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has no '{family.key_projection}'; it has {names}. Set key_projection in "
-            f"patches/{family.model_type}.py to the one that makes the keys."
-        )
-    return found
-
-
-def make_plan(module: nn.Module, settings: LongCtxConfig, family: Family, hf_config: Any) -> LayerPlan:
-    """The plan of one attention module: the roles of the KV heads that this process holds, stores and patterns."""
-    layer = module.layer_idx
-    roles = settings.roles()[layer]
-    rank, size = tensor_parallel(module, family, len(roles))
-    if size > 1:
-        roles = slice_roles(roles, rank, size)
-    stores = {"retrieval": settings.stores.retrieval, "streaming": settings.stores.streaming}
-    window = family.window(hf_config, layer)
-    if window is None:
-        patterns = query_patterns(settings, layer)
-        step = len(patterns) // size
-        prefill = make_prefill(settings, roles, patterns[rank * step : (rank + 1) * step])
-        return LayerPlan(layer, roles, stores, settings.kernel, prefill=prefill)
-    own = SinkRecent(sink=0, recent=window)
-    return LayerPlan(layer, "S" * len(roles), dict.fromkeys(stores, own), settings.kernel, sliding=True)
-
-
-def query_patterns(settings: LongCtxConfig, layer: int) -> tuple[PatternSpec, ...]:
-    """The prefill pattern of every query head of a layer, on all processes together."""
-    table = settings.prefill.table
-    if table is None:
-        return (settings.prefill.retrieval,) * settings.model.num_attention_heads
-    return tuple(table.budgets[index] for index in table.map[layer])
-
-
-def make_prefill(settings: LongCtxConfig, roles: str, patterns: tuple[PatternSpec, ...]) -> PrefillPlan | None:
-    """The prefill plan of a layer's (or slice's) retrieval heads; None where all of them read densely."""
-    group = len(patterns) // len(roles)
-    kept = tuple(spec for head, spec in enumerate(patterns) if roles[head // group] == "R")
-    if all(spec.reads_all for spec in kept):
-        return None
-    return PrefillPlan(kept, settings.prefill.min_tokens, settings.prefill.share_groups)
-
-
-def tensor_parallel(module: nn.Module, family: Family, kv_heads: int) -> tuple[int, int]:
-    """(rank, size) of the tensor-parallel group over which this attention's KV heads are spread; (0, 1) for none."""
-    projection = getattr(module, family.key_projection)
-    weight = getattr(projection, "weight", None)
-    # Transformers keeps the global shape in a DTensor, or (5.2 to 5.12) the local one and the mesh on the projection.
-    mesh = getattr(weight, "device_mesh", None) or getattr(projection, "_hf_device_mesh", None)
-    if mesh is None:
-        return 0, 1
-    local = weight.to_local() if hasattr(weight, "to_local") else weight
-    size = kv_heads * module.head_dim // local.shape[0]
-    if size == 1:
-        return 0, 1
-    if "tp" in (mesh.mesh_dim_names or ()):
-        mesh = mesh["tp"]
-    return mesh.get_local_rank(), size
 
 
 def _patched_as(model: nn.Module) -> nn.Module:

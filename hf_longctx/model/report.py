@@ -9,7 +9,7 @@ from torch import nn
 
 from ..cache.cache import LongCtxCache
 from ..errors import UnsupportedModelError
-from .patch import state_of
+from .modules import state_of
 from .state import Kept
 
 
@@ -108,21 +108,21 @@ def report(model: nn.Module) -> Report:
     state = state_of(model)
     if state is None:
         raise UnsupportedModelError("report needs a patched model: call patch_model(model) first.")
-    roles = "".join(plan.roles for plan in state.plans)
+    roles, log = "".join(plan.letters for plan in state.plans), state.log
     cache = state.last_cache
     alive = isinstance(cache, LongCtxCache)
     kept = Kept.by(cache) if alive else state.kept
     return Report(
         kv_heads=len(roles),
         retrieval_heads=roles.count("R"),
-        window_layers=tuple(plan.layer_idx for plan in state.plans if plan.sliding),
+        window_layers=tuple(plan.layer_idx for plan in state.plans if plan.window is not None),
         forwards=state.forwards,
-        kernels=tuple(sorted(state.kernels)),
-        notes=tuple(sorted(state.notes)),
-        sparse=state.prefill.sparse,
-        dense=state.prefill.dense,
-        density=state.prefill.density,
-        own_density=state.prefill.own_density,
+        kernels=tuple(sorted(log.used)),
+        notes=tuple(sorted(log.notes)),
+        sparse=log.prefill.sparse,
+        dense=log.prefill.dense,
+        density=log.prefill.density,
+        own_density=log.prefill.own_density,
         **({name: value for name, value in vars(kept).items() if name != "form"} if kept is not None else {}),
         saves_from=kept.form.saves_from if kept is not None and kept.seen else None,
         reserved=kept.form.max_tokens if kept is not None else None,

@@ -13,7 +13,8 @@ from ..cache.bytes import storage_bytes
 from ..cache.cache import LongCtxCache
 from ..cache.plan import LayerPlan
 from ..config.config import LongCtxConfig
-from ..layout.rows import PrefillCounts, Rows
+from ..layout.forward import ForwardLog
+from ..layout.rows import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +51,7 @@ class PatchState:
         plans: the plan of every layer.
         whole: the module that was patched, of which the base model may be a part.
         forwards: forwards since patching.
-        kernels: names of the kernels that ran.
-        notes: what ran in a slower or another way than asked for, in words.
-        prefill: sparse and dense prefills of retrieval heads with a pattern.
+        log: what ran, and how, in all forwards.
         kept: what the cache of the last forward held when it was last looked at.
     """
 
@@ -62,9 +61,7 @@ class PatchState:
     plans: tuple[LayerPlan, ...]
     whole: weakref.ref | None = None
     forwards: int = 0
-    kernels: set[str] = field(default_factory=set)
-    notes: set[str] = field(default_factory=set)
-    prefill: PrefillCounts = field(default_factory=PrefillCounts)
+    log: ForwardLog = field(default_factory=ForwardLog)
     kept: Kept | None = None
     _cache: weakref.ref | None = None
 
@@ -73,7 +70,7 @@ class PatchState:
 
     def go_on_from(self, before: PatchState) -> None:
         """Count on from where an earlier patch by the same config stopped."""
-        for name in ("forwards", "kernels", "notes", "prefill", "kept", "_cache"):
+        for name in ("forwards", "log", "kept", "_cache"):
             setattr(self, name, getattr(before, name))
 
     def keep_edits(self, private: object) -> None:
@@ -94,9 +91,8 @@ class PatchState:
         return self._cache() if self._cache is not None else None
 
     def saw(self, rows: Rows, cache: object | None) -> None:
-        """Note one forward. What ``rows`` counts is shared, so the kernels of this forward arrive by themselves."""
+        """Note one forward; what it logs itself comes to ``log``."""
         self.forwards += 1
-        rows.used, rows.notes, rows.prefill = self.kernels, self.notes, self.prefill
         self._look_at(cache)
         self._cache = weakref.ref(cache) if cache is not None else None
         if torch.compiler.is_compiling():
@@ -119,9 +115,9 @@ class PatchState:
 
     def runs_dense(self, implementation: str) -> None:
         note = f"dense: the model was switched to attention '{implementation}'"
-        if note not in self.notes:
+        if note not in self.log.notes:
             logger.warning("%s; longctx is off until set_attn_implementation('longctx')", note)
         self.note(note)
 
     def note(self, text: str) -> None:
-        self.notes.add(text)
+        self.log.notes.add(text)

@@ -17,7 +17,7 @@ from ..config.find import find_name, is_file_name, resolve
 from ..config.words import check_word
 from ..errors import ConfigError, UnsupportedModelError
 from ..model.family import find_family
-from ..model.patch import state_of, unwrap
+from ..model.modules import state_of, unwrap
 from .memory import MemorySettings, Subject
 from .sizes import dtype_of
 

@@ -25,7 +25,9 @@ from ..cache.plan import LayerPlan
 from ..config.config import LongCtxConfig
 from ..config.words import check_word, wrong
 from ..model.family import find_family
-from ..model.patch import attention_modules, make_plan, patch_model
+from ..model.modules import attention_modules
+from ..model.patch import patch_model
+from ..model.plans import make_plan
 from ..stores.base import SLACK
 from .sizes import DTYPES, dtype_of
 
@@ -117,7 +119,7 @@ class Subject:
 
     @property
     def kv_heads(self) -> int:
-        return len(self.plans[0].roles)
+        return self.plans[0].kv_heads
 
     @cached_property
     def head_dim(self) -> int:
@@ -145,18 +147,18 @@ class Subject:
     def layer_bytes(self, plan: Any, way: str, tokens: int) -> int:
         """Bytes of all KV heads of a layer, in all rows."""
         if way == DENSE:
-            window = plan.stores["streaming"].recent if plan.sliding else None
-            return len(plan.roles) * (tokens if window is None else self._windowed(tokens, window)) * self._slot
+            longest = tokens if plan.window is None else self._windowed(tokens, plan.window)
+            return plan.kv_heads * longest * self._slot
         max_tokens, slack = (tokens, SLACK) if way == RESERVED else (None, 0)
         form = (tokens, self.head_dim, self.number, max_tokens, slack)
-        heads = (len(heads.kv_heads) * plan.stores[heads.role].head_bytes(*form) for heads in plan.heads)
+        heads = (len(role.heads.kv_heads) * role.store.head_bytes(*form) for role in plan.filled)
         return sum(heads) * self.settings.batch
 
     def host(self, tokens: int) -> int:
         """Bytes that stores keep in host memory by choice, in all rows; not in ``kv``."""
         form = (tokens, self.head_dim, self.number)
-        parts = [(heads, plan.stores[heads.role]) for plan in self.plans for heads in plan.heads]
-        return sum(len(heads.kv_heads) * store.host_bytes(*form) for heads, store in parts) * self.settings.batch
+        roles = [role for plan in self.plans for role in plan.filled]
+        return sum(len(role.heads.kv_heads) * role.store.host_bytes(*form) for role in roles) * self.settings.batch
 
     @property
     def _slot(self) -> int:

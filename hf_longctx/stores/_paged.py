@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,21 +40,27 @@ class Paged(StoreSpec):
     def slots(self, tokens: int, max_tokens: int | None = None, slack: int = SLACK) -> int:
         return room(self.kept(tokens), max_tokens, self.recent + self.page)
 
-    def span(self) -> None:
-        return None
-
 
 class PagedStore(Store):
     """Pages of batch slots, pads included, then one buffer with the newest slots.
+
+        pages (elsewhere)              recent (on the device)
+        |page|page|page|page|          |p p p|n n n n n n     |
+        0                  paged       paged       rows.total   capacity: recent + page
 
     A page leaves the buffer when that holds ``recent + page`` slots. Queries read the pages block by block; the new
     tokens of a forward are read as they come, so a prompt is never brought back to be read.
     """
 
+    note_on_cpu: ClassVar[str | None] = None
+
     def __init__(self, spec: Paged, heads: RoleHeads, max_tokens: int | None, home: HostMemory | Folder):
         super().__init__(spec, heads, max_tokens)
         self.home = home
         self.leaving: list[Page] | None = None  # written by `prepare` for the `append` that follows
+
+    def _note(self, device: torch.device) -> str | None:
+        return self.note_on_cpu if device.type == "cpu" else None
 
     @property
     def word(self) -> str:
@@ -114,7 +121,7 @@ class PagedStore(Store):
         """Take over the written pages and move what stays to the front of the buffer, in runs that do not overlap."""
         if self.pages is None:
             old = self.segments.pop("recent", None)
-            self.segments["pages"] = Pages([], k.device, k.dtype, self.word, self.limit)
+            self.segments["pages"] = Pages([], k.device, k.dtype, self.word, self.limit, note=self._note(k.device))
             if old is not None:
                 self.segments["recent"] = old
         self.pages.entries += [Entry(page, 0, page.tokens) for page in leaving]
@@ -140,7 +147,6 @@ class PagedStore(Store):
         if bias is not None:
             own.bias = bias[..., old:]
         if old:
-            seen[0].notes = rows.notes
             seen[0].bias, seen[0].padded = bias, max(rows.starts or (0,))
         return PagedKV(self.heads, seen, self.spec, state=self.state)
 
@@ -167,7 +173,9 @@ class PagedStore(Store):
         """One of `segments` from what its `saved` gave."""
         if kind != Pages.__name__:
             return super().restored(kind, tensors, numbers, device)
-        return Pages.restored(tensors, numbers, device, home=self.home, name=self.word, limit=self.limit)
+        pages = Pages.restored(tensors, numbers, device, home=self.home, name=self.word, limit=self.limit)
+        pages.note = self._note(device)
+        return pages
 
     def reset(self) -> None:
         super().reset()

@@ -39,7 +39,7 @@ class Pages(Streamed):
         bias: of all slots, added to the scores, ``[B, 1, 1, slots]``; None where no row has pads in them.
         padded: slots before which a row may have pads.
         rows: the rows that are read.
-        notes: where `kept` leaves a note for the report.
+        note: what the report says where it is read.
         fetchers: what keeps the buffers of this device alive between two readings.
     """
 
@@ -51,12 +51,16 @@ class Pages(Streamed):
     bias: Tensor | None = None
     padded: int = 0
     rows: slice = field(default_factory=lambda: slice(None))
-    notes: set[str] = field(default_factory=set)
+    note: str | None = None
     fetchers: list = field(default_factory=list)
 
     @property
     def kind(self) -> str:
         return "pages"
+
+    @property
+    def joined_note(self) -> str:
+        return f"store {self.name}: a prefill pattern on a continued prompt read all pages of a layer at once"
 
     @property
     def length(self) -> int:
@@ -100,7 +104,6 @@ class Pages(Streamed):
                 f"{self.name} may hold {self.limit}. Set prefill.retrieval to {{pattern: dense}}, read the prompt in "
                 "one forward, or raise stores.retrieval.resident."
             )
-        self.notes.add(f"store {self.name}: a prefill pattern on a continued prompt read all pages of a layer at once")
         k, v = (x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (first.k, first.v))
         low = 0
         for block in self.blocks():
@@ -210,7 +213,7 @@ class Pages(Streamed):
         return replace(self, entries=left, rows=rows, bias=None)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "bias": None, "notes": set(), "fetchers": []}
+        return {**self.__dict__, "bias": None, "fetchers": []}
 
 
 @dataclass

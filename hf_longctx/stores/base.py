@@ -10,14 +10,13 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import ModuleType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..kernels import _streamed
 from ..layout.heads import RoleHeads
+from ..layout.reads import CAUSAL, Reads
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ..layout.streamed import Streamed
@@ -27,24 +26,18 @@ SPARE = 16  # slots: free room that a growing buffer has at least when it is mad
 SLACK = 255  # tokens that a store which remembers what its windows drop can take back
 
 
-class Call(Protocol):
-    """One layer's attention in one forward, as a store's spec needs it."""
-
-    rows: Rows
-    scale: float
-
-    def kernel(self, query: Tensor, *keys: Tensor, function: str | None = None) -> ModuleType:
-        """The kernel for this query; the report names it."""
-
-
 class StoreSpec(ABC):
     """What a YAML word of ``stores/`` defines.
 
     Attributes:
-        places: names of the fields that say where it keeps things, not what: a saved cache may be loaded with others.
+        roles: the roles that it serves.
+        rule: which tokens it keeps: ``all`` of them, those at some row positions (``positional``), or those that the
+            data choose (``data``).
+        places: fields that name a storage location; a saved cache may be loaded with other values.
     """
 
     roles: tuple[str, ...]
+    rule: ClassVar[Literal["all", "positional", "data"]] = "all"
     places: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -78,28 +71,24 @@ class StoreSpec(ABC):
         """Bytes of one head of one row that are in host memory by choice, wherever the device is."""
         return 0
 
-    @abstractmethod
-    def span(self) -> tuple[int, int] | None:
-        """(sink, recent) in tokens of the visibility rule, or None where every earlier token is visible."""
+    def reads(self, part: HeadKV, rows: Rows, group: slice, start: int) -> tuple[list[Segment | Streamed], Reads]:
+        """What the new tokens of the sequences ``group`` read by the visibility rule, as if those were alone.
 
-    def decode(self, call: Call, q: Tensor, part: HeadKV) -> Tensor:
-        """Attention ``[B, H, 1, D]`` of one token over what this spec's store kept."""
-        if any(isinstance(segment, Streamed) for segment in part.segments):
-            call.rows.used.add(_streamed.NAME)
-            return _streamed.attention(q, part.segments, call.scale)
-        return call.kernel(q).decode(q, part.segments, call.scale)
-
-    def prefill(self, call: Call, q: Tensor, part: HeadKV, group: slice, start: int) -> Tensor:
-        """Attention ``[b, H, T, D]`` of the last T tokens of the rows ``group``, by the visibility rule.
-
-        ``part`` is what the store's `append` returned, or the keys and values of all tokens in one segment; the rows
-        all start at slot ``start``, and q begins at a real token.
+        Args:
+            part: what the store's `append` returned, or the keys and values of all tokens in one segment.
+            group: sequences that all start at the padded position ``start``; their queries begin at a real token.
         """
-        segments = part.alone(group, start)
-        if any(isinstance(segment, Streamed) for segment in segments):
-            call.rows.used.add(_streamed.NAME)
-            return _streamed.attention(q, segments, call.scale)
-        return call.kernel(q).dense_prefill_segments(q, segments, call.scale)
+        return part.alone(group, start), CAUSAL
+
+    def cached(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment | Streamed], Tensor]:
+        """What one sequence still has, without pads on its left: segments ``[1, n, S', D]``, each token's row position.
+
+        Args:
+            part: what the store's `append` returned.
+            row: index of the sequence in the batch.
+        """
+        start = rows.start(row)
+        return part.alone(slice(row, row + 1), start), torch.arange(rows.total - start)
 
 
 class Store(ABC):

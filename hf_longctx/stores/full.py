@@ -29,9 +29,6 @@ class Full(StoreSpec):
     def kept(self, tokens: int) -> int:
         return tokens
 
-    def span(self) -> None:
-        return None
-
 
 @dataclass
 class Staggered(HeadKV):

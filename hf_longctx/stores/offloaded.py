@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ..layout.heads import RoleHeads
-from ..layout.rows import Rows
-from ..layout.segments import HeadKV
 from ._page import HostMemory
 from ._paged import Paged, PagedStore
 
@@ -30,8 +26,4 @@ class Offloaded(Paged):
 class OffloadedStore(PagedStore):
     """Pages in host memory."""
 
-    def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
-        kept = super().append(k, v, rows)
-        if self.paged and k.device.type == "cpu":
-            rows.notes.add("store offloaded: the model runs on the CPU, so its pages are in the same memory: no saving")
-        return kept
+    note_on_cpu = "store offloaded: the model runs on the CPU, so its pages are in the same memory: no saving"

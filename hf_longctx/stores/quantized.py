@@ -20,7 +20,7 @@ from ..layout.heads import RoleHeads
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._saved import SavedSegment, SavedStore, short
-from .base import SLACK, Call, Store, StoreSpec, room
+from .base import SLACK, Store, StoreSpec, room
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,6 @@ class Quantized(StoreSpec):
         scales = 2 * number * (packed // self.group * head_dim + packed)
         return 2 * exact * head_dim * number + codes + scales
 
-    def span(self) -> None:
-        return None
-
-    def decode(self, call: Call, q: Tensor, part: HeadKV) -> Tensor:
-        if any(isinstance(segment, Packed) for segment in part.segments):
-            kernel = call.kernel(q)
-            if hasattr(kernel, "decode_packed"):
-                out = kernel.decode_packed(q, part.segments, call.scale)
-                if out is not None:
-                    return out
-        return super().decode(call, q, part)
-
 
 @dataclass
 class PackedKV(HeadKV):
@@ -107,17 +95,28 @@ class PackedKV(HeadKV):
     low: int = 0
 
     def alone(self, rows: slice, start: int) -> list[Segment | Packed]:
-        count = self.store.packed(self.past - start)
+        count = self.spec.packed(self.past - start)
         pieces = [one.alone(rows, count) for one in self.segments if isinstance(one, Packed) and one.first < count]
         plain = replace(self, segments=[one for one in self.segments if isinstance(one, Segment)])
         return [*pieces, *HeadKV.alone(plain, rows, start + count - self.low)]
 
 
 class QuantizedStore(Store):
-    """The newest tokens in a buffer whose slots are the batch's, all others by row position in packed pieces.
+    """The newest tokens exact, in a buffer of padded positions; all older ones quantised, by row position.
 
-    The buffer begins at slot ``base``, early enough that ``slack`` tokens can be taken back and are read exactly; when
-    it is full its newest tokens move to its front. Groups are cut by row position: a padded row equals the row alone.
+        one sequence of 10 tokens, start 3, group 4, residual 2: packed(10) = 8
+
+        padded position  0 1 2 3 4 5 6 7 8 9 10 11 12      Quantised  |0 1 2 3|4 5 6 7|    row positions
+                         . . . 0 1 2 3 4 5 6 7  8  9       exact        5 6 7 8 9          from padded position base = 8
+                                         ^ base                         ^ quantised too, kept to roll back exactly
+
+    The buffer begins at padded position ``base``, early enough that ``slack`` tokens can be rolled back and are read
+    exactly. When it is full, the compaction: what is still needed moves to its front, and ``base`` moves up.
+
+        |old old old|n n n n|   ->   |n n n n|           |
+         base        new base         base
+
+    Groups are cut by row position, so a padded sequence equals the sequence alone.
     """
 
     kinds = (Segment, Packed)

@@ -17,10 +17,11 @@ from ..config.bounds import TOKENS, TOKENS_OR_NONE
 from ..errors import CacheError
 from ..layout.dtypes import needs_grad
 from ..layout.heads import RoleHeads
+from ..layout.reads import Window
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._saved import SavedStore, short
-from .base import SLACK, Call, Store, StoreSpec, blanked, room
+from .base import SLACK, Store, StoreSpec, blanked, room
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class SinkRecent(StoreSpec):
     """
 
     roles = ("streaming",)
+    rule = "positional"
 
     sink: int = field(default=64, metadata=TOKENS_OR_NONE)
     recent: int = field(default=256, metadata=TOKENS)
@@ -59,29 +61,45 @@ class SinkRecent(StoreSpec):
         reserved = None if max_tokens is None else max_tokens - self.window
         return room(dropped, reserved, slack) + 1 if slack and max(dropped, reserved or 0) > 0 else 0
 
-    def span(self) -> tuple[int, int]:
-        return self.sink, self.recent
-
-    def prefill(self, call: Call, q: Tensor, part: HeadKV, group: slice, start: int) -> Tensor:
+    def reads(self, part: HeadKV, rows: Rows, group: slice, start: int) -> tuple[list[Segment], Window]:
         sinks, band = part.sinks, part.segments[0]
         if sinks is None:
             sink_k, sink_v = (t[group, :, start : start + self.sink] for t in (band.k, band.v))
         else:
-            count = min(sinks.length, call.rows.total - start)
+            count = min(sinks.length, rows.total - start)
             sink_k, sink_v = sinks.k[group, :, :count], sinks.v[group, :, :count]
         skipped = max(0, start + self.sink - part.first)
         k, v = (t[group, :, skipped : band.length] for t in (band.k, band.v))
-        first, kernel = call.rows.total - start - k.shape[2], call.kernel(q)
-        return kernel.streaming_prefill(q, sink_k, sink_v, k, v, recent=self.recent, first=first, scale=call.scale)
+        segments = [Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])]
+        return segments, Window(self.recent, rows.total - start - k.shape[2])
+
+    def cached(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment], Tensor]:
+        group, start = slice(row, row + 1), rows.start(row)
+        if rows.new > 1:
+            segments, window = self.reads(part, rows, group, start)
+            sinks, band = (segment.length for segment in segments)
+            return segments, torch.cat([torch.arange(sinks), torch.arange(window.first, window.first + band)])
+        ring, count = part.segments[0], rows.total - start
+        filled = min(count, self.window)
+        slots = torch.arange(filled)
+        latest = count - 1 - (count - 1 - slots) % self.recent  # the newest position that lives in a slot of the ring
+        positions = torch.where(slots < self.sink, slots, latest) if count > self.window else slots
+        return [Segment(ring.k[group, :, :filled], ring.v[group, :, :filled], filled)], positions
 
 
 class SinkRecentStore(Store):
-    """Sinks and a ring, row by row, in one segment: exactly the keys a decoded token sees, so it needs no mask.
+    """Sinks and a ring, sequence by sequence, in one segment: exactly the keys a decoded token reads, without a mask.
 
-    Row position ``j`` lives in slot ``j`` while ``j < sink + recent`` and in ``sink + (j - sink) % recent`` later. What
-    the ring pushes out stays for a while in ``history``, a second ring of all its slots but the last (slot ``j`` modulo
-    their number), so that rejected tokens can be taken back; its last slot takes what must not be kept. It is made when
-    the ring first pushes something out, and grows with what was pushed out until that are `SLACK` tokens.
+    Row position ``j`` lives in slot ``j`` while ``j < sink + recent`` and in ``sink + (j - sink) % recent`` later. With
+    sink 2 and recent 4, after 9 tokens (positions 0 to 8; the next one, 9, overwrites 5):
+
+        kept     slot   0   1 | 2   3   4   5      history  slot   0   1   2  ...  size-1   last
+                 holds  0   1 | 6   7   8   5               holds  positions 2, 3, 4        what nobody needs
+                       sinks    ^ ring                             position j in slot j % (size - 1)
+
+    What the ring pushes out stays for a while in ``history``, a second ring, so that rejected tokens can be rolled
+    back. It is made when the ring first pushes something out, and grows with that up to `SLACK` tokens. Its last slot
+    takes the writes of sequences that push nothing out, so that one indexed write serves the whole batch.
     """
 
     numbers: ClassVar[tuple[str, ...]] = ("oldest",)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ..config.bounds import MOST, TOKENS, TOKENS_OR_NONE
 from ..errors import CacheError
-from ..kernels import _compensated
-from ..kernels._compensated import Windows, total
+from ..kernels._compensated import total
 from ..layout.heads import RoleHeads
+from ..layout.reads import Averaged
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._saved import SavedStore, short
-from .base import SLACK, SPARE, Call, Store, StoreSpec, blanked, room, spare
+from .base import SLACK, SPARE, Store, StoreSpec, blanked, room, spare
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class SinkRecentCompensated(StoreSpec):
     """
 
     roles = ("streaming",)
+    rule = "positional"
 
     sink: int = field(default=64, metadata=TOKENS_OR_NONE)
     recent: int | Growing = field(default=256, metadata=TOKENS)
@@ -83,9 +84,6 @@ class SinkRecentCompensated(StoreSpec):
     ) -> int:
         return super().head_bytes(tokens, head_dim, number, max_tokens, slack) + _sum_bytes(head_dim)
 
-    def span(self) -> tuple[int, int]:
-        return self.sink, self.window(0)
-
     def held(self, tokens: int, slack: int = SLACK) -> int:
         """Tokens outside of the sinks that a row needs, those to go back to included."""
         return max(0, tokens - self.edge(tokens - slack - 1))
@@ -96,8 +94,8 @@ class SinkRecentCompensated(StoreSpec):
             return room(self.held(tokens, slack), None) if tokens + SPARE > self.sink else 0
         return min(max(0, max_tokens - self.sink), room(self.held(max_tokens, slack), None))
 
-    def prefill(self, call: Call, q: Tensor, part: HeadKV, group: slice, start: int) -> Tensor:
-        band, rows, dropped = part.segments[0], call.rows, None
+    def reads(self, part: HeadKV, rows: Rows, group: slice, start: int) -> tuple[list[Segment], Averaged]:
+        band, dropped = part.segments[0], None
         end = rows.total - start
         if part.state:
             first, count = self.edge(rows.past - start - 1), min(self.sink, end)
@@ -107,23 +105,44 @@ class SinkRecentCompensated(StoreSpec):
         else:
             first = self.sink
             sinks = tuple(x[group, :, start : start + self.sink] for x in (band.k, band.v))
-        kept = tuple(x[group, :, start + first - part.first : band.length] for x in (band.k, band.v))
-        begin = end - q.shape[2]
+        recent = tuple(x[group, :, start + first - part.first : band.length] for x in (band.k, band.v))
+        begin = max(0, rows.past - start)
         edges = rows.memo(
-            ("edges", self, begin, end, q.device),
-            lambda: torch.tensor([self.edge(i) for i in range(begin, end)], device=q.device),
+            ("edges", self, begin, end, band.k.device),
+            lambda: torch.tensor([self.edge(i) for i in range(begin, end)], device=band.k.device),
         )
-        rows.used.add(_compensated.NAME)
-        windows = Windows(self.sink, self.edge, edges, end)
-        return _compensated.prefill(q, sinks, kept, dropped, windows, first=first, scale=call.scale)
+        segments = [Segment(*pair, pair[0].shape[2]) for pair in (sinks, recent)]
+        return segments, Averaged(self.sink, first, end, self.edge, edges, dropped)
+
+    def cached(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment], Tensor]:
+        group, start = slice(row, row + 1), rows.start(row)
+        count = rows.total - start
+        if rows.new > 1:
+            segments, averaged = self.reads(part, rows, group, start)
+            sinks, band = (segment.length for segment in segments)
+            return segments, torch.cat([torch.arange(sinks), torch.arange(averaged.first, averaged.first + band)])
+        sinks, window = min(self.sink, count), max(0, count - self.edge(count - 1))
+        if rows.past == 0:
+            sinks, window = 0, count
+        segments, ends = list(part.segments), []  # sinks where there are any, window, and the mean, which is no token
+        if sinks:
+            ends.append(_cut(segments.pop(0), group, 0, sinks))
+        if window:
+            ends.append(_cut(segments[0], group, segments[0].longest - window, segments[0].longest))
+        return ends, torch.cat([torch.arange(sinks), torch.arange(count - window, count)])
 
 
 class SinkRecentCompensatedStore(Store):
     """Sinks by row position, then a buffer of batch slots that begins at slot ``low``, and two sums of what left it.
 
-    The buffer holds the windows of all rows and the tokens before them that a rollback may need. When it is full, what
-    is still needed moves to its front. The sums are in float64 and of exactly the tokens before each row's window, so a
-    rollback subtracts what comes back.
+        row positions   0 .. sink-1 | sink ........ edge-1 | edge ......... newest
+                        sinks       | summed in state      | window
+        buffer                              |low ... edge-1|edge ......... newest|  free |
+                                             for a rollback
+
+    The buffer holds the windows of all sequences and the tokens before them that a rollback may need. When it is full,
+    what is still needed moves to its front. The sums are in float64 and of exactly the tokens before each sequence's
+    window, so a rollback subtracts what comes back.
     """
 
     numbers: ClassVar[tuple[str, ...]] = ("low", "begin")
@@ -337,6 +356,11 @@ class SinkRecentCompensatedStore(Store):
     def reset(self) -> None:
         super().reset()
         self.low = self.begin = 0
+
+
+def _cut(segment: Segment, group: slice, low: int, high: int) -> Segment:
+    """Its slots ``low .. high`` of the rows ``group``."""
+    return Segment(segment.k[group, :, low:high], segment.v[group, :, low:high], high - low)
 
 
 def _sum_bytes(head_dim: int) -> int:

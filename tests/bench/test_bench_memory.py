@@ -60,7 +60,7 @@ def test_the_calculation_is_what_is_allocated(tokens, roles, word, batch, folder
     subject = find(path, replace(SETTINGS, dtype=word, batch=batch), config)
     number = {"fp32": 4, "bf16": 2}[word]
     head = 2 * 8 * number * batch  # bytes of a slot of one head: k and v, head_dim 8
-    letters = "".join(plan.roles for plan in subject.plans)
+    letters = "".join(plan.letters for plan in subject.plans)
     r, s = letters.count("R"), letters.count("S")
     history = min(255, tokens - 20) + 1 if tokens > 20 else 0  # what generate() has no use for
     want = {
@@ -79,7 +79,7 @@ def test_the_calculation_is_what_is_allocated(tokens, roles, word, batch, folder
 def test_windows_of_the_model_s_own_are_counted(family, tokens, chunk, folder):
     path, config = folder(family, sliding=8)
     subject = find(path, replace(SETTINGS, chunk=chunk), config)
-    sliding = [plan.sliding for plan in subject.plans]
+    sliding = [plan.window is not None for plan in subject.plans]
     assert sliding == ([True] * 3 if family == "mistral" else [False, True, False])
     for way in WAYS:
         assert subject.kv(way, tokens) == fill(subject, way, tokens)
@@ -171,7 +171,7 @@ def test_stores_of_pages_hold_their_window_on_the_device(word, tokens, folder, t
     for way, size in want.items():
         assert subject.kv(way, tokens) == size == fill(subject, way, tokens) == check(subject, way, tokens)
     assert subject.host(tokens) == (tokens - kept) * slot * (word == "offloaded")
-    store = subject.plans[0].stores["retrieval"]
+    store = subject.plans[0].role("retrieval").store
     assert store.kept_bytes(tokens, 8, 4) == kept * 2 * 8 * 4
 
 

@@ -202,6 +202,7 @@ class Halves(Streamed):
     """Reads what it keeps in two blocks."""
 
     kind = "halves"
+    joined_note = "halves were joined"
 
     def __init__(self, k, v):
         self.k, self.v, self.dtype = k, v, k.dtype

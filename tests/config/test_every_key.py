@@ -25,7 +25,7 @@ from hf_longctx.config.model import ModelSection
 from hf_longctx.config.reference import meanings
 from hf_longctx.config.words import load, words
 from hf_longctx.decode.base import SelectSpec
-from hf_longctx.model.patch import state_of
+from hf_longctx.model.modules import state_of
 from hf_longctx.prefill.base import PatternSpec
 
 FOLDERS = {"stores": "store", "prefill": "pattern", "decode": "select"}

@@ -16,7 +16,7 @@ from hf_longctx import LongCtxConfig, UnsupportedModelError, patch_model
 from hf_longctx.commands.app import app
 from hf_longctx.commands.configs import find_config
 from hf_longctx.config.config import load_shipped
-from hf_longctx.model.patch import state_of
+from hf_longctx.model.modules import state_of
 from hf_longctx.planning import find as memory_find
 from hf_longctx.planning.find import find
 from hf_longctx.planning.memory import DENSE, UNKNOWN_LENGTH, MemorySettings

@@ -24,7 +24,7 @@ from hf_longctx.config.config import load_shipped
 from hf_longctx.config.files import shipped
 from hf_longctx.config.find import resolve
 from hf_longctx.model.family import find_family
-from hf_longctx.model.patch import state_of
+from hf_longctx.model.modules import state_of
 
 FILES = {path.name: json.loads(path.read_text("utf-8")) for path in sorted(DATA.glob("*.json"))}
 NAMES = sorted(ENTRIES)
@@ -102,8 +102,8 @@ def test_a_config_patches_a_model_of_its_checkpoint(name):
     assert ids[0].rpartition("/")[2].lower() == name
     with patched(model, name):
         assert state_of(model).config == config
-        assert [plan.roles for plan in state_of(model).plans] == list(config.roles())
-        assert not any(plan.sliding for plan in state_of(model).plans)
+        assert [plan.letters for plan in state_of(model).plans] == list(config.roles())
+        assert not any(plan.window for plan in state_of(model).plans)
     assert state_of(model) is None
 
 

@@ -324,12 +324,14 @@ def test_opaque_value_fails_loudly_in_sdpa(probe: Probe, family: str) -> None:
 
 
 def rows_seen(probe: Probe, rows: object) -> bool:
-    return {c["module"].layer_idx for c in probe.calls if c["kwargs"].get("longctx_rows") is rows} == set(range(LAYERS))
+    return {c["module"].layer_idx for c in probe.calls if c["kwargs"].get("longctx_forward") is rows} == set(
+        range(LAYERS)
+    )
 
 
 def test_extra_keyword_reaches_every_layer(model: Any, probe: Probe) -> None:
     rows = object()
-    hook_base(model, longctx_rows=rows)
+    hook_base(model, longctx_forward=rows)
     model(make_ids())
     assert rows_seen(probe, rows), (
         RELIES + "a keyword added by the base pre-hook reaches the attention function untouched"
@@ -338,9 +340,9 @@ def test_extra_keyword_reaches_every_layer(model: Any, probe: Probe) -> None:
 
 def test_extra_keyword_in_every_step_of_generate(model: Any, probe: Probe) -> None:
     rows = object()
-    hook_base(model, longctx_rows=rows)
+    hook_base(model, longctx_forward=rows)
     generate(model, make_ids(), new=3)
-    same = [c["kwargs"].get("longctx_rows") is rows for c in probe.calls]
+    same = [c["kwargs"].get("longctx_forward") is rows for c in probe.calls]
     assert len(same) == 3 * LAYERS and all(same), (
         RELIES + "the added keyword reaches all layers in every step of generate"
     )
@@ -349,13 +351,13 @@ def test_extra_keyword_in_every_step_of_generate(model: Any, probe: Probe) -> No
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_extra_keyword_under_gradient_checkpointing(model: Any, probe: Probe, reentrant: bool) -> None:
     rows = object()
-    hook_base(model, longctx_rows=rows)
+    hook_base(model, longctx_forward=rows)
     checkpointing(model, use_reentrant=reentrant)
     model(make_ids()).logits.sum().backward()
     assert len(probe.calls) == 2 * LAYERS, (
         RELIES + "gradient checkpointing runs the attention function again in backward"
     )
-    assert all(c["kwargs"].get("longctx_rows") is rows for c in probe.calls), (
+    assert all(c["kwargs"].get("longctx_forward") is rows for c in probe.calls), (
         RELIES + "the keyword survives checkpointing"
     )
 

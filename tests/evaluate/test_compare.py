@@ -29,7 +29,8 @@ from hf_longctx.commands.demo import texts, ways
 from hf_longctx.evaluate import forwards
 from hf_longctx.evaluate.measures import next_token
 from hf_longctx.evaluate.prompts import token_ids
-from hf_longctx.model.patch import state_of, unpatched
+from hf_longctx.model.modules import state_of
+from hf_longctx.model.patch import unpatched
 
 IDS = torch.arange(3, 63)[None]
 QUICK = {"max_new_tokens": 6, "rounds": 0}

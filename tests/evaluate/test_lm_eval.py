@@ -29,7 +29,7 @@ from hf_longctx.commands.app import main
 from hf_longctx.config.config import load_shipped
 from hf_longctx.evaluate import lm_eval
 from hf_longctx.evaluate.lm_eval import LongCtxLM
-from hf_longctx.model.patch import state_of
+from hf_longctx.model.modules import state_of
 from hf_longctx.tasks.tiny_language import VOCAB, Filler, exam
 
 TINY = "hf-longctx/tiny-llama"  # its streaming heads keep 4 + 64 tokens

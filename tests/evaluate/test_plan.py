@@ -18,7 +18,7 @@ from hf_longctx.assets import asset
 from hf_longctx.config.words import load, make, words
 from hf_longctx.evaluate.plan import Case, Options, cases_of, fingerprint, make_plan, values_of, variants_of
 from hf_longctx.evaluate.run import evaluate
-from hf_longctx.model.patch import state_of
+from hf_longctx.model.modules import state_of
 from hf_longctx.tasks import tasks_from
 from hf_longctx.tasks.language import language_for
 

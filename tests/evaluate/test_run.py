@@ -23,7 +23,7 @@ from hf_longctx.evaluate.measures import paired_bootstrap
 from hf_longctx.evaluate.records import Writer
 from hf_longctx.evaluate.run import evaluate
 from hf_longctx.identification.work import model_hash
-from hf_longctx.model.patch import state_of
+from hf_longctx.model.modules import state_of
 from hf_longctx.tasks import task_from
 from hf_longctx.tasks.answer import MODES, answer
 from hf_longctx.tasks.language import language_for

@@ -147,12 +147,12 @@ class Shadow:
     def check(self, module, q, kept, out, scaling) -> None:
         assert isinstance(kept, LayerKV)
         k, v = self.keys[module.layer_idx]
-        rows, plan = kept.rows, module.longctx_plan
+        rows, plan = kept.forward.rows, module.longctx_plan
         starts = rows.starts or (0,) * q.shape[0]
         stores = self.config.stores.streaming
-        window = plan.stores["streaming"].recent if plan.sliding else None
+        window = plan.window
         visible = dense_mask_visible(
-            plan.roles,
+            plan.letters,
             q.shape[1] // k.shape[1],
             starts,
             q.shape[2],

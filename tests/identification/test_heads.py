@@ -28,7 +28,7 @@ from hf_longctx.config.words import load
 from hf_longctx.evaluate.run import evaluate
 from hf_longctx.identification.heads import _plain_ids, methods
 from hf_longctx.io import plots
-from hf_longctx.model.patch import state_of
+from hf_longctx.model.modules import state_of
 from hf_longctx.tasks.documents import RandomTokens
 
 QUICK = {
@@ -211,7 +211,7 @@ def test_other_families_are_refused(llama):
 
 
 def test_a_part_of_a_model_is_refused(llama, monkeypatch):
-    monkeypatch.setattr("hf_longctx.model.patch.tensor_parallel", lambda module, family, heads: (0, 2))
+    monkeypatch.setattr("hf_longctx.model.plans.tensor_parallel", lambda module, family, heads: (0, 2))
     with pytest.raises(UnsupportedModeError, match="without tensor parallelism"):
         identify(*llama, "two_needle", length=256)
     assert state_of(llama[0]) is None

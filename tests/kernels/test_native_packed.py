@@ -12,8 +12,12 @@ from helpers.native_builds import (
 )
 from helpers.packed_cases import SCALE, cases, packed, random_numbers, truth
 
-from hf_longctx.kernels import _streamed, native
+from hf_longctx.kernels import base, native
 from hf_longctx.kernels import base as dispatch
+from hf_longctx.layout.forward import Forward
+from hf_longctx.layout.reads import ALL
+from hf_longctx.layout.rows import Rows
+from hf_longctx.layout.scores import Scores
 from hf_longctx.layout.segments import Segment
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -37,7 +41,9 @@ def check(dtype):
         assert got.dtype == dtype and got.shape == q.shape
         allowed = (half + 1e-5) * want.abs().max()
         assert error_of(got, want) <= allowed, shape
-        assert error_of(_streamed.attention(q, segments, SCALE), want) <= 5 * allowed, shape
+        forward = Forward(Rows(q.shape[0], 0, 1))
+        by_blocks = base.attend("cpu", q, segments, ALL, Scores(SCALE), forward)[0]
+        assert error_of(by_blocks, want) <= 5 * allowed, shape
         assert error_of(got, truth(q, segments, turn=1)) > allowed, shape
         count += 1
     assert count == 7

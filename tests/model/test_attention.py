@@ -9,7 +9,9 @@ from helpers.tiny import config_for, left_padded, tiny_model
 
 from hf_longctx import LongCtxCache, patch_model
 from hf_longctx.kernels import reference
-from hf_longctx.model.attention import join
+from hf_longctx.layout.heads import RoleHeads
+from hf_longctx.layout.reads import ALL
+from hf_longctx.model.layer_call import join
 
 CASES = pairwise()
 DECODED = 3  # tokens decoded one by one after the prompt
@@ -89,10 +91,12 @@ def test_a_kernel_that_can_decode_all_roles_of_a_layer_at_once_does(kernel, padd
     patch_model(model, config_for(model, kernel=kernel))
     calls = []
 
-    def decode_layer(q, parts, scale):
-        calls.append([part.heads.role for part in parts])
-        outs = [reference.decode(part.heads.take(q, 2), part.segments, scale) for part in parts]
-        return join([part.heads for part in parts], outs, 2)
+    def attend_layer(q, parts, scores):
+        calls.append(len(parts))
+        heads = [RoleHeads("", kv_heads, 4) for kv_heads, _ in parts]
+        pairs = zip(heads, parts, strict=True)
+        outs = [reference.attend(own.take(q, 2), segments, ALL, scores)[0] for own, (_, segments) in pairs]
+        return join(heads, outs, 2), None
 
     def decode(change=None):
         calls.clear()
@@ -109,9 +113,9 @@ def test_a_kernel_that_can_decode_all_roles_of_a_layer_at_once_does(kernel, padd
     with torch.no_grad():
         want = decode()
         assert not calls
-        monkeypatch.setattr(reference, "decode_layer", decode_layer, raising=False)
+        monkeypatch.setattr(reference, "attend_layer", attend_layer, raising=False)
         got = decode()
-        assert calls == ([["retrieval", "streaming"]] * 3 * 3 if kernel == "reference" else [])
+        assert calls == ([2] * 3 * 3 if kernel == "reference" else [])
         assert torch.allclose(got, want, rtol=0, atol=1e-9)
         assert decode(torch.float32).isfinite().all()
         assert not calls, "roles kept in two dtypes"

@@ -11,7 +11,7 @@ from helpers.config_cases import refused
 from helpers.tiny import config_for, tiny_model
 
 from hf_longctx import LongCtxConfig, UnsupportedModelError, patch_model, patched, report
-from hf_longctx.model.patch import state_of
+from hf_longctx.model.modules import state_of
 
 SECTIONS = {
     "heads": {"roles": ["RRRR", "SSSS", "RSRS"]},

@@ -83,7 +83,7 @@ def test_the_families_ask_for_nothing_else(family, monkeypatch):
     )
     model(IDS, num_items_in_batch=torch.tensor(40), output_hidden_states=True)
     assert seen - {"scaling", "dropout"} <= KNOWN
-    assert "longctx_rows" in seen
+    assert "longctx_forward" in seen
 
 
 @pytest.mark.parametrize("name", ["softcap", "position_bias", "made_up"])

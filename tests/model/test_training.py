@@ -7,6 +7,7 @@ import torch
 from helpers.tiny import FAMILIES, DenseMask, config_for, left_padded, tiny_model
 
 from hf_longctx import patch_model, patched
+from hf_longctx.layout.forward import Forward
 from hf_longctx.layout.rows import Rows
 
 
@@ -80,7 +81,7 @@ def test_gradcheck_through_a_patched_layer():
 
     def attention(states):
         cos, sin = model.base_model.rotary_emb(states, torch.arange(12)[None])
-        return layer(states, (cos.double(), sin.double()), None, longctx_rows=Rows(1, 0, 12))[0]
+        return layer(states, (cos.double(), sin.double()), None, longctx_forward=Forward(Rows(1, 0, 12)))[0]
 
     states = torch.randn(1, 12, model.config.hidden_size, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(attention, states)

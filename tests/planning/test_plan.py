@@ -20,7 +20,7 @@ from hf_longctx.bench.memory_check import fill
 from hf_longctx.commands.app import app
 from hf_longctx.config import words as registry
 from hf_longctx.config.config import load_shipped
-from hf_longctx.model.patch import state_of
+from hf_longctx.model.modules import state_of
 from hf_longctx.planning import find as memory_find
 from hf_longctx.planning import ladder
 from hf_longctx.planning.find import find

@@ -16,11 +16,13 @@ from hf_longctx import LongCtxCache, patched, report
 from hf_longctx.cache.plan import LayerPlan, PrefillPlan
 from hf_longctx.config.words import dump
 from hf_longctx.kernels import _sparse_cpu
-from hf_longctx.layout import segments as layout
+from hf_longctx.layout import blocks as layout
 from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.forward import Forward
 from hf_longctx.layout.rows import Rows
+from hf_longctx.layout.scores import Scores
 from hf_longctx.model import attention
-from hf_longctx.model.attention import LayerCall
+from hf_longctx.model.layer_call import LayerCall
 from hf_longctx.prefill import _blocks
 from hf_longctx.prefill.base import BLOCK, PatternSpec, select
 from hf_longctx.stores.full import Full
@@ -62,13 +64,19 @@ def test_no_temporary_grows_with_the_square_of_the_prompt(word):
 @pytest.mark.parametrize("word", [word for word, cls in RETRIEVAL.items() if not cls.reads_all])
 def test_attention_copies_no_layer(word, monkeypatch):
     """Beside the output there lives less than half of a layer's keys and values."""
-    for module, names in ((layout, ["TEMPORARY"]), (_blocks, ["TEMPORARY"]), (_sparse_cpu, ["TEMPORARY", "GATHERED"])):
+    for module, names in (
+        (layout, ["TEMPORARY"]),
+        (_blocks, ["TEMPORARY"]),
+        (_sparse_cpu, ["TEMPORARY", "GATHERED"]),
+    ):
         for name in names:
             monkeypatch.setattr(module, name, 1 << 16)
     tokens, heads = 2048, 8
     q, k = random_qk(tokens, heads, heads, dim=64)
     plan = PrefillPlan((cheap(word),) * heads, 0, False)
-    call = LayerCall(LayerPlan(0, "R" * heads, {"retrieval": Full()}, prefill=plan), Rows(1, 0, tokens), 0.3)
+    stores = dict.fromkeys(("retrieval", "streaming"), Full())
+    layer = LayerPlan.of(0, "R" * heads, stores, prefill=plan)
+    call = LayerCall(layer, Forward(Rows(1, 0, tokens)), Scores(0.3))
     with torch.no_grad(), Allocations() as made:
         call.plain(q, k, k)
     assert q.nbytes < made.peak < q.nbytes + k.nbytes

@@ -14,7 +14,8 @@ from transformers import DynamicCache
 from hf_longctx import LongCtxCache, UnsupportedModeError, observe, patch_model, patched, report
 from hf_longctx.layout.rows import Rows
 from hf_longctx.layout.segments import Segment
-from hf_longctx.model import attention, patch
+from hf_longctx.model import attention, plans
+from hf_longctx.model.family import find_family
 from hf_longctx.prefill.base import select
 from hf_longctx.prefill.vertical_slash import VerticalSlash
 from hf_longctx.stores.full import FullStore
@@ -330,17 +331,17 @@ def test_plans_hold_the_patterns_of_retrieval_heads_only(monkeypatch):
     config = settings(model, ["RSRS", "RRRR"], {"table": "mine"}, tables={"mine": table})
     patch_model(model, config)
     first, window = model.base_model.longctx_state.plans
-    assert [spec.vertical for spec in first.prefill.patterns] == [1, 2, 5, 6]
-    assert window.sliding and window.prefill is None
+    assert [spec.vertical for spec in first.roles[0].prefill.patterns] == [1, 2, 5, 6]
+    assert window.window and all(role.prefill is None for role in window.roles)
     for rank, want in enumerate(([1, 2], [5, 6])):
-        monkeypatch.setattr(patch, "tensor_parallel", lambda *args, rank=rank: (rank, 2))
-        plan = patch.make_plan(model.base_model.layers[0].self_attn, config, patch.find_family("qwen2"), model.config)
-        assert plan.roles == "RS"
-        assert [spec.vertical for spec in plan.prefill.patterns] == want
+        monkeypatch.setattr(plans, "tensor_parallel", lambda *args, rank=rank: (rank, 2))
+        plan = plans.make_plan(model.base_model.layers[0].self_attn, config, find_family("qwen2"), model.config)
+        assert plan.letters == "RS"
+        assert [spec.vertical for spec in plan.roles[0].prefill.patterns] == want
     everything = {"budgets": [{"pattern": "dense"}, TIGHT], "map": [[0, 0, 1, 1, 0, 0, 1, 1]] * 2}
     monkeypatch.undo()
     patch_model(model, settings(model, ["RSRS", "RSRS"], {"table": "mine"}, tables={"mine": everything}))
-    assert model.base_model.longctx_state.plans[0].prefill is None
+    assert model.base_model.longctx_state.plans[0].roles[0].prefill is None
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def held(model) -> dict:
     """What the cache of one forward holds: its type, its bytes, its roles, and the KV heads it has tensors for."""
     cache = model(torch.arange(3, 73)[None]).past_key_values
     heads = [
-        {k.role: s.k.shape[1] for k, t in zip(layer.plan.heads, layer.stores, strict=True) for s in t.segments.values()}
+        {store.heads.role: one.k.shape[1] for store in layer.stores for one in store.segments.values()}
         for layer in cache.layers
     ]
     told = report(model)
@@ -80,7 +80,7 @@ def held(model) -> dict:
         "cache": type(cache).__name__,
         "nbytes": cache.nbytes,
         "nbytes_dense": cache.nbytes_dense,
-        "roles": [layer.plan.roles for layer in cache.layers],
+        "roles": [layer.plan.letters for layer in cache.layers],
         "heads": heads,
         "report": [told.kv_heads, told.retrieval_heads],
     }

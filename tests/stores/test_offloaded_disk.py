@@ -348,7 +348,10 @@ LIMITED = """
     import resource, sys
     import torch
     from hf_longctx.kernels import cpu
-    from hf_longctx.kernels._streamed import attention
+    from hf_longctx.kernels.base import attend
+    from hf_longctx.layout.forward import Forward
+    from hf_longctx.layout.reads import ALL
+    from hf_longctx.layout.scores import Scores
     from hf_longctx.layout.heads import RoleHeads
     from hf_longctx.kernels.reference import merge
     from hf_longctx.config.words import build
@@ -362,13 +365,17 @@ LIMITED = """
     heads = RoleHeads("retrieval", tuple(range(8)), 8)
     store = build("stores", {"store": word, **fields}, "store", "").new(heads, None)
 
+    def attention(q, segments, rows):
+        return attend("cpu", q, segments, ALL, Scores(1.0), Forward(rows))[0]
+
     def tokens_at(past):
         torch.manual_seed(past)
         return torch.randn(2, 1, 8, step, 64, dtype=torch.float64).unbind()
 
     torch.manual_seed(1)
     q, parts = torch.randn(1, 8, 1, 64, dtype=torch.float64) * 0.3, None
-    attention(q, [store.append(*tokens_at(0), Rows(1, 0, step)).segments[-1]], 1.0)  # warm: libraries are loaded
+    first = store.append(*tokens_at(0), Rows(1, 0, step)).segments[-1:]
+    attention(q, first, Rows(1, 0, step))  # warm: libraries are loaded
     in_use = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (in_use + 96 * 2**20,) * 2)
     try:
@@ -378,7 +385,7 @@ LIMITED = """
         print("out of memory")
         sys.exit(0)
     new = [x[:, :, :1] for x in tokens_at(tokens)]
-    got = attention(q, store.append(*new, Rows(1, tokens, 1)).segments, 1.0)
+    got = attention(q, store.append(*new, Rows(1, tokens, 1)).segments, Rows(1, tokens, 1))
     if word == "offloaded_disk":
         assert store.pages.nbytes >= 64 * int(sys.argv[4]), (store.pages.nbytes, sys.argv[4])
     for past in range(0, tokens + step, step):  # the same from the tokens themselves

@@ -15,9 +15,11 @@ from helpers.tiny import config_for, left_padded, tiny_model
 from hf_longctx import ConfigError, LongCtxCache, LongCtxConfig, UnsupportedModelError, patch_model, report
 from hf_longctx.kernels import _quantized, reference
 from hf_longctx.kernels._quantized import PREFILL_NOTE, Packed, quantise
+from hf_longctx.layout.forward import Forward
 from hf_longctx.layout.rows import Rows
-from hf_longctx.model.attention import LayerCall
-from hf_longctx.model.patch import state_of
+from hf_longctx.layout.scores import Scores
+from hf_longctx.model.layer_call import LayerCall
+from hf_longctx.model.modules import state_of
 from hf_longctx.stores.base import SLACK, room, spare
 from hf_longctx.stores.quantized import Quantized
 
@@ -56,7 +58,7 @@ class Driver:
     def __init__(self, starts=(0,), max_tokens=None, dim=DIM, dtype=torch.float64, **fields):
         self.model = patched(dtype, dim=dim, **fields)
         self.plan = state_of(self.model).plans[0]
-        self.spec, self.cache = self.plan.stores["retrieval"], LongCtxCache(self.model, max_tokens)
+        self.spec, self.cache = self.plan.role("retrieval").store, LongCtxCache(self.model, max_tokens)
         self.starts, self.dim, self.dtype = starts, dim, dtype
         self.k = self.v = torch.empty(len(starts), KV_HEADS, 0, dim, dtype=dtype)
 
@@ -78,9 +80,10 @@ class Driver:
         )
         starts = tuple(min(start, past + count) for start in self.starts)
         self.rows = Rows(len(starts), past, count, starts if any(starts) else None)
-        self.cache.begin(self.rows)
+        self.forward = Forward(self.rows)
+        self.cache.begin(self.forward)
         kept = self.cache.update(k, v, 0)[0]
-        return LayerCall(self.plan, self.rows, SCALE).kept(self.q, kept.heads)
+        return LayerCall(self.plan, self.forward, Scores(SCALE)).cached(self.q, kept.parts)
 
     def expected(self, **other) -> torch.Tensor:
         """The same from the rule; ``other`` makes it a wrong one."""
@@ -125,7 +128,7 @@ def test_what_is_not_the_rule_is_seen():
     assert (out - run.expected(group=16)).abs().max() > 1e-4
     exact = reference.attention(run.q, run.k, run.v, None, SCALE)[0]
     assert (out - exact)[0].abs().max() > 1e-4
-    assert run.rows.used == {"cpu", "streamed"}
+    assert run.forward.log.used == {"cpu", "streamed"}
 
 
 @pytest.mark.parametrize("starts", [(0,), (0, 37, 150)])
@@ -138,7 +141,7 @@ def test_the_native_kernel_reads_what_the_store_kept(starts, bits, group, dtype)
         run = Driver(starts, kernel=kernel, **fields)
         run.step(700)
         outs[kernel] = torch.cat([run.step(1) for _ in range(70)], 2).double()
-        assert run.rows.used == used
+        assert run.forward.log.used == used
         assert outs[kernel].isfinite().all()
     error = (outs["native"] - outs["cpu"]).abs().max()
     # In float32 the scores, some hundreds here, are rounded by 3e-5 each; test_native_packed.py holds it to the truth.
@@ -150,7 +153,7 @@ def test_a_prompt_read_at_once_is_read_exactly():
     run = Driver((0,), bits=4, group=16, residual=0)
     out = run.step(500)
     want = reference.attention(run.q, run.k, run.v, reference.causal_visible(500, 500), SCALE)[0]
-    assert (out - want).abs().max() <= 1e-12 and run.rows.used == {"cpu"}
+    assert (out - want).abs().max() <= 1e-12 and run.forward.log.used == {"cpu"}
 
 
 @pytest.mark.parametrize("starts", [(0,), (0, 37, 150)])
@@ -307,8 +310,8 @@ def test_what_was_filled_in_inference_mode_or_another_dtype_goes_on():
         with torch.autocast("cpu"):
             kept = run.cache.update(*torch.randn(2, 1, KV_HEADS, count, DIM), 0)[0]
         q = torch.randn(1, KV_HEADS * GROUP, count, DIM)
-        assert {one.dtype for part in kept.heads for one in part.segments} == {torch.float64}
-        assert LayerCall(run.plan, kept.rows, SCALE).kept(q, kept.heads).dtype == torch.float32
+        assert {one.dtype for part in kept.parts for one in part.segments} == {torch.float64}
+        assert LayerCall(run.plan, kept.forward, Scores(SCALE)).cached(q, kept.parts).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -18,8 +18,11 @@ from transformers import DynamicCache
 
 import hf_longctx.model.attention
 from hf_longctx import CacheError, ConfigError, LongCtxCache, LongCtxConfig, patch_model, report
-from hf_longctx.kernels import _compensated
+from hf_longctx.kernels import _compensated, cpu
+from hf_longctx.layout.reads import Averaged
 from hf_longctx.layout.rows import Rows
+from hf_longctx.layout.scores import Scores
+from hf_longctx.layout.segments import Segment
 from hf_longctx.stores.base import SLACK, spare
 from hf_longctx.stores.sink_recent_compensated import Growing, SinkRecentCompensated
 
@@ -66,18 +69,18 @@ class Watch(Shadow):
 
     def check(self, module, q, kept, out, scaling) -> None:
         k, v = self.keys[module.layer_idx]
-        rows, plan, group = kept.rows, module.longctx_plan, q.shape[1] // k.shape[1]
+        rows, plan, group = kept.forward.rows, module.longctx_plan, q.shape[1] // k.shape[1]
         store, everything = self.config.stores.streaming, 10**9
         recent = store.recent if isinstance(store.recent, int) else vars(store.recent)
         rules = {"R": (0, everything), "S": (store.sink, recent if not self.off else recent - self.off)}
-        if plan.sliding:
-            rules = dict.fromkeys("RS", (0, plan.stores["streaming"].recent))
+        if plan.window is not None:
+            rules = dict.fromkeys("RS", (0, plan.window))
         for row, start in enumerate(rows.starts or (0,) * q.shape[0]):
             pads = min(max(0, start - rows.past), q.shape[2])
-            for head, role in enumerate(plan.roles if pads < q.shape[2] else ""):
+            for head, role in enumerate(plan.letters if pads < q.shape[2] else ""):
                 own = slice(head * group, (head + 1) * group)
                 keys, values = (x[row, head, start:].expand(group, -1, -1) for x in (k, v))
-                means = self.compensated and role == "S" and not plan.sliding
+                means = self.compensated and role == "S" and plan.window is None
                 want = expected(q[row, own, pads:], keys, values, *rules[role], scaling, means)
                 got = out[row, pads:, own].transpose(0, 1)
                 assert not torch.isnan(got).any()
@@ -400,15 +403,15 @@ def test_sliding_layers_keep_the_model_s_own_window(watch):
 
 
 def prefill(q, k, v, sink, recent, carried=0, **kwargs):
-    """`_compensated.prefill` of the last T of S tokens; the first ``carried`` dropped ones come as sums."""
+    """Attention of the last T of S tokens; the first ``carried`` dropped ones come as sums."""
     spec = SinkRecentCompensated(sink, recent if isinstance(recent, int) else Growing(**recent))
     end, first = k.shape[2], sink + carried
     edges = torch.tensor([spec.edge(i) for i in range(end - q.shape[2], end)])
     band = (k[:, :, first:], v[:, :, first:])
     dropped = tuple(x[:, :, sink:first].double().sum(2, keepdim=True) for x in (k, v)) if carried else None
-    windows = _compensated.Windows(sink, spec.edge, edges, end)
-    sinks = (k[:, :, :sink], v[:, :, :sink])
-    return _compensated.prefill(q, sinks, band, dropped, windows, first=first, scale=0.4)
+    reads = Averaged(sink, first, end, spec.edge, edges, dropped)
+    segments = [Segment(*pair, pair[0].shape[2]) for pair in ((k[:, :, :sink], v[:, :, :sink]), band)]
+    return cpu.attend(q, segments, reads, Scores(0.4))[0]
 
 
 def numbers(tokens, queries, dtype=torch.float64, grad=False):
@@ -552,4 +555,3 @@ def test_a_config_survives_yaml(tmp_path):
     wider = config.override(stores={"streaming": {"recent": {"min": 9}}})
     assert wider.stores.streaming.recent == Growing(9, 0.25)
     assert wider.override(stores={"streaming": {"recent": 9}}).stores.streaming.recent == 9
-    assert config.stores.streaming.span() == (4, 7)

@@ -15,7 +15,7 @@ from ...config.words import dump
 from ...errors import ConfigError, UnsupportedModeError
 from ...io.processes import Processes
 from ...io.work import work_file
-from ...model.patch import state_of
+from ...model.modules import state_of
 from ...tasks.documents import Document
 from ..gates import Gates, distance, frozen, load, save
 from ..work import model_hash

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...model.patch import observe
+from ...model.observe import observe
 from ..attention import weights
 from .base import Method, Subject
 

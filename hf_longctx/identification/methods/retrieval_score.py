@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...cache.seam import CACHE, cache_of
 from ...errors import ConfigError, UnsupportedModelError
-from ...model.patch import observe
+from ...model.observe import observe
 from ...tasks.documents import Document
 from ..attention import weights
 from .base import Method, Subject

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...model.patch import observe
+from ...model.observe import observe
 from ..attention import weights
 from .base import Method, Subject
 

@@ -1,0 +1,236 @@
+"""One layer's attention in one forward: role by role, by the paths that were decided when the model was patched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ..cache.plan import LayerPlan, RolePlan
+from ..cache.seam import CACHE
+from ..errors import UnsupportedModeError
+from ..kernels import base as kernels
+from ..layout.dtypes import needs_grad
+from ..layout.forward import Forward
+from ..layout.heads import RoleHeads
+from ..layout.reads import ALL
+from ..layout.scores import Scores
+from ..layout.segments import HeadKV, Segment
+from ..layout.streamed import Streamed
+from ..prefill.base import select
+from .observed import CachedRole
+
+STOCK = "stock"  # the kernel word that means Transformers' own attention call
+SLOWLY = "sparse prefill: ran by its slow definition (kernel reference), no faster kernel computes it "
+MASK_ROWS = 512  # queries per mask of that call
+
+
+class LayerCall:
+    """One layer's attention in one forward.
+
+    Shapes: ``B`` sequences, ``H`` query heads of the layer, ``T`` new tokens, ``D`` head_dim.
+    """
+
+    def __init__(self, plan: LayerPlan, forward: Forward, scores: Scores):
+        self.plan = plan
+        self.forward = forward
+        self.rows = forward.rows
+        self.scores = scores
+
+    def cached(self, query: Tensor, parts: list[HeadKV]) -> Tensor:
+        """Attention ``[B, H, T, D]`` over what a LongCtxCache holds: ``parts``, one for each role that has heads."""
+        if self.rows.new == 1 and (out := self._in_one_launch(query, parts)) is not None:
+            return out.to(query.dtype)
+        group, outs = self._group(query), []
+        for role, part in zip(self.plan.filled, parts, strict=True):
+            # A cache filled in another dtype (autocast, model.to) is read in its own.
+            q = role.heads.take(query, group).to(part.dtype)
+            outs.append(self._role(q, role, part))
+        return join([part.heads for part in parts], outs, group).to(query.dtype)
+
+    def plain(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same attention over the keys and values ``[B, H_kv, S, D]`` of all tokens."""
+        group, outs = self._group(query), []
+        for role in self.plan.filled:
+            part = self._all_tokens(role, role.heads, key, value)
+            outs.append(self._role(role.heads.take(query, group), role, part, rowwise=True))
+        return join([role.heads for role in self.plan.filled], outs, group)
+
+    def observed_cache(self, query: Tensor, parts: list[HeadKV]) -> Tensor | None:
+        """`observed` of what a LongCtxCache holds; heads of one role cannot be computed by the rule of the other."""
+        cached = tuple(CachedRole(part.heads, part, self.rows) for part in parts)
+
+        def compute(name: str) -> Tensor:
+            other = [one for one in cached if one.heads.role != name]
+            if other:
+                raise UnsupportedModeError(
+                    f"compute({name!r}) in layer {self.plan.layer_idx}: its {other[0].heads.role} heads "
+                    f"{list(other[0].heads.kv_heads)} keep their own tokens in a LongCtxCache, so the others are gone. "
+                    f"Observe with {CACHE}=DynamicCache(), which keeps every token."
+                )
+            return self.cached(query, parts)
+
+        return self.forward.observer(self.plan.layer_idx, query, cached, cached, self.scores.scale, self.rows, compute)
+
+    def observed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """Show this layer to the observer; its answer replaces the layer's output. No pattern runs in ``compute``."""
+        total = key.shape[1]
+
+        def compute(name: str) -> Tensor:
+            role = self.plan.role(name)
+            heads = RoleHeads(name, tuple(range(total)), total)
+            return self._rowwise(query, role, self._all_tokens(role, heads, key, value))
+
+        return self.forward.observer(self.plan.layer_idx, query, key, value, self.scores.scale, self.rows, compute)
+
+    def _group(self, query: Tensor) -> int:
+        return query.shape[1] // self.plan.kv_heads
+
+    def _in_one_launch(self, query: Tensor, parts: list[HeadKV]) -> Tensor | None:
+        """One decoded token by a kernel that has `attend_layer`; None where it is computed role by role."""
+        if not kernels.some_launch_layers(self.plan.word, query.device, self.forward):
+            return None
+        if any(role.as_stock for role in self.plan.filled) or len({part.dtype for part in parts}) > 1:
+            return None  # two dtypes: autocast was on while one of them grew
+        query, scores = query.to(parts[0].dtype), self.scores
+        cases = {kernels.case_of(query, part.segments, ALL, scores) for part in parts}
+        if len(cases) > 1 or scores.sinks is not None or (case := cases.pop()).kinds:
+            return None
+        launch = getattr(kernels.choose(self.plan.word, case, self.forward), "attend_layer", None)
+        return (
+            None
+            if launch is None
+            else launch(query, [(part.heads.kv_heads, part.segments) for part in parts], scores)[0]
+        )
+
+    def _role(self, q: Tensor, role: RolePlan, part: HeadKV, rowwise: bool = False) -> Tensor:
+        """Attention ``[B, h, T, D]`` of one role's query heads."""
+        patterns = self._runs_patterns(role)
+        if role.as_stock and not patterns and not self.rows.padded and _one_plain(part):
+            return self._sdpa(q, *part.segments[0].kept())
+        if self.rows.new > 1 or rowwise:
+            return self._rowwise(q, role, part, patterns)
+        return kernels.attend(self.plan.word, q, part.segments, ALL, self._scores(part.heads), self.forward)[0]
+
+    def _scores(self, heads: RoleHeads) -> Scores:
+        """The scores of these heads' queries."""
+        if self.scores.sinks is None and self.scores.first_bias is None:
+            return self.scores
+        sinks, first_bias = (self._own(x, heads) for x in (self.scores.sinks, self.scores.first_bias))
+        return Scores(self.scores.scale, self.scores.softcap, sinks, first_bias)
+
+    def _own(self, by_head: Tensor | None, heads: RoleHeads) -> Tensor | None:
+        """Of ``[H]``, the query heads of these KV heads."""
+        if by_head is None:
+            return None
+        return heads.take(by_head[None], by_head.shape[0] // self.plan.kv_heads)[0]
+
+    def _all_tokens(self, role: RolePlan, heads: RoleHeads, key: Tensor, value: Tensor) -> HeadKV:
+        """Another cache's keys; Transformers' own sliding layers give the last ones only, all others every token."""
+        first = self.rows.total - key.shape[2]
+        if first and not (self.plan.window is not None and first > 0):
+            raise UnsupportedModeError(
+                f"layer {self.plan.layer_idx} was given {key.shape[2]} keys for {self.rows.total} tokens. A patched "
+                "model takes LongCtxCache, DynamicCache, or no cache."
+            )
+        segment = Segment(heads.take(key), heads.take(value), key.shape[2])
+        return HeadKV(heads, [segment], role.store, first=first)
+
+    def _runs_patterns(self, role: RolePlan) -> bool:
+        """Whether this role's patterns run for some sequence; counts the sequences for which they do not."""
+        if role.prefill is None or self.rows.new == 1:
+            return False
+        counts = [self.rows.real(sequence) for sequence in range(self.rows.batch)]
+        runs = [role.prefill.runs(*count) for count in counts if count[0]]
+        self.forward.log.prefill.dense += runs.count(False)
+        return any(runs)
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Transformers' own call, in pieces of 512 queries where a cached prefix needs a mask."""
+        total, new = k.shape[2], q.shape[2]
+        self.forward.log.used.add(STOCK)
+        module = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], is_causal=True)
+        scale = self.scores.scale
+        if new in (1, total):
+            return sdpa_attention_forward(module, q, k, v, None, scaling=scale)[0].transpose(1, 2)
+        slots, outs = torch.arange(total, device=q.device), []
+        for piece in range(0, new, MASK_ROWS):
+            queries = slots[total - new + piece : min(total, total - new + piece + MASK_ROWS)]
+            mask = (slots <= queries[:, None])[None, None]
+            part = q[:, :, piece : piece + MASK_ROWS]
+            outs.append(sdpa_attention_forward(module, part, k, v, mask, scaling=scale)[0])
+        return torch.cat(outs, 1).transpose(1, 2)
+
+    def _rowwise(self, q: Tensor, role: RolePlan, part: HeadKV, patterns: bool = False) -> Tensor:
+        """Sequences of one start at a time, each as if it were alone; the outputs of left pads are zeros."""
+        outs, scores = [], self._scores(part.heads)
+        for group, start in self.rows.groups(by_end=patterns):
+            pads = min(max(0, start - self.rows.past), self.rows.new)
+            alone, real = q[group, :, pads:], self.rows.real(group.start or 0)
+            if not alone.shape[2]:
+                out = torch.zeros_like(alone)
+            elif patterns and role.prefill.runs(*real):
+                out = self._sparse(alone, part.alone(group, start), role, *real)
+            else:
+                segments, reads = part.spec.reads(part, self.rows, group, start)
+                out = kernels.attend(self.plan.word, alone, segments, reads, scores, self.forward)[0]
+            outs.append(nn.functional.pad(out, (0, 0, pads, 0)) if pads else out)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _sparse(
+        self, q: Tensor, segments: list[Segment | Streamed], role: RolePlan, new: int, processed: int
+    ) -> Tensor:
+        """What the patterns read, ``[B, h, T, D]``: the first ``new`` queries are real, the rest right pads."""
+        if any(segment.bias is not None for segment in segments):
+            raise UnsupportedModeError(
+                f"layer {self.plan.layer_idx}: the store of the retrieval heads gives keys a score bias, among which a "
+                "prefill pattern cannot choose. Set prefill.retrieval to {pattern: dense}."
+            )
+        k, v = self._together(segments)
+        pads, q, k, v = q.shape[2] - new, q[:, :, :new], k[:, :, :processed], v[:, :, :processed]
+        scores, log = self._scores(role.heads), self.forward.log
+        blocks = select(role.prefill.patterns, q, k, scores.scale)
+        reads, causal, group = blocks.reads, blocks.causal, q.shape[1] // k.shape[1]
+        if role.prefill.share_groups:
+            blocks = blocks.share_groups(group)
+            log.prefill.add(blocks.reads * group, reads, causal, q.shape[0])
+        else:
+            log.prefill.add(reads, reads, causal, q.shape[0])
+        whole = [Segment(k, v, processed)]
+        kernel = kernels.choose(self.plan.word, kernels.case_of(q, whole, blocks, scores), self.forward)
+        if kernel.NAME == "reference" and self.plan.kernel != "reference":
+            why = "with gradients" if needs_grad(q, k, v) else f"in {q.dtype} on {q.device.type}"
+            log.notes.add(SLOWLY + why)
+        out = kernels.attend(self.plan.word, q, whole, blocks, scores, self.forward)[0]
+        return nn.functional.pad(out, (0, 0, 0, pads)) if pads else out
+
+    def _together(self, segments: list[Segment | Streamed]) -> tuple[Tensor, Tensor]:
+        """All keys and values in one piece each, ``[B, n, S, D]``: a pattern chooses among all of them."""
+        self.forward.log.notes.update(segment.joined_note for segment in segments if isinstance(segment, Streamed))
+        pairs = [segment.kept() for segment in segments]
+        if len(pairs) == 1:
+            return pairs[0]
+        keys, values = zip(*pairs, strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+
+def join(heads: Sequence[RoleHeads], outs: list[Tensor], group: int) -> Tensor:
+    """The outputs of the roles ``[B, n * group, T, D]`` put back into the order of the layer's heads."""
+    if len(outs) == 1:
+        return outs[0]
+    pieces = []
+    for own, out in zip(heads, outs, strict=True):
+        done = 0
+        for first, end in own.runs:
+            pieces.append((first, out[:, done * group : (done + end - first) * group]))
+            done += end - first
+    return torch.cat([piece for _, piece in sorted(pieces, key=lambda piece: piece[0])], 1)
+
+
+def _one_plain(part: HeadKV) -> bool:
+    """Whether Transformers' own call can read it."""
+    first = part.segments[0]
+    return len(part.segments) == 1 and isinstance(first, Segment) and first.bias is None

@@ -1,0 +1,84 @@
+"""Where things are in a loaded model: inside of wrappers, in its layers, and over processes."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from .family import Family, families
+from .state import PatchState
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model inside PEFT and torch.compile wrappers.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = inner.module
+    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no Transformers model; supported model types: {', '.join(families())}."
+        )
+    return inner
+
+
+def state_of(model: nn.Module) -> PatchState | None:
+    """What a patched model remembers; None for a model that is not patched."""
+    return getattr(unwrap(model).base_model, "longctx_state", None)
+
+
+def attention_modules(base: nn.Module, family: Family) -> list[nn.Module]:
+    """The attention modules of the base model, by layer index."""
+    layers = getattr(base, family.layers, None)
+    modules = [getattr(layer, family.attention) for layer in layers or () if hasattr(layer, family.attention)]
+    wrapper = next((type(module).__name__ for module in modules if not hasattr(module, "layer_idx")), None)
+    if wrapper is not None:
+        raise UnsupportedModelError(
+            f"'{family.layers}[i].{family.attention}' is a {wrapper}, which has no layer_idx: something was put around "
+            "the attention, as PEFT's adaption prompt does. Call patch_model first, and wrap the patched model."
+        )
+    if not modules:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no '{family.layers}[i].{family.attention}', where {family.model_type} models "
+            "keep their attention."
+        )
+    return modules
+
+
+def attention_copies(module: nn.Module, family: Family) -> list[nn.Module]:
+    """The attention module itself, or the copies inside PEFT's modules_to_save, each of which has its own config.
+
+    Raises:
+        UnsupportedModelError: it has no projection of the name that the family says.
+    """
+    found = [part for part in module.modules() if family.key_projection in part._modules]
+    if not found:
+        names = ", ".join(module._modules) or "none"
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no '{family.key_projection}'; it has {names}. Set key_projection in "
+            f"patches/{family.model_type}.py to the one that makes the keys."
+        )
+    return found
+
+
+def tensor_parallel(module: nn.Module, family: Family, kv_heads: int) -> tuple[int, int]:
+    """(rank, size) of the tensor-parallel group over which this attention's KV heads are spread; (0, 1) for none."""
+    projection = getattr(module, family.key_projection)
+    weight = getattr(projection, "weight", None)
+    # Transformers keeps the global shape in a DTensor, or (5.2 to 5.12) the local one and the mesh on the projection.
+    mesh = getattr(weight, "device_mesh", None) or getattr(projection, "_hf_device_mesh", None)
+    if mesh is None:
+        return 0, 1
+    local = weight.to_local() if hasattr(weight, "to_local") else weight
+    size = kv_heads * module.head_dim // local.shape[0]
+    if size == 1:
+        return 0, 1
+    if "tp" in (mesh.mesh_dim_names or ()):
+        mesh = mesh["tp"]
+    return mesh.get_local_rank(), size
