@@ -12,6 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..cache.cache import LongCtxCache
 from ..kernels import base as dispatch
 from ..layout.blocks import BlockList
+from ..layout.scores import Scores
+from ..layout.segments import Segment
 from ..prefill.base import BLOCK
 from .columns import Column, kept_buffers, make_model, patch
 from .settings import Settings
@@ -46,7 +48,8 @@ class ListColumn(Column):
         k, v = kept_buffers(kept)
         module = self.model.model.layers[layer].self_attn
         self.ran = self._pick(module.longctx_plan.kernel, q)
-        return self.ran.sparse_prefill(q, k, v, self.lists[q.shape[2]], module.scaling).transpose(1, 2)
+        whole, scores = Segment(k, v, k.shape[2]), Scores(module.scaling)
+        return self.ran.attend(q, [whole], self.lists[q.shape[2]], scores, want_lse=False)[0].transpose(1, 2)
 
     @property
     def kernel(self) -> str:
@@ -56,14 +59,8 @@ class ListColumn(Column):
     @staticmethod
     def _pick(word: str, q: Tensor) -> ModuleType:
         """The kernel that a pattern's lists are given to under ``kernel: word``."""
-        return dispatch.pick(
-            dispatch.AUTO if word == "stock" else word,
-            device=q.device,
-            dtype=q.dtype,
-            head_dim=q.shape[3],
-            needs_grad=False,
-            function="sparse_prefill",
-        )
+        case = dispatch.Case(q.device, q.dtype, q.shape[3], reads=BlockList)
+        return dispatch.pick(dispatch.AUTO if word == "stock" else word, case)
 
 
 def random_list(tokens: int, heads: int, density: float, seed: int) -> BlockList:

@@ -169,7 +169,7 @@ def _check(column: Column, name: str, qkv: QKV, out: Tensor, word: str) -> float
     """The error of ``out [1, T, H, D]`` at some queries, against the mask of the lists that its patterns choose."""
     q, k, v = qkv
     at, module = spread(q.shape[2]), column.model.model.layers[0].self_attn
-    plan = module.longctx_plan.prefill
+    plan = module.longctx_plan.role("retrieval").prefill
     k, v = kept_buffers(
         column.update(0, k, v)
     )  # in the memory layout in which the patterns saw them: scores round alike

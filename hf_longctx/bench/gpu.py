@@ -19,8 +19,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..cache.cache import LongCtxCache
 from ..errors import LongCtxError, UnsupportedModeError
 from ..kernels import base as dispatch
-from ..kernels import cpu, flash, reference
+from ..kernels import cpu, reference
 from ..layout.blocks import BlockList
+from ..layout.reads import ALL, CAUSAL, All, Reads, Window
+from ..layout.scores import Scores
 from ..layout.segments import Segment
 from ..model.patch import patch_model
 from .block_lists import name_of, random_list
@@ -102,18 +104,18 @@ def _prefill(settings: GpuSettings, word: str, tokens: int, device: torch.device
         keys = torch.arange(tokens)
     ways, missing, age = _dense(q, k, v, scale), {}, at[:, None] - keys
     visible = {DENSE: age >= 0, STREAMING: (age >= 0) & ((keys < sink) | (age < settings.recent))}
-    parts = (k[:, :, :sink], v[:, :, :sink], k[:, :, sink:], v[:, :, sink:])
-    window = {"recent": settings.recent, "first": min(sink, tokens), "scale": scale}
+    parts = [_segment(k[:, :, some], v[:, :, some]) for some in (slice(sink), slice(sink, None))]
+    window = Window(settings.recent, min(sink, tokens))
     full = min(tokens, sink + settings.recent)
     density = (full * (full + 1) // 2 + (tokens - full) * full) / (tokens * (tokens + 1) // 2)
-    for name, kernel in _kernels(settings, q, "streaming_prefill", missing):
-        work = partial(kernel.streaming_prefill, q, *parts, **window)
+    for name, kernel in _kernels(settings, q, STREAMING, Window, missing):
+        work = partial(_out, kernel, q, parts, window, scale)
         ways[f"{name} {STREAMING}"] = Way(work, STREAMING, density, name)
     for percent in settings.densities:
         made = _on(device, random_list(tokens, settings.heads, percent / 100, settings.seed))
         visible[name_of(percent)] = torch.cat([made.visible(i, i + 1) for i in at.tolist()], 2)
-        for name, kernel in _kernels(settings, q, "sparse_prefill", missing):
-            work = partial(kernel.sparse_prefill, q, k, v, made, scale)
+        for name, kernel in _kernels(settings, q, "blocks", BlockList, missing):
+            work = partial(_out, kernel, q, [_segment(k, v)], made, scale)
             ways[f"{name} {name_of(percent)}"] = Way(work, name_of(percent), made.density, name)
     want = {reads: _answer(q[:, :, at], k, v, mask, scale) for reads, mask in visible.items()}
     del visible
@@ -141,7 +143,7 @@ def _decode(settings: GpuSettings, word: str, tokens: int, device: torch.device,
     k, v = kept_buffers(kept[100])
     scale, missing, sizes = settings.head_dim**-0.5, {}, {percent: _bytes(one) for percent, one in kept.items()}
     ways = {name: replace(way, kept_bytes=sizes[100]) for name, way in _dense(q, k, v, scale).items()}
-    for name, _ in _kernels(settings, q, "decode", missing):
+    for name, _ in _kernels(settings, q, "decode", All, missing):
         for percent in kept:
             work = partial(_attend, _column(settings, dtype, percent, name), q, kept[percent])
             way = Way(work, str(percent), sizes[percent] / sizes[100], name, sizes[percent])
@@ -172,12 +174,16 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict[str, Way]:
 
     def folded() -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if q.is_cuda else nullcontext():
-            return cpu.decode(q, [Segment(k, v, k.shape[2])], scale)
+            return _out(cpu, q, [_segment(k, v)], ALL, scale)
+
+    def flash_attn() -> Tensor:
+        kernel = dispatch.pick("flash", dispatch.case_of(q, [_segment(k, v)], CAUSAL, Scores(scale)))
+        return _out(kernel, q, [_segment(k, v)], CAUSAL, scale)
 
     works = {
         "SDPA flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
         "SDPA cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
-        "flash-attn": partial(flash.dense_prefill, q, k, v, scale),
+        "flash-attn": flash_attn,
     }
     if not causal:
         works["SDPA flash, group folded"] = folded
@@ -185,20 +191,24 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict[str, Way]:
 
 
 def _kernels(
-    settings: GpuSettings, q: Tensor, function: str, missing: dict[str, str]
+    settings: GpuSettings, q: Tensor, name: str, reads: type, missing: dict[str, str]
 ) -> Iterator[tuple[str, ModuleType]]:
-    """The kernels asked for that have this function here; why the others do not goes to ``missing``."""
-    case = {"device": q.device, "dtype": q.dtype, "head_dim": q.shape[3], "needs_grad": False}
+    """The kernels asked for that compute these reads here; why the others do not goes to ``missing``."""
+    case = dispatch.Case(q.device, q.dtype, q.shape[3], reads=reads, one_query=q.shape[2] == 1)
     for word in settings.kernels:
         try:
-            kernel = dispatch.pick(word, **case, function=function)
+            yield word, dispatch.pick(word, case)
         except UnsupportedModeError as error:
-            missing[f"{word} {function}"] = str(error).partition(" Use kernel")[0]
-            continue
-        if kernel is not cpu and getattr(kernel, function) is getattr(cpu, function):
-            missing[f"{word} {function}"] = "it is that of kernel cpu"
-        else:
-            yield word, kernel
+            missing[f"{word} {name}"] = str(error).partition(" Use kernel")[0]
+
+
+def _segment(k: Tensor, v: Tensor) -> Segment:
+    return Segment(k, v, k.shape[2])
+
+
+def _out(kernel: ModuleType, q: Tensor, segments: list[Segment], reads: Reads, scale: float) -> Tensor:
+    """Attention ``[B, H, T, D]`` by a kernel."""
+    return kernel.attend(q, segments, reads, Scores(scale), want_lse=False)[0]
 
 
 def _column(settings: GpuSettings, dtype: torch.dtype, percent: int, kernel: str) -> Column:

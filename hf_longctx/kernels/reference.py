@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layout.blocks import BlockList
 from ..layout.pieces import pieces
-from ..layout.reads import ALL, CAUSAL, All, Averaged, Causal, Reads, Window
+from ..layout.reads import All, Averaged, Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 
@@ -249,26 +249,3 @@ def _listed(
         outs.append(torch.cat(out, 2))
         lses.append(torch.cat(lse, 2))
     return torch.cat(outs, 1), torch.cat(lses, 1)
-
-
-def dense_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return attend(q, [Segment(k, v, k.shape[2])], CAUSAL, Scores(scale))[0]
-
-
-def streaming_prefill(
-    q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
-) -> Tensor:
-    sinks, band = Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])
-    return attend(q, [sinks, band], Window(recent, first), Scores(scale))[0]
-
-
-def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    return attend(q, segments, CAUSAL, Scores(scale))[0]
-
-
-def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    return attend(q, segments, ALL, Scores(scale))[0]
-
-
-def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
-    return attend(q, [Segment(k, v, k.shape[2])], blocks, Scores(scale))[0]

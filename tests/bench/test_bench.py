@@ -19,6 +19,7 @@ from hf_longctx.bench.measure import Samples, paired_ratio, turns
 from hf_longctx.bench.settings import Settings
 from hf_longctx.commands.app import app
 from hf_longctx.kernels import cpu
+from hf_longctx.layout.blocks import BlockList
 
 SHAPE = {"layers": 2, "heads": 8, "kv_heads": 4, "head_dim": 16, "sink": 4, "recent": 16, "rounds": 2}
 TINY = Settings((65, 150), **SHAPE)
@@ -28,7 +29,7 @@ NAMES = {
     "prefill": ["stock", "all retrieval", "all streaming", "blocks 10%", "blocks 20%", "blocks 30%"],
     "e2e": ["stock", "stock static", "all retrieval", "half streaming", "all streaming"],
 }
-sparse_prefill, list_answer = cpu.sparse_prefill, block_lists.list_answer
+attend, list_answer = cpu.attend, block_lists.list_answer
 RAW = {  # benchmark -> (figures with raw times, samples per column)
     "decode": (["ms_per_layer", "sum_ms_per_layer"], 2 * 3),
     "prefill": (["ms", "update_ms"], 2),
@@ -133,7 +134,11 @@ def test_a_wrong_retrieval_column_is_caught(run, monkeypatch):
 def test_a_wrong_block_list_is_caught_before_anything_is_timed(wrong, monkeypatch):
     other = block_lists.random_list(300, 4, 0.8, seed=9)
     if wrong == "attend":
-        monkeypatch.setattr(cpu, "sparse_prefill", lambda q, k, v, _, scale: sparse_prefill(q, k, v, other, scale))
+
+        def wrong(q, segments, reads, *rest, **kwargs):
+            return attend(q, segments, other if isinstance(reads, BlockList) else reads, *rest, **kwargs)
+
+        monkeypatch.setattr(cpu, "attend", wrong)
     else:
         monkeypatch.setattr(prefill, "list_answer", lambda q, k, v, at, _: list_answer(q, k, v, at, other))
     monkeypatch.setattr(prefill, "turns", lambda *args: pytest.fail("timed columns that differ"))

@@ -16,6 +16,8 @@ from hf_longctx.bench.settings import Settings
 from hf_longctx.commands.app import app
 from hf_longctx.config.config import load_shipped
 from hf_longctx.kernels import cpu
+from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.reads import Causal
 
 SHAPE = {"heads": 8, "kv_heads": 4, "head_dim": 16}
 TINY = Settings((256, 512), dtypes=("fp32",), rounds=2, **SHAPE)
@@ -192,19 +194,21 @@ def test_results_hold_both_columns_their_kernels_and_the_density():
 
 
 @pytest.mark.parametrize(
-    ("function", "message"),
-    [("sparse_prefill", "kernel cpu for block lists differs"), ("dense_prefill", "the dense output")],
+    ("kind", "message"),
+    [(BlockList, "kernel cpu for block lists differs"), (Causal, "the dense output")],
 )
-def test_a_wrong_kernel_is_caught_before_anything_is_timed(function, message, monkeypatch):
-    right = getattr(cpu, function)
+def test_a_wrong_kernel_is_caught_before_anything_is_timed(kind, message, monkeypatch):
+    right = cpu.attend
     other = block_lists.random_list(256, 4, 0.9, seed=5)
 
-    def wrong(q, k, v, *rest):
-        if function == "dense_prefill":
-            return right(q, k, v.flip(2), *rest)
-        return right(q, k, v, other if rest[0].kv_len == 256 else rest[0], rest[1])
+    def wrong(q, segments, reads, scores, want_lse=True):
+        if kind is Causal and isinstance(reads, Causal):
+            segments = [replace(one, v=one.v.flip(2)) for one in segments]
+        if kind is BlockList and isinstance(reads, BlockList) and reads.kv_len == 256:
+            reads = other
+        return right(q, segments, reads, scores, want_lse)
 
-    monkeypatch.setattr(cpu, function, wrong)
+    monkeypatch.setattr(cpu, "attend", wrong)
     monkeypatch.setattr(crossover, "turns", lambda *args: pytest.fail("timed columns that differ"))
     with pytest.raises(LongCtxError, match=message):
         crossover.run(crossover.subject(TINY, pattern=PATTERN, kernel="cpu"))

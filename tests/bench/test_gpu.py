@@ -16,6 +16,8 @@ from hf_longctx.bench import columns, gpu, gpu_clock, gpu_show
 from hf_longctx.bench.gpu_settings import GpuSettings
 from hf_longctx.commands.app import app
 from hf_longctx.kernels import cpu, reference
+from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.reads import All, Window
 
 CPU = torch.device("cpu")
 SHAPE = {"heads": 8, "kv_heads": 4, "head_dim": 16, "sink": 4, "recent": 16, "rounds": 2}
@@ -66,7 +68,7 @@ def test_every_way_is_checked_and_timed_as_often_as_told(word):
             assert len(column["ms"]["raw_ms"]) == TINY.rounds and min(column["ms"]["raw_ms"]) > 0
         assert "needs a CUDA device, not cpu" in result["not_measured"]["flash-attn"]
         assert {"SDPA cuDNN"} <= set(result["not_measured"])
-    assert "flash: has no sparse_prefill" in prefill["not_measured"]["flash sparse_prefill"]
+    assert "flash: computes no BlockList" in prefill["not_measured"]["flash blocks"]
 
 
 def test_the_work_of_a_column_is_what_its_name_says():
@@ -90,42 +92,44 @@ def test_the_work_of_a_column_is_what_its_name_says():
 def test_a_patched_model_decodes_by_the_kernel_of_its_column(monkeypatch):
     ran = []
     for module in (cpu, reference):
-        decode = module.decode
-        monkeypatch.setattr(
-            module, "decode", lambda *args, decode=decode, name=module.NAME: ran.append(name) or decode(*args)
-        )
+        attend = module.attend
+
+        def noted(q, segments, reads, *args, attend=attend, name=module.NAME, **kwargs):
+            if isinstance(reads, All):
+                ran.append(name)
+            return attend(q, segments, reads, *args, **kwargs)
+
+        monkeypatch.setattr(module, "attend", noted)
     gpu.run(replace(TINY, kernels=("reference",), rounds=1), CPU, stopwatch)
     assert set(ran) == {"reference", "cpu"}  # cpu: the folded dense way
     # Once for the check and once for the clock: one role at 100 %, two at 25 % and at 50 %.
     assert ran.count("reference") == 2 * (1 + 2 + 2)
 
 
-def test_what_a_kernel_leaves_to_cpu_is_not_measured_twice():
+def test_what_a_kernel_leaves_to_others_is_not_measured_twice():
     prefill, decode = gpu.run(replace(TINY, kernels=("cpu", "flex"), densities=()), CPU, stopwatch)
-    assert prefill["not_measured"]["flex streaming_prefill"] == "it is that of kernel cpu"
-    assert decode["not_measured"]["flex decode"] == "it is that of kernel cpu"
+    assert "flex: computes no Window" in prefill["not_measured"]["flex streaming"]
+    assert "flex: computes no All" in decode["not_measured"]["flex decode"]
     assert [*prefill["columns"], *decode["columns"]] == [*PREFILL[:2], *DECODE]
 
 
 @pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        ("sparse_prefill", "cpu blocks 40% differs"),
-        ("streaming_prefill", "cpu streaming differs"),
-        ("decode", "group folded differs"),
-    ],
+    ("kind", "message"),
+    [(BlockList, "cpu blocks 40% differs"), (Window, "cpu streaming differs"), (All, "group folded differs")],
 )
-def test_a_wrong_kernel_is_caught_before_it_is_timed(function, message, monkeypatch):
-    right = getattr(cpu, function)
+def test_a_wrong_kernel_is_caught_before_it_is_timed(kind, message, monkeypatch):
+    right = cpu.attend
 
-    def late_queries_off(*args, **kwargs):
-        out = right(*args, **kwargs).clone()
-        out[:, :, -1] *= 1.2  # of the largest value of a prompt, which is that of its first query, this is nothing
-        return out
+    def late_queries_off(q, segments, reads, *args, **kwargs):
+        out, lse = right(q, segments, reads, *args, **kwargs)
+        if isinstance(reads, kind):
+            out = out.clone()
+            out[:, :, -1] *= 1.2  # of the largest value of a prompt, which is that of its first query, this is nothing
+        return out, lse
 
-    monkeypatch.setattr(cpu, function, late_queries_off)
+    monkeypatch.setattr(cpu, "attend", late_queries_off)
     with pytest.raises(LongCtxError, match=message):
-        gpu.run(replace(TINY, tokens=(600,), dtypes=("fp32",)), CPU, never if function != "decode" else stopwatch)
+        gpu.run(replace(TINY, tokens=(600,), dtypes=("fp32",)), CPU, never if kind is not All else stopwatch)
 
 
 def test_without_any_dense_attention_nothing_is_compared(monkeypatch):
@@ -141,7 +145,7 @@ def test_what_does_not_fit_is_named(monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("tried to allocate")
 
-    monkeypatch.setattr(cpu, "streaming_prefill", full)
+    monkeypatch.setattr(cpu, "attend", full)
     with pytest.raises(LongCtxError, match="600 tokens do not fit on the device .*--tokens and --decode-tokens"):
         gpu.run(TINY, CPU, stopwatch)
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.block_lists import random_masks
+from helpers.calls import causal, decode, dense, sparse, streaming
 from helpers.native_builds import other_build  # noqa: F401 - a fixture
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -85,7 +86,7 @@ def segments_of(k, v, cuts):
 def check_dense(shape, q_len, past, dtype, cuts=()):
     q, k, v = random_qkv(enough(shape, q_len), q_len, q_len + past, dtype)
     visible = reference.causal_visible(q_len, q_len + past)
-    got = native.dense_prefill_segments(q, segments_of(k, v, cuts), SCALE)
+    got = causal(native, q, segments_of(k, v, cuts), SCALE)
     assert holds(got, q, k, v, visible)
     return got, (q, k, v), visible
 
@@ -95,7 +96,7 @@ def check_streaming(shape, q_len, past, dtype, sink=SINK, dropped=0):
     q, k, v = random_qkv(enough(shape, q_len), q_len, total, dtype)
     first = min(sink, total) + dropped
     parts = (k[:, :, :sink], v[:, :, :sink], k[:, :, first:], v[:, :, first:])
-    got = native.streaming_prefill(q, *parts, recent=RECENT, first=first, scale=SCALE)
+    got = streaming(native, q, *parts, recent=RECENT, first=first, scale=SCALE)
     visible = reference.streaming_visible(q_len, total, sink, RECENT)
     assert holds(got, q, k, v, visible)
     return got, (q, k, v), visible
@@ -107,7 +108,7 @@ def check_sparse(shape, first, kv_len, dtype, block=64, share=0.4, columns=True,
     masks = random_masks(first, kv_len, block, batch=batch, heads=kv_heads if shared else kv_heads * group, share=share)
     made = BlockList.from_mask(masks[0], masks[1] if columns else None, block=block, first=first, kv_len=kv_len)
     visible = made.visible().repeat_interleave(group if shared else 1, 1)
-    got = native.sparse_prefill(q, k, v, made, SCALE)
+    got = sparse(native, q, k, v, made, SCALE)
     assert holds(got, q, k, v, visible)
     return got, (q, k, v), visible
 
@@ -140,7 +141,8 @@ def test_every_shape(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_other_instruction_sets(other_build, dtype):
+@pytest.mark.usefixtures("other_build")
+def test_other_instruction_sets(dtype):
     for shape in SHAPES[:3]:
         check_every_function(shape, dtype)
 
@@ -158,14 +160,14 @@ def test_a_query_block_that_lists_nothing_gives_zeros(dtype):
     (q, k, v), (blocks, _) = random_qkv(SHAPES[0], 200, 200, dtype), random_masks(0, 200, 64, heads=8)
     blocks[:, 3, 2] = False
     made = BlockList.from_mask(blocks, block=64, first=0, kv_len=200)
-    got = native.sparse_prefill(q, k, v, made, SCALE)
+    got = sparse(native, q, k, v, made, SCALE)
     assert (got[:, 3, 128:192] == 0).all()
     assert holds(got, q, k, v, made.visible())
 
 
 def check_decode(shape, kv_len, cuts, dtype):
     q, k, v = random_qkv(enough(shape, 1), 1, kv_len, dtype)
-    got = native.decode(q, segments_of(k, v, cuts), SCALE)
+    got = decode(native, q, segments_of(k, v, cuts), SCALE)
     visible = torch.ones(1, kv_len, dtype=torch.bool)
     assert holds(got, q, k, v, visible)
     return got, (q, k, v), visible
@@ -200,7 +202,7 @@ def test_lengths_by_row_and_bias(shape, dtype):
 
     for queries in (12, 1):
         late = q[:, :, -queries:]
-        got = native.dense_prefill_segments(late, [past, Segment(k, v, length)], SCALE)
+        got = causal(native, late, [past, Segment(k, v, length)], SCALE)
         assert holds(got, late, keys, values, visible(queries))
         assert not holds(got, late, keys, values, visible(queries, longer=-1))
     hiding = random_tensor(batch, 1, 1, 50, dtype=torch.float32)
@@ -208,10 +210,10 @@ def test_lengths_by_row_and_bias(shape, dtype):
     for bias in (hiding, random_tensor(50), random_tensor(batch, kv_heads, 1, 50), random_tensor(1, 1, 1, 1)):
         added = torch.cat([torch.zeros(batch, kv_heads, 1, 9), bias.expand(batch, kv_heads, 1, 50)], 3).float()
         added = added.repeat_interleave(group, 1)
-        got = native.decode(late, [past, Segment(k, v, length, bias)], SCALE)
+        got = decode(native, late, [past, Segment(k, v, length, bias)], SCALE)
         assert holds(got, late, keys, values, visible(1), bias=added)
         assert not holds(got, late, keys, values, visible(1), bias=added.roll(1, -1))
-    nothing = native.decode(late, [Segment(k, v, torch.zeros(batch, dtype=torch.int64))], SCALE)
+    nothing = decode(native, late, [Segment(k, v, torch.zeros(batch, dtype=torch.int64))], SCALE)
     assert (nothing == 0).all()
 
 
@@ -249,8 +251,8 @@ def test_the_rule_fails_what_is_wrong_in_decode(dtype):
         other = visible.clone()
         other[0, key] = False
         assert not holds(got, q, k, v, other)
-        few = native.decode(
-            q, segments_of(*(torch.cat([x[:, :, :key], x[:, :, key + 1 :]], 2) for x in (k, v)), ()), SCALE
+        few = decode(
+            native, q, segments_of(*(torch.cat([x[:, :, :key], x[:, :, key + 1 :]], 2) for x in (k, v)), ()), SCALE
         )
         assert holds(few, q, k, v, other)
         assert not holds(few, q, k, v, visible), "a key too few; got is one too many of few"
@@ -261,7 +263,7 @@ def test_the_rule_fails_what_is_wrong_in_decode(dtype):
 def test_any_strides(dtype):
     """Tokens before heads, every second token, and a last dimension that is not dense."""
     q, k, v = (x.contiguous() for x in random_qkv(SHAPES[0], 200, 200, dtype))
-    want = native.dense_prefill(q, k, v, SCALE)
+    want = dense(native, q, k, v, SCALE)
     spread = [torch.stack([x, torch.full_like(x, math.nan)], 3).flatten(2, 3)[:, :, ::2] for x in (k, v)]
     for other in (
         [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)],
@@ -269,10 +271,10 @@ def test_any_strides(dtype):
         [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)],
     ):
         assert not all(x.is_contiguous() for x in other)
-        assert torch.equal(native.dense_prefill(*other, SCALE), want)
+        assert torch.equal(dense(native, *other, SCALE), want)
         assert torch.equal(
-            native.decode(other[0][:, :, -1:], segments_of(*other[1:], ()), SCALE),
-            native.decode(q[:, :, -1:], segments_of(k, v, ()), SCALE),
+            decode(native, other[0][:, :, -1:], segments_of(*other[1:], ()), SCALE),
+            decode(native, q[:, :, -1:], segments_of(k, v, ()), SCALE),
         )
 
 
@@ -296,10 +298,10 @@ def answers(q, k, v):
     made = BlockList.from_mask(*random_masks(3700, 4000, 64, heads=8), block=64, first=3700, kv_len=4000)
     sinks, band = (k[:, :, :5], v[:, :, :5]), (k[:, :, 5:], v[:, :, 5:])
     return [
-        native.dense_prefill(q, k, v, SCALE),
-        native.streaming_prefill(q, *sinks, *band, recent=900, first=5, scale=SCALE),
-        native.sparse_prefill(q, k, v, made, SCALE),
-        native.decode(q[:, :, -1:], segments_of(k, v, (7,)), SCALE),
+        dense(native, q, k, v, SCALE),
+        streaming(native, q, *sinks, *band, recent=900, first=5, scale=SCALE),
+        sparse(native, q, k, v, made, SCALE),
+        decode(native, q[:, :, -1:], segments_of(k, v, (7,)), SCALE),
     ]
 
 
@@ -318,8 +320,8 @@ def test_the_answer_does_not_depend_on_the_threads(dtype, used):
 def test_little_work_takes_no_thread(used):
     torch.set_num_threads(3)
     q, k, v = random_qkv((1, 4, 4, 64), 5, 320, torch.float32)
-    native.decode(q[:, :, -1:], segments_of(k, v, ()), SCALE)
-    native.dense_prefill(q, k, v, SCALE)
+    decode(native, q[:, :, -1:], segments_of(k, v, ()), SCALE)
+    dense(native, q, k, v, SCALE)
     assert used == [1, 1]
 
 
@@ -342,12 +344,12 @@ def test_a_forked_child_computes_after_the_parent_did():
     q, k, v = random_qkv((2, 2, 4, 64), 1, 4000, torch.float32)
     torch.set_num_threads(2)
     try:
-        want = native.decode(q, segments_of(k, v, ()), SCALE)
+        want = decode(native, q, segments_of(k, v, ()), SCALE)
         child = os.fork()
         if not child:
             same = False
             try:
-                same = torch.equal(native.decode(q, segments_of(k, v, ()), SCALE), want)
+                same = torch.equal(decode(native, q, segments_of(k, v, ()), SCALE), want)
             finally:
                 os._exit(0 if same else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -359,11 +361,11 @@ def test_a_nan_comes_through():
     for dtype in DTYPES:
         q, k, v = random_qkv(SHAPES[0], 100, 100, dtype)
         k[0, 0, 40] = math.nan
-        out = native.dense_prefill(q, k, v, SCALE)
+        out = dense(native, q, k, v, SCALE)
         assert out[0, :4, 40:].isnan().all()
         assert not out[0, :4, :40].isnan().any()
         assert not out[1].isnan().any()
-        assert native.decode(q[:, :, :1], segments_of(k, v, ()), SCALE)[0, :4].isnan().all()
+        assert decode(native, q[:, :, :1], segments_of(k, v, ()), SCALE)[0, :4].isnan().all()
 
 
 def test_what_it_supports():
@@ -378,15 +380,15 @@ def test_what_it_supports():
     ):
         assert reason in native.supports(dispatch.Case(*case))
     case = {"device": device, "dtype": torch.bfloat16, "head_dim": 80, "needs_grad": False}
-    assert dispatch.pick("auto", **case) is dispatch.pick("native", **case) is native
-    assert dispatch.pick("auto", **case, function="sparse_prefill") is native
+    assert dispatch.pick("auto", dispatch.Case(**case)) is dispatch.pick("native", dispatch.Case(**case)) is native
+    assert dispatch.pick("auto", dispatch.Case(**case, reads=BlockList)) is native
 
 
 def test_a_list_of_other_sizes_is_refused():
     q, k, v = random_qkv(SHAPES[0], 129, 129, torch.float32)
     made = BlockList.from_mask(*random_masks(0, 130, 64, heads=8), block=64, first=0, kv_len=130)
     with pytest.raises(UnsupportedModeError, match="129 queries.*for 130 queries"):
-        native.sparse_prefill(q, k, v, made, SCALE)
+        sparse(native, q, k, v, made, SCALE)
 
 
 def test_what_it_does_not_compute_goes_to_the_other_kernels(monkeypatch):
@@ -396,16 +398,16 @@ def test_what_it_does_not_compute_goes_to_the_other_kernels(monkeypatch):
     bias = random_tensor(70, dtype=torch.float32)
     v.requires_grad_()  # as where only the value projection is trained
     for out in (
-        native.dense_prefill(q, k, v, SCALE),
-        native.decode(q[:, :, -1:], segments_of(k, v, ()), SCALE),
-        native.streaming_prefill(q, k[:, :, :5], v[:, :, :5], k[:, :, 5:], v[:, :, 5:], recent=9, first=5, scale=SCALE),
-        native.sparse_prefill(q, k, v, made, SCALE),
+        dense(native, q, k, v, SCALE),
+        decode(native, q[:, :, -1:], segments_of(k, v, ()), SCALE),
+        streaming(native, q, k[:, :, :5], v[:, :, :5], k[:, :, 5:], v[:, :, 5:], recent=9, first=5, scale=SCALE),
+        sparse(native, q, k, v, made, SCALE),
     ):
         assert torch.autograd.grad(out.sum(), v)[0].abs().sum() > 0
     k, v = k.detach(), v.detach()
-    biased = native.dense_prefill_segments(q, [Segment(k, v, 70, bias)], SCALE)
-    assert torch.equal(biased, cpu.dense_prefill_segments(q, [Segment(k, v, 70, bias)], SCALE))
+    biased = causal(native, q, [Segment(k, v, 70, bias)], SCALE)
+    assert torch.equal(biased, causal(cpu, q, [Segment(k, v, 70, bias)], SCALE))
     double = [x.double() for x in (q, k, v)]
-    assert torch.equal(native.dense_prefill(*double, SCALE), cpu.dense_prefill(*double, SCALE))
-    assert native.dense_prefill(q[:, :, :0], k, v, SCALE).shape[2] == 0
-    assert (native.decode(q[:, :, :1], [Segment(k[:, :, :0], v[:, :, :0], 0)], SCALE) == 0).all()
+    assert torch.equal(dense(native, *double, SCALE), dense(cpu, *double, SCALE))
+    assert dense(native, q[:, :, :0], k, v, SCALE).shape[2] == 0
+    assert (decode(native, q[:, :, :1], [Segment(k[:, :, :0], v[:, :, :0], 0)], SCALE) == 0).all()

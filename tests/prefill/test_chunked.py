@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.calls import sparse
 from helpers.recall import attention as weights_of
 from helpers.slow_blocks import random_qk
 from transformers import AutoModelForCausalLM
@@ -104,7 +105,7 @@ def test_a_budget_of_everything_is_the_same_in_chunks(step, spec):
         for low in range(0, 400, step):
             part, seen = q[:, :, low : low + step], slice(0, min(400, low + step))
             lists = select((spec,) * 4, part, k[:, :, seen], 0.9)
-            outs.append(cpu.sparse_prefill(part, k[:, :, seen], v[:, :, seen], lists, 0.9))
+            outs.append(sparse(cpu, part, k[:, :, seen], v[:, :, seen], lists, 0.9))
         return torch.cat(outs, 2)
 
     assert (run(spec, step) - run(spec, 400)).abs().max() <= 1e-12
