@@ -158,9 +158,8 @@ def _reads_first(segments: Sequence[Segment], reads: Reads) -> bool:
 def _bias(segment: Segment, q: Tensor) -> Tensor:
     """Of a segment's scores, ``[B, H, 1, longest]``."""
     batch, heads = segment.k.shape[:2]
-    bias = segment.bias
-    if bias is None:
-        bias = torch.zeros((), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    bias = torch.zeros((), dtype=dtype, device=q.device) if segment.bias is None else segment.bias.to(dtype)
     return bias.broadcast_to(batch, heads, 1, segment.longest).repeat_interleave(q.shape[1] // max(heads, 1), 1)
 
 

@@ -18,7 +18,7 @@ from helpers.calls import causal
 from helpers.packed_cases import cases as packed_cases
 from helpers.packed_cases import packed, random_numbers, truth
 from helpers.triton_models import benchmark, forks, one_launch_per_layer
-from hf_longctx.kernels import base, reference, triton
+from hf_longctx.kernels import reference, triton
 from hf_longctx.layout.blocks import BlockList
 from hf_longctx.layout.heads import RoleHeads
 from hf_longctx.layout.reads import ALL, Window
@@ -256,9 +256,6 @@ def refusals(device, dtype):
             calls.sparse(triton, *change, SCALE)
     dense = triton.attend(q, [Segment(k, v, 70)], ALL, Scores(SCALE), want_lse=False)[0]
     check(dense, q, k, v, None)  # by the cpu kernel
-    for scores in (Scores(SCALE, softcap=2.0), Scores(SCALE, first_bias=torch.ones(8, device=device))):
-        case = base.case_of(q[:, :, :1], [Segment(k, v, 70)], ALL, scores)
-        assert "neither a softcap nor a bias" in triton.supports(case)
 
 
 def logsumexp(device, dtype):
@@ -301,8 +298,6 @@ def decode_quantised_nan(device, dtype):
     for other in (q.double(), q[..., :32]):
         with pytest.raises(triton.UnsupportedModeError, match="packed keys of the dtype, device and head_dim"):
             calls.decode(triton, other, [piece], SCALE)
-    case = base.case_of(q[..., :32], [piece], ALL, Scores(SCALE))
-    assert "packed values of 4 bits and head_dim 64 with queries of 32" in triton.supports(case)
     piece.k_scale[0, 1, 1, 0, 5] = math.nan
     got = calls.decode(triton, q, [piece], SCALE)
     assert got[:, 2:].isnan().all() and got[:, :2].isfinite().all()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,8 @@ from hf_longctx.errors import UnsupportedModeError
 from hf_longctx.kernels import base as dispatch
 from hf_longctx.kernels import cpu, native, reference
 from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.reads import ALL, CAUSAL, Window
+from hf_longctx.layout.scores import Scores
 from hf_longctx.layout.segments import Segment
 
 # (B, n, G, D): every value of each next to several of the others.
@@ -411,3 +414,41 @@ def test_what_it_does_not_compute_goes_to_the_other_kernels(monkeypatch):
     assert torch.equal(dense(native, *double, SCALE), dense(cpu, *double, SCALE))
     assert dense(native, q[:, :, :0], k, v, SCALE).shape[2] == 0
     assert (decode(native, q[:, :, :1], [Segment(k[:, :, :0], v[:, :, :0], 0)], SCALE) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q_len", [1, 9, 70])
+def test_logsumexp_softcap_and_the_first_bias_are_its_own(q_len, dtype):
+    """The cpu kernel answers nothing here; in both loops, few queries and tiles of 64, all reads but a mean."""
+    batch, kv_heads, group, dim = 2, 2, 4, 64
+    q, k, v = random_qkv((batch, kv_heads, group, dim), q_len, 200, dtype)
+    made = BlockList.from_mask(*random_masks(200 - q_len, 200, 64, heads=8), block=64, first=200 - q_len, kv_len=200)
+    cut = segments_of(k, v, (3, 90))
+    window = [Segment(k[:, :, :5], v[:, :, :5], 5), Segment(k[:, :, 5:], v[:, :, 5:], 195)]
+    bias = random_tensor(8, dtype=torch.float32)
+    for scores in (Scores(SCALE), Scores(SCALE, 2.0), Scores(SCALE, None, None, bias), Scores(SCALE, 2.0, None, bias)):
+        for reads, segments in ((ALL, cut), (CAUSAL, cut), (Window(40, 5), window), (made, cut)):
+            got, lse = native.attend(q, segments, reads, scores)
+            exact = [Segment(one.k.double(), one.v.double(), one.length) for one in segments]
+            want, want_lse = reference.attend(q.double(), exact, reads, scores)
+            allowed = 2e-5 if dtype == torch.float32 else 0.02
+            assert (got - want).abs().max() <= allowed
+            nothing = want_lse == -math.inf
+            assert torch.equal(lse == -math.inf, nothing) and lse.dtype == torch.float32
+            assert (lse - want_lse).masked_fill(nothing, 0).abs().max() <= allowed
+            other = replace(scores, softcap=1.5, first_bias=bias + 1)
+            assert (lse - reference.attend(q.double(), exact, reads, other)[1]).nan_to_num(0).abs().max() > allowed
+
+
+def test_tanh_of_the_softcap_over_its_range():
+    """One key per query, of which the logsumexp is its score."""
+    x = torch.cat([torch.linspace(-40, 40, 4001), torch.linspace(-1e-3, 1e-3, 95)])
+    q = torch.zeros(1, 1, len(x), 16)
+    q[0, 0, :, 0] = x
+    k = torch.zeros(1, 1, 1, 16)
+    k[..., 0] = 1
+    for queries in (q, q[:, :, :20], q[:, :, -20:]):
+        _, lse = native.attend(queries, [Segment(k, k, 1)], ALL, Scores(1.0, softcap=2.0))
+        want = 2 * torch.tanh(queries[..., 0].double() / 2)
+        assert (lse - want).abs().max() <= 5e-7
+        assert ((lse - want).abs() <= 1e-6 * want.abs()).all()

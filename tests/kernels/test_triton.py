@@ -98,6 +98,11 @@ def test_auto_picks_it_on_a_gpu_for_block_lists_alone(hopper, dtype, head_dim):
         ({"dtype": torch.float64}, "not torch.float64"),
         ({"head_dim": 257}, "up to 256, not 257"),
         ({"needs_grad": True}, "no gradients"),
+        ({"softcap": True}, "neither a softcap nor a bias"),
+        ({"first_bias": True}, "neither a softcap nor a bias"),
+        ({"kinds": frozenset({"pages"})}, "packed ones of one kind alone"),
+        ({"kinds": frozenset({("packed", 4, 64)}), "reads": All, "one_query": True}, "head_dim 64 with queries of 128"),
+        ({"kinds": frozenset({("packed", 4, 128)}), "reads": All}, "with one query over all of them alone"),
     ],
 )
 def test_what_it_does_not_compute(hopper, change, reason):

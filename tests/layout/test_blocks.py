@@ -6,9 +6,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import calls
 from helpers.block_lists import SIZES, block_list, random_masks
-from helpers.calls import sparse
+from helpers.calls import dense, sparse
 from helpers.device_reads import CountReads
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -80,9 +79,9 @@ def test_density_counts_what_is_read(first, kv_len, block):
 
 def test_density_of_everything_is_one_and_of_a_column_a_share_of_a_block():
     every = torch.ones(1, 1, 3, 3, dtype=torch.bool)
-    dense = BlockList.from_mask(every, block=4, first=0, kv_len=12)
-    assert dense.density == 1.0
-    assert dense.columns.shape == (1, 1, 0)
+    full = BlockList.from_mask(every, block=4, first=0, kv_len=12)
+    assert full.density == 1.0
+    assert full.columns.shape == (1, 1, 0)
     diagonal, column = torch.eye(3, dtype=torch.bool)[None, None], torch.zeros(1, 1, 12, dtype=torch.bool)
     column[..., [1, 9]] = True  # 9 lies in the last block, before which no query block begins after it
     one = BlockList.from_mask(diagonal, column, block=4, first=0, kv_len=12)
@@ -187,9 +186,9 @@ def test_no_mask_is_as_large_as_the_prompt_squared():
     size = 1500
     made = block_list(0, size, 64, batch=1)
     q, k, v = (x[:1] for x in random_qkv(size, size, 2, 2))
-    with Largest() as sparse:
+    with Largest() as listed:
         sparse(reference, q, k, v, made, 0.7)
-    assert size <= sparse.entries <= reference.PIECE * size
-    with Largest() as dense:
-        calls.dense(reference, q, k, v, 0.7)
-    assert dense.entries >= size * size, "a control: the mode must see a whole matrix"
+    assert size <= listed.entries <= reference.PIECE * size
+    with Largest() as whole:
+        dense(reference, q, k, v, 0.7)
+    assert whole.entries >= size * size, "a control: the mode must see a whole matrix"

@@ -14,7 +14,7 @@ from hf_longctx import patched
 from hf_longctx.assets import asset
 from hf_longctx.config.words import dump, load, words
 from hf_longctx.kernels import cpu
-from hf_longctx.model import attention
+from hf_longctx.model import layer_call
 from hf_longctx.prefill.antidiagonal import Antidiagonal
 from hf_longctx.prefill.base import BLOCK, select
 from hf_longctx.prefill.block_topk import BlockTopk
@@ -61,7 +61,7 @@ def chunks_of(spec, step: int, monkeypatch) -> list[list[tuple]]:
         calls.append(((q.clone(), k.clone(), scale), select(heads, q, k, scale)))
         return calls[-1][1]
 
-    monkeypatch.setattr(attention, "select", look)
+    monkeypatch.setattr(layer_call, "select", look)
     ids = torch.from_numpy(TinyDocuments(TinyFiller()).draw(np.random.default_rng(0), TOKENS).ids)[None]
     with patched(model, prefill={"min_tokens": 0, "retrieval": dump(spec, "pattern")}):
         model.generate(ids, max_new_tokens=1, do_sample=False, prefill_chunk_size=step, cache_implementation="dynamic")
