@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..cache.cache import LongCtxCache
-from ..kernels import base as dispatch
+from ..kernels.base import AUTO, case_of, pick
 from ..layout.blocks import BlockList
+from ..layout.scores import Scores
+from ..layout.segments import Segment
 from ..prefill.base import BLOCK
 from .columns import Column, kept_buffers, make_model, patch
 from .settings import Settings
@@ -45,25 +47,18 @@ class ListColumn(Column):
         """``[B, T, H, D]``"""
         k, v = kept_buffers(kept)
         module = self.model.model.layers[layer].self_attn
-        self.ran = self._pick(module.longctx_plan.kernel, q)
-        return self.ran.sparse_prefill(q, k, v, self.lists[q.shape[2]], module.scaling).transpose(1, 2)
+        word = module.longctx_plan.kernel
+        segments = [Segment(k, v, k.shape[2])]
+        blocks = self.lists[q.shape[2]]
+        scores = Scores(module.scaling)
+        self.ran = pick(AUTO if word == "stock" else word, case_of(q, segments, blocks, scores))
+        out, _ = self.ran.attend(q, segments, blocks, scores, want_lse=False)
+        return out.transpose(1, 2)
 
     @property
     def kernel(self) -> str:
         """The kernel that ran in the last ``attend``."""
         return self.ran.NAME
-
-    @staticmethod
-    def _pick(word: str, q: Tensor) -> ModuleType:
-        """The kernel that a pattern's lists are given to under ``kernel: word``."""
-        return dispatch.pick(
-            dispatch.AUTO if word == "stock" else word,
-            device=q.device,
-            dtype=q.dtype,
-            head_dim=q.shape[3],
-            needs_grad=False,
-            function="sparse_prefill",
-        )
 
 
 def random_list(tokens: int, heads: int, density: float, seed: int) -> BlockList:

@@ -21,6 +21,7 @@ from .words import make
 
 log = logging.getLogger(__name__)
 
+YAML = (".yaml", ".yml")  # what the name of a config file ends in
 LISTED, FEW = 3, 2  # candidates that the error of "auto" names, and numbers of their fingerprint that may differ
 
 
@@ -62,7 +63,7 @@ def resolve(
 
 def is_file_name(name: str) -> bool:
     """Whether a text is the path of a config file."""
-    return name.lower().endswith((".yaml", ".yml"))
+    return name.lower().endswith(YAML)
 
 
 def find_name(name: str) -> str | None:

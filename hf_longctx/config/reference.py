@@ -22,6 +22,10 @@ PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false
 INTRODUCTION = """\
 # Config reference
 
+```sh
+hf-longctx configs reference
+```
+
 Made by `hf-longctx configs reference` from the code; [configuration.md](configuration.md) explains what to use.
 A key without a default is required.
 """

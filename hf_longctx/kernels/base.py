@@ -38,6 +38,7 @@ from ..layout.streamed import Streamed
 from .reference import merge, with_sinks
 
 AUTO = "auto"
+NO_KINDS: frozenset[Hashable] = frozenset()
 STREAMED = "streamed"  # what the report calls segments that were read block by block
 
 Part = tuple[Tensor, Tensor]  # out and logsumexp
@@ -61,7 +62,7 @@ class Case(NamedTuple):
     needs_grad: bool = False
     reads: type = Causal
     one_query: bool = False
-    kinds: frozenset[Hashable] = frozenset()
+    kinds: frozenset[Hashable] = NO_KINDS
     softcap: bool = False
     first_bias: bool = False
 
@@ -72,15 +73,21 @@ class Case(NamedTuple):
 
 def case_of(q: Tensor, segments: Sequence[Segment | Streamed], reads: Reads, scores: Scores) -> Case:
     """The case of a call."""
-    plain = [tensor for one in segments if isinstance(one, Segment) for tensor in (one.k, one.v)]
+    tensors = [q]
+    kinds = NO_KINDS
+    for one in segments:
+        if isinstance(one, Segment):
+            tensors += (one.k, one.v)
+        else:
+            kinds |= {one.kind}
     return Case(
         q.device,
         q.dtype,
         q.shape[3],
-        needs_grad(q, *plain),
+        needs_grad(*tensors),
         type(reads),
         q.shape[2] == 1,
-        frozenset(one.kind for one in segments if not isinstance(one, Segment)),
+        kinds,
         scores.softcap is not None,
         scores.first_bias is not None,
     )

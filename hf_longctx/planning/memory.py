@@ -56,7 +56,6 @@ class MemorySettings:
     batch: int = 1
     chunk: int = 4096
     weights: int | None = None
-    default_shape = False  # no goals are stated for it
 
     def __post_init__(self) -> None:
         check_word(self.dtype, DTYPES, "dtype")
@@ -87,7 +86,7 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Subject:
+class MemoryModel:
     """A model without weights, a config for it, and what is to be counted of them.
 
     Attributes:
@@ -190,11 +189,11 @@ class Subject:
         return max(mlp, attention, grown)
 
 
-def longest(subject: Subject, way: str) -> int | None:
+def longest(memory_model: MemoryModel, way: str) -> int | None:
     """Tokens of the longest context whose need fits into the memory; 0 for none, None where there is no limit."""
 
     def fits(tokens: int) -> bool:
-        return subject.need(way, tokens).total <= subject.settings.memory
+        return memory_model.need(way, tokens).total <= memory_model.settings.memory
 
     if fits(MOST):
         return None

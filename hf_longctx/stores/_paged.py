@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config.bounds import TOKENS, TOKENS_OR_NONE
+from ..config.words import spec_word
 from ..layout.dtypes import needs_grad
 from ..layout.heads import RoleHeads
 from ..layout.rows import Rows
@@ -65,7 +66,7 @@ class PagedStore(Store):
 
     @property
     def word(self) -> str:
-        return type(self.spec).__module__.rpartition(".")[2]
+        return spec_word(self.spec)
 
     @property
     def limit(self) -> int | None:

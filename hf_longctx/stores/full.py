@@ -19,7 +19,7 @@ from .base import Store, StoreSpec
 
 @dataclass(frozen=True)
 class Full(StoreSpec):
-    """Keep every token."""
+    """Cache every token."""
 
     roles = ("retrieval",)
 

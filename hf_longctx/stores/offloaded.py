@@ -11,7 +11,7 @@ from ._paged import Paged, PagedStore
 
 @dataclass(frozen=True)
 class Offloaded(Paged):
-    """Keep every token: the newest on the device, the others in pages in host memory.
+    """Cache every token: the newest on the device, the others in pages in host memory.
 
     A GPU copies the pages while it computes, one ahead of the reader. On a CPU it is the same memory: nothing is saved.
     """

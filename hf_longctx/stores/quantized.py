@@ -25,15 +25,15 @@ from .base import SLACK, Store, StoreSpec, room
 
 @dataclass(frozen=True)
 class Quantized(StoreSpec):
-    """Keep every token, all but the newest of them packed to ``bits`` bits a number.
+    """Cache every token, all but the newest of them quantised to ``bits`` bits an element.
 
-    Of a row's T tokens the first ``packed(T)`` are packed. A forward reads the tokens before it as they were kept, and
-    its own exactly: a prompt read at once is read exactly.
+    Of a sequence's T tokens the first ``packed(T)`` are quantised. Earlier tokens are read dequantised, the tokens of
+    the current forward in full precision: a prompt read in one forward is read exactly.
 
     Attributes:
-        bits: of a packed number.
-        group: tokens that are packed together and share the step of a channel of the keys; a multiple of 16.
-        residual: newest tokens kept as they are; up to ``group`` - 1 more wait until a group is full.
+        bits: of a quantised element.
+        group: tokens that are quantised together and share the step of a channel of the keys; a multiple of 16.
+        residual: newest tokens in full precision; up to ``group`` - 1 more wait until a group is full.
     """
 
     roles = ("retrieval",)

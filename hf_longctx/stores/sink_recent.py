@@ -26,12 +26,12 @@ from .base import SLACK, Store, StoreSpec, blanked, room
 
 @dataclass(frozen=True)
 class SinkRecent(StoreSpec):
-    """Keep the first ``sink`` and the latest ``recent`` tokens of each row.
+    """Cache the first ``sink`` and the latest ``recent`` tokens of each sequence.
 
     A query at row position ``i`` sees key ``j`` when ``j <= i and (j < sink or i - j < recent)``.
 
     Attributes:
-        sink: first tokens of a row.
+        sink: first tokens of a sequence.
         recent: latest tokens, the query's own among them.
     """
 

@@ -27,11 +27,11 @@ from .base import SLACK, SPARE, Store, StoreSpec, blanked, room, spare
 
 @dataclass(frozen=True)
 class Growing:
-    """A window that grows with the row: ``max(min, floor(fraction * tokens so far))`` tokens.
+    """A window that grows with the sequence: ``max(min, floor(fraction * tokens so far))`` tokens.
 
     Attributes:
         min: latest tokens that a query sees at least, its own among them.
-        fraction: share of the row's tokens so far, the query's own among them.
+        fraction: share of the sequence's tokens so far, the query's own among them.
     """
 
     min: int = field(default=4000, metadata=TOKENS)
@@ -40,15 +40,15 @@ class Growing:
 
 @dataclass(frozen=True)
 class SinkRecentCompensated(StoreSpec):
-    """Keep the first ``sink`` and the latest ``recent`` tokens of each row, and one mean of the tokens between them.
+    """Cache the first ``sink`` and the latest ``recent`` tokens of each sequence, and one mean of those between them.
 
     A query at row position ``i`` with a window of ``R`` tokens sees key ``j`` when ``j <= i and (j < sink or
     i - j < R)``, and the mean of the keys ``sink <= j <= i - R`` as one more, the log of their number added to its
     score: as much weight as that many keys that all equal the mean.
 
     Attributes:
-        sink: first tokens of a row.
-        recent: latest tokens, the query's own among them; or a window that grows with the row.
+        sink: first tokens of a sequence.
+        recent: latest tokens, the query's own among them; or a window that grows with the sequence.
     """
 
     roles = ("streaming",)

@@ -9,15 +9,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.kernel_faults import change_attend
 from rich.console import Console
 from typer.testing import CliRunner
 
 from hf_longctx import ConfigError, LongCtxError
 from hf_longctx.bench import block_lists, columns, e2e, patterns, prefill, show
 from hf_longctx.bench.settings import Settings
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
 from hf_longctx.config.words import load, words
 from hf_longctx.kernels import cpu
+from hf_longctx.layout.blocks import BlockList
 from hf_longctx.prefill.base import select
 from hf_longctx.prefill.block_topk import BlockTopk
 
@@ -132,15 +134,14 @@ def test_every_column_computes_the_logits_of_the_last_token_alone(monkeypatch):
 
 @pytest.mark.parametrize("where", ["all lists", "lists with gaps"])
 def test_a_wrong_kernel_for_block_lists_is_caught_before_the_model_is_timed(where, monkeypatch):
-    sparse_prefill = cpu.sparse_prefill
+    def wrong(q, segments, blocks):
+        if where == "lists with gaps":
+            return q, segments, block_lists.random_list(300, q.shape[1], 1.0, seed=0)
+        (segment,) = segments
+        k = segment.k[:, :, : segment.length]  # leaves the second key block out
+        return q, [replace(segment, k=torch.cat([k[:, :, :64], k[:, :, :64], k[:, :, 128:]], 2))], blocks
 
-    def wrong(q, k, v, blocks, scale):
-        if where == "all lists":  # leaves the second key block out
-            k = torch.cat([k[:, :, :64], k[:, :, :64], k[:, :, 128:]], 2)
-        every = block_lists.random_list(300, q.shape[1], 1.0, seed=0)
-        return sparse_prefill(q, k, v, blocks if where == "all lists" else every, scale)
-
-    monkeypatch.setattr(cpu, "sparse_prefill", wrong)
+    change_attend(monkeypatch, cpu, BlockList, wrong)
     monkeypatch.setattr(e2e, "turns", lambda *args: pytest.fail("timed columns that differ"))
     named = SPARSE.replace("+", r"\+") if where == "all lists" else "kernel cpu for block lists"
     with pytest.raises(LongCtxError, match=f"{named} differs"):

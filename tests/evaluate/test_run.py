@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 from hf_longctx import ConfigError, patch_model, patched, unpatch_model
 from hf_longctx.assets import asset
-from hf_longctx.commands.app import app
+from hf_longctx.cache.fingerprint import weights_digest
+from hf_longctx.commands._app import app
 from hf_longctx.config.words import load, words
 from hf_longctx.evaluate import run
 from hf_longctx.evaluate.forwards import perplexity
 from hf_longctx.evaluate.measures import paired_bootstrap
 from hf_longctx.evaluate.records import Writer
 from hf_longctx.evaluate.run import evaluate
-from hf_longctx.identification.work import model_hash
 from hf_longctx.model.modules import state_of
 from hf_longctx.tasks import task_from
 from hf_longctx.tasks.answer import MODES, answer
@@ -254,10 +254,10 @@ def test_another_run_in_the_same_folder_is_refused(llama, done, text):
 def test_another_output_layer_is_another_model():
     model = tiny_model()
     assert model.lm_head.weight is not model.model.embed_tokens.weight
-    before = model_hash(model)
+    before = weights_digest(model, complete=False)
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
-    assert model_hash(model) != before
+    assert weights_digest(model, complete=False) != before
 
 
 def test_prompts_longer_than_the_model_was_made_for_are_noted(llama, tmp_path, monkeypatch):

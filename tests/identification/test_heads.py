@@ -23,7 +23,7 @@ from hf_longctx import (
     unpatch_model,
 )
 from hf_longctx.assets import asset, assets, embedded
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
 from hf_longctx.config.words import load
 from hf_longctx.evaluate.run import evaluate
 from hf_longctx.identification.heads import _plain_ids, methods
@@ -165,7 +165,7 @@ def test_with_text_the_share_is_found_by_agreement_and_perplexity(llama, tmp_pat
 class NeverRun:
     """Stands in for a method whose measurement would take hours."""
 
-    def __call__(self, method, subject):
+    def __call__(self, method, probe):
         raise AssertionError("measured before everything was checked")
 
 
@@ -290,7 +290,7 @@ def test_the_id_is_the_checkpoints_name_and_never_a_path(loaded_from, ids, tmp_p
 
 def test_scores_in_which_no_head_stands_out_make_no_config(llama, monkeypatch):
     two_needle = load("identification.methods", "two_needle")
-    monkeypatch.setattr(two_needle, "scores", lambda self, subject: torch.zeros(4, 4).double())
+    monkeypatch.setattr(two_needle, "scores", lambda self, probe: torch.zeros(4, 4).double())
     with pytest.raises(ConfigError, match="two_needle scored every head 0"):
         identify(*llama, "two_needle", **STREAMING)
 

@@ -23,7 +23,7 @@ from hf_longctx import (
     unpatch_model,
 )
 from hf_longctx.assets import asset
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
 from hf_longctx.model.modules import state_of
 from hf_longctx.prefill.base import BLOCK, select
 from hf_longctx.prefill.block_topk import BlockTopk

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
 from hf_longctx.config.words import words as words_of
 from hf_longctx.io.progress import Progress, Stopped
 
