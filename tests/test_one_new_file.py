@@ -21,7 +21,7 @@ from hf_longctx.config.words import FOLDERS
 ROOT = Path(__file__).parents[1]
 NEW = Path(__file__).parent / "new_files"
 FILES = sorted(path.relative_to(NEW) for path in NEW.rglob("*.py"))
-NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.so")
+NOT_COPIED = shutil.ignore_patterns("*.so")  # what Python compiled is copied, which saves seconds
 # Tests of the copy that must take the new words up by themselves: file -> an expression of pytest's -k.
 CHECKS = {
     "test_imports.py": " or ".join(["every_package_has_its_row", "circle", *(f"/{file.name}" for file in FILES)]),
