@@ -135,7 +135,7 @@ class LongCtxConfig:
     def _roles(self) -> tuple[str, ...]:
         form = (self.heads.kv_budget_tokens, self.model.head_dim, ITEMSIZE)
         stores, token = (self.stores.streaming, self.stores.retrieval), 2 * self.model.head_dim * ITEMSIZE
-        return self.heads.roles_for(*(Fraction(store.kept_bytes(*form), token) for store in stores))
+        return self.heads.roles_for(*(Fraction(store.nbytes(*form).device, token) for store in stores))
 
     def kv_bytes(self, tokens: int, number_bytes: int = ITEMSIZE) -> tuple[int, int]:
         """(bytes of a dense KV cache, bytes of what the heads cache) of one sequence after ``tokens`` tokens.
@@ -148,7 +148,7 @@ class LongCtxConfig:
         stores = {"R": self.stores.retrieval, "S": self.stores.streaming}
         heads = "".join(self.roles())
         form = (tokens, self.model.head_dim, number_bytes)
-        kept = sum(heads.count(letter) * store.kept_bytes(*form) for letter, store in stores.items())
+        kept = sum(heads.count(letter) * store.nbytes(*form).device for letter, store in stores.items())
         return 2 * len(heads) * tokens * self.model.head_dim * number_bytes, kept
 
     @classmethod

@@ -26,7 +26,7 @@ class Full(StoreSpec):
     def new(self, heads: RoleHeads, max_tokens: int | None) -> FullStore:
         return FullStore(self, heads, max_tokens)
 
-    def kept(self, tokens: int) -> int:
+    def cached_tokens(self, tokens: int) -> int:
         return tokens
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..layout.heads import RoleHeads
 from ._page import HostMemory
 from ._paged import Paged, PagedStore
+from .base import Bytes, Reserve
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,9 @@ class Offloaded(Paged):
     def new(self, heads: RoleHeads, max_tokens: int | None) -> OffloadedStore:
         return OffloadedStore(self, heads, max_tokens, HostMemory())
 
-    def host_bytes(self, tokens: int, head_dim: int, number: int) -> int:
-        return 2 * (tokens - self.kept(tokens)) * head_dim * number
+    def nbytes(self, tokens: int, head_dim: int, itemsize: int, reserve: Reserve | None = None) -> Bytes:
+        paged = tokens - self.cached_tokens(tokens)
+        return super().nbytes(tokens, head_dim, itemsize, reserve)._replace(host=2 * paged * head_dim * itemsize)
 
 
 class OffloadedStore(PagedStore):

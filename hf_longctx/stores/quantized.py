@@ -20,7 +20,7 @@ from ..layout.heads import RoleHeads
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._saved import SavedSegment, SavedStore, short
-from .base import SLACK, Store, StoreSpec, room
+from .base import SLACK, Bytes, Reserve, Store, StoreSpec, room
 
 
 @dataclass(frozen=True)
@@ -59,29 +59,26 @@ class Quantized(StoreSpec):
         """Slots of the exact buffer: the newest tokens, what waits, what may be taken back, and room to write on."""
         return self.residual + 2 * self.group + slack + 1
 
-    def kept(self, tokens: int) -> int:
+    def cached_tokens(self, tokens: int) -> int:
         return tokens
 
-    def slots(self, tokens: int, max_tokens: int | None = None, slack: int = SLACK) -> int:
-        return sum(self._slots(tokens, max_tokens, slack))
+    def capacity(self, tokens: int, reserve: Reserve) -> int:
+        return sum(self._capacities(tokens, reserve))
 
-    def _slots(self, tokens: int, max_tokens: int | None, slack: int) -> tuple[int, int]:
-        window = self.window(slack)
-        return room(min(tokens, window), max_tokens, window), self.packed(room(tokens, max_tokens))
+    def _capacities(self, tokens: int, reserve: Reserve | None) -> tuple[int, int]:
+        """Exact tokens, and quantised ones."""
+        if reserve is None:
+            packed = self.packed(tokens)
+            return tokens - packed, packed
+        window = self.window(reserve.slack)
+        exact = room(min(tokens, window), reserve.max_tokens, window)
+        return exact, self.packed(room(tokens, reserve.max_tokens))
 
-    def kept_bytes(self, tokens: int, head_dim: int, number: int) -> int:
-        packed = self.packed(tokens)
-        return self._bytes(tokens - packed, packed, head_dim, number)
-
-    def head_bytes(
-        self, tokens: int, head_dim: int, number: int, max_tokens: int | None = None, slack: int = SLACK
-    ) -> int:
-        return self._bytes(*self._slots(tokens, max_tokens, slack), head_dim, number)
-
-    def _bytes(self, exact: int, packed: int, head_dim: int, number: int) -> int:
+    def nbytes(self, tokens: int, head_dim: int, itemsize: int, reserve: Reserve | None = None) -> Bytes:
+        exact, packed = self._capacities(tokens, reserve)
         codes = 2 * packed * (head_dim * self.bits // 8)
-        scales = 2 * number * (packed // self.group * head_dim + packed)
-        return 2 * exact * head_dim * number + codes + scales
+        scales = 2 * itemsize * (packed // self.group * head_dim + packed)
+        return Bytes(2 * exact * head_dim * itemsize + codes + scales)
 
 
 @dataclass

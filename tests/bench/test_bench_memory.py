@@ -24,7 +24,7 @@ from hf_longctx.planning import find as memory_find
 from hf_longctx.planning import memory
 from hf_longctx.planning.find import find
 from hf_longctx.planning.memory import DENSE, MOST, PATCHED, RESERVED, WAYS, MemoryModel, MemorySettings, longest
-from hf_longctx.stores.base import SPARE, StoreSpec
+from hf_longctx.stores.base import SPARE, Reserve, StoreSpec
 
 SETTINGS = MemorySettings(10**9, "fp32", 1, 64)
 
@@ -157,16 +157,14 @@ def test_a_store_says_its_slots_or_a_test_fails():
     class Twice(StoreSpec):
         def new(self, heads, max_tokens): ...
 
-        def span(self): ...
-
-        def kept(self, tokens):
+        def cached_tokens(self, tokens):
             return 2 * tokens
 
     assert (
-        Twice().slots(3) == 6 + SPARE
-        and Twice().slots(100) == 225
-        and Twice().slots(10_000) == 22_500
-        and Twice().slots(100, 500) == 500
+        Twice().capacity(3, Reserve()) == 6 + SPARE
+        and Twice().capacity(100, Reserve()) == 225
+        and Twice().capacity(10_000, Reserve()) == 22_500
+        and Twice().capacity(100, Reserve(500)) == 500
     )
 
 
@@ -187,7 +185,7 @@ def test_stores_of_pages_hold_their_window_on_the_device(word, tokens, folder, t
         )
     assert memory_model.host(tokens) == (tokens - kept) * slot * (word == "offloaded")
     store = memory_model.plans[0].role("retrieval").store
-    assert store.kept_bytes(tokens, 8, 4) == kept * 2 * 8 * 4
+    assert store.nbytes(tokens, 8, 4).device == kept * 2 * 8 * 4
 
 
 def test_pages_in_host_memory_must_fit_there(folder, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from hf_longctx import LongCtxCache, patch_model, report
 from hf_longctx.layout.segments import HeadKV
 from hf_longctx.stores import _page, _pages
+from hf_longctx.stores.base import Reserve
 
 LENGTHS = {"one": [150], "three": [131] * 3, "padded": [150, 97, 3], "short and long": [150, 20]}
 CHUNKS = {"one shot": [150], "odd": [7, 1, 60, 2, 33, 47], "sixteens": [16] * 9 + [6], "long second": [18, 132]}
@@ -296,10 +297,10 @@ def test_the_window_is_bounded_and_already_there_at_prefill(word, prompt, max_to
     windows = [store.segments["recent"].k.data_ptr() for store in paged_stores(cache)]
     for _ in range(130):
         for store in paged_stores(cache):
-            slots, tokens = store.segments["recent"].k.shape[2], store.spec.kept(cache.seen)
+            slots, tokens = store.segments["recent"].k.shape[2], store.spec.cached_tokens(cache.seen)
             assert store.segments["recent"].length == tokens < 364
             assert slots == 364 if max_tokens else slots <= tokens + max(16, tokens // 8)
-            assert slots == store.spec.slots(cache.seen, max_tokens) or not max_tokens
+            assert slots == store.spec.capacity(cache.seen, Reserve(max_tokens)) or not max_tokens
         read(model, cache, torch.randint(3, 97, (1, 1)))
     if max_tokens:
         assert [store.segments["recent"].k.data_ptr() for store in paged_stores(cache)] == windows
