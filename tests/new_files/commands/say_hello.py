@@ -7,4 +7,4 @@ from ..io.console import console
 
 def command(name: str = "you") -> None:
     """Greet somebody."""
-    console.print(f"Hello, {name}.")
+    console().print(f"Hello, {name}.")
