@@ -15,7 +15,7 @@ PACKAGE := $(VENV)/.installed
 EVERYTHING := $(VENV)/.installed-dev
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: install demo notebooks format lint test test-slow clean
+.PHONY: install demo notebooks format lint test test-quick test-slow clean
 .NOTPARALLEL:
 
 install: $(EVERYTHING)
@@ -50,6 +50,9 @@ lint: $(EVERYTHING)
 
 test: $(EVERYTHING)
 	$(PYTEST)
+
+test-quick: $(EVERYTHING)
+	$(PYTEST) -m quick $$(grep -rl "pytest.mark.quick" tests --include="test_*.py")
 
 test-slow: $(EVERYTHING)
 	$(PYTEST) --dist loadgroup -m slow

@@ -104,6 +104,7 @@ def test_a_busy_machine_is_said_and_no_goal_is_printed(capsys):
     assert "Other processes took 50%" in printed and "goal" not in printed and "goals" not in data
 
 
+@pytest.mark.quick
 def test_the_goals_of_block_lists_are_shares_of_what_their_density_allows():
     shares = {"cpu": {"fp32": 65}, "native": {"fp32": 95, "bf16": 150}}
     for kernel, wanted in shares.items():
@@ -122,6 +123,7 @@ def test_the_goals_of_block_lists_are_shares_of_what_their_density_allows():
     assert goal.verdict() == "reached: 80.0% of 1/density (goal 65.0% of 1/density)"
 
 
+@pytest.mark.quick
 def test_the_goals_of_choosing_are_stated_for_the_defaults_of_two_patterns():
     results = fake_results("prefill", (8192, 32768))
     made = {g.text: g for g in goals("prefill", Settings((8192, 32768)), results) if "choosing" in g.text}

@@ -17,6 +17,8 @@ from hf_longctx.cache.layer import LongCtxLayer
 from hf_longctx.cache.seam import CACHE, NAMES, OTHER, cache_of, rename_cache
 from hf_longctx.model import contract
 
+pytestmark = pytest.mark.quick
+
 IDS = torch.arange(3, 43)[None]
 
 

@@ -30,6 +30,7 @@ ROWS = [["[bold]fp32[/]"], ["half streaming", "native", "3.81 (1.84 - 6.44)", "1
 
 
 EVERY = dict(every_command())
+GROUPS = tuple(dict.fromkeys(words[:-1] for words in EVERY if len(words) > 1))
 
 
 def invoke(*args: str, width: int = 200):
@@ -109,13 +110,15 @@ def test_a_file_in_the_folder_is_a_command(tmp_path):
     assert run_in(tmp_path, "more", "one").stdout.strip() == "one"
 
 
+@pytest.mark.quick
 def test_every_file_of_the_folder_is_a_command():
     files = {path.stem for path in Path(_app.__file__).parent.glob("*.py") if not path.stem.startswith("_")}
     assert files == {words[0].replace("-", "_") for words in EVERY} and files
     assert sum(len(command.params) for command in EVERY.values()) > 100
 
 
-@pytest.mark.parametrize("words", [(), *{words[:-1] for words in EVERY if len(words) > 1}, *EVERY], ids=" ".join)
+@pytest.mark.quick
+@pytest.mark.parametrize("words", [(), *GROUPS, *EVERY], ids=" ".join)
 def test_help_at_80_columns_clips_nothing(words):
     if words == ("lm-eval",):
         pytest.skip("its help is lm-eval's own")
@@ -141,6 +144,7 @@ def test_a_short_name_stands_for_its_long_one(words, short, long):
     assert f"Or {short}." in invoke(*words, "--help").stdout
 
 
+@pytest.mark.quick
 def test_commands_do_not_import_each_other():
     for path in Path(_app.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -148,6 +152,7 @@ def test_commands_do_not_import_each_other():
                 assert (node.module or "_").startswith("_"), f"{path.name} imports {node.module}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("words", EVERY, ids=" ".join)
 def test_help_shows_all_that_is_written(words):
     for param in EVERY[words].params:

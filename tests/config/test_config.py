@@ -15,6 +15,8 @@ from helpers.config_cases import FINGERPRINT, SCORES, config, hf, plain, refused
 
 from hf_longctx.config.config import LongCtxConfig, kernel_words, load_shipped
 
+pytestmark = pytest.mark.quick
+
 
 def test_defaults_of_the_smallest_config():
     made = LongCtxConfig.from_dict(plain())

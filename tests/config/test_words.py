@@ -16,6 +16,8 @@ from hf_longctx.config import words as registry
 from hf_longctx.config.words import build, dump, load, make, words
 from hf_longctx.errors import ConfigError
 
+pytestmark = pytest.mark.quick
+
 FOLDERS = ("stores", "prefill", "decode")
 
 PROBE = """

@@ -9,6 +9,8 @@ import pytest
 from hf_longctx import ConfigError
 from hf_longctx.evaluate.records import Records
 
+pytestmark = pytest.mark.quick
+
 HEADER = {"settings": {"lengths": [64, 128], "seed": 0}, "environment": {"threads": 1}}
 LINES = [
     {"variant": way, "case": f"needle {i}", "score": i / 3, "text": 'a "b"\n\r\u2028 é'} for i in (1, 2) for way in "dp"

@@ -331,7 +331,7 @@ def test_the_command_wants_matplotlib_before_it_loads_the_model(tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [MODES[0], *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])])
 def test_every_task_runs_in_text(tmp_path, mode):
     """A task that lands later is run here too; the model is random, so its answers are wrong, alike both ways."""
     model = tiny_model(layers=2)

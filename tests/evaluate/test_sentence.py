@@ -15,6 +15,8 @@ from hf_longctx.evaluate.page import page
 from hf_longctx.evaluate.sentence import sentences
 from hf_longctx.evaluate.summary import line, summarize
 
+pytestmark = pytest.mark.quick
+
 MEMORY = "50 % of the KV memory at 2048 tokens"
 
 

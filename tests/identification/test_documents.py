@@ -19,6 +19,8 @@ from hf_longctx.tasks.haystack import (
     word_tokens,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def tokenizer_of(kind: str):
     return AutoTokenizer.from_pretrained(asset("tiny-llama")) if kind == "tiny" else byte_bpe()

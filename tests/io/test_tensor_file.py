@@ -12,6 +12,8 @@ from hf_longctx import CacheError
 from hf_longctx.io import tensor_file
 from hf_longctx.io.tensor_file import DTYPES, TensorFile, pieces, write
 
+pytestmark = pytest.mark.quick
+
 
 def numbers(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     whole = torch.randint(0, 2, shape) if dtype == torch.bool else torch.randint(-90, 90, shape)

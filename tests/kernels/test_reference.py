@@ -12,6 +12,8 @@ from helpers.calls import decode
 from hf_longctx.kernels import reference
 from hf_longctx.layout.segments import Segment
 
+pytestmark = pytest.mark.quick
+
 
 def loop_attention(q, k, v, sees, scale, bias=None):
     """out ``[B, H, T, D]`` and lse ``[B, H, T]`` by double loop; ``sees(i, j)`` of query index i and key index j."""

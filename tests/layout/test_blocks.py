@@ -31,6 +31,7 @@ def loop_visible(blocks, columns, block, first, kv_len):
     return mask
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("first", "kv_len", "block"), SIZES[:7])
 def test_visible_is_the_rule(first, kv_len, block):
     blocks, columns = random_masks(first, kv_len, block)
@@ -136,6 +137,7 @@ def test_sparse_prefill_is_attention_with_the_mask(first, kv_len, block, group):
     assert (sparse(reference, q, k, v, shared, 0.7) - want).abs().max() <= 1e-12
 
 
+@pytest.mark.quick
 def test_a_dropped_block_or_column_is_seen():
     blocks, columns = random_masks(0, 300, 64)
     q, k, v = random_qkv(300, 300, 2, 2)
@@ -163,6 +165,7 @@ def test_sparse_prefill_in_low_precision(dtype):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.quick
 def test_gradients_are_right():
     made = block_list(3, 9, 4, batch=1, heads=2)
     q, k, v = (x[:1].clone().requires_grad_() for x in random_qkv(6, 9, 1, 2, dim=3))

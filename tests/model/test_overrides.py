@@ -13,6 +13,8 @@ from helpers.tiny import config_for, tiny_model
 from hf_longctx import LongCtxConfig, UnsupportedModelError, patch_model, patched, report
 from hf_longctx.model.modules import state_of
 
+pytestmark = pytest.mark.quick
+
 SECTIONS = {
     "heads": {"roles": ["RRRR", "SSSS", "RSRS"]},
     "stores": {"streaming": {"recent": 8}},

@@ -10,6 +10,8 @@ from hf_longctx.commands._app import app
 from hf_longctx.config.bounds import MOST
 from hf_longctx.planning.sizes import parse_bytes, parse_tokens
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("text", "tokens"),

@@ -12,6 +12,8 @@ from hf_longctx.errors import ConfigError
 from hf_longctx.prefill.base import select
 from hf_longctx.prefill.block_topk import BlockTopk
 
+pytestmark = pytest.mark.quick
+
 
 def slow(spec, q, k, scale):
     """Per query block the top_k key blocks by mean query times mean key, of those that are not later."""

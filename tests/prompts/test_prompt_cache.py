@@ -295,6 +295,7 @@ def test_a_prompt_over_the_limit_is_served_and_not_kept(caplog):
 # ---- what is reused ----
 
 
+@pytest.mark.quick
 def test_the_longest_beginning_is_found():
     model = patched_tiny(recent=24)
     system, document, turn = some(200), some(700), some(30)
@@ -368,6 +369,7 @@ def test_prompts_of_another_config_are_dropped():
     assert handle.generate(max_new_tokens=NEW) == fresh(model, ids)
 
 
+@pytest.mark.quick
 def test_refusals():
     model = patched_tiny()
     prompts = PromptCache(model)

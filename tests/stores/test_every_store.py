@@ -155,6 +155,7 @@ def _fresh(model, ids, mask, max_tokens=None) -> LongCtxCache:
     return cache
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_reset_and_crop_to_nothing_free_the_memory(case):

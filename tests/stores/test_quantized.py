@@ -120,6 +120,7 @@ def test_attention_equals_the_rule(starts, bits, group, residual, monkeypatch):
     assert any(isinstance(segment, Packed) for segment in run.cache.layers[0].stores[0].segments.values())
 
 
+@pytest.mark.quick
 def test_what_is_not_the_rule_is_seen():
     run = Driver((0, 37), bits=4, group=32, residual=7)
     run.check(200)
@@ -435,6 +436,7 @@ def test_bytes_are_calculated_and_already_there_at_prefill(fields, max_tokens):
             assert packed.slots <= room(tokens, max_tokens)
 
 
+@pytest.mark.quick
 def test_bytes_are_codes_scales_and_the_newest_tokens():
     tokens, dim = 32768, 128
     packed = (tokens - 128) // 64 * 64
@@ -532,6 +534,7 @@ def test_half_the_heads_of_a_sliding_model_quantise():
     assert kinds == ["Quantized", "SinkRecent"]
 
 
+@pytest.mark.quick
 def test_what_it_does_not_take():
     with pytest.raises(ConfigError, match="stores.retrieval.group: got 40, expected a multiple of 16"):
         patched(group=40)

@@ -12,6 +12,8 @@ from hf_longctx.tasks.metrics import METRICS
 from hf_longctx.tasks.synthetic.needle import Needle
 from hf_longctx.tasks.synthetic.passkey import Passkey
 
+pytestmark = pytest.mark.quick
+
 
 def test_a_task_and_its_fields_by_name():
     assert task_from("passkey") == Passkey()
