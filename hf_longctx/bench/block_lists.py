@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..cache.cache import LongCtxCache
-from ..kernels import base as dispatch
+from ..kernels.base import AUTO, case_of, pick
 from ..layout.blocks import BlockList
 from ..layout.scores import Scores
 from ..layout.segments import Segment
@@ -47,20 +47,18 @@ class ListColumn(Column):
         """``[B, T, H, D]``"""
         k, v = kept_buffers(kept)
         module = self.model.model.layers[layer].self_attn
-        self.ran = self._pick(module.longctx_plan.kernel, q)
-        whole, scores = Segment(k, v, k.shape[2]), Scores(module.scaling)
-        return self.ran.attend(q, [whole], self.lists[q.shape[2]], scores, want_lse=False)[0].transpose(1, 2)
+        word = module.longctx_plan.kernel
+        segments = [Segment(k, v, k.shape[2])]
+        blocks = self.lists[q.shape[2]]
+        scores = Scores(module.scaling)
+        self.ran = pick(AUTO if word == "stock" else word, case_of(q, segments, blocks, scores))
+        out, _ = self.ran.attend(q, segments, blocks, scores, want_lse=False)
+        return out.transpose(1, 2)
 
     @property
     def kernel(self) -> str:
         """The kernel that ran in the last ``attend``."""
         return self.ran.NAME
-
-    @staticmethod
-    def _pick(word: str, q: Tensor) -> ModuleType:
-        """The kernel that a pattern's lists are given to under ``kernel: word``."""
-        case = dispatch.Case(q.device, q.dtype, q.shape[3], reads=BlockList)
-        return dispatch.pick(dispatch.AUTO if word == "stock" else word, case)
 
 
 def random_list(tokens: int, heads: int, density: float, seed: int) -> BlockList:

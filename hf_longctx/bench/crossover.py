@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..cache.plan import FEWEST
 from ..config.config import LongCtxConfig, load_shipped
+from ..config.find import is_file_name
 from ..errors import ConfigError
 from ..prefill.base import select
 from ..prefill.dense import Dense
@@ -28,7 +29,7 @@ CLEAR = 1.5  # times faster in the worst round, after a length that won already:
 
 
 @dataclass(frozen=True)
-class Subject:
+class CrossoverCase:
     """Whose retrieval heads are measured.
 
     Attributes:
@@ -44,13 +45,13 @@ class Subject:
     given: dict = field(default_factory=dict)
 
 
-def subject(
+def case_of(
     settings: Settings,
     config: str | None = None,
     pattern: str | None = None,
     table: str | None = None,
     kernel: str | None = None,
-) -> Subject:
+) -> CrossoverCase:
     """What to measure: the heads of ``settings`` or of a config, with its patterns or those given.
 
     Args:
@@ -65,7 +66,7 @@ def subject(
     """
     if min(settings.tokens) < FEWEST:
         raise ConfigError(f"tokens: patterns run for at least {FEWEST} tokens, given {min(settings.tokens)}.")
-    read = LongCtxConfig.from_yaml if (config or "").lower().endswith((".yaml", ".yml")) else load_shipped
+    read = LongCtxConfig.from_yaml if config is not None and is_file_name(config) else load_shipped
     own = None if config is None else read(config)
     if kernel == ("auto" if own is None else own.kernel):
         kernel = None  # nothing to override
@@ -75,12 +76,12 @@ def subject(
         kv_heads = max(1, settings.kv_heads // 2)
         heads = kv_heads * (settings.heads // settings.kv_heads)
         one = replace(settings, heads=heads, kv_heads=kv_heads, kernel=kernel or "auto")
-        return Subject(one, {"min_tokens": 0, **given["prefill"]}, None, given)
+        return CrossoverCase(one, {"min_tokens": 0, **given["prefill"]}, None, given)
     found = own.override(**given)
     kv_heads, prefill = _drawn(found, settings.seed, config)
     heads = kv_heads * (found.model.num_attention_heads // found.model.num_key_value_heads)
     one = replace(settings, heads=heads, kv_heads=kv_heads, head_dim=found.model.head_dim, kernel=found.kernel)
-    return Subject(one, prefill, config, given)
+    return CrossoverCase(one, prefill, config, given)
 
 
 def _given(config: str | None, pattern: str | None, table: str | None, kernel: str | None) -> dict:
@@ -127,23 +128,23 @@ def _drawn(config: LongCtxConfig, seed: int, name: str) -> tuple[int, dict]:
 
 
 @torch.no_grad()
-def run(subject: Subject, told: Told = quiet) -> list[dict]:
+def run(case: CrossoverCase, told: Told = quiet) -> list[dict]:
     """One result per dtype and length, shortest first, until it is clear that longer prompts win as well."""
     results = []
-    for word in subject.settings.dtypes:
+    for word in case.settings.dtypes:
         found: list[dict] = []
-        for tokens in sorted(set(subject.settings.tokens)):
-            found.append(_case(subject, word, tokens, told))
+        for tokens in sorted(set(case.settings.tokens)):
+            found.append(_measured(case, word, tokens, told))
             if is_clear(found):
                 break
         results += found
     return results
 
 
-def _case(subject: Subject, word: str, tokens: int, told: Told) -> dict:
-    settings, dtype = subject.settings, dtype_of(word)
+def _measured(case: CrossoverCase, word: str, tokens: int, told: Told) -> dict:
+    settings, dtype = case.settings, dtype_of(word)
     roles = settings.all_heads("R")
-    prefills = {DENSE: None, SPARSE: subject.prefill}
+    prefills = {DENSE: None, SPARSE: case.prefill}
     columns = {name: Column.of(settings, dtype, roles, prefill) for name, prefill in prefills.items()}
     torch.manual_seed(settings.seed)
     error = check_kernel(settings, word, min(tokens, WARM))  # before anything is timed
@@ -204,16 +205,16 @@ def is_clear(results: list[dict]) -> bool:
     return len(results) > 1 and results[-2]["wins"] and results[-1]["faster_in_worst"] >= CLEAR
 
 
-def override(subject: Subject, min_tokens: int) -> dict[str, str]:
+def override(case: CrossoverCase, min_tokens: int) -> dict[str, str]:
     """The override of ``prefill``, as a user would write it in Python and in a YAML."""
-    sections = {**subject.given, "prefill": {"min_tokens": min_tokens, **subject.given.get("prefill", {})}}
-    arguments = ["model", *([] if subject.config is None else [repr(subject.config)])]
+    sections = {**case.given, "prefill": {"min_tokens": min_tokens, **case.given.get("prefill", {})}}
+    arguments = ["model", *([] if case.config is None else [repr(case.config)])]
     arguments += [f"{name}={value!r}" for name, value in sections.items()]
     call = f"patch_model({', '.join(arguments)})"
     return {"python": call, "yaml": yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=110)}
 
 
-def verdicts(subject: Subject, results: list[dict]) -> dict[str, dict]:
+def verdicts(case: CrossoverCase, results: list[dict]) -> dict[str, dict]:
     """By dtype: ``min_tokens`` and how to write it, or None where sparse prefill never won."""
     found = {}
     for word in dict.fromkeys(result["dtype"] for result in results):
@@ -222,11 +223,11 @@ def verdicts(subject: Subject, results: list[dict]) -> dict[str, dict]:
         lengths = [result["tokens"] for result in mine]
         found[word] = {"min_tokens": tokens, "shortest": min(lengths), "longest": max(lengths)}
         if tokens is not None:
-            found[word] |= override(subject, tokens)
+            found[word] |= override(case, tokens)
     return found
 
 
-def facts(subject: Subject, results: list[dict]) -> dict:
+def facts(case: CrossoverCase, results: list[dict]) -> dict:
     """What the JSON holds besides every time: what was measured, and the verdicts."""
-    what = {"config": subject.config, "prefill": subject.prefill}
-    return {"subject": what, "crossover": verdicts(subject, results)}
+    what = {"config": case.config, "prefill": case.prefill}
+    return {"subject": what, "crossover": verdicts(case, results)}

@@ -148,7 +148,7 @@ def _memory(data: dict) -> Figure:
     axes.set_xlabel("tokens of prompt and answer that fit, calculated", fontsize=8)
     figure.suptitle(
         f"longest context of {data['model']} in {settings['memory'] / 1e9:.4g} GB, {settings['dtype']}, "
-        f"{settings['batch']} row{'s' if settings['batch'] > 1 else ''}, "
+        f"{count(settings['batch'], 'sequence')}, "
         + (f"read in chunks of {settings['chunk']}" if settings["chunk"] else "read in one forward"),
         fontsize=10,
     )

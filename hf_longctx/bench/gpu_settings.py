@@ -1,4 +1,4 @@
-"""What ``bench gpu`` runs. The defaults are the sizes its goals are stated for."""
+"""What ``bench gpu`` runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class GpuSettings(Settings):
     Attributes:
         decode_tokens: lengths of the caches that one token is decoded over.
         retrieval: percent of the KV heads that keep every token in decoding.
-        kernels: words of a config; the first is held to the goals.
+        kernels: words of a config.
     """
 
     tokens: tuple[int, ...] = (16384, 32768, 65536, 131072)
@@ -39,12 +39,6 @@ class GpuSettings(Settings):
         if unknown or not self.kernels:
             known = ", ".join(dispatch.names())
             raise ConfigError(f"kernel {', '.join(unknown) or '(none)'} is not known; known: {known}.")
-
-    @property
-    def stated(self) -> bool:
-        """Whether the goals, which are stated for the default shape, can be compared with the figures."""
-        own, names = GpuSettings(), ("heads", "kv_heads", "head_dim", "sink", "recent", "dtypes")
-        return all(getattr(self, name) == getattr(own, name) for name in names)
 
     def roles(self, percent: int) -> list[str]:
         """The retrieval heads spread evenly, as roles of one layer."""

@@ -1,4 +1,4 @@
-"""The table of ``bench gpu``, its goals, and the JSON that holds everything."""
+"""The table of ``bench gpu``, and the JSON that holds everything."""
 
 from __future__ import annotations
 
@@ -10,26 +10,20 @@ from rich.console import Console
 
 from ..io.console import tables
 from .environment import environment
-from .goals import Goal
-from .gpu import STREAMING
 from .gpu_settings import GpuSettings
 from .show import _ms
 
-LONG = 65536  # tokens from which on the goal of prompts holds
-OF_IDEAL = 80.0  # % of 1 / density, and of the ratio of the bytes kept
-OF_BANDWIDTH = 60.0  # %, decoding
 PACKAGES = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4")
 HEADER = ("case", "tokens", "", "ms", "vs best dense", "of ideal", "GB/s", "of bandwidth")
 
 
 def as_json(settings: GpuSettings, results: list[dict], gb_per_s: float) -> dict:
-    """Versions, settings, every figure and raw time, and the goals; ``gb_per_s`` is the device's bandwidth."""
+    """Versions, settings, every figure and raw time; ``gb_per_s`` is the device's bandwidth."""
     return {
         "benchmark": "gpu",
         "environment": {**environment(), **_device(), "gb_per_s": gb_per_s},
         "settings": settings.as_dict(),
         "results": results,
-        "goals": [goal.as_dict() for goal in goals(settings, results, gb_per_s)],
     }
 
 
@@ -47,32 +41,8 @@ def _device() -> dict:
     return {**found, "cuda": torch.version.cuda}
 
 
-def goals(settings: GpuSettings, results: list[dict], gb_per_s: float) -> list[Goal]:
-    """The goals that these results speak to; none where the shape is not the default one."""
-    if not settings.stated:
-        return []
-    return [goal for result in results for goal in goals_of(result, settings.kernels[0], gb_per_s)]
-
-
-def goals_of(result: dict, kernel: str, gb_per_s: float) -> Iterator[Goal]:
-    """The goals of one result, for what reads less than everything by this kernel."""
-    best = result["columns"][result["best_dense"]]["ms"]["median_ms"]
-    where = f"{result['case']} {result['dtype']} at {result['tokens']}"
-    for name, column in result["columns"].items():
-        if column["kernel"] != kernel or column["density"] == 1 or column["reads"] == STREAMING:
-            continue
-        share = 100 * column["density"] * best / column["ms"]["median_ms"]
-        text = f"{where}: {name} faster than {result['best_dense']}"
-        if result["case"] == "decode":
-            yield Goal(text, OF_IDEAL, share, "% of the ratio of bytes")
-            text = f"{where}: {name} reads at a share of the bandwidth"
-            yield Goal(text, OF_BANDWIDTH, 100 * column["gb_per_s"] / gb_per_s, "%")
-        elif result["tokens"] >= LONG:
-            yield Goal(text, OF_IDEAL, share, "% of 1/density")
-
-
 def show(console: Console, data: dict) -> None:
-    """Print `as_json`: a table, what it ran on, what could not be measured, and each goal."""
+    """Print `as_json`: a table, what it ran on, and what could not be measured."""
     e, s = data["environment"], data["settings"]
     title, rows = "bench gpu: attention of one layer, time on the device", []
     for result in data["results"]:
@@ -95,8 +65,6 @@ def show(console: Console, data: dict) -> None:
     reasons = {(what, why) for result in data["results"] for what, why in result["not_measured"].items()}
     for what, why in sorted(reasons):
         console.print(f"Not measured: {what}: {why}", style="yellow", markup=False)
-    for goal in data["goals"]:
-        console.print(f"  {goal['text']}: {goal['verdict']}", style="green" if goal["reached"] else "yellow")
 
 
 def _lines(result: dict, gb_per_s: float) -> Iterator[list[str]]:

@@ -8,7 +8,7 @@ from transformers import Cache, DynamicCache
 
 from ..cache.cache import LongCtxCache, cache_bytes
 from ..errors import LongCtxError
-from ..planning.memory import DENSE, RESERVED, Subject
+from ..planning.memory import DENSE, RESERVED, MemoryModel
 from ..planning.sizes import dtype_of
 from .environment import free_memory
 
@@ -16,20 +16,20 @@ MARGIN = 0.05  # of the free memory, left to everybody else
 
 
 @torch.no_grad()
-def check(subject: Subject, way: str, tokens: int) -> int:
+def check(memory_model: MemoryModel, way: str, tokens: int) -> int:
     """Bytes really allocated by a cache that was filled layer by layer with ``tokens`` tokens in each row.
 
     Raises:
         LongCtxError: the machine has less memory free than that, or they are not the bytes that were calculated.
     """
-    wanted, free = subject.kv(way, tokens), free_memory()
-    held = wanted + (0 if way == DENSE else subject.host(tokens))
+    wanted, free = memory_model.kv(way, tokens), free_memory()
+    held = wanted + (0 if way == DENSE else memory_model.host(tokens))
     if free is not None and held > (1 - MARGIN) * free:
         raise LongCtxError(
             f"--check: the {way} cache of {tokens} tokens takes {held / 1e9:.2f} GB, this machine has "
             f"{free / 1e9:.2f} GB free. Check a shorter context with --check-tokens, or on a larger machine."
         )
-    counted = fill(subject, way, tokens)
+    counted = fill(memory_model, way, tokens)
     if counted != wanted:
         raise LongCtxError(
             f"the {way} cache of {tokens} tokens was calculated as {wanted} bytes and takes {counted}: the table is "
@@ -38,25 +38,25 @@ def check(subject: Subject, way: str, tokens: int) -> int:
     return counted
 
 
-def fill(subject: Subject, way: str, tokens: int) -> int:
+def fill(memory_model: MemoryModel, way: str, tokens: int) -> int:
     """Most bytes that the layers of a new cache hold while they are filled with zeros, but for pages in host memory."""
     if way == DENSE:
-        cache: Cache = DynamicCache(config=subject.dense)
+        cache: Cache = DynamicCache(config=memory_model.dense)
     else:
         own = way == RESERVED
-        cache = LongCtxCache(subject.patch(), tokens if own else None, rollback=own)
+        cache = LongCtxCache(memory_model.patch(), tokens if own else None, rollback=own)
     most = 0
-    for index, plan in enumerate(subject.plans):
-        step = subject.chunk(tokens) if way == DENSE and plan.window is not None else tokens
+    for index, plan in enumerate(memory_model.plans):
+        step = memory_model.chunk(tokens) if way == DENSE and plan.window is not None else tokens
         before, largest = cache_bytes(cache), 0
         for past in range(0, tokens, step):
-            cache.update(*_zeros(subject, plan.kv_heads, min(step, tokens - past)), index)
+            cache.update(*_zeros(memory_model, plan.kv_heads, min(step, tokens - past)), index)
             largest = max(largest, cache_bytes(cache) - before)
         most += largest
     return most if way == DENSE else most - cache.nbytes_offloaded.get("in host memory", 0)
 
 
-def _zeros(subject: Subject, heads: int, tokens: int) -> tuple[Tensor, Tensor]:
+def _zeros(memory_model: MemoryModel, heads: int, tokens: int) -> tuple[Tensor, Tensor]:
     """Keys and values ``[B, H_kv, T, D]`` of a layer, behind which there is one number each."""
-    shape = (subject.settings.batch, heads, tokens, subject.head_dim)
-    return tuple(torch.zeros(1, dtype=dtype_of(subject.settings.dtype)).expand(shape) for _ in "kv")
+    shape = (memory_model.settings.batch, heads, tokens, memory_model.head_dim)
+    return tuple(torch.zeros(1, dtype=dtype_of(memory_model.settings.dtype)).expand(shape) for _ in "kv")

@@ -1,4 +1,4 @@
-"""What a benchmark runs: sizes, dtypes, rounds. The defaults are the sizes the goals are stated for."""
+"""What a benchmark runs: sizes, dtypes, rounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..config.words import check_word
 from ..errors import ConfigError
 from ..planning.sizes import DTYPES
 
-LONG = 32768  # tokens of a long prompt, which most goals are stated for
+LONG = 32768  # tokens of a long prompt
 VOCABULARY = 1024  # small, so that lm_head dominates neither the memory nor the time of a 4-layer model
 
 
@@ -78,12 +78,6 @@ class Settings:
     def hidden(self) -> int:
         return self.heads * self.head_dim
 
-    def default_shape(self, layers: int) -> bool:
-        """Whether the goals, stated for the default sizes and this many layers, can be compared with the figures."""
-        own = Settings(self.tokens, layers=layers)
-        names = ("layers", "heads", "kv_heads", "head_dim", "sink", "recent")
-        return all(getattr(self, name) == getattr(own, name) for name in names)
-
     def as_dict(self) -> dict:
         return {**asdict(self), "hidden": self.hidden, "intermediate": 4 * self.hidden, "vocabulary": VOCABULARY}
 
@@ -106,5 +100,5 @@ class Settings:
 
 
 def default_layers(benchmark: str, tokens: tuple[int, ...]) -> int:
-    """4, but 8 for the whole model where a prompt is ``LONG``: there the goal is stated for 8."""
+    """4, but 8 for the whole model where a prompt is ``LONG``: with fewer, what is no layer weighs too much."""
     return 8 if benchmark == "e2e" and max(tokens, default=0) >= LONG else 4

@@ -1,11 +1,9 @@
-"""The tables of the benchmarks, their goals, and the JSON that holds everything."""
+"""The tables of the benchmarks, and the JSON that holds everything."""
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 from rich.console import Console
@@ -13,7 +11,6 @@ from rich.console import Console
 from ..io.console import count, tables
 from .columns import RETRIEVAL, STATIC, STOCK
 from .environment import environment
-from .goals import goals
 from .settings import Settings
 
 TITLES = {
@@ -45,7 +42,7 @@ def as_json(
     others: float | None = None,
     facts: Mapping[str, object] = MappingProxyType({}),
 ) -> dict:
-    """Versions, settings, every figure and raw time, the goals, and the benchmark's own ``facts``.
+    """Versions, settings, every figure and raw time, and the benchmark's own ``facts``.
 
     ``others`` is the share of the processors that other processes took meanwhile.
     """
@@ -54,13 +51,12 @@ def as_json(
         "environment": {**environment(), "others": others},
         "settings": settings.as_dict(),
         "results": results,
-        "goals": [goal.as_dict() for goal in goals(benchmark, settings, results)],
         **facts,
     }
 
 
 def show(console: Console, data: dict) -> None:
-    """Print one benchmark's ``as_json``: a table, what it ran on, and each goal."""
+    """Print one benchmark's ``as_json``: a table, and what it ran on."""
     benchmark, e, s = data["benchmark"], data["environment"], data["settings"]
     for number, rows in enumerate(TABLES[benchmark]):
         header, *lines = rows(data["results"])
@@ -90,8 +86,6 @@ def show(console: Console, data: dict) -> None:
         )
     for line in dict.fromkeys(_asides(data["results"])):
         console.print(line, markup=False, highlight=False)
-    for goal in data["goals"]:
-        console.print(f"  {goal['text']}: {goal['verdict']}", style="green" if goal["reached"] else "yellow")
     for word, verdict in data.get("crossover", {}).items():
         _show_crossover(console, word, verdict)
 
@@ -136,11 +130,6 @@ def _show_crossover(console: Console, word: str, verdict: dict) -> None:
     plain = {"markup": False, "highlight": False, "soft_wrap": True}
     console.print(f"    in Python:  {verdict['python']}\n    in a YAML:", **plain)
     console.print(textwrap.indent(verdict["yaml"].rstrip(), " " * 8), **plain)
-
-
-def save(path: Path, data: dict) -> None:
-    """Write everything as JSON."""
-    path.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def _ms(samples: dict) -> str:

@@ -35,9 +35,37 @@ def fingerprint(base: nn.Module) -> dict[str, Any]:
     facts = model_facts(base.config)
     dimensions = {**facts.pop("fingerprint"), **facts}
     rope = json.dumps(getattr(base.config, "rope_parameters", None), sort_keys=True)
-    adapters, skipped = _adapters(base)
-    digest = _digest(_weights(base, tuple(skipped)))
+    adapters, _ = _adapters(base)
+    digest = weights_digest(base)
     return {**dimensions, "rope": rope, "dtype": str(base.dtype), "adapters": adapters, "weights": digest}
+
+
+def weights_digest(module: nn.Module, complete: bool = True) -> str:
+    """Digest of names, dtypes and shapes of all weights, and of ``NUMBERS`` evenly spaced values of each.
+
+    Adapters that are not active do not count.
+
+    Args:
+        complete: refuse weights whose values this process cannot read; otherwise they count without their values.
+
+    Raises:
+        UnsupportedModeError: as ``fingerprint``, if ``complete``.
+    """
+    _, skipped = _adapters(module)
+    digest = hashlib.sha256()
+    parts = []
+    for name, weight in _weights(module, tuple(skipped), complete):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        if not weight.is_meta:
+            parts.append(_numbers(weight.detach()))
+    for device in {part.device for part in parts}:
+        here = [i for i, part in enumerate(parts) if part.device == device]
+        fetched = torch.cat([parts[i] for i in here]).cpu().split([len(parts[i]) for i in here])
+        for i, part in zip(here, fetched, strict=True):
+            parts[i] = part
+    if parts:
+        digest.update(torch.cat(parts).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _adapters(base: nn.Module) -> tuple[list[str], list[str]]:
@@ -58,62 +86,50 @@ def _adapters(base: nn.Module) -> tuple[list[str], list[str]]:
     return sorted(active), skipped
 
 
-def _weights(base: nn.Module, skipped: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and saved buffers (packed weights are buffers), under the names they have without adapters."""
-    found = {}
-    for path, module in base.named_modules():
-        if getattr(module, "_hf_device_mesh", None) is not None:
-            _refuse(path, "spread over processes (tensor parallel)")
-        own = {**module._parameters, **module._buffers, **dict(packed_weights(module))}
-        for name, tensor in own.items():
+def _weights(module: nn.Module, skipped: tuple[str, ...], complete: bool) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers (packed weights are buffers), under the names they have without adapters.
+
+    A weight whose values cannot be read is refused, or, unless ``complete``, on the meta device.
+    """
+    readable = {}
+    for path, part in module.named_modules():
+        spread = getattr(part, "_hf_device_mesh", None) is not None
+        if spread and complete:
+            raise UnsupportedModeError(_unreadable(path, part, spread))
+        saved = {**part._parameters, **part._buffers, **dict(packed_weights(part))}
+        for name, tensor in saved.items():
             full = f"{path}.{name}" if path else name
-            if (
-                tensor is None
-                or not tensor.numel()
-                or name in module._non_persistent_buffers_set
-                or _below(full, skipped)
-            ):
+            passing = tensor is None or not tensor.numel() or name in part._non_persistent_buffers_set
+            if passing or _below(full, skipped):
                 continue
-            if tensor.is_meta:
-                _refuse(full, "on the meta device (offloaded, or without weights)")
-            if hasattr(tensor, "device_mesh"):
-                _refuse(full, "spread over processes (tensor parallel)")
             for wrapper in WRAPPERS:
                 full = full.replace(wrapper, "")
-            parts = plain_parts(full, tensor)
-            if not parts:
-                raise UnsupportedModeError(
-                    f"a file names the model it was made with, which cannot be told: {full} is of class "
-                    f"{type(tensor).__name__}, which does not show its numbers. Save and load caches with a model "
-                    "whose weights are plain tensors, or of a class with __tensor_flatten__ (as torchao's)."
-                )
-            found.update(parts)
-    yield from sorted(found.items())
+            elsewhere = spread or tensor.is_meta or hasattr(tensor, "device_mesh")
+            plain = () if elsewhere else plain_parts(full, tensor)
+            if not plain and complete:
+                raise UnsupportedModeError(_unreadable(full, tensor, spread))
+            readable.update(plain or [(full, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))])
+    yield from sorted(readable.items())
+
+
+def _unreadable(name: str, weight: Any, spread: bool) -> str:
+    """Why the values of a weight cannot be read here, and what to do."""
+    advice = "Save and load caches with a model whose weights are all in the memory of this process."
+    if spread or hasattr(weight, "device_mesh"):
+        reason = "spread over processes (tensor parallel)"
+    elif weight.is_meta:
+        reason = "on the meta device (offloaded, or without weights)"
+    else:
+        reason = f"of class {type(weight).__name__}, which does not show its numbers"
+        advice = (
+            "Save and load caches with a model whose weights are plain tensors, or of a class with "
+            "__tensor_flatten__ (as torchao's)."
+        )
+    return f"a file names the model it was made with, which cannot be told: {name} is {reason}. {advice}"
 
 
 def _below(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
-
-
-def _refuse(name: str, where: str) -> None:
-    raise UnsupportedModeError(
-        f"a file names the model it was made with, which cannot be told: {name} is {where}. Save and load caches with "
-        "a model whose weights are all in the memory of this process."
-    )
-
-
-def _digest(weights: Iterator[tuple[str, Tensor]]) -> str:
-    told, parts = hashlib.sha256(), []
-    for name, tensor in weights:
-        told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        parts.append(_numbers(tensor.detach()))
-    for device in {part.device for part in parts}:
-        here = [i for i, part in enumerate(parts) if part.device == device]
-        fetched = torch.cat([parts[i] for i in here]).cpu().split([len(parts[i]) for i in here])
-        for i, part in zip(here, fetched, strict=True):
-            parts[i] = part
-    told.update(torch.cat(parts).numpy().tobytes())
-    return told.hexdigest()[:32]
 
 
 def _numbers(tensor: Tensor) -> Tensor:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import json as to_json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..assets import embedded
-from ..bench.environment import environment
 from ..config.words import check_word
 from ..io.console import console
-from ._options import DTYPES, check_output, device_of, load_model
-from .identify import Config, Device, Dtype, Model
+from ..io.environment import environment
+from ._options import (
+    DTYPES,
+    JSON,
+    Config,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    check_output,
+    device_of,
+    load_model,
+    write_json,
+)
 
 Chat = Annotated[bool, typer.Option("--chat", help="The file is a user's message: the chat template goes around it.")]
 Positions = Annotated[int, typer.Option(help="Tokens at the end of the prompt whose prediction is compared.", min=0)]
 Chunk = Annotated[int | None, typer.Option(help="Tokens of the prompt per forward.", min=1, show_default="all")]
-SAVED = "Write everything, the tokens too, and the versions here."
-Json = Annotated[Path | None, typer.Option("--json", help=SAVED, dir_okay=False)]
 
 
 def command(
@@ -40,11 +48,10 @@ def command(
     from ..evaluate.prompts import read_text
 
     check_word(dtype, DTYPES, "--dtype")
-    if json is not None:
-        check_output(json, (".json",), "--json")
+    check_output(json, JSON, "--json")
     text = read_text(prompt_file, "--prompt-file")
     loaded, tokenizer = load_model(embedded(model), dtype, device_of(device))
-    found = compare(
+    comparison = compare(
         loaded,
         [{"role": "user", "content": text}] if chat else text,
         config=config,
@@ -55,6 +62,5 @@ def command(
         prefill_chunk_size=prefill_chunk_size,
         progress=True,
     )
-    if json is not None:
-        json.write_text(to_json.dumps({"environment": environment(), **found.as_dict()}, indent=1) + "\n", "utf-8")
-    console().print(str(found), markup=False, highlight=False, soft_wrap=True)
+    write_json(json, {"environment": environment(), **comparison.as_dict()})
+    console().print(str(comparison), markup=False, highlight=False, soft_wrap=True)

@@ -19,6 +19,7 @@ from ..config.ranking import ranked, readme_table
 from ..config.words import spec_word
 from ..errors import ConfigError
 from ..io.console import console
+from ._options import short_names
 
 app = typer.Typer(help="The shipped configs, one per checkpoint: a list without a command, or one of them.")
 
@@ -26,7 +27,7 @@ LENGTHS = {"32k": 32768, "128k": 131072}  # tokens
 MARKS = {"R": "R", "S": "."}  # told apart without colour too
 SHADES = ("bold green", "green", "yellow", "bright_black")  # of the quarters of all heads, best scores first
 
-SHARE = "Draw this share of retrieval heads, 0 to 1."
+SHARE = "Draw this share of retrieval heads, 0 to 1. Or --fraction."
 
 
 @app.callback(invoke_without_command=True)
@@ -36,17 +37,17 @@ def configs(context: typer.Context) -> None:
         _list(console())
 
 
-@app.command()
+@app.command("show", **short_names(fraction="retrieval-fraction"))
 def show(
     name: Annotated[str, typer.Argument(help="Shipped config, one of its hub ids, YAML, or a model's folder.")],
     use: Annotated[str | None, typer.Option(help="Draw the head map of this alternative.")] = None,
-    fraction: Annotated[float | None, typer.Option("--retrieval-fraction", "--fraction", help=SHARE)] = None,
+    retrieval_fraction: Annotated[float | None, typer.Option(help=SHARE)] = None,
 ) -> None:
     """The facts of one config, and its head map: one line per layer, one cell per KV head."""
-    given = {"use": use, "retrieval_fraction": fraction}
-    given = {key: value for key, value in given.items() if value is not None}
+    overrides = {"use": use, "retrieval_fraction": retrieval_fraction}
+    overrides = {key: value for key, value in overrides.items() if value is not None}
     config = find_config(name)
-    config = config.override(heads=given) if given else config
+    config = config.override(heads=overrides) if overrides else config
     to = console()
     _facts(to, name, config)
     _head_map(to, config)
@@ -107,7 +108,6 @@ def find_config(name: str) -> LongCtxConfig:
 def _facts(console: Console, name: str, config: LongCtxConfig) -> None:
     """Everything the config says but its numbers, a line of text each."""
     model, heads = config.model, config.heads
-    roles = "".join(config.roles())
     grid = Table(title=name, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -125,7 +125,7 @@ def _facts(console: Console, name: str, config: LongCtxConfig) -> None:
         grid.add_row(f"  {key}", Text(_plain(heads.active.source[key])))
     if heads.use is None:
         grid.add_row("  confidence", heads.confidence)
-    grid.add_row("retrieval", f"{roles.count('R')} of {len(roles)} KV heads ({_share(config):.1%})")
+    grid.add_row("retrieval", f"{config.retrieval_heads} of {config.kv_heads} KV heads ({_share(config):.1%})")
     grid.add_row("KV MB", "\n".join(_memory(config)) + "\nof one row, dense -> patched, 2 bytes per number")
     for other, alternative in heads.alternatives.items():
         source = alternative.source
@@ -175,8 +175,7 @@ def _origin(config: LongCtxConfig) -> str:
 
 
 def _share(config: LongCtxConfig) -> float:
-    roles = "".join(config.roles())
-    return roles.count("R") / len(roles)
+    return config.retrieval_heads / config.kv_heads
 
 
 def _memory(config: LongCtxConfig) -> list[str]:

@@ -13,15 +13,13 @@ from ..config.words import check_word, make, words
 from ..io.console import console, tables
 from ..planning.sizes import parse_tokens
 from ..tasks import HAYSTACKS, MODES, tasks_from
-from ._options import DTYPES, device_of, load_model
-from .identify import Config, Device, Dtype, Model
+from ._options import DTYPES, Config, Device, Dtype, Model, Seed, device_of, load_model
 
 if TYPE_CHECKING:
     from ..evaluate.summary import Summary
 
-TASKS = (
-    f"Commas between tasks, colons before fields (needle:variant=multi_key). There are: {', '.join(words('tasks'))}."
-)
+THERE = ", ".join(words("tasks.synthetic"))
+TASKS = f"Commas between tasks, colons before fields (needle:variant=multi_key). There are: {THERE}."
 SHORT = ("tokens", "variant", "accuracy", "to dense", "95% interval", "KV of dense", "prefill s", "decode ms")
 SWEEP = "A field of the config and its values, one more variant each: retrieval_fraction=0.1,0.25."
 Depths = Annotated[str, typer.Option(help="Where the facts are, 0 to 1. Empty: anywhere.")]
@@ -45,7 +43,7 @@ def command(
     samples: Annotated[int, typer.Option(help="Prompts per task, length and depth.")] = 8,
     config: Config = "auto",
     sweep: Sweep = None,
-    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    seed: Seed = 0,
     mode: Mode = MODES[0],
     text: Text = None,
     haystack: Haystack = None,
@@ -78,11 +76,14 @@ def command(
         "prefill_chunk_size": _tokens(prefill_chunk_size, "--prefill-chunk-size"),
         "perplexity_window": _tokens(perplexity_window, "--perplexity-window", 2),
     }
-    tasks_from(tasks), make(Options, options), sweep is not None and list(values_of(sweep))  # before the model loads
+    tasks_from(tasks)  # these three: what is wrong is refused before the model loads
+    make(Options, options)
+    if sweep is not None:
+        list(values_of(sweep))
     place = device_of(device)
     main = Processes(place).main
     loaded, tokenizer = load_model(embedded(model), dtype, place)
-    found = evaluate(
+    summary = evaluate(
         loaded,
         tokenizer,
         out,
@@ -98,11 +99,11 @@ def command(
         **options,
     )
     if main:
-        show(console(), found, out)
+        show(console(), summary, out)
 
 
-def _tokens(given: str | None, option: str, least: int = 1) -> int | None:
-    return None if given is None else parse_tokens(given, option, least)
+def _tokens(text: str | None, option: str, least: int = 1) -> int | None:
+    return None if text is None else parse_tokens(text, option, least)
 
 
 def show(console: Console, summary: Summary, out: Path) -> None:
@@ -116,10 +117,10 @@ def show(console: Console, summary: Summary, out: Path) -> None:
     for row in summary.by_length:
         rows += [None] * bool(rows)
         for name in row.cells:
-            told = dict(zip(LINE, line(row, name), strict=True))
-            if told["to dense"].endswith("worse"):
-                told["to dense"] = f"[bold]{told['to dense']}[/]"
-            rows.append([told[column] for column in SHORT])
+            cells = dict(zip(LINE, line(row, name), strict=True))
+            if cells["to dense"].endswith("worse"):
+                cells["to dense"] = f"[bold]{cells['to dense']}[/]"
+            rows.append([cells[column] for column in SHORT])
     for table in tables("eval: all tasks together", SHORT, rows, console.width, left=("variant",), key=2):
         console.print(table)
     for name, value in summary.perplexity.items():

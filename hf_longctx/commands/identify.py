@@ -11,22 +11,31 @@ from rich.console import Console
 from rich.table import Table
 
 from ..assets import embedded
+from ..config.find import YAML
 from ..config.words import build, check_word, read_fields, words
 from ..io.console import console
-from ..io.plots import head_map, new_figure, save
+from ..io.plots import head_map, save
 from ..planning.sizes import parse_tokens
-from ._options import DTYPES, PLACE, check_output, device_of, load_model
+from ._options import (
+    DTYPES,
+    PICTURES,
+    Device,
+    Dtype,
+    Model,
+    Recent,
+    Seed,
+    Sink,
+    Yaml,
+    check_output,
+    check_picture,
+    device_of,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from ..config.config import LongCtxConfig
     from ..identification.methods.base import Method
 
-PICTURES = (".png", ".pdf", ".svg")
-
-Model = Annotated[str, typer.Argument(help="Hub id, local folder, or an embedded model (hf-longctx/tiny-llama).")]
-Config = Annotated[str, typer.Option(help="What to patch with: auto, a shipped name, or a .yaml.")]
-Dtype = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
-Device = Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.", show_default=PLACE)]
 Share = Annotated[float | None, typer.Option(help="Share of retrieval heads to write.")]
 Drop = Annotated[float | None, typer.Option(help="Find the smallest share that loses at most this much of dense.")]
 Tokens = Annotated[str | None, typer.Option(help="Tokens of a document or text --target-drop is measured on (4k).")]
@@ -36,15 +45,15 @@ Work = Annotated[Path | None, typer.Option(help="Folder where duo_gates saves it
 
 def command(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The YAML to write.", dir_okay=False)],
+    out: Yaml,
     method: Annotated[str, typer.Option(help=f"One of: {', '.join(words('identification.methods'))}.")] = "two_needle",
     text: Annotated[Path | None, typer.Option(help="File or folder to take the documents' filler from.")] = None,
     retrieval_fraction: Share = None,
     target_drop: Drop = None,
     measure_tokens: Tokens = None,
-    sink: Annotated[int, typer.Option(help="First tokens that streaming heads keep.")] = 64,
-    recent: Annotated[int, typer.Option(help="Latest tokens that streaming heads keep.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    sink: Sink = 64,
+    recent: Recent = 256,
+    seed: Seed = 0,
     options: Options = None,
     work: Work = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the scores (.png, .pdf or .svg).")] = None,
@@ -58,13 +67,11 @@ def command(
     from ..identification.heads import identify, needs_tokenizer
     from ..io.processes import Processes
 
-    given = read_fields(options or [], "--set", "--set steps=500")
-    chosen: Method = build("identification.methods", {"method": method, **given}, "method", "identify")
+    fields = read_fields(options or [], "--set", "--set steps=500")
+    chosen: Method = build("identification.methods", {"method": method, **fields}, "method", "identify")
     check_word(dtype, DTYPES, "--dtype")
-    check_output(out, (".yaml", ".yml"), "--out")
-    if plot is not None:
-        check_output(plot, PICTURES, "--plot")
-        new_figure(1, 1)  # before hours of measuring
+    check_output(out, YAML, "--out")
+    check_picture(plot, PICTURES, "--plot")
     place = device_of(device)
     processes = Processes(place)
     loaded, tokenizer = load_model(embedded(model), dtype, place, needs_tokenizer(chosen, text, target_drop))
@@ -81,7 +88,7 @@ def command(
         seed=seed,
         work=work if work is not None or not chosen.saves else out.with_suffix(".work"),
         progress=processes.main,
-        **given,
+        **fields,
     )
     if processes.main:
         _write(config, out, plot)
@@ -99,7 +106,6 @@ DEFAULTS = {0.5: "Half of the heads", 0.25: "A quarter of the heads"}
 
 def show(console: Console, config: LongCtxConfig, out: os.PathLike, default: bool = False) -> None:
     """What was found, in a few lines, and what to do with it; ``default``: nobody said which share it should be."""
-    roles = "".join(config.roles())
     curve = config.heads.measured.get("curve", [])
     if curve:
         table = Table(title="The share, measured against the dense model")
@@ -109,7 +115,7 @@ def show(console: Console, config: LongCtxConfig, out: os.PathLike, default: boo
             table.add_row(*map(str, row.values()))
         console.print(table)
     console.print(
-        f"{roles.count('R')} of {len(roles)} KV heads are retrieval heads "
+        f"{config.retrieval_heads} of {config.kv_heads} KV heads are retrieval heads "
         f"(retrieval_fraction {config.heads.retrieval_fraction}). Written to {out}.\n"
         f'Use it: patch_model(model, "{out}")' + (_how_to_choose(config, out) if default else ""),
         markup=False,

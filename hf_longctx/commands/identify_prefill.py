@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..assets import embedded
+from ..config.find import YAML
 from ..config.words import check_word, dump
 from ..io.console import console
 from ..planning.sizes import parse_tokens
-from ._options import DTYPES, check_output, device_of, load_model
-from .identify import Device, Dtype, Model
+from ._options import DTYPES, Device, Dtype, Model, Seed, Yaml, check_output, device_of, load_model
 
 if TYPE_CHECKING:
     from ..config.config import LongCtxConfig
@@ -24,14 +24,14 @@ LENGTH = "32768, or what there is"
 
 def command(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The YAML to write.", dir_okay=False)],
+    out: Yaml,
     config: Annotated[str, typer.Option(help="What the patterns are added to: auto, a shipped name, or a .yaml.")] = (
         "auto"
     ),
     text: Annotated[Path | None, typer.Option(help="File or folder to read the prompt from.")] = None,
     length: Annotated[str | None, typer.Option(help="Tokens of the prompt, e.g. 32k.", show_default=LENGTH)] = None,
     cost: Annotated[float, typer.Option(help="Share of the key blocks that a head may read.")] = 0.2,
-    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    seed: Seed = 0,
     work: Annotated[Path | None, typer.Option(help="Folder for finished layers.", show_default="beside --out")] = None,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -43,9 +43,9 @@ def command(
     from ..identification.prefill import identify_prefill
 
     check_word(dtype, DTYPES, "--dtype")
-    check_output(out, (".yaml", ".yml"), "--out")
+    check_output(out, YAML, "--out")
     loaded, tokenizer = load_model(embedded(model), dtype, device_of(device))
-    found = identify_prefill(
+    written = identify_prefill(
         loaded,
         tokenizer,
         config=config,
@@ -56,8 +56,8 @@ def command(
         work=out.with_suffix(".work") if work is None else work,
         progress=True,
     )
-    found.to_yaml(out)
-    show(console(), found, out)
+    written.to_yaml(out)
+    show(console(), written, out)
 
 
 def show(console: Console, config: LongCtxConfig, out: Path) -> None:
@@ -66,14 +66,14 @@ def show(console: Console, config: LongCtxConfig, out: Path) -> None:
 
     table = config.prefill.tables[TABLE]
     heads = [index for row in table.map for index in row]
-    shown = Table(title="Patterns of the query heads")
-    shown.add_column("pattern")
-    shown.add_column("heads", justify="right")
+    listing = Table(title="Patterns of the query heads")
+    listing.add_column("pattern")
+    listing.add_column("heads", justify="right")
     for index, spec in enumerate(table.budgets):
         fields = dump(spec, "pattern")
-        told = ", ".join(f"{name} {value}" for name, value in fields.items() if name != "pattern")
-        shown.add_row(f"{fields['pattern']}: {told}", str(heads.count(index)))
-    console.print(shown)
+        options = ", ".join(f"{name} {value}" for name, value in fields.items() if name != "pattern")
+        listing.add_row(f"{fields['pattern']}: {options}", str(heads.count(index)))
+    console.print(listing)
     facts = table.source
     console.print(
         f"They keep {facts['mean_kept_mass']:.1%} of the attention mass, reading {facts['mean_density']:.1%} of the "

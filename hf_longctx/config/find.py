@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .checks import LONGEST, check_word, short, wrong
 from .config import LongCtxConfig, load_shipped
 from .files import shipped, shipped_model
 from .model import ModelSection
-from .words import LONGEST, check_word, make, short, wrong
+from .words import make
 
 log = logging.getLogger(__name__)
 
+YAML = (".yaml", ".yml")  # what the name of a config file ends in
 LISTED, FEW = 3, 2  # candidates that the error of "auto" names, and numbers of their fingerprint that may differ
 
 
@@ -61,7 +63,7 @@ def resolve(
 
 def is_file_name(name: str) -> bool:
     """Whether a text is the path of a config file."""
-    return name.lower().endswith((".yaml", ".yml"))
+    return name.lower().endswith(YAML)
 
 
 def find_name(name: str) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..config.config import LongCtxConfig
+from ..config.model import made_for
 from ..errors import ConfigError
 from ..identification.methods.base import modes_kept
 from ..io.progress import Progress
@@ -230,10 +231,10 @@ def _side(first: Answer, timed: list[Answer], same: SameTokens, tokenizer: Any) 
 
 
 def _length_notes(model: nn.Module, tokens: int) -> list[str]:
-    made_for = getattr(unwrap(model).config, "max_position_embeddings", None)
-    if made_for is None or tokens <= made_for:
+    longest = made_for(unwrap(model).config)
+    if longest is None or tokens <= longest:
         return []
-    return [f"prompt and answer may reach {tokens} tokens, the model was made for {made_for}: both ways may be wrong"]
+    return [f"prompt and answer may reach {tokens} tokens, the model was made for {longest}: both ways may be wrong"]
 
 
 def _row(name: str, dense: float | None, patched: float | None, form: str) -> str:

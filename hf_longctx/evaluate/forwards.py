@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from ..cache.cache import cache_bytes
 from ..cache.seam import CACHE, cache_of
+from ..config.model import made_for
 from ..errors import ConfigError, UnsupportedModelError
 from ..model.modules import unwrap
 from ..tasks.answer import input_device
@@ -122,7 +123,7 @@ def perplexity(model: nn.Module, ids: Tensor, *, window: int | None = None, cont
     if ids.dim() != 1 or len(ids) < 2:
         raise ConfigError(f"text: got token ids of shape {tuple(ids.shape)}, expected [T] with at least 2 tokens.")
     if window is None:
-        window = min(len(ids), getattr(unwrap(model).config, "max_position_embeddings", len(ids)))
+        window = min(len(ids), made_for(unwrap(model).config) or len(ids))
     context = window // 2 if context is None else context
     if not 1 <= context < window:
         raise ConfigError(f"context must be at least 1 and less than window={window} tokens, given {context}.")

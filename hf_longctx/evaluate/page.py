@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Collection, Iterable, Sequence
-from html import escape
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..io.atomic import written_whole
 from ..io.plots import new_figure, save
@@ -18,25 +19,26 @@ from .records import Record
 from .sentence import sentences
 from .summary import LINE, Summary, line
 
+TEMPLATE = "page.html"
 SHOWN = 24  # prompts whose raw outputs are on the page, and questions of each
 CUT = 400  # characters of each
 PER_INCH = 96  # of a picture, in CSS pixels: its letters have the size of the page's, and a phone scrolls it
-LOST = LINE.index("to dense")
-VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-# Words of a table are never broken: where it is too wide, it scrolls. What was said may be one long word, which is.
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; } h1, p { overflow-wrap: break-word; }
-.verdict { font-size: 1.15em; font-weight: bold; }
-.wide, figure { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
-th, td { padding: 3px 9px; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
-th { background: #f4f4f4; vertical-align: bottom; } td { white-space: nowrap; } .text, .said { text-align: left; }
-td.text { white-space: normal; }
-td.said { min-width: 12em; white-space: pre-wrap; overflow-wrap: anywhere; }
-td.worse { font-weight: bold; background: #fbe3df; }
-figure { margin: 1em 0; } figcaption { color: #555; }
-pre { background: #f4f4f4; padding: 1em; overflow-x: auto; font-size: 12px; } summary { cursor: pointer; }
-"""
+COMPARED = LINE.index("to dense")
+OUTPUT_NAMES = ("prompt", "variant", "question", "expected", "answer", "score of the prompt")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the page.
+
+    Attributes:
+        width: in CSS pixels.
+        png: the file, in base64.
+    """
+
+    caption: str
+    width: int
+    png: str
 
 
 def check_plots() -> None:
@@ -49,42 +51,48 @@ def write_report(folder: Path, summary: Summary, headers: Sequence[Record], reco
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    shown = []
+    pictures = []
     for name, caption, figure in figures(summary):
         path = folder / f"{name}.png"
         save(figure, path)
-        data = base64.b64encode(path.read_bytes()).decode()
-        said, width = escape(caption), round(PER_INCH * figure.get_figwidth())
-        image = f'<img alt="{said}" width="{width}" src="data:image/png;base64,{data}">'
-        shown.append(f"<figure>{image}<figcaption>{said}</figcaption></figure>")
+        png = base64.b64encode(path.read_bytes()).decode()
+        pictures.append(Picture(caption, round(PER_INCH * figure.get_figwidth()), png))
     with written_whole(folder / "index.html") as path:
-        path.write_text(page(summary, headers, list(records), shown), "utf-8")
+        path.write_text(page(summary, headers, list(records), pictures), "utf-8")
 
 
-def page(summary: Summary, headers: Sequence[Record], records: Sequence[Record], shown: Sequence[str]) -> str:
-    """The page's HTML; ``shown``: its pictures, as HTML."""
-    title = f"hf-longctx eval: {headers[0]['model']}"
-    first, *swept = sentences(summary)
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="verdict">{escape(first)}</p>',
-        *(f"<p>{escape(line)}</p>" for line in (*swept, *told(summary, headers))),
-        "<h2>By task and length</h2>",
-        table(LINE, [line(row, name) for row in summary.by_task for name in summary.variants], text=3, mark=LOST),
-        "<h2>Over everything</h2>",
-        table(LINE, [line(summary.overall, name) for name in summary.variants], text=3, mark=LOST),
-        *_perplexity(summary),
-        "<h2>Pictures</h2>",
-        *shown,
-        "<h2>By depth</h2>",
-        table(*by_depth(summary), text=1),
-        "<h2>What was said</h2>",
-        *_outputs(records),
-        "<h2>Settings and versions</h2>",
-        *(f"<details><summary>process {i}</summary>{_json(header)}</details>" for i, header in enumerate(headers)),
-    ]
-    head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{VIEWPORT}<title>{escape(title)}</title>'
-    return f"{head}<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+def environment() -> Environment:
+    """Where the template is, and how it is filled in: every value is text, whatever HTML an answer holds."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+def page(summary: Summary, headers: Sequence[Record], records: Sequence[Record], pictures: Sequence[Picture]) -> str:
+    """The page's HTML."""
+    verdict, *swept = sentences(summary)
+    depth_names, depth_rows = by_depth(summary)
+    outputs_chosen, outputs = _outputs(records)
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=f"hf-longctx eval: {headers[0]['model']}",
+            verdict=verdict,
+            sentences=[*swept, *conditions(summary, headers)],
+            line_names=LINE,
+            compared=COMPARED,
+            by_task=[line(row, name) for row in summary.by_task for name in summary.variants],
+            overall=[line(summary.overall, name) for name in summary.variants],
+            perplexity=[(name, f"{value:.4g}") for name, value in summary.perplexity.items()],
+            pictures=pictures,
+            depth_names=depth_names,
+            by_depth=depth_rows,
+            outputs_chosen=outputs_chosen,
+            output_names=OUTPUT_NAMES,
+            outputs=outputs,
+            headers=[json.dumps(header, indent=1) for header in headers],
+        )
+    )
 
 
 def by_depth(summary: Summary) -> tuple[list[str], list[list[str]]]:
@@ -101,10 +109,11 @@ def by_depth(summary: Summary) -> tuple[list[str], list[list[str]]]:
     return ["task", "tokens", "depth", *summary.variants], rows
 
 
-def told(summary: Summary, headers: Sequence[Record]) -> list[str]:
+def conditions(summary: Summary, headers: Sequence[Record]) -> list[str]:
     """What was run on what, and what went otherwise than asked for, in sentences."""
     first = headers[0]
-    on, options = first["environment"], first["settings"]
+    on = first["environment"]
+    options = first["settings"]
     lines = [
         f"{summary.overall.cells[DENSE].cases} prompts per variant, {options['dtype']}, seed {options['seed']}; all "
         "variants answered the same prompts in turns, greedily.",
@@ -122,61 +131,28 @@ def told(summary: Summary, headers: Sequence[Record]) -> list[str]:
     return lines + [f"{name}: {note}." for name, notes in summary.notes.items() for note in notes]
 
 
-def table(
-    names: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    text: int,
-    said: Collection[int] = (),
-    mark: int | None = None,
-) -> str:
-    """An HTML table of plain texts.
-
-    Args:
-        text: the first ``text`` columns are to the left.
-        said: columns of long texts, whose words may be broken.
-        mark: a cell of this column that ends with "worse" stands out.
-    """
-
-    def kind(i: int, value: str) -> str:
-        if i == mark and value.endswith("worse"):
-            return ' class="worse"'
-        return ' class="said"' if i in said else ' class="text"' if i < text else ""
-
-    def cells(tag: str, values: Sequence[str]) -> str:
-        return "".join(f"<{tag}{kind(i, value)}>{escape(value)}</{tag}>" for i, value in enumerate(values))
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in rows)
-    return f'<div class="wide"><table><tr>{cells("th", names)}</tr>\n{body}</table></div>'
-
-
-def _perplexity(summary: Summary) -> list[str]:
-    if not summary.perplexity:
-        return []
-    rows = [[name, f"{value:.4g}"] for name, value in summary.perplexity.items()]
-    return ["<h2>Perplexity of the text</h2>", table(["variant", "perplexity"], rows, text=1)]
-
-
-def _outputs(records: Sequence[Record]) -> list[str]:
-    """Raw answers, those first where a variant is worse than dense by the most."""
+def _outputs(records: Sequence[Record]) -> tuple[str, list[list[str]]]:
+    """(a sentence on the choice, rows): raw answers, those first where a variant is worse than dense by the most."""
     cases: dict[str, dict[str, Record]] = {}
     for record in records:
         if "outputs" in record:
             cases.setdefault(record["case"], {})[record["variant"]] = record
-    worst = {case: min(one["score"] - of[DENSE]["score"] for one in of.values()) for case, of in cases.items()}
+    worst = {}
+    for case, by_variant in cases.items():
+        worst[case] = min(record["score"] - by_variant[DENSE]["score"] for record in by_variant.values())
     chosen = sorted(cases, key=lambda case: worst[case])[:SHOWN]
     rows = []
     for case in chosen:
         for name, record in cases[case].items():
-            asked_and_said = zip(record["questions"], record["expected"], record["outputs"], strict=True)
-            for asked, expected, said in list(asked_and_said)[:SHOWN]:
-                words = (_tail(asked), _head(", ".join(expected)), _head(said))
+            answers = zip(record["questions"], record["expected"], record["outputs"], strict=True)
+            for question, expected, output in list(answers)[:SHOWN]:
+                words = (_tail(question), _head(", ".join(expected)), _head(output))
                 rows.append([case, name, *words, f"{record['score']:.2f}"])
-    said = (
+    sentence = (
         f"{len(chosen)} of {len(cases)} prompts, where variants lose the most to dense first, and of each at most "
         f"{SHOWN} questions. All are in the records."
     )
-    names = ["prompt", "variant", "question", "expected", "answer", "score of the prompt"]
-    return [f"<p>{said}</p>", table(names, rows, text=5, said=(2, 3, 4))]
+    return sentence, rows
 
 
 def _head(text: str) -> str:
@@ -185,7 +161,3 @@ def _head(text: str) -> str:
 
 def _tail(text: str) -> str:
     return text if len(text) <= CUT else f"... {text[-CUT:]}"
-
-
-def _json(data: Any) -> str:
-    return f"<pre>{escape(json.dumps(data, indent=1))}</pre>"

@@ -115,7 +115,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvalPlan:
     """Everything that is run, short cases first, so that the first results are there early."""
 
     variants: tuple[Variant, ...]
@@ -136,7 +136,7 @@ def make_plan(
     config: Any,
     sweep: str | None = None,
     text: Tensor | None = None,
-) -> Plan:
+) -> EvalPlan:
     """The plan of a run; nothing is left that could turn out to be wrong after hours.
 
     Args:
@@ -168,7 +168,7 @@ def make_plan(
         size = min(options.perplexity_window or max(options.lengths), len(text))
         cases += [Window(*one) for one in windows(len(text), size, size // 2)]
     cases.sort(key=lambda case: case.length)
-    return Plan(variants_of(model, config, sweep), tuple(cases), options, text)
+    return EvalPlan(variants_of(model, config, sweep), tuple(cases), options, text)
 
 
 def _is_tight(case: Case, language: Language) -> bool:
@@ -257,15 +257,15 @@ def listed(text: str, where: str, example: str) -> list[Any]:
     return values
 
 
-def fingerprint(plan: Plan, language: Language) -> str:
-    """Of the prompts and of the perplexity text: another tokenizer, filler or draw gives another one."""
-    told = hashlib.sha256()
+def prompts_digest(plan: EvalPlan, language: Language) -> str:
+    """Digest of the prompts and of the perplexity text: another tokenizer, filler or draw gives another one."""
+    digest = hashlib.sha256()
     if isinstance(language.haystack, TextHaystack):  # the prompts below are a few pieces of it
-        told.update(language.haystack.ids.astype("<i8").tobytes())
+        digest.update(language.haystack.ids.astype("<i8").tobytes())
     for case in {case.task: case for case in reversed(plan.cases) if isinstance(case, Case)}.values():
         sample = case.sample(language)
         for ids in (sample.context, *(question.prompt for question in sample.questions)):
-            told.update(np.asarray(ids, dtype="<i8").tobytes())
+            digest.update(np.asarray(ids, dtype="<i8").tobytes())
     if plan.text is not None:
-        told.update(plan.text.cpu().numpy().astype("<i8").tobytes())
-    return told.hexdigest()[:16]
+        digest.update(plan.text.cpu().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()[:16]

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache.fingerprint import weights_digest
 from ..config.config import LongCtxConfig
+from ..config.model import made_for
 from ..config.words import dump, make
 from ..errors import ConfigError
 from ..identification.methods.base import modes_kept
-from ..identification.work import model_hash
 from ..io.atomic import written_whole
 from ..io.environment import environment
 from ..io.processes import Processes
@@ -28,13 +29,13 @@ from ..model.patch import patched, unpatched
 from ..model.report import report
 from ..tasks import tasks_from
 from ..tasks.answer import end_tokens, input_device, score
-from ..tasks.base import Sample
+from ..tasks.base import Sample, Task
 from ..tasks.language import Language, language_for
 from .forwards import output_head, window_nll
 from .measures import next_token
 from .meter import answers_of
 from .page import check_plots, write_report
-from .plan import Case, Options, Plan, Variant, Window, fingerprint, make_plan
+from .plan import Case, EvalPlan, Options, Variant, Window, make_plan, prompts_digest
 from .prompts import read_text, token_ids
 from .records import Record, Records
 from .summary import Summary, summarize
@@ -47,7 +48,7 @@ def evaluate(
     tokenizer: Any,
     out: str | Path,
     *,
-    tasks: str,
+    tasks: str | Sequence[str | Task],
     config: str | Path | dict | LongCtxConfig | None = None,
     sweep: str | None = None,
     text: str | Path | None = None,
@@ -66,7 +67,7 @@ def evaluate(
     Args:
         model: as for ``patch_model``; patched or not.
         out: a folder; of several processes all must see the same.
-        tasks: words with their fields, ``"needle,key_value:questions=2"``.
+        tasks: words with their fields, ``"needle,key_value:questions=2"``, or a list of such texts and task objects.
         config: what to patch with, as for ``patch_model``; None: what the model is patched with, or else "auto".
         sweep: ``"retrieval_fraction=0.1,0.25"``: one more variant for each value of a field of the config.
         text, haystack, chat: what the prompts are made of, as for ``tasks.language.language_for``.
@@ -102,7 +103,7 @@ def evaluate(
     return processes.share(finish(book, plan) if processes.main else None)
 
 
-def finish(book: Records, plan: Plan) -> Summary:
+def finish(book: Records, plan: EvalPlan) -> Summary:
     """Write the summary and the report of a run all of whose records are there."""
     headers, records = book.read()
     if missing := plan.keys() - {(record["variant"], record["case"]) for record in records}:
@@ -118,20 +119,20 @@ def finish(book: Records, plan: Plan) -> Summary:
 
 
 def header_of(
-    model: nn.Module, language: Language, plan: Plan, sweep: str | None, name: str | None, processes: int
+    model: nn.Module, language: Language, plan: EvalPlan, sweep: str | None, name: str | None, processes: int
 ) -> dict[str, Any]:
     """Everything the results depend on; what is under ``settings`` must not change when a run goes on."""
     device, machine = input_device(model), environment()
     configs = {variant.name: variant.config and variant.config.to_dict() for variant in plan.variants}
     cases = [case for case in plan.cases if isinstance(case, Case)]
     settings = {
-        "model": model_hash(model),
+        "model": weights_digest(unwrap(model), complete=False),
         "end tokens": sorted(end_tokens(model)),
         "dtype": str(unwrap(model).dtype).removeprefix("torch."),
         "device": device.type,
         "tasks": list(dict.fromkeys(case.task.name for case in cases)),
         **dump(plan.options),
-        "prompts": fingerprint(plan, language),
+        "prompts": prompts_digest(plan, language),
         **{f"config of {variant}": _digest(given) for variant, given in configs.items() if given is not None},
         **{f"version of {library}": machine[library] for library in VERSIONS},
     }
@@ -145,9 +146,9 @@ def header_of(
         "processes": processes,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "retrieval_heads": {
-            variant.name: [roles.count("R"), len(roles)]
+            variant.name: [variant.config.retrieval_heads, variant.config.kv_heads]
             for variant in plan.variants
-            if variant.config is not None and (roles := "".join(variant.config.roles()))
+            if variant.config is not None
         },
         "configs": configs,
     }
@@ -163,7 +164,7 @@ class Runner:
 
     model: nn.Module
     language: Language
-    plan: Plan
+    plan: EvalPlan
     head: Any
 
     def run(self, book: Records, processes: Processes, progress: bool) -> None:
@@ -237,10 +238,10 @@ class Runner:
                 }
 
     def too_long(self, case: Case) -> tuple[str, ...]:
-        made_for = getattr(unwrap(self.model).config, "max_position_embeddings", None)
-        if made_for is None or case.length <= made_for:
+        longest = made_for(unwrap(self.model).config)
+        if longest is None or case.length <= longest:
             return ()
-        return (f"some prompts are longer than the {made_for} tokens that the model was made for",)
+        return (f"some prompts are longer than the {longest} tokens that the model was made for",)
 
     def scored(self, sample: Sample, said: Sequence[Sequence[int]]) -> dict[str, Any]:
         outputs = [self.language.decode(ids) for ids in said]

@@ -8,7 +8,7 @@ from statistics import mean, median
 from typing import Any
 
 from .measures import Interval, Perplexity, paired_bootstrap
-from .plan import DENSE, Case, Plan, Window
+from .plan import DENSE, Case, EvalPlan, Window
 from .records import Record
 from .sentence import sentences
 
@@ -89,7 +89,7 @@ class Summary:
         return tuple(dict.fromkeys(row.task for row in self.by_task))
 
 
-def summarize(plan: Plan, records: Iterable[Record]) -> Summary:
+def summarize(plan: EvalPlan, records: Iterable[Record]) -> Summary:
     """The summary of a plan all of whose records are there."""
     found = {(record["variant"], record["case"]): record for record in records}
     names = [variant.name for variant in plan.variants]
@@ -124,7 +124,7 @@ def _sorted(rows: Sequence[Row], order: list[str]) -> tuple[Row, ...]:
     return tuple(sorted(rows, key=lambda row: (order.index(row.task), row.length, row.depth or 0.0)))
 
 
-def _perplexity(plan: Plan, found: Mapping[tuple[str, str], Record], name: str) -> float | None:
+def _perplexity(plan: EvalPlan, found: Mapping[tuple[str, str], Record], name: str) -> float | None:
     read = [found[name, case.key] for case in plan.cases if isinstance(case, Window)]
     if not read:
         return None

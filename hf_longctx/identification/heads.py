@@ -14,12 +14,13 @@ from ..config.bounds import TOKENS
 from ..config.config import LongCtxConfig
 from ..config.find import checkpoint_name
 from ..config.head_map import usable_fraction
-from ..config.words import build, convert, dump, words
+from ..config.model import made_for
+from ..config.words import build, convert, dump, is_spec, spec_word, words
 from ..errors import ConfigError, UnsupportedModeError, UnsupportedModelError
 from ..model.modules import state_of, unwrap
 from ..model.patch import patched
 from ..tasks.documents import Documents, RandomTokens, documents_for
-from .methods.base import Method, Subject, modes_kept
+from .methods.base import HeadProbe, Method, modes_kept
 from .share import ShareSearch
 
 SHARE = {"min": 0.0, "max": 1.0}
@@ -31,7 +32,7 @@ SEED = {"min": 0, "max": 2**63 - 1}
 def identify(
     model: nn.Module,
     tokenizer: Any,
-    method: str = "two_needle",
+    method: str | Method = "two_needle",
     *,
     text: str | os.PathLike | None = None,
     retrieval_fraction: float | None = None,
@@ -54,7 +55,8 @@ def identify(
         tokenizer: its tokenizer; the documents are made with it. "echo_induction" needs none without ``text`` and
             ``target_drop``: given None, it draws from all of the model's token ids but the special ones.
         method: a word of ``hf_longctx/identification/methods``: "duo_gates" (arXiv:2410.10819), "retrieval_score"
-            (arXiv:2404.15574), "echo_induction" (arXiv:2407.15891) or "two_needle" (arXiv:2605.16928).
+            (arXiv:2404.15574), "echo_induction" (arXiv:2407.15891) or "two_needle" (arXiv:2605.16928), a word that was
+            registered, or the object of such a class.
         text: a file or folder to take the documents' filler from, instead of random tokens.
         retrieval_fraction: share of retrieval heads of the config; default 0.5, or 0.25 where every query head has a KV
             head of its own, as DuoAttention uses them, lowered where fewer heads were told apart.
@@ -77,18 +79,19 @@ def identify(
         UnsupportedModelError: the family is not in ``patches/``, the model has no LM head, or it answers nothing.
         UnsupportedModeError: the model is spread over processes by tensor parallelism.
     """
-    chosen: Method = build("identification.methods", {"method": method, **options}, "method", "identify")
+    chosen = _method(method, options)
+    method = spec_word(chosen)
     _check(chosen, method, retrieval_fraction, target_drop, measure_tokens, text, work, seed)
     plain = all_retrieval(model, sink, recent)
     with modes_kept(model), patched(model, plain):
         model.eval()
         without = tokenizer is None and not needs_tokenizer(chosen, text, target_drop)
         documents = RandomTokens(_plain_ids(unwrap(model))) if without else documents_for(tokenizer, text)
-        subject = subject_of(model, tokenizer, documents, seed, work, progress)
-        search = None if target_drop is None else ShareSearch(subject, measure_tokens, target_drop)
-        scores = chosen.scores(subject)
-        scores[list(subject.windowed)] = 0  # their heads keep the model's own window, whatever they score
-        config = _config(plain, model, method, chosen, scores, subject)
+        probe = probe_of(model, tokenizer, documents, seed, work, progress)
+        search = None if target_drop is None else ShareSearch(probe, measure_tokens, target_drop)
+        scores = chosen.scores(probe)
+        scores[list(probe.windowed)] = 0  # their heads keep the model's own window, whatever they score
+        config = _config(plain, model, method, chosen, scores, probe)
         if search is None:
             return config.override(heads={"retrieval_fraction": _fraction(config, retrieval_fraction)})
         found, curve = search.smallest(model, config)
@@ -99,6 +102,14 @@ def identify(
 def methods() -> tuple[str, ...]:
     """The words of this folder."""
     return words("identification.methods")
+
+
+def _method(method: str | Method, options: dict[str, Any]) -> Method:
+    """The method that a word and its fields, or an object, name."""
+    if is_spec(method) and options:
+        raise ConfigError(f"identify: {', '.join(options)} given beside a method object; its fields are set in it.")
+    given = method if is_spec(method) else {"method": method, **options}
+    return build("identification.methods", given, "method", "identify")
 
 
 def _check(
@@ -143,7 +154,7 @@ def _plain_ids(inner: nn.Module) -> list[int]:
     return [i for i in range(inner.get_input_embeddings().num_embeddings) if i not in special]
 
 
-def subject_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int, work: Any, progress: bool) -> Subject:
+def probe_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int, work: Any, progress: bool) -> HeadProbe:
     """What is measured, of a model patched with ``all_retrieval``; errors as ``identify``."""
     inner = unwrap(model)
     hf_config, plans = inner.base_model.config, state_of(model).plans
@@ -161,7 +172,8 @@ def subject_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int
     reach = 0 if tokenizer is None else max(tokenizer.get_vocab().values(), default=0)
     if reach >= (known := inner.get_input_embeddings().num_embeddings):
         raise ConfigError(f"tokenizer: its ids reach {reach}, but the model knows {known}. Is it this model's own?")
-    return Subject(
+    bounds = [tokens for tokens in (made_for(hf_config), documents.longest) if tokens]
+    return HeadProbe(
         model=inner,
         layers=hf_config.num_hidden_layers,
         heads=hf_config.num_attention_heads,
@@ -169,7 +181,7 @@ def subject_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int
         documents=documents,
         windowed=windowed,
         seed=seed,
-        longest=min(hf_config.max_position_embeddings, documents.longest or hf_config.max_position_embeddings),
+        longest=min(bounds, default=HeadProbe.longest),
         work=None if work is None else Path(work),
         progress=progress,
         measured={"tokenizer": "none"} if tokenizer is None else {},
@@ -177,7 +189,7 @@ def subject_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int
 
 
 def _config(
-    plain: LongCtxConfig, model: nn.Module, method: str, chosen: Method, scores: torch.Tensor, subject: Subject
+    plain: LongCtxConfig, model: nn.Module, method: str, chosen: Method, scores: torch.Tensor, probe: HeadProbe
 ) -> LongCtxConfig:
     if not torch.isfinite(scores).all():
         raise ConfigError(f"identify: {method} gave scores that are nan or inf; is the model's dtype too narrow?")
@@ -189,13 +201,13 @@ def _config(
     name, _ = checkpoint_name(getattr(unwrap(model).base_model.config, "_name_or_path", "") or "")
     data = plain.to_dict()
     data["model"]["ids"] = [name] if name else []
-    measured = {"seed": subject.seed, "options": dump(chosen), **subject.measured}
-    measured |= {"doubts": subject.doubts} if subject.doubts else {}
+    measured = {"seed": probe.seed, "options": dump(chosen), **probe.measured}
+    measured |= {"doubts": probe.doubts} if probe.doubts else {}
     data["heads"] = {
         "source": {"method": method, "from": f"hf_longctx {version('hf-longctx')}", "paper": chosen.paper},
         "scores": [[float(f"{score:.4g}") for score in row] for row in scores.tolist()],
         "retrieval_fraction": 1.0,
-        "confidence": "low" if subject.doubts else "measured",
+        "confidence": "low" if probe.doubts else "measured",
         "measured": measured,
     }
     return LongCtxConfig.from_dict(data)

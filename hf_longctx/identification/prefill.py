@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..cache.fingerprint import weights_digest
 from ..config.config import LongCtxConfig
 from ..config.find import resolve
 from ..config.words import build, convert, dump, wrong
@@ -34,9 +35,8 @@ from ..prefill.vertical_slash import VerticalSlash
 from ..tasks.documents import documents_for
 from ..tasks.haystack import TextHaystack
 from .attention import weights
-from .heads import SEED, all_retrieval, subject_of
-from .methods.base import Subject, modes_kept
-from .work import model_hash
+from .heads import SEED, all_retrieval, probe_of
+from .methods.base import HeadProbe, modes_kept
 
 TABLE = "searched"
 FILE = "identify_prefill.json"
@@ -105,10 +105,10 @@ def identify_prefill(
     with torch.no_grad(), modes_kept(model), patched(model, all_retrieval(model)):
         model.eval()
         documents = documents_for(tokenizer, text)
-        subject = subject_of(model, tokenizer, documents, seed, None if work is None else Path(work), progress)
-        ids = _prompt(subject, tokenizer, length)
+        probe = probe_of(model, tokenizer, documents, seed, None if work is None else Path(work), progress)
+        ids = _prompt(probe, tokenizer, length)
         specs = default_candidates(len(ids), cost) if specs is None else specs
-        search = Search(subject, ids, specs, cost)
+        search = Search(probe, ids, specs, cost)
         search.run()
     return _config(wanted, search)
 
@@ -164,7 +164,7 @@ class Search:
     """One search, layer by layer.
 
     Attributes:
-        subject: the model, patched with all heads retrieval.
+        probe: the model, patched with all heads retrieval.
         ids: the prompt, ``[T]``.
         candidates: what is tried.
         cost: the largest density of a head.
@@ -172,7 +172,7 @@ class Search:
         layers: by layer index, for every query head the "choice" (a candidate's index), its "mass" and its "density".
     """
 
-    subject: Subject
+    probe: HeadProbe
     ids: np.ndarray
     candidates: Sequence[PatternSpec]
     cost: float
@@ -181,19 +181,19 @@ class Search:
 
     def __post_init__(self) -> None:
         every = -(-len(self.ids) // BLOCK)
-        drawn = self.subject.rng(10).choice(every, size=min(every, QUERY_BLOCKS), replace=False)
+        drawn = self.probe.rng(10).choice(every, size=min(every, QUERY_BLOCKS), replace=False)
         self.blocks = np.sort(drawn).tolist()
 
     def run(self) -> None:
         """Measure the layers that no earlier run has left in the work folder, and leave each of them there."""
-        subject, file = self.subject, work_file(self.subject.work, FILE)
+        probe, file = self.probe, work_file(self.probe.work, FILE)
         settings = {} if file is None else self.settings()
         if file is not None and file.exists():
             self._go_on_from(file, settings)
-        left = set(range(subject.layers)) - set(subject.windowed) - set(self.layers)
+        left = set(range(probe.layers)) - set(probe.windowed) - set(self.layers)
         if not left:
             return
-        bar = subject.track("patterns", len(self.layers) + len(left), "layers", done=len(self.layers))
+        bar = probe.track("patterns", len(self.layers) + len(left), "layers", done=len(self.layers))
 
         def look(layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute) -> None:
             if layer_idx not in left:
@@ -204,8 +204,8 @@ class Search:
                     unfinished.write_text(json.dumps({"settings": settings, "layers": self.layers}), "utf-8")
             bar.advance(saved=file is not None)
 
-        with bar, observe(subject.model, look):
-            subject.model.base_model(subject.ids(self.ids), use_cache=False)
+        with bar, observe(probe.model, look):
+            probe.model.base_model(probe.ids(self.ids), use_cache=False)
 
     def settings(self) -> dict[str, Any]:
         """What the saved layers depend on, plain data."""
@@ -213,11 +213,11 @@ class Search:
             "candidates": [dump(spec, "pattern") for spec in self.candidates],
             "cost": self.cost,
             "length": len(self.ids),
-            "seed": self.subject.seed,
+            "seed": self.probe.seed,
             "query_blocks": self.blocks,
             "prompt": hashlib.sha256(self.ids.tobytes()).hexdigest()[:16],
-            "model": model_hash(self.subject.model),
-            "dtype": str(self.subject.model.dtype),
+            "model": weights_digest(unwrap(self.probe.model), complete=False),
+            "dtype": str(self.probe.model.dtype),
         }
 
     def _layer(self, layer_idx: int, q: Tensor, k: Tensor, scaling: float) -> dict[str, list]:
@@ -225,7 +225,7 @@ class Search:
         if not torch.isfinite(kept).all():
             raise ConfigError(
                 f"identify_prefill: the attention weights of layer {layer_idx} are nan or inf with a model in "
-                f"{self.subject.model.dtype}. Load the model in bfloat16 or float32."
+                f"{self.probe.model.dtype}. Load the model in bfloat16 or float32."
             )
         choice = choose(kept, density, self.cost)
         at = (choice, range(len(choice)))
@@ -237,7 +237,7 @@ class Search:
             check_settings(file, dict(saved["settings"]), settings)
             layers = {int(i): dict(one) for i, one in saved["layers"].items()}
             for one in layers.values():
-                whole = all(len(one[name]) == self.subject.heads for name in ("choice", "mass", "density"))
+                whole = all(len(one[name]) == self.probe.heads for name in ("choice", "mass", "density"))
                 if not whole or not set(one["choice"]) <= set(range(len(self.candidates))):
                     raise ValueError("a layer is not whole")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -254,41 +254,40 @@ def _given(candidates: Sequence[PatternSpec | Mapping[str, Any]]) -> tuple[Patte
         raise wrong("candidates", candidates, "a list of patterns, e.g. [{'pattern': 'block_topk', 'top_k': 32}]")
     specs = []
     for i, one in enumerate(candidates):
-        plain = dump(one, "pattern") if isinstance(one, PatternSpec) else one
-        specs.append(build("prefill", plain, "pattern", f"candidates[{i}]", "retrieval"))
+        specs.append(build("prefill", one, "pattern", f"candidates[{i}]", "retrieval"))
         if specs[-1].reads_all:
-            raise wrong(f"candidates[{i}]", plain, "a sparse pattern: what reads everything keeps everything")
+            raise wrong(f"candidates[{i}]", one, "a sparse pattern: what reads everything keeps everything")
     return tuple(dict.fromkeys(specs))
 
 
-def _prompt(subject: Subject, tokenizer: Any, length: int | None) -> np.ndarray:
+def _prompt(probe: HeadProbe, tokenizer: Any, length: int | None) -> np.ndarray:
     """Token ids ``[T]``: a piece of the user's text, or a document that asks for its facts."""
-    haystack, bos = subject.documents.haystack, tokenizer.bos_token_id
+    haystack, bos = probe.documents.haystack, tokenizer.bos_token_id
     if not isinstance(haystack, TextHaystack):
-        return subject.documents.draw(subject.rng(10, 0), subject.length(length, LENGTH)).ids
+        return probe.documents.draw(probe.rng(10, 0), probe.length(length, LENGTH)).ids
     first = np.asarray([] if bos is None else [bos], dtype=np.int64)
     has = len(first) + len(haystack.ids)
-    tokens = subject.length(length, min(LENGTH, has))
+    tokens = probe.length(length, min(LENGTH, has))
     if not SHORTEST <= tokens <= has:
         raise ConfigError(f"text: it has {has} tokens, fewer than the prompt (length={max(tokens, SHORTEST)}).")
-    return np.concatenate([first, haystack.sample(subject.rng(10, 0), tokens - len(first))])
+    return np.concatenate([first, haystack.sample(probe.rng(10, 0), tokens - len(first))])
 
 
 def _config(wanted: LongCtxConfig, search: Search) -> LongCtxConfig:
     """``wanted`` with the table in use, and in its source what was measured."""
-    subject, layers = search.subject, search.layers
+    probe, layers = search.probe, search.layers
     used = sorted({choice for one in layers.values() for choice in one["choice"]})
-    nothing = [0] * subject.heads  # of a layer with a window of its own, whose heads read no pattern
-    rows = [[used.index(c) for c in layers[i]["choice"]] if i in layers else nothing for i in range(subject.layers)]
+    nothing = [0] * probe.heads  # of a layer with a window of its own, whose heads read no pattern
+    rows = [[used.index(c) for c in layers[i]["choice"]] if i in layers else nothing for i in range(probe.layers)]
     mass, density = (np.array([one[name] for one in layers.values()]) for name in ("mass", "density"))
     over = int((density > search.cost).sum())
     source = {
         "method": "identify_prefill",
         "from": f"hf_longctx {version('hf-longctx')}",
         "paper": "arXiv:2407.02490",
-        "text": "given" if isinstance(subject.documents.haystack, TextHaystack) else "facts and questions",
+        "text": "given" if isinstance(probe.documents.haystack, TextHaystack) else "facts and questions",
         "length": len(search.ids),
-        "seed": subject.seed,
+        "seed": probe.seed,
         "cost": search.cost,
         "candidates": len(search.candidates),
         "query_blocks": len(search.blocks),

@@ -14,7 +14,7 @@ from ..config.head_map import usable_cuts
 from ..errors import ConfigError
 from ..model.patch import patched
 from ..tasks.haystack import TextHaystack
-from .methods.base import Subject
+from .methods.base import HeadProbe
 
 Quality = dict[str, float]
 QUESTIONS, PIECES = 128, 4  # asked, or pieces of text read, for every share that is measured
@@ -36,18 +36,18 @@ class Yardstick(ABC):
 
 
 class ExactMatch(Yardstick):
-    """Share of questions whose whole answer is the greedy choice, on documents of the subject's own kind.
+    """Share of questions whose whole answer is the greedy choice, on documents of the probe's own kind.
 
     Args:
         length: tokens of a document.
         questions: asked in all, at least.
     """
 
-    def __init__(self, subject: Subject, length: int, questions: int):
-        self.subject, self.texts = subject, []
+    def __init__(self, probe: HeadProbe, length: int, questions: int):
+        self.probe, self.texts = probe, []
         asked = 0
         while asked < questions:
-            document = subject.documents.draw(subject.rng(8, len(self.texts)), length)
+            document = probe.documents.draw(probe.rng(8, len(self.texts)), length)
             asked += len(document.answers)
             self.texts.append(document)
 
@@ -56,7 +56,7 @@ class ExactMatch(Yardstick):
         hits, loss, tokens = [], 0.0, 0
         for document in self.texts:
             places = torch.from_numpy(document.answers)
-            ids = self.subject.ids(document.ids)
+            ids = self.probe.ids(document.ids)
             first = int(places.min()) - 1
             hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, first:]
             logits = model.get_output_embeddings()(hidden[places.to(hidden.device) - 1 - first]).float()
@@ -83,18 +83,18 @@ class NextToken(Yardstick):
 
     KEPT = 256  # logits computed at once, of a vocabulary that may be large
 
-    def __init__(self, subject: Subject, text: TextHaystack, length: int, pieces: int):
+    def __init__(self, probe: HeadProbe, text: TextHaystack, length: int, pieces: int):
         if len(text.ids) < length:
             raise ConfigError(f"text: it has {len(text.ids)} tokens, fewer than a piece (measure_tokens={length}).")
-        self.subject = subject
-        self.pieces = [text.sample(subject.rng(9, i), length) for i in range(pieces)]
+        self.probe = probe
+        self.pieces = [text.sample(probe.rng(9, i), length) for i in range(pieces)]
         self.dense: list[torch.Tensor] | None = None
 
     @torch.no_grad()
     def measure(self, model: torch.nn.Module) -> Quality:
         best, loss, tokens = [], 0.0, 0
         for piece in self.pieces:
-            ids = self.subject.ids(piece)
+            ids = self.probe.ids(piece)
             hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
             for states, right in zip(hidden.split(self.KEPT), ids[0, 1:].split(self.KEPT), strict=True):
                 logits = model.get_output_embeddings()(states).float()
@@ -123,16 +123,16 @@ class ShareSearch:
         ConfigError: the dense model answers nothing, or the user's text is shorter than ``tokens``.
     """
 
-    def __init__(self, subject: Subject, tokens: int | None, target: float):
-        self.subject, self.target = subject, target
-        self.tokens = subject.length(tokens, 4096, "measure_tokens")
-        haystack = subject.documents.haystack
+    def __init__(self, probe: HeadProbe, tokens: int | None, target: float):
+        self.probe, self.target = probe, target
+        self.tokens = probe.length(tokens, 4096, "measure_tokens")
+        haystack = probe.documents.haystack
         self.yardstick: Yardstick = (
-            NextToken(subject, haystack, self.tokens, PIECES)
+            NextToken(probe, haystack, self.tokens, PIECES)
             if isinstance(haystack, TextHaystack)
-            else ExactMatch(subject, self.tokens, QUESTIONS)
+            else ExactMatch(probe, self.tokens, QUESTIONS)
         )
-        self.dense = self.yardstick.measure(subject.model)
+        self.dense = self.yardstick.measure(probe.model)
         if self.dense.get("exact_match") == 0:
             raise ConfigError(
                 "target_drop: the dense model answers none of the questions right, so no drop can be measured. Use "
@@ -145,12 +145,12 @@ class ShareSearch:
 
         def measure(heads: int) -> Quality:
             with patched(model, config, heads={"retrieval_fraction": round(heads / scores.size, 6)}):
-                quality = self.yardstick.measure(self.subject.model)
+                quality = self.yardstick.measure(self.probe.model)
             bar.advance()
             return quality
 
         cuts = usable_cuts(scores.ravel().tolist())
-        with self.subject.track("share", math.ceil(math.log2(len(cuts))), "shares") as bar:
+        with self.probe.track("share", math.ceil(math.log2(len(cuts))), "shares") as bar:
             found, curve = bisect(cuts, self.dense, measure, self.yardstick.drop, self.target)
         return round(found / scores.size, 6), curve
 

@@ -53,7 +53,7 @@ def head_map(config: LongCtxConfig) -> Figure:
     if not active.scores:
         axes = figure.add_subplot()
         _map(axes, [[float(role == "R") for role in row] for row in roles], roles)
-        axes.set_title(f"outlined: retrieval heads ({''.join(roles).count('R') / (layers * width):.1%})", fontsize=9)
+        axes.set_title(f"outlined: retrieval heads ({config.retrieval_heads / config.kv_heads:.1%})", fontsize=9)
         return figure
     left, right = figure.subplots(1, 2, width_ratios=[across, 4.2])
     ranks = _ranks(active.scores)

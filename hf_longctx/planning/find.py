@@ -14,17 +14,18 @@ from ..assets import embedded
 from ..config.config import LongCtxConfig, load_shipped
 from ..config.files import shipped
 from ..config.find import find_name, is_file_name, resolve
+from ..config.model import made_for
 from ..config.words import check_word
 from ..errors import ConfigError, UnsupportedModelError
 from ..model.family import find_family
 from ..model.modules import state_of, unwrap
-from .memory import MemorySettings, Subject
+from .memory import MemoryModel, MemorySettings
 from .sizes import dtype_of
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # what families call their number
 
 
-def find(name: str, settings: MemorySettings, config: str | None = None) -> Subject:
+def find(name: str, settings: MemorySettings, config: str | None = None) -> MemoryModel:
     """A model by a shipped config, a YAML, a local folder or a hub id (of which only config.json is read).
 
     The ids of shipped configs are known: for them nothing is fetched, and config.json is read where it was before.
@@ -44,14 +45,18 @@ def find(name: str, settings: MemorySettings, config: str | None = None) -> Subj
     known = None if os.path.isdir(name) or embedded(name) != name else find_name(name)
     dense = _read(name, fetch=known is None)
     if dense is None:
-        subject = _described(name, known, load_shipped(known), settings)
-        return subject if config is None else replace(subject, config=resolve(config, subject.config.model.as_model()))
+        memory_model = _described(name, known, load_shipped(known), settings)
+        return (
+            memory_model
+            if config is None
+            else replace(memory_model, config=resolve(config, memory_model.config.model.as_model()))
+        )
     _check_dense(name, dense)
     chosen = resolve(config or "auto", dense)
-    return _checked(Subject(name, _meta(dense, settings), dense, settings, chosen, *_told(dense, chosen)))
+    return _checked(MemoryModel(name, _meta(dense, settings), dense, settings, chosen, *_told(dense, chosen)))
 
 
-def loaded(model: Any, settings: MemorySettings, config: str | None = None) -> Subject:
+def loaded(model: Any, settings: MemorySettings, config: str | None = None) -> MemoryModel:
     """A loaded model, patched or not, whose parameters are counted as they are; the model itself is left alone.
 
     Args:
@@ -69,13 +74,13 @@ def loaded(model: Any, settings: MemorySettings, config: str | None = None) -> S
         held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         settings = replace(settings, weights=held)
     chosen = resolve(config or ("auto" if state is None else state.config), dense)
-    return _checked(Subject(name, _meta(dense, settings), dense, settings, chosen, *_told(dense, chosen)))
+    return _checked(MemoryModel(name, _meta(dense, settings), dense, settings, chosen, *_told(dense, chosen)))
 
 
 def _told(dense: Any, config: LongCtxConfig) -> tuple[int | None, tuple[str, ...]]:
     """(tokens it was made for, notes) of a model whose own config is known."""
     scaled = config.model.rope_note(dense)
-    return getattr(dense, "max_position_embeddings", None), () if scaled is None else (scaled,)
+    return made_for(dense), () if scaled is None else (scaled,)
 
 
 def _check_dense(name: str, dense: Any) -> None:
@@ -106,10 +111,10 @@ def _meta(dense: Any, settings: MemorySettings) -> Any:
     return model
 
 
-def _checked(subject: Subject) -> Subject:
-    """The subject, once its model was patched: what cannot be patched is refused before anything is counted."""
-    subject.patch()
-    return subject
+def _checked(memory_model: MemoryModel) -> MemoryModel:
+    """The memory_model, once its model was patched: what cannot be patched is refused before anything is counted."""
+    memory_model.patch()
+    return memory_model
 
 
 def _read(name: str, fetch: bool) -> Any:
@@ -128,7 +133,7 @@ def _read(name: str, fetch: bool) -> Any:
         ) from None
 
 
-def _described(name: str, known: str, named: LongCtxConfig, settings: MemorySettings) -> Subject:
+def _described(name: str, known: str, named: LongCtxConfig, settings: MemorySettings) -> MemoryModel:
     """A model with the sizes of a config of ours, ``known``. Where a token is rotated to costs no memory."""
     model, finger = named.model, named.model.fingerprint
     sizes = {key: getattr(finger, key) for key in ("hidden_size", "intermediate_size", "vocab_size")}
@@ -146,5 +151,6 @@ def _described(name: str, known: str, named: LongCtxConfig, settings: MemorySett
         "The model's config.json does: name its folder."
     )
     notes = (note,) if settings.weights is None else ()
-    made_for = model.max_position_embeddings
-    return _checked(Subject(name, _meta(dense, settings), dense, settings, named, made_for, notes))
+    return _checked(
+        MemoryModel(name, _meta(dense, settings), dense, settings, named, model.max_position_embeddings, notes)
+    )

@@ -17,7 +17,7 @@ from ..config.files import merge
 from ..config.head_map import usable_fraction
 from ..config.words import words
 from ..errors import ConfigError
-from .memory import Need, Subject
+from .memory import MemoryModel, Need
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +50,16 @@ class Rung:
     need: Need
 
 
-def ladder(subject: Subject, way: str, tokens: int) -> Iterator[tuple[Rung, Subject]]:
+def ladder(memory_model: MemoryModel, way: str, tokens: int) -> Iterator[tuple[Rung, MemoryModel]]:
     """The rungs for ``tokens`` tokens with what each is about; each needs less than the one before."""
-    need = subject.need(way, tokens)
-    yield Rung("the config as it is", {}, need), subject
+    need = memory_model.need(way, tokens)
+    yield Rung("the config as it is", {}, need), memory_model
     sofar: Overrides = {}
     for step in LADDER:
-        for change in step(subject.config):
-            overrides = merge(sofar or _pinned(subject.config), change)
+        for change in step(memory_model.config):
+            overrides = merge(sofar or _pinned(memory_model.config), change)
             try:
-                lower = replace(subject, config=subject.config.override(**overrides))
+                lower = replace(memory_model, config=memory_model.config.override(**overrides))
             except ConfigError as error:  # a cut among heads nobody told apart, which only balance and the like bring
                 logger.info("plan: %s left out: %s", ", ".join(_leaves(change)), error)
                 continue
@@ -100,15 +100,15 @@ def smaller_windows(config: LongCtxConfig) -> Iterator[Overrides]:
 LADDER: tuple[Callable[[LongCtxConfig], Iterator[Overrides]], ...] = (quantised, fewer_heads, smaller_windows)
 
 
-def offloaded(subject: Subject) -> Subject | None:
-    """The subject with its older tokens in host memory; None where its store is another than those of the ladder.
+def offloaded(memory_model: MemoryModel) -> MemoryModel | None:
+    """The memory_model with its older tokens in host memory; None where its store is another than those of the ladder.
 
     No rung of the ladder: it is slow, and where the model runs on a CPU it is the same memory.
     """
-    config, store = subject.config, subject.config.to_dict()["stores"]["retrieval"]["store"]
+    config, store = memory_model.config, memory_model.config.to_dict()["stores"]["retrieval"]["store"]
     if config.heads.kv_budget is not None or store not in ("full", "quantized"):
         return None
-    return replace(subject, config=config.override(stores={"retrieval": {"store": "offloaded"}}))
+    return replace(memory_model, config=config.override(stores={"retrieval": {"store": "offloaded"}}))
 
 
 def _pinned(config: LongCtxConfig) -> Overrides:
@@ -117,8 +117,7 @@ def _pinned(config: LongCtxConfig) -> Overrides:
 
 
 def _share(config: LongCtxConfig) -> float:
-    roles = "".join(config.roles())
-    return round(roles.count("R") / len(roles), 6)
+    return round(config.retrieval_heads / config.kv_heads, 6)
 
 
 def _leaves(overrides: Mapping[str, Any]) -> Iterator[str]:

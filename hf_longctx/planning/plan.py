@@ -12,9 +12,10 @@ import yaml
 
 from ..config.config import LongCtxConfig
 from ..errors import ConfigError, LongCtxError
+from ..io.console import count
 from .find import find, loaded
 from .ladder import RULE, Overrides, Rung, ladder, offloaded
-from .memory import DENSE, PATCHED, RESERVED, UNKNOWN_LENGTH, MemorySettings, Need, Subject, longest
+from .memory import DENSE, PATCHED, RESERVED, UNKNOWN_LENGTH, MemoryModel, MemorySettings, Need, longest
 from .sizes import parse_bytes, word_of
 
 SMALL_CHUNK = 512  # tokens: what a refusal offers
@@ -89,9 +90,10 @@ class Plan:
         )
         cache = f"LongCtxCache(model, max_tokens={self.context})"
         made = cache if self.reserve else "generate()"
+        sequences = count(s.batch, "sequence")
         changes = _flow(self.overrides) if self.overrides else "the config as it is"
         lines = [
-            f"plan      {self.context} tokens of {self.name} in {_said(s.memory)}: {s.dtype}, {_rows(s.batch)} of "
+            f"plan      {self.context} tokens of {self.name} in {_size(s.memory)}: {s.dtype}, {sequences} of "
             f"prompt and answer together, the prompt {read}, the cache as {made} makes it. GB are 10^9 bytes.",
             _row("rung", *(f"{part} {self._unit[0]}" for part in ("weights", "KV", "working", "total"))),
             *(self._line(rung.label, rung.need) for rung in self.rungs),
@@ -101,7 +103,7 @@ class Plan:
         if self.dense_fits:
             lines.append("dense     fits: there is no need to patch")
         if not self.reserve:
-            total = _said(self.reserved.total)
+            total = _size(self.reserved.total)
             lines.append(
                 f"reserve   with {cache}, which never grows, it needs {total}; the rule can count so (reserve)"
             )
@@ -141,9 +143,9 @@ def plan(
     word = dtype or ("bf16" if named else word_of(model.dtype))
     size = None if weights is None else parse_bytes(weights, "weights")
     settings = MemorySettings(parse_bytes(memory, "memory"), word, batch, chunk, size)
-    subject = find(str(model), settings, config) if named else loaded(model, settings, config)
+    memory_model = find(str(model), settings, config) if named else loaded(model, settings, config)
     way, tried = RESERVED if reserve else PATCHED, []
-    for rung, here in ladder(subject, way, context):
+    for rung, here in ladder(memory_model, way, context):
         tried.append(rung)
         if rung.need.total <= settings.memory:
             if rung.overrides:
@@ -156,43 +158,50 @@ def plan(
 
 def _quality(config: LongCtxConfig, rung: Rung) -> Iterator[str]:
     """What is known of the answers of a config, and what is not."""
-    heads, roles = config.heads, "".join(config.roles())
-    kept, source, form = roles.count("R"), heads.active.source, "roles" if heads.active.scores is None else "scores"
-    said, own = f"{kept} of {len(roles)} KV heads keep every token", heads.use is None
-    curve = heads.measured.get("curve") if own else None
-    rows = [row for row in curve or () if isinstance(row, Mapping) and row.get("retrieval_heads") == kept]
-    if kept == len(roles):
+    heads = config.heads
+    source = heads.active.source
+    form = "roles" if heads.active.scores is None else "scores"
+    counted = f"{config.retrieval_heads} of {config.kv_heads} KV heads keep every token"
+    first_map = heads.use is None  # not an alternative, which the measurements are not of
+    curve = heads.measured.get("curve") if first_map else None
+    rows = [
+        row for row in curve or () if isinstance(row, Mapping) and row.get("retrieval_heads") == config.retrieval_heads
+    ]
+    if config.retrieval_heads == config.kv_heads:
         unmeasured = ": the heads of this model were not measured, and hf-longctx identify measures them"
-        yield said + (unmeasured if own and heads.confidence == "none" else "")
+        yield counted + (unmeasured if first_map and heads.confidence == "none" else "")
     elif rows:
         figures = ", ".join(f"{key} {value}" for key, value in rows[0].items() if key != "retrieval_heads")
-        yield f"{said}; heads.measured has for that: {figures}"
+        yield f"{counted}; heads.measured has for that: {figures}"
     else:
         origin = f"{source.get('method', form)} of {source.get('from', 'unknown origin')}"
-        yield f"{said}, by {origin}; what that costs was not measured (heads.measured): hf-longctx eval measures it"
-    if heads.doubt is not None and kept < len(roles):
+        yield f"{counted}, by {origin}; what that costs was not measured (heads.measured): hf-longctx eval measures it"
+    if heads.doubt is not None and config.retrieval_heads < config.kv_heads:
         yield heads.doubt
     if "stores" in rung.overrides:
         yield f"what these stores cost was not measured on this model: {_flow(rung.overrides['stores'])}"
 
 
-def _beyond(subject: Subject, context: int) -> Iterator[str]:
-    if subject.made_for is None:
+def _beyond(memory_model: MemoryModel, context: int) -> Iterator[str]:
+    if memory_model.made_for is None:
         yield UNKNOWN_LENGTH
-    elif context > subject.made_for:
-        yield f"the model was made for {subject.made_for} tokens"
+    elif context > memory_model.made_for:
+        yield f"the model was made for {memory_model.made_for} tokens"
 
 
-def _refusal(last: Subject, way: str, tried: list[Rung]) -> str:
+def _refusal(last: MemoryModel, way: str, tried: list[Rung]) -> str:
     """What the smallest needs, the longest context that fits, and what to change."""
-    s, rung = last.settings, tried[-1]
-    need, tokens = rung.need, longest(last, way)
-    dense, (unit, size) = last.need(DENSE, need.tokens).total, _unit(need.total)
-    changes = [f"no patch: dense it needs {_said(dense)}"] if dense <= s.memory else []
+    s = last.settings
+    rung = tried[-1]
+    need = rung.need
+    tokens = longest(last, way)
+    dense = last.need(DENSE, need.tokens).total
+    unit, size = _unit(need.total)
+    changes = [f"no patch: dense it needs {_size(dense)}"] if dense <= s.memory else []
     changes += [f"memory of at least {math.ceil(100 * need.total / size) / 100:.2f} {unit}"]
     changes += [f"a context of at most {tokens} tokens"] if tokens else []
     changes += ["smaller weights (weights: their size when quantised)"]
-    changes += [f"fewer than {_rows(s.batch)}"] if s.batch > 1 else []
+    changes += [f"fewer than {count(s.batch, 'sequence')}"] if s.batch > 1 else []
     others = {
         f"chunks of {SMALL_CHUNK} tokens": replace(last, settings=replace(s, chunk=SMALL_CHUNK)).need(way, need.tokens),
         "a cache that never grows (reserve)": last.need(RESERVED, need.tokens),
@@ -201,16 +210,16 @@ def _refusal(last: Subject, way: str, tried: list[Rung]) -> str:
         others["older tokens outside of this memory, much slower (store: offloaded)"] = slower.need(way, need.tokens)
     for change, other in others.items():
         fits = " (fits)" if other.total <= s.memory else ""
-        changes += [f"{change}: {_said(other.total)}{fits}"] if other.total < need.total else []
+        changes += [f"{change}: {_size(other.total)}{fits}"] if other.total < need.total else []
     named = "".join(f", heads.use: {name}" for name in last.config.heads.alternatives)
     scored = last.config.heads.active.scores is not None
     changes += ["a smaller heads.retrieval_fraction in a YAML of yours, after hf-longctx eval"] if scored else []
     changes += [] if scored else [f"a head map with scores (hf-longctx identify{named})"]
-    short = f" (the weights alone take {_said(need.weights)})" if not tokens else ""
+    short = f" (the weights alone take {_size(need.weights)})" if not tokens else ""
     return (
-        f"{need.tokens} tokens of {last.name} do not fit into {_said(s.memory)}; rungs tried: {len(tried)}. The "
-        f"smallest ({rung.label}) needs {_said(need.total)}: weights {_said(need.weights)}, KV {_said(need.kv)}, "
-        f"working {_said(need.working)}. The longest context with it: {tokens or 'none'}{short}. "
+        f"{need.tokens} tokens of {last.name} do not fit into {_size(s.memory)}; rungs tried: {len(tried)}. The "
+        f"smallest ({rung.label}) needs {_size(need.total)}: weights {_size(need.weights)}, KV {_size(need.kv)}, "
+        f"working {_size(need.working)}. The longest context with it: {tokens or 'none'}{short}. "
         f"What would help: {'; '.join(changes)}."
     )
 
@@ -224,15 +233,11 @@ def _flow(plain: Mapping[str, Any]) -> str:
     return yaml.safe_dump(plain, default_flow_style=True, width=10**6, sort_keys=False).strip()
 
 
-def _rows(count: int) -> str:
-    return f"{count} row{'s' if count > 1 else ''}"
-
-
 def _unit(size: int) -> tuple[str, int]:
     """The unit to say so many bytes in, and its bytes."""
     return ("GB", 10**9) if size >= 10**9 else ("MB", 10**6)
 
 
-def _said(size: int) -> str:
+def _size(size: int) -> str:
     unit, factor = _unit(size)
     return f"{size / factor:.2f} {unit}"

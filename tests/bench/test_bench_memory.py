@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.store_cases import CASES, role_of
 from helpers.tiny import config_for, tiny_config, tiny_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
@@ -17,14 +18,13 @@ from hf_longctx import ConfigError, LongCtxCache, LongCtxConfig, LongCtxError, p
 from hf_longctx.bench import environment, memory_check
 from hf_longctx.bench.memory_check import check, fill
 from hf_longctx.cache.seam import CACHE, cache_of
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
 from hf_longctx.config.config import load_shipped
-from hf_longctx.config.words import words
 from hf_longctx.planning import find as memory_find
 from hf_longctx.planning import memory
 from hf_longctx.planning.find import find
-from hf_longctx.planning.memory import DENSE, MOST, PATCHED, RESERVED, WAYS, MemorySettings, Subject, longest
-from hf_longctx.stores.base import SPARE, StoreSpec
+from hf_longctx.planning.memory import DENSE, MOST, PATCHED, RESERVED, WAYS, MemoryModel, MemorySettings, longest
+from hf_longctx.stores.base import SPARE, Reserve, StoreSpec
 
 SETTINGS = MemorySettings(10**9, "fp32", 1, 64)
 
@@ -57,10 +57,10 @@ def folder(tmp_path):
 @pytest.mark.parametrize(("word", "batch"), [("fp32", 1), ("bf16", 3)])
 def test_the_calculation_is_what_is_allocated(tokens, roles, word, batch, folder):
     path, config = folder(roles=roles)
-    subject = find(path, replace(SETTINGS, dtype=word, batch=batch), config)
+    memory_model = find(path, replace(SETTINGS, dtype=word, batch=batch), config)
     number = {"fp32": 4, "bf16": 2}[word]
     head = 2 * 8 * number * batch  # bytes of a slot of one head: k and v, head_dim 8
-    letters = "".join(plan.letters for plan in subject.plans)
+    letters = "".join(plan.letters for plan in memory_model.plans)
     r, s = letters.count("R"), letters.count("S")
     history = min(255, tokens - 20) + 1 if tokens > 20 else 0  # what generate() has no use for
     want = {
@@ -70,7 +70,12 @@ def test_the_calculation_is_what_is_allocated(tokens, roles, word, batch, folder
     }
     assert len(letters) == 12 and list(want) == list(WAYS)
     for way in WAYS:
-        assert subject.kv(way, tokens) == want[way] == fill(subject, way, tokens) == check(subject, way, tokens)
+        assert (
+            memory_model.kv(way, tokens)
+            == want[way]
+            == fill(memory_model, way, tokens)
+            == check(memory_model, way, tokens)
+        )
 
 
 @pytest.mark.parametrize("chunk", [0, 5, 7, 64])
@@ -78,15 +83,15 @@ def test_the_calculation_is_what_is_allocated(tokens, roles, word, batch, folder
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_windows_of_the_model_s_own_are_counted(family, tokens, chunk, folder):
     path, config = folder(family, sliding=8)
-    subject = find(path, replace(SETTINGS, chunk=chunk), config)
-    sliding = [plan.window is not None for plan in subject.plans]
+    memory_model = find(path, replace(SETTINGS, chunk=chunk), config)
+    sliding = [plan.window is not None for plan in memory_model.plans]
     assert sliding == ([True] * 3 if family == "mistral" else [False, True, False])
     for way in WAYS:
-        assert subject.kv(way, tokens) == fill(subject, way, tokens)
+        assert memory_model.kv(way, tokens) == fill(memory_model, way, tokens)
     if chunk == 5 and tokens == 300:
         head = 2 * 8 * 4 * 4
         windows = sum(sliding)
-        assert subject.kv(DENSE, tokens) == (windows * (7 + 5) + (3 - windows) * 300) * head
+        assert memory_model.kv(DENSE, tokens) == (windows * (7 + 5) + (3 - windows) * 300) * head
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 20, 21, 277, 1000, 3000])
@@ -95,7 +100,7 @@ def test_the_calculation_of_a_mean_and_a_window_that_grows_is_what_is_allocated(
     path, config = folder(roles="streaming")
     store = {"store": "sink_recent_compensated", "sink": sink, "recent": recent}
     LongCtxConfig.from_yaml(config).override(stores={"streaming": store}).to_yaml(config)
-    subject = find(path, replace(SETTINGS, dtype="bf16", batch=3), config)
+    memory_model = find(path, replace(SETTINGS, dtype="bf16", batch=3), config)
     slots, bands = min(tokens, sink), []
     for back in (0, 255):  # what can be taken back: the window of the query before it is held as well
         window = 16 if recent == 16 else max(16, (tokens - back) // 2)
@@ -110,7 +115,7 @@ def test_the_calculation_of_a_mean_and_a_window_that_grows_is_what_is_allocated(
         RESERVED: 12 * (2 * reserved + 8) * head,
     }
     for way in WAYS:
-        assert subject.kv(way, tokens) == want[way] == check(subject, way, tokens)
+        assert memory_model.kv(way, tokens) == want[way] == check(memory_model, way, tokens)
 
 
 @pytest.mark.parametrize("tokens", [1, 300, 1000, 3000])
@@ -121,7 +126,7 @@ def test_packed_bytes_are_what_is_allocated(tokens, word, batch, bits, folder):
         stores={"retrieval": {"store": "quantized", "bits": bits, "group": 32}}
     )
     made.to_yaml(config)
-    subject, number = find(path, replace(SETTINGS, dtype=word, batch=batch), config), {"fp32": 4, "bf16": 2}[word]
+    memory_model, number = find(path, replace(SETTINGS, dtype=word, batch=batch), config), {"fp32": 4, "bf16": 2}[word]
 
     def head(exact: int, packed: int) -> int:
         """Bytes of slots of 8 channels: numbers, or codes with two scales a token and two a channel of 32 tokens."""
@@ -134,26 +139,32 @@ def test_packed_bytes_are_what_is_allocated(tokens, word, batch, bits, folder):
         RESERVED: head(min(tokens, most), max(0, tokens - 128) // 32 * 32),
     }
     for way, one in want.items():
-        assert subject.kv(way, tokens) == 12 * batch * one == check(subject, way, tokens)
+        assert memory_model.kv(way, tokens) == 12 * batch * one == check(memory_model, way, tokens)
 
 
-def test_every_store_knows_its_slots():
-    checked = {"full", "sink_recent", "sink_recent_compensated", "offloaded", "offloaded_disk", "quantized"}
-    assert set(words("stores")) == checked, "a new store is checked above or below"
+@pytest.mark.parametrize("tokens", [20, 300])
+@pytest.mark.parametrize("case", CASES)
+def test_the_calculation_of_every_store_is_what_is_allocated(case, tokens, folder):
+    path, config = folder(roles=role_of(case))
+    stores = {role_of(case): CASES[case]}
+    LongCtxConfig.from_yaml(config).override(stores=stores).to_yaml(config)
+    subject = find(path, SETTINGS, config)
+    for way in WAYS:
+        assert subject.kv(way, tokens) == check(subject, way, tokens)
 
+
+def test_a_store_says_its_slots_or_a_test_fails():
     class Twice(StoreSpec):
         def new(self, heads, max_tokens): ...
 
-        def span(self): ...
-
-        def kept(self, tokens):
+        def cached_tokens(self, tokens):
             return 2 * tokens
 
     assert (
-        Twice().slots(3) == 6 + SPARE
-        and Twice().slots(100) == 225
-        and Twice().slots(10_000) == 22_500
-        and Twice().slots(100, 500) == 500
+        Twice().capacity(3, Reserve()) == 6 + SPARE
+        and Twice().capacity(100, Reserve()) == 225
+        and Twice().capacity(10_000, Reserve()) == 22_500
+        and Twice().capacity(100, Reserve(500)) == 500
     )
 
 
@@ -164,15 +175,17 @@ def test_stores_of_pages_hold_their_window_on_the_device(word, tokens, folder, t
     data = LongCtxConfig.from_yaml(config).to_dict()
     data["stores"]["retrieval"] = {"store": word, "page": 60, "recent": 300}
     LongCtxConfig.from_dict(data).to_yaml(tmp_path / "paged.yaml")
-    subject = find(path, replace(SETTINGS, batch=2), str(tmp_path / "paged.yaml"))
+    memory_model = find(path, replace(SETTINGS, batch=2), str(tmp_path / "paged.yaml"))
     slot = 2 * 8 * 4 * 2 * 12  # k and v, head_dim, float32, rows, heads
     kept = tokens if tokens < 360 else 300 + tokens % 60
     want = {PATCHED: min(kept + max(16, kept // 8), 360) * slot, RESERVED: max(kept, min(tokens, 360)) * slot}
     for way, size in want.items():
-        assert subject.kv(way, tokens) == size == fill(subject, way, tokens) == check(subject, way, tokens)
-    assert subject.host(tokens) == (tokens - kept) * slot * (word == "offloaded")
-    store = subject.plans[0].role("retrieval").store
-    assert store.kept_bytes(tokens, 8, 4) == kept * 2 * 8 * 4
+        assert (
+            memory_model.kv(way, tokens) == size == fill(memory_model, way, tokens) == check(memory_model, way, tokens)
+        )
+    assert memory_model.host(tokens) == (tokens - kept) * slot * (word == "offloaded")
+    store = memory_model.plans[0].role("retrieval").store
+    assert store.nbytes(tokens, 8, 4).device == kept * 2 * 8 * 4
 
 
 def test_pages_in_host_memory_must_fit_there(folder, tmp_path, monkeypatch):
@@ -180,32 +193,32 @@ def test_pages_in_host_memory_must_fit_there(folder, tmp_path, monkeypatch):
     data = LongCtxConfig.from_yaml(config).to_dict()
     data["stores"]["retrieval"] = {"store": "offloaded", "page": 64, "recent": 64}
     LongCtxConfig.from_dict(data).to_yaml(tmp_path / "paged.yaml")
-    subject = find(path, SETTINGS, str(tmp_path / "paged.yaml"))
-    monkeypatch.setattr(memory_check, "free_memory", lambda: 2 * subject.kv(PATCHED, 2000))
+    memory_model = find(path, SETTINGS, str(tmp_path / "paged.yaml"))
+    monkeypatch.setattr(memory_check, "free_memory", lambda: 2 * memory_model.kv(PATCHED, 2000))
     with pytest.raises(LongCtxError, match="Check a shorter context"):
-        check(subject, PATCHED, 2000)
+        check(memory_model, PATCHED, 2000)
 
 
 def test_a_wrong_calculation_is_an_error(folder, monkeypatch):
     path, config = folder()
-    subject = find(path, SETTINGS, config)
+    memory_model = find(path, SETTINGS, config)
     for way in WAYS:
-        check(subject, way, 1000)
-    slots = Subject.layer_bytes
-    monkeypatch.setattr(Subject, "layer_bytes", lambda *args: slots(*args) + 1)
+        check(memory_model, way, 1000)
+    slots = MemoryModel.layer_bytes
+    monkeypatch.setattr(MemoryModel, "layer_bytes", lambda *args: slots(*args) + 1)
     for way in WAYS:
         with pytest.raises(LongCtxError, match="was calculated as \\d+ bytes and takes \\d+: the table is wrong"):
-            check(subject, way, 1000)
+            check(memory_model, way, 1000)
 
 
 def test_nothing_is_allocated_that_the_machine_does_not_have(folder, monkeypatch):
     path, config = folder()
-    subject = find(path, SETTINGS, config)
+    memory_model = find(path, SETTINGS, config)
     monkeypatch.setattr(memory_check, "fill", lambda *args: pytest.fail("allocated"))
-    need = subject.kv(PATCHED, 10**6)
+    need = memory_model.kv(PATCHED, 10**6)
     monkeypatch.setattr(memory_check, "free_memory", lambda: need)
     with pytest.raises(LongCtxError, match="this machine has .* GB free. Check a shorter context with --check-tokens"):
-        check(subject, PATCHED, 10**6)
+        check(memory_model, PATCHED, 10**6)
     monkeypatch.setattr(memory_check, "free_memory", lambda: 10**12)
     with pytest.raises(LongCtxError, match="takes 140737.49 GB, this machine has 1000.00 GB free"):
         check(find("llama-3.1-8b-instruct", MemorySettings(1)), DENSE, 2**30)
@@ -278,12 +291,12 @@ def test_the_rule_for_working_memory_is_what_a_prefill_takes(chunk, word, batch,
     ours = {"model": LongCtxConfig.describe(config), "heads": {"roles": roles}, "stores": stores}
     with torch.device("meta"):
         counted = memory_find.AutoModelForCausalLM.from_config(config, dtype=memory.dtype_of(word))
-    subject = Subject("", counted, config, settings, LongCtxConfig.from_dict(ours))
+    memory_model = MemoryModel("", counted, config, settings, LongCtxConfig.from_dict(ours))
     ids = torch.randint(64, (batch, tokens))
     for way in (DENSE, PATCHED):
         if way == PATCHED:
             patch_model(model, ours)
-        need = subject.need(way, tokens)
+        need = memory_model.need(way, tokens)
         got, want = peak(model, ids, chunk or tokens, way == PATCHED), need.kv + need.working
         if way == DENSE and chunk:  # in one piece the MLP needs more than that
             want += tokens * packed_by_sdpa(batch, 8, 32, memory.dtype_of(word))
@@ -298,18 +311,18 @@ def test_the_rule_for_working_memory_is_what_a_prefill_takes(chunk, word, batch,
 def test_the_longest_context_fits_and_one_token_more_does_not(way, chunk, folder):
     path, config = folder(roles="by layer")
     for size in (10**6, 3 * 10**6, 10**8):
-        subject = find(path, MemorySettings(size, "bf16", 2, chunk), config)
-        tokens = longest(subject, way)
-        assert subject.need(way, tokens).total <= size < subject.need(way, tokens + 1).total
-        assert all(subject.need(way, n).total <= size for n in range(1, tokens, max(1, tokens // 50)))
-    assert longest(replace(subject, settings=MemorySettings(1)), way) == 0
+        memory_model = find(path, MemorySettings(size, "bf16", 2, chunk), config)
+        tokens = longest(memory_model, way)
+        assert memory_model.need(way, tokens).total <= size < memory_model.need(way, tokens + 1).total
+        assert all(memory_model.need(way, n).total <= size for n in range(1, tokens, max(1, tokens // 50)))
+    assert longest(replace(memory_model, settings=MemorySettings(1)), way) == 0
 
 
 def test_heads_that_all_stream_have_no_limit(folder):
     path, config = folder(roles="streaming")
-    subject = find(path, SETTINGS, config)
-    assert longest(subject, PATCHED) is None and subject.need(PATCHED, MOST).total < 10**9
-    assert 0 < longest(subject, DENSE) < 10**9
+    memory_model = find(path, SETTINGS, config)
+    assert longest(memory_model, PATCHED) is None and memory_model.need(PATCHED, MOST).total < 10**9
+    assert 0 < longest(memory_model, DENSE) < 10**9
     done = invoke(path, "--config", config, "--memory", "1GB")
     assert done.exit_code == 0 and "no limit" in done.output
 
@@ -360,14 +373,14 @@ def test_the_command_prints_a_table_and_writes_json(folder, tmp_path):
     done = invoke(path, "--config", config, *args)
     assert done.exit_code == 0, done.output
     data = json.loads(out.read_text())
-    assert data["benchmark"] == "memory" and data["goals"] == [] and data["environment"]["torch"] == torch.__version__
+    assert data["benchmark"] == "memory" and data["environment"]["torch"] == torch.__version__
     assert data["settings"] == {"memory": 2 * 10**6, "dtype": "fp32", "batch": 2, "chunk": 64, "weights": None}
-    subject = find(path, MemorySettings(2 * 10**6, "fp32", 2, 64), config)
+    memory_model = find(path, MemorySettings(2 * 10**6, "fp32", 2, 64), config)
     assert [result["way"] for result in data["results"]] == list(WAYS)
     for result in data["results"]:
-        tokens = longest(subject, result["way"])
+        tokens = longest(memory_model, result["way"])
         assert tokens > 0 and result["longest"] == tokens and str(tokens) in done.output
-        assert result["need"] == subject.need(result["way"], tokens).as_dict()
+        assert result["need"] == memory_model.need(result["way"], tokens).as_dict()
         assert result["checked"] == {"tokens": tokens, "bytes": result["need"]["kv"]}
     assert "as calculated" in done.output and "6 of 12 KV heads" in done.output and "4096 tokens" in done.output
     short = json.loads(invoke_json(tmp_path, path, "--config", config, "--memory", "2MB", "--check-tokens", 100))
@@ -402,7 +415,7 @@ def test_weights_that_do_not_fit_are_said(folder):
         (("tiny-llama", "--memory", "24QB"), "is no size such as 24GB"),
         (("tiny-llama", "--memory", "1GB", "--weights", "x"), "is no size such as 24GB"),
         (("tiny-llama", "--memory", "1GB", "--dtype", "fp8"), "--dtype: got 'fp8', expected one of: fp32, bf16"),
-        (("tiny-llama", "--memory", "1GB", "--json", "/no/such/folder/x.json"), "is not a folder"),
+        (("tiny-llama", "--memory", "1GB", "--json", "x.txt"), "--json: got 'x.txt'"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(args, message):

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from helpers.kernel_faults import change_attend
 from typer.testing import CliRunner
 
 from hf_longctx import ConfigError, LongCtxConfig, LongCtxError, UnsupportedModeError
 from hf_longctx.bench import block_lists, crossover
 from hf_longctx.bench.settings import Settings
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
 from hf_longctx.config.config import load_shipped
 from hf_longctx.kernels import cpu
 from hf_longctx.layout.blocks import BlockList
@@ -74,21 +75,21 @@ def test_it_is_clear_after_two_wins_the_second_of_them_large():
 def test_measuring_stops_when_it_is_clear_and_starts_with_the_shortest(monkeypatch):
     worst = {256: 0.5, 512: 1.2, 1024: 1.4, 2048: 1.6, 4096: 3.0}
     monkeypatch.setattr(
-        crossover, "_case", lambda subject, word, tokens, told: made_up({tokens: worst[tokens]}, word)[0]
+        crossover, "_measured", lambda case, word, tokens, told: made_up({tokens: worst[tokens]}, word)[0]
     )
     settings = Settings((4096, 512, 256, 2048, 1024, 256), **SHAPE)
-    subject = crossover.subject(settings)
-    results = crossover.run(subject)
+    case = crossover.case_of(settings)
+    results = crossover.run(case)
     assert [(r["dtype"], r["tokens"]) for r in results] == [
         (word, tokens) for word in ("fp32", "bf16") for tokens in (256, 512, 1024, 2048)
     ]
-    found = crossover.verdicts(subject, [r for r in results if r["dtype"] == "fp32" or r["tokens"] == 256])
+    found = crossover.verdicts(case, [r for r in results if r["dtype"] == "fp32" or r["tokens"] == 256])
     assert found["fp32"]["min_tokens"] == 512 and (found["fp32"]["shortest"], found["fp32"]["longest"]) == (256, 2048)
     assert found["bf16"] == {"min_tokens": None, "shortest": 256, "longest": 256}
 
 
 def test_the_override_is_one_that_the_library_takes():
-    one = crossover.subject(TINY, pattern=PATTERN, kernel="reference")
+    one = crossover.case_of(TINY, pattern=PATTERN, kernel="reference")
     made = crossover.override(one, 2048)
     assert made["python"] == (
         "patch_model(model, kernel='reference', "
@@ -102,17 +103,17 @@ def test_the_override_is_one_that_the_library_takes():
 
 
 def test_without_a_config_half_of_the_kv_heads_are_measured_with_a_default_pattern():
-    one = crossover.subject(TINY)
+    one = crossover.case_of(TINY)
     assert (one.settings.heads, one.settings.kv_heads, one.settings.layers) == (4, 2, 1)
     assert one.prefill == {"min_tokens": 0, "retrieval": {"pattern": "vertical_slash"}} and one.config is None
     assert crossover.override(one, 512)["python"].endswith("'retrieval': {'pattern': 'vertical_slash'}})")
-    assert "kernel" not in crossover.subject(TINY, kernel="auto").given
+    assert "kernel" not in crossover.case_of(TINY, kernel="auto").given
 
 
 def test_a_config_gives_shape_roles_patterns_and_kernel(tmp_path):
     path = tmp_path / "mine.yaml"
     LongCtxConfig.from_dict(CONFIG).to_yaml(path)
-    one = crossover.subject(TINY, config=str(path))
+    one = crossover.case_of(TINY, config=str(path))
     settings = one.settings
     assert (settings.heads, settings.kv_heads, settings.head_dim, settings.kernel) == (
         2,
@@ -133,14 +134,14 @@ def test_a_config_gives_shape_roles_patterns_and_kernel(tmp_path):
     }
     results = crossover.run(one)
     assert [r["tokens"] for r in results] == [256, 512] and results[0]["columns"]["sparse"]["kernel"] == "cpu"
-    other = crossover.subject(TINY, config=str(path), pattern=PATTERN, kernel="reference")
+    other = crossover.case_of(TINY, config=str(path), pattern=PATTERN, kernel="reference")
     assert other.settings.kernel == "reference" and other.prefill["retrieval"]["top_k"] == 1
     assert other.prefill["tables"] == {} and set(other.given) == {"kernel", "prefill"}
-    assert crossover.subject(TINY, config=str(path), kernel="cpu").given == {}
+    assert crossover.case_of(TINY, config=str(path), kernel="cpu").given == {}
 
 
 def test_a_shipped_config_and_one_of_its_tables():
-    one = crossover.subject(TINY, config="llama-3.1-8b-instruct", table="minference")
+    one = crossover.case_of(TINY, config="llama-3.1-8b-instruct", table="minference")
     assert one.settings.head_dim == 128 and one.given == {"prefill": {"retrieval": {"table": "minference"}}}
     (row,) = one.prefill["tables"]["minference"]["map"]
     assert len(row) == one.settings.heads == 4 * one.settings.kv_heads
@@ -163,22 +164,22 @@ def test_a_shipped_config_and_one_of_its_tables():
 )
 def test_what_cannot_be_measured_is_an_error(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        crossover.subject(TINY, **arguments)
+        crossover.case_of(TINY, **arguments)
 
 
 def test_short_prompts_streaming_heads_and_kernels_for_other_machines_are_errors():
     with pytest.raises(ConfigError, match="at least 128 tokens, given 100"):
-        crossover.subject(Settings((100, 512), **SHAPE))
+        crossover.case_of(Settings((100, 512), **SHAPE))
     with pytest.raises(ConfigError, match="every KV head is streaming"):
         crossover._drawn(LongCtxConfig.from_dict({**CONFIG, "heads": {"roles": ["SS"] * 3}}), 0, "x")
     if not torch.cuda.is_available():
         with pytest.raises(UnsupportedModeError, match="triton"):
-            crossover.run(crossover.subject(TINY, pattern=PATTERN, kernel="triton"))
+            crossover.run(crossover.case_of(TINY, pattern=PATTERN, kernel="triton"))
 
 
 def test_results_hold_both_columns_their_kernels_and_the_density():
     settings = Settings((256, 512), rounds=3, **SHAPE)
-    results = crossover.run(crossover.subject(settings, pattern=PATTERN, kernel="cpu"))
+    results = crossover.run(crossover.case_of(settings, pattern=PATTERN, kernel="cpu"))
     assert [(r["dtype"], r["tokens"]) for r in results] == [(d, t) for d in ("fp32", "bf16") for t in (256, 512)]
     for result in results:
         assert list(result["columns"]) == ["dense", "sparse"]
@@ -194,24 +195,21 @@ def test_results_hold_both_columns_their_kernels_and_the_density():
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("reads_class", "message"),
     [(BlockList, "kernel cpu for block lists differs"), (Causal, "the dense output")],
 )
-def test_a_wrong_kernel_is_caught_before_anything_is_timed(kind, message, monkeypatch):
-    right = cpu.attend
+def test_a_wrong_kernel_is_caught_before_anything_is_timed(reads_class, message, monkeypatch):
     other = block_lists.random_list(256, 4, 0.9, seed=5)
 
-    def wrong(q, segments, reads, scores, want_lse=True):
-        if kind is Causal and isinstance(reads, Causal):
-            segments = [replace(one, v=one.v.flip(2)) for one in segments]
-        if kind is BlockList and isinstance(reads, BlockList) and reads.kv_len == 256:
-            reads = other
-        return right(q, segments, reads, scores, want_lse)
+    def wrong(q, segments, reads):
+        if reads_class is BlockList:
+            return q, segments, other if reads.kv_len == 256 else reads
+        return q, [replace(segment, v=segment.v.flip(2)) for segment in segments], reads
 
-    monkeypatch.setattr(cpu, "attend", wrong)
+    change_attend(monkeypatch, cpu, reads_class, wrong)
     monkeypatch.setattr(crossover, "turns", lambda *args: pytest.fail("timed columns that differ"))
     with pytest.raises(LongCtxError, match=message):
-        crossover.run(crossover.subject(TINY, pattern=PATTERN, kernel="cpu"))
+        crossover.run(crossover.case_of(TINY, pattern=PATTERN, kernel="cpu"))
 
 
 def test_a_pattern_that_does_not_run_as_it_chooses_is_caught(monkeypatch):
@@ -219,7 +217,7 @@ def test_a_pattern_that_does_not_run_as_it_chooses_is_caught(monkeypatch):
     select = crossover.select
     monkeypatch.setattr(crossover, "select", lambda heads, q, k, scale: select(heads, -q, k, scale))
     with pytest.raises(LongCtxError, match="the sparse output differs"):
-        crossover.run(crossover.subject(replace(TINY, tokens=(1024,)), pattern="block_topk:top_k=3", kernel="cpu"))
+        crossover.run(crossover.case_of(replace(TINY, tokens=(1024,)), pattern="block_topk:top_k=3", kernel="cpu"))
 
 
 def test_the_command_prints_the_override_or_that_there_is_none(tmp_path, monkeypatch):
@@ -230,8 +228,8 @@ def test_the_command_prints_the_override_or_that_there_is_none(tmp_path, monkeyp
         done = CliRunner().invoke(app, [*command, "--threads", "1", "--json", str(path)], env={"COLUMNS": "200"})
         assert done.exit_code == 0, done.output
         data = json.loads(path.read_text())
-        assert list(data) == ["benchmark", "environment", "settings", "results", "goals", "subject", "crossover"]
-        assert data["goals"] == [] and data["subject"]["prefill"]["retrieval"] == {"pattern": "block_topk", "top_k": 1}
+        assert list(data) == ["benchmark", "environment", "settings", "results", "subject", "crossover"]
+        assert data["subject"]["prefill"]["retrieval"] == {"pattern": "block_topk", "top_k": 1}
         said = data["crossover"]["fp32"]
         if win:
             assert said["min_tokens"] == 256 and "wins from 256 tokens on (measured: 256 to 512)" in done.output

@@ -15,7 +15,7 @@ from hf_longctx import ConfigError
 from hf_longctx.bench import e2e, presses, show
 from hf_longctx.bench.settings import Settings
 from hf_longctx.cache.seam import CACHE
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
 
 TEXT = "HalfPress(compression_ratio=0.5)"
 SHAPE = {"layers": 2, "heads": 8, "kv_heads": 4, "head_dim": 16, "sink": 4, "recent": 16, "rounds": 2}

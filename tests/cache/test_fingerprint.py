@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 from helpers.memory import Allocations
@@ -10,8 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._pytree import tree_map_only
 
 from hf_longctx import CacheError, LongCtxCache, UnsupportedModeError, patch_model
-from hf_longctx.cache.fingerprint import NUMBERS, fingerprint
-from hf_longctx.identification.work import model_hash
+from hf_longctx.cache.fingerprint import NUMBERS, fingerprint, weights_digest
 from hf_longctx.tasks.answer import input_device
 
 
@@ -40,6 +41,44 @@ def test_every_weight_counts_and_the_output_head_does_not(family):
     with torch.no_grad():
         model(torch.arange(3, 60)[None])
     assert of(model) == before
+
+
+def slow_digest(module: torch.nn.Module) -> str:
+    """The rule that the files of version 2 hold: names, dtypes, shapes, then 256 values of each weight, by name."""
+    named = sorted(module.state_dict().items())
+    digest = hashlib.sha256()
+    for name, weight in named:
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+    for _, weight in named:
+        flat = weight.flatten()
+        count = min(256, len(flat))
+        for i in range(count):
+            place = i * (len(flat) - 1) // max(count - 1, 1)
+            digest.update(flat[place : place + 1].view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_digest_is_the_one_that_files_hold(family):
+    model = tiny_model(family)
+    assert weights_digest(model.base_model) == slow_digest(model.base_model) == of(model)["weights"]
+    assert weights_digest(model) == slow_digest(model) == weights_digest(model, complete=False)
+
+
+def test_weights_that_are_elsewhere_count_by_name_and_shape_where_that_is_enough():
+    model = tiny_model("llama", layers=2)
+    whole = weights_digest(model)
+    values = model.model.layers[1].mlp.up_proj.weight
+    digests = []
+    for shape in (values.shape, (4, 3)):
+        model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(torch.empty(shape, device="meta"))
+        with pytest.raises(UnsupportedModeError, match="layers.1.mlp.up_proj.weight is on the meta device"):
+            weights_digest(model)
+        digests.append(weights_digest(model, complete=False))
+    assert len({whole, *digests}) == 3
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    assert weights_digest(model, complete=False) not in digests, "the others count by value"
+    assert weights_digest(model.to("meta"), complete=False)
 
 
 @pytest.mark.parametrize(
@@ -211,8 +250,8 @@ def test_packed_weights_count_and_their_caches_are_saved(kind, tmp_path):
         want = model(ids[:, :1], past_key_values=cache).logits
         assert torch.equal(model(ids[:, :1], past_key_values=loaded).logits, want)
     assert input_device(model) == torch.device("cpu")
-    before, hashed = of(model), model_hash(model)
-    assert of(packed(kind)) == before and model_hash(packed(kind)) == hashed
+    before, hashed = of(model), weights_digest(model, complete=False)
+    assert of(packed(kind)) == before and weights_digest(packed(kind), complete=False) == hashed
     linear = model.base_model.layers[1].mlp.up_proj
     if kind == "dynamic":
         weight, bias = linear._packed_params._weight_bias()
@@ -222,7 +261,7 @@ def test_packed_weights_count_and_their_caches_are_saved(kind, tmp_path):
         linear.set_weight_bias(other, bias)
     else:
         linear.weight.codes[0, 0] += 1
-        assert model_hash(model) != hashed
+        assert weights_digest(model, complete=False) != hashed
     assert {key for key in before if of(model)[key] != before[key]} == {"weights"}
     with pytest.raises(CacheError, match="was made with another model"):
         LongCtxCache.load(tmp_path / "cache", model)
@@ -237,4 +276,4 @@ def test_a_weight_that_hides_its_numbers_is_named(tmp_path):
         match="layers.0.self_attn.q_proj.weight is of class Hidden, which does not show .*__tensor_flatten__",
     ):
         cache.save(tmp_path / "cache")
-    assert model_hash(model)
+    assert weights_digest(model, complete=False)

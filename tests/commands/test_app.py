@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import typer
+from helpers.commands import every_command
 from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging
 from typer.testing import CliRunner
 
+import hf_longctx
 from hf_longctx.assets import asset
+from hf_longctx.commands import _app
+from hf_longctx.commands._app import app
 from hf_longctx.commands._options import load_model, no_bars
-from hf_longctx.commands.app import app
 from hf_longctx.io.console import _wrapped, tables
 
 NAMES = ["", "kernel", "ms per layer", "vs all retrieval", "read at GB/s", "of sum"]
 ROWS = [["[bold]fp32[/]"], ["half streaming", "native", "3.81 (1.84 - 6.44)", "1.00x", "4.26", "5%"], None, ["stock"]]
 
 
-def commands(group, path=()):
-    """(words, command) of every command, groups left out."""
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, (*path, name))
-        else:
-            yield (*path, name), command
-
-
-EVERY = dict(commands(typer.main.get_command(app)))
+EVERY = dict(every_command())
 
 
 def invoke(*args: str, width: int = 200):
@@ -51,9 +50,102 @@ def printed(width: int) -> list[list[str]]:
     return found
 
 
-def test_the_commands_are_counted():
-    assert len(EVERY) == 16
+FUNCTION = '''"""One more."""
+
+import typer
+
+
+def command(times: int = 1) -> None:
+    """Says hello."""
+    typer.echo("hello " * times)
+'''
+GROUP = '''"""A group."""
+
+import typer
+
+app = typer.Typer(help="A group.")
+
+
+@app.command("one")
+def one() -> None:
+    """One."""
+    typer.echo("one")
+
+
+@app.command("two")
+def two() -> None:
+    """Two."""
+'''
+
+
+def copy_of_the_package(folder: Path) -> Path:
+    """A folder to run ``python -m hf_longctx`` in, whose package may be added to."""
+    package = Path(hf_longctx.__file__).parent
+    shutil.copytree(package, folder / "hf_longctx", ignore=shutil.ignore_patterns("__pycache__", "_native", "assets"))
+    shutil.copytree(
+        package / "assets", folder / "hf_longctx" / "assets", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    return folder / "hf_longctx" / "commands"
+
+
+def run_in(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    run = [sys.executable, "-m", "hf_longctx", *words]
+    return subprocess.run(
+        run, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "80"}
+    )
+
+
+def test_a_file_in_the_folder_is_a_command(tmp_path):
+    """One new file each: a function, a group, and a file that is no command."""
+    commands = copy_of_the_package(tmp_path)
+    (commands / "say_hello.py").write_text(FUNCTION, "utf-8")
+    (commands / "more.py").write_text(GROUP, "utf-8")
+    (commands / "_helper.py").write_text("raise AssertionError('no command')\n", "utf-8")
+    shown = run_in(tmp_path, "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert "say-hello" in shown.stdout and "Says hello." in shown.stdout and "A group." in shown.stdout
+    assert "helper" not in shown.stdout
+    assert run_in(tmp_path, "say-hello", "--times", "2").stdout.strip() == "hello hello"
+    assert run_in(tmp_path, "more", "one").stdout.strip() == "one"
+
+
+def test_every_file_of_the_folder_is_a_command():
+    files = {path.stem for path in Path(_app.__file__).parent.glob("*.py") if not path.stem.startswith("_")}
+    assert files == {words[0].replace("-", "_") for words in EVERY} and files
     assert sum(len(command.params) for command in EVERY.values()) > 100
+
+
+@pytest.mark.parametrize("words", [(), *{words[:-1] for words in EVERY if len(words) > 1}, *EVERY], ids=" ".join)
+def test_help_at_80_columns_clips_nothing(words):
+    if words == ("lm-eval",):
+        pytest.skip("its help is lm-eval's own")
+    shown = invoke(*words, "--help", width=80).stdout
+    assert "Usage" in shown and "\u2026" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    for param in EVERY[words].params if words in EVERY else ():
+        for name in (*param.opts, *param.secondary_opts):
+            assert name in shown, name
+
+
+@pytest.mark.parametrize(
+    ("words", "short", "long"),
+    [
+        (("plan", "tiny-llama", "--memory", "1GB", "--context", "8k"), "--chunk", "--prefill-chunk-size"),
+        (("bench", "memory", "tiny-llama", "--memory", "1GB"), "--chunk", "--prefill-chunk-size"),
+        (("configs", "show", "tiny-llama"), "--fraction", "--retrieval-fraction"),
+    ],
+)
+def test_a_short_name_stands_for_its_long_one(words, short, long):
+    outputs = [invoke(*words, name, "x").output for name in (short, long)]
+    assert outputs[0] == outputs[1] and long in outputs[0] and "No such option" not in outputs[0]
+    assert f"Or {short}." in invoke(*words, "--help").stdout
+
+
+def test_commands_do_not_import_each_other():
+    for path in Path(_app.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                assert (node.module or "_").startswith("_"), f"{path.name} imports {node.module}"
 
 
 @pytest.mark.parametrize("words", EVERY, ids=" ".join)
@@ -70,10 +162,10 @@ def test_help_shows_defaults_in_words():
 
 
 def test_one_thing_has_one_name_and_one_wording():
-    of_models = [("identify",), ("identify-prefill",), ("compare",), ("eval",)]
-    for option, count in {"--dtype": 4, "--device": 4}.items():
-        told = [options(words)[option] for words in of_models if option in options(words)]
-        assert len(told) == count and len(set(told)) == 1, told
+    of_models = [words for words in EVERY if "--device" in options(words)]
+    assert len(of_models) > 1
+    for option in ("--dtype", "--device"):
+        assert len({options(words)[option] for words in of_models}) == 1
     assert options(("compare",))["--config"] == options(("eval",))["--config"]
     for words in (("compare",), ("eval",), ("bench", "memory")):
         assert "--prefill-chunk-size" in options(words)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
 from hf_longctx.commands.configs import SHADES, _shades
 from hf_longctx.config.config import load_shipped
 from hf_longctx.config.files import shipped

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longctx import LongCtxConfig, patch_model
 from hf_longctx.assets import FOLDER, asset
-from hf_longctx.commands.demo import run
+from hf_longctx.commands._demo import run
 from hf_longctx.tasks.tiny_language import VOCAB
 
 

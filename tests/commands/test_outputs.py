@@ -1,14 +1,17 @@
-"""``--png``: a picture of every table, from the numbers of the JSON, and refused before anything is measured."""
+"""What commands write: refused before anything is measured where it cannot be; pictures hold the JSON's figures."""
 
 from __future__ import annotations
 
 import sys
 
 import pytest
+from helpers.commands import every_command
 from typer.testing import CliRunner
 
+from hf_longctx import ConfigError
 from hf_longctx.bench import figures
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
+from hf_longctx.commands._options import check_output
 
 SHAPE = ["--heads", "8", "--kv-heads", "4", "--head-dim", "16", "--rounds", "2", "--dtype", "fp32", "--threads", "1"]
 COMMANDS = {
@@ -48,15 +51,54 @@ def test_the_command_draws_a_picture(benchmark, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("benchmark", COMMANDS)
-@pytest.mark.parametrize(
-    ("name", "message"), [("/no/such/folder/x.png", "is not a folder"), ("x.pdf", "does not end in .png")]
-)
-def test_a_picture_that_cannot_be_written_is_refused_first(benchmark, name, message, tmp_path, monkeypatch):
+def with_an_output() -> dict[tuple[str, ...], list[str]]:
+    """Every command that writes a file -> its options that name one."""
+    found = {}
+    for path, command in every_command():
+        names = [param.opts[0] for param in command.params if param.opts[0] in ("--json", "--png", "--out", "--plot")]
+        files = [name for name in names if not (path == ("eval",) and name == "--out")]  # that one is a folder
+        if files:
+            found[path] = files
+    return found
+
+
+def filled(path: tuple[str, ...]) -> list[str]:
+    """What a command must be given beside its output."""
+    needed = {"model": "tiny-llama", "prompt_file": "prompt.txt", "context": "100", "memory": "2MB", "out": "made.yaml"}
+    words = []
+    for param in dict(every_command())[path].params:
+        if param.required:
+            words += [*([] if param.param_type_name == "argument" else [param.opts[0]]), needed[param.name]]
+    return words
+
+
+OUTPUTS = [(path, option) for path, options in with_an_output().items() for option in options]
+
+
+@pytest.mark.parametrize(("path", "option"), OUTPUTS, ids=lambda one: one if isinstance(one, str) else " ".join(one))
+@pytest.mark.parametrize(("name", "message"), [("file/below/x", "cannot be made"), ("x.txt", "expected a name")])
+def test_an_output_that_cannot_be_written_is_refused_first(path, option, name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, ["bench", benchmark, *COMMANDS[benchmark], "--png", name], env={"COLUMNS": "200"})
-    assert done.exit_code == 2 and message in done.output and "--png" in done.output
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    ending = {"--json": ".json", "--out": ".yaml"}.get(option, ".png")
+    name = name if name.endswith(".txt") else name + ending
+    words = [*path, *filled(path), option, name]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and done.stderr.startswith(f"ConfigError: {option}: ") and message in done.stderr
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("option", ["--json", "--png"])
+def test_a_folder_that_is_missing_is_made(option, tmp_path):
+    path = tmp_path / "new" / "folder" / f"x.{option[2:]}"
+    done = CliRunner().invoke(app, ["bench", "decode", *COMMANDS["decode"], *SHAPE, option, str(path)])
+    assert done.exit_code == 0 and path.stat().st_size > 1000, done.output
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match="--json: the folder .* cannot be written to"):
+        check_output(tmp_path / "x.json", (".json",), "--json")
 
 
 def test_a_picture_without_matplotlib_is_refused_first(tmp_path, monkeypatch):
@@ -116,4 +158,4 @@ def test_contexts_without_a_limit_or_without_room_are_words():
     figure = figures.draw(data)
     assert bars(figure.axes[0]) == {"dense": 100, "patched": 250, "endless": 0, "nothing": 0}
     assert texts(figure.axes[0]) == ["100", "250   2.50x", "no limit", "none: the weights do not fit"]
-    assert "a-model in 24 GB, bf16, 1 row, read in chunks of 64" in figure.get_suptitle()
+    assert "a-model in 24 GB, bf16, 1 sequence, read in chunks of 64" in figure.get_suptitle()

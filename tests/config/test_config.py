@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from helpers.config_cases import FINGERPRINT, SCORES, config, hf, plain, refused, whole
 
-from hf_longctx.config.config import LongCtxConfig, kernel_words
+from hf_longctx.config.config import LongCtxConfig, kernel_words, load_shipped
 
 
 def test_defaults_of_the_smallest_config():
@@ -275,3 +275,9 @@ def test_old_attributes_of_transformers():
 
 def test_describe_refuses_what_is_no_language_model():
     refused(lambda: LongCtxConfig.describe(SimpleNamespace(model_type="vit")), "model.num_hidden_layers: got None")
+
+
+def test_heads_are_counted_over_all_layers():
+    shipped = load_shipped("llama-3.1-8b-instruct")
+    letters = "".join(shipped.roles())
+    assert (shipped.kv_heads, shipped.retrieval_heads) == (len(letters), letters.count("R")) == (256, 128)

@@ -13,7 +13,7 @@ from helpers.tiny import config_for, tiny_config, tiny_model
 from typer.testing import CliRunner
 
 from hf_longctx import LongCtxConfig, UnsupportedModelError, patch_model
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
 from hf_longctx.commands.configs import find_config
 from hf_longctx.config.config import load_shipped
 from hf_longctx.model.modules import state_of
@@ -60,9 +60,9 @@ def invoke(*args: object, width: int = 80):
 def test_a_known_name_reaches_no_network(name, asked):
     wanted = load_shipped(EIGHT)
     assert find_config(name) == wanted
-    subject = find(name, SETTINGS)
-    assert subject.config == wanted and subject.made_for == 131072 and subject.name == name
-    assert subject.weights == 2 * 8_030_261_248
+    memory_model = find(name, SETTINGS)
+    assert memory_model.config == wanted and memory_model.made_for == 131072 and memory_model.name == name
+    assert memory_model.weights == 2 * 8_030_261_248
     refused(lambda: patch_model(tiny_model(), name), "made for another model", "num_hidden_layers 32 (model: 3)")
     assert asked == []
 
@@ -125,8 +125,8 @@ def test_a_control_an_unknown_id_is_asked_for(asked):
 
 def test_a_known_id_with_another_config(tmp_path, asked):
     load_shipped(EIGHT).override(heads={"retrieval_fraction": 0.25}).to_yaml(tmp_path / "quarter.yaml")
-    subject = find("meta-llama/Llama-3.1-8B", SETTINGS, str(tmp_path / "quarter.yaml"))
-    assert "".join(subject.config.roles()).count("R") == 64 and subject.made_for == 131072
+    memory_model = find("meta-llama/Llama-3.1-8B", SETTINGS, str(tmp_path / "quarter.yaml"))
+    assert "".join(memory_model.config.roles()).count("R") == 64 and memory_model.made_for == 131072
     refused(lambda: find("meta-llama/Llama-3.1-8B", SETTINGS, "qwen3-8b"), "made for another model", "qwen3")
     refused(lambda: find(EIGHT.upper(), SETTINGS, "qwen3-8b"), "is a config itself")
     assert asked == []
@@ -140,8 +140,12 @@ def test_what_was_fetched_before_is_read(tmp_path, asked):
     hf_config(EIGHT, tie_word_embeddings=True, max_position_embeddings=777).save_pretrained(there / "snapshots" / "abc")
     (there / "refs").mkdir()
     (there / "refs" / "main").write_text("abc")
-    subject = find(name, SETTINGS)
-    assert subject.made_for == 777 and subject.notes == () and subject.weights < find(EIGHT, SETTINGS).weights
+    memory_model = find(name, SETTINGS)
+    assert (
+        memory_model.made_for == 777
+        and memory_model.notes == ()
+        and memory_model.weights < find(EIGHT, SETTINGS).weights
+    )
     assert asked == []
 
 
@@ -187,8 +191,8 @@ def test_a_scaled_rope_is_a_note(tmp_path):
     config.to_yaml(tmp_path / "c.yaml")
     rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
     tiny_config("llama", rope_parameters=rope).save_pretrained(tmp_path / "scaled")
-    subject = find(str(tmp_path / "scaled"), SETTINGS, str(tmp_path / "c.yaml"))
-    assert "rope_type yarn: the heads were measured with rope_type default" in subject.notes[0]
+    memory_model = find(str(tmp_path / "scaled"), SETTINGS, str(tmp_path / "c.yaml"))
+    assert "rope_type yarn: the heads were measured with rope_type default" in memory_model.notes[0]
 
 
 @pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts"])

@@ -24,8 +24,8 @@ from hf_longctx import (
     unpatch_model,
 )
 from hf_longctx.assets import asset, assets
-from hf_longctx.commands.app import app
-from hf_longctx.commands.demo import texts, ways
+from hf_longctx.commands._app import app
+from hf_longctx.commands._demo import texts, ways
 from hf_longctx.evaluate import forwards
 from hf_longctx.evaluate.measures import next_token
 from hf_longctx.evaluate.prompts import token_ids

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_longctx import ConfigError, LongCtxConfig, UnsupportedModeError, patch_model, patched, report
 from hf_longctx.assets import asset
-from hf_longctx.commands.app import main
+from hf_longctx.commands._app import main
 from hf_longctx.config.config import load_shipped
 from hf_longctx.evaluate import lm_eval
 from hf_longctx.evaluate.lm_eval import LongCtxLM
@@ -348,7 +348,7 @@ def test_without_lm_eval_the_command_says_what_to_install():
                 raise ModuleNotFoundError("No module named 'lm_eval'", name=name)
     sys.meta_path.insert(0, Missing)
     sys.argv[1:] = ["lm-eval", "--help"]
-    from hf_longctx.commands.app import main
+    from hf_longctx.commands._app import main
     main()
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 from helpers.eval_cases import headers_of, plan_of, records_of
 
-from hf_longctx.evaluate.page import STYLE, page, table, write_report
+from hf_longctx.evaluate.page import TEMPLATE, environment, page, write_report
 from hf_longctx.evaluate.summary import LINE, summarize
 
 BROWSER = next((found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))), None)
@@ -73,8 +73,10 @@ def test_in_a_browser_no_cell_is_narrower_than_its_longest_word(tmp_path):
 
 def rules() -> dict[str, str]:
     """Declarations by selector."""
+    source, _, _ = environment().loader.get_source(environment(), TEMPLATE)
+    style = re.search(r"<style>(.*)</style>", source, re.S)[1]
     found: dict[str, str] = {}
-    for selectors, declared in re.findall(r"([^{}]+)\{([^{}]*)\}", STYLE):
+    for selectors, declared in re.findall(r"([^{}]+)\{([^{}]*)\}", style):
         for selector in selectors.split(","):
             found[selector.strip()] = found.get(selector.strip(), "") + declared
     return found
@@ -96,7 +98,8 @@ def test_every_table_is_in_a_container_that_scrolls_and_the_page_has_the_width_o
 
 
 def test_a_table_says_of_each_cell_what_it_is():
-    made = table(["a", "b", "c"], [["x worse", "y", "1 worse"], ["x", "y", "1"]], text=2, said=(1,), mark=2)
+    table = environment().get_template("table.html").module.table
+    made = table(["a", "b", "c"], [["x worse", "y", "1 worse"], ["x", "y", "1"]], 2, long=(1,), mark=2)
     assert re.findall(r"<(t[dh])([^>]*)>([^<]*)</", made) == [
         *(("th", kind, word) for kind, word in ((' class="text"', "a"), (' class="said"', "b"), ("", "c"))),
         *(("td", kind, word) for kind, word in ((' class="text"', "x worse"), (' class="said"', "y"))),

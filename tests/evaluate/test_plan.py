@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_longctx import ConfigError, LongCtxConfig
 from hf_longctx.assets import asset
 from hf_longctx.config.words import load, make, words
-from hf_longctx.evaluate.plan import Case, Options, cases_of, fingerprint, make_plan, values_of, variants_of
+from hf_longctx.evaluate.plan import Case, Options, cases_of, make_plan, prompts_digest, values_of, variants_of
 from hf_longctx.evaluate.run import evaluate
 from hf_longctx.model.modules import state_of
 from hf_longctx.tasks import tasks_from
@@ -76,14 +76,14 @@ def test_a_prompt_depends_on_its_own_case_alone(llama):
     assert not any(np.array_equal(sample.context, other[key].context) for key, sample in few.items())
 
 
-def test_the_fingerprint_tells_prompts_and_texts_apart(llama):
+def test_the_digest_tells_prompts_and_texts_apart(llama):
     language = language_for(llama[1])
     text = torch.arange(3, 60)
     plans = [plan_of(llama), plan_of(llama, seed=1), plan_of(llama, text=text), plan_of(llama, text=text + 1)]
     plans.append(plan_of(llama, tasks="needle"))
-    found = [fingerprint(plan, language) for plan in plans]
+    found = [prompts_digest(plan, language) for plan in plans]
     assert len(set(found)) == len(plans)
-    assert found[0] == fingerprint(plan_of(llama), language)
+    assert found[0] == prompts_digest(plan_of(llama), language)
 
 
 def test_tasks_of_one_word_draw_prompts_of_their_own(llama):
@@ -96,15 +96,15 @@ def test_tasks_of_one_word_draw_prompts_of_their_own(llama):
     assert len({tuple(sample.context[-20:]) for sample in samples}) == len(samples)
 
 
-def test_the_fingerprint_is_of_the_whole_filler(llama, tmp_path):
-    """A resumed run must notice a change in a part that the few prompts of the fingerprint do not hold."""
+def test_the_digest_is_of_the_whole_filler(llama, tmp_path):
+    """A resumed run must notice a change in a part that the few prompts of the digest do not hold."""
     model, tokenizer = llama
     path, told = tmp_path / "text.txt", []
     for last in ("the", "of"):
         path.write_text("the and " * 40000 + last)
         language = language_for(tokenizer, text=path)
         plan = make_plan(model, language, tasks_from("needle"), make(Options, SMALL), "auto")
-        told.append((fingerprint(plan, language), [case.sample(language).context.tolist() for case in plan.cases]))
+        told.append((prompts_digest(plan, language), [case.sample(language).context.tolist() for case in plan.cases]))
     assert told[0][1] == told[1][1] and told[0][0] != told[1][0]
 
 

@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 from hf_longctx import ConfigError, patch_model, patched, unpatch_model
 from hf_longctx.assets import asset
-from hf_longctx.commands.app import app
+from hf_longctx.cache.fingerprint import weights_digest
+from hf_longctx.commands._app import app
 from hf_longctx.config.words import load, words
 from hf_longctx.evaluate import run
 from hf_longctx.evaluate.forwards import perplexity
 from hf_longctx.evaluate.measures import paired_bootstrap
 from hf_longctx.evaluate.records import Writer
 from hf_longctx.evaluate.run import evaluate
-from hf_longctx.identification.work import model_hash
 from hf_longctx.model.modules import state_of
 from hf_longctx.tasks import task_from
 from hf_longctx.tasks.answer import MODES, answer
@@ -254,10 +254,10 @@ def test_another_run_in_the_same_folder_is_refused(llama, done, text):
 def test_another_output_layer_is_another_model():
     model = tiny_model()
     assert model.lm_head.weight is not model.model.embed_tokens.weight
-    before = model_hash(model)
+    before = weights_digest(model, complete=False)
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
-    assert model_hash(model) != before
+    assert weights_digest(model, complete=False) != before
 
 
 def test_prompts_longer_than_the_model_was_made_for_are_noted(llama, tmp_path, monkeypatch):
@@ -334,18 +334,17 @@ def test_the_command_wants_matplotlib_before_it_loads_the_model(tmp_path, monkey
 @pytest.mark.parametrize("mode", MODES)
 def test_every_task_runs_in_text(tmp_path, mode):
     """A task that lands later is run here too; the model is random, so its answers are wrong, alike both ways."""
-    assert len(words("tasks")) == 7
     model = tiny_model(layers=2)
     model.resize_token_embeddings(700)
     heads = config_for(model, roles="retrieval")
     asked = {"lengths": [2400], "depths": [0.5], "samples": 1, "mode": mode, "prefill_chunk_size": 300}
-    summary = evaluate(model, byte_bpe(), tmp_path, tasks=",".join(words("tasks")), config=heads, **asked)
-    assert set(summary.tasks) == set(words("tasks"))
+    summary = evaluate(model, byte_bpe(), tmp_path, tasks=",".join(words("tasks.synthetic")), config=heads, **asked)
+    assert set(summary.tasks) == set(words("tasks.synthetic"))
     assert {row.task for row in summary.by_depth if row.depth is None} == {
-        word for word in words("tasks") if not load("tasks", word).deep
+        word for word in words("tasks.synthetic") if not load("tasks.synthetic", word).deep
     }
     (header,), records = lines(tmp_path)
-    assert header["settings"]["prefill_chunk_size"] == 300 and len(records) == 2 * len(words("tasks"))
+    assert header["settings"]["prefill_chunk_size"] == 300 and len(records) == 2 * len(words("tasks.synthetic"))
     by_way = {way: {one["case"]: one["output_ids"] for one in records if one["variant"] == way} for way in VARIANTS[:2]}
     assert by_way["dense"] == by_way["patched"], "all heads keep every token"
     assert summary.overall.cells["patched"].kl_max < 1e-5

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from hf_longctx.config.config import load_shipped
 from hf_longctx.config.words import make
-from hf_longctx.evaluate.plan import Case, Options, Plan, Variant, Window, cases_of
+from hf_longctx.evaluate.plan import Case, EvalPlan, Options, Variant, Window, cases_of
 from hf_longctx.tasks import tasks_from
 
 EVIL = "<script>alert('said')</script><img src=x onerror=alert(1)>"
@@ -20,11 +20,11 @@ def plan_of(
     text=True,
     lengths=(512, 2048, 16384),
     samples=2,
-) -> Plan:
+) -> EvalPlan:
     variants = [Variant(names[0]), *(Variant(name, CONFIG, name.partition("=")[2] or None) for name in names[1:])]
     options = make(Options, {"lengths": list(lengths), "depths": [0, 0.5, 1], "samples": samples})
     windows = [Window(0, 1, 40), Window(20, 40, 60)] if text else []
-    return Plan(tuple(variants), (*cases_of(tasks_from(tasks), options), *windows), options)
+    return EvalPlan(tuple(variants), (*cases_of(tasks_from(tasks), options), *windows), options)
 
 
 def falling(v: int, c: int, case: Case) -> float:
@@ -32,7 +32,7 @@ def falling(v: int, c: int, case: Case) -> float:
     return max(0.0, 1 - 0.2 * v - 0.01 * (c % 7))
 
 
-def records_of(plan: Plan, score: Callable[[int, int, Case], float] = falling) -> list[dict]:
+def records_of(plan: EvalPlan, score: Callable[[int, int, Case], float] = falling) -> list[dict]:
     """Made-up records; variant number v and case number c decide every figure."""
     found = []
     for v, variant in enumerate(plan.variants):
@@ -70,7 +70,7 @@ def records_of(plan: Plan, score: Callable[[int, int, Case], float] = falling) -
     return found
 
 
-def headers_of(plan: Plan, processes=1) -> list[dict]:
+def headers_of(plan: EvalPlan, processes=1) -> list[dict]:
     on = {"hf_longctx": "1", "torch": "2", "transformers": "5", "python": "3", "cpu": "C", "threads": 1, "cores": 2}
     settings = {"dtype": "float32", "seed": 0}
     heads = {variant.name: [4, 16] for variant in plan.variants[1:]}

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.tiny import config_for, tiny_config
 from hf_longctx import patch_model
-from hf_longctx.identification.methods.base import Subject
+from hf_longctx.identification.methods.base import HeadProbe
 from hf_longctx.tasks import tiny_language
 from hf_longctx.tasks.documents import TinyDocuments
 from hf_longctx.tasks.haystack import TinyFiller
@@ -26,7 +26,7 @@ def random_model(family: str = "llama", dtype=torch.float32, seed: int = 0, **kw
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
-def subject_of(model, seed: int = 0, work: Path | None = None, cls: type = Subject, sink: int = SINK) -> Subject:
+def probe_of(model, seed: int = 0, work: Path | None = None, cls: type = HeadProbe, sink: int = SINK) -> HeadProbe:
     """The model patched with all heads retrieval."""
     patch_model(model, config_for(model, "retrieval", sink, RECENT))
     config = model.config

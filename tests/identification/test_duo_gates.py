@@ -10,7 +10,7 @@ from itertools import product
 import accelerate
 import pytest
 import torch
-from helpers.gate_cases import RECENT, SHORT, SINK, random_model, subject_of
+from helpers.gate_cases import RECENT, SHORT, SINK, probe_of, random_model
 from helpers.tiny import FAMILIES, DenseMask, config_for
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -28,7 +28,7 @@ from hf_longctx import (
 from hf_longctx.assets import asset
 from hf_longctx.config.words import build
 from hf_longctx.identification import gates as _gates
-from hf_longctx.identification.methods.base import Subject
+from hf_longctx.identification.methods.base import HeadProbe
 from hf_longctx.identification.methods.duo_gates import FILE, DuoGates
 from hf_longctx.tasks.documents import documents_for
 
@@ -92,7 +92,7 @@ def test_gradient_equals_a_dense_double_path(family, group, checkpointing):
     gates = some_gates(model)
     want, right = reference_gradient(model, ids, gates)
     _, wrong = reference_gradient(model, ids, gates, RECENT - 1)
-    subject_of(model)
+    probe_of(model)
     with _gates.frozen(model, checkpointing):
         loss = _gates.distance(model, gates, ids, PLACES)
         (got,) = torch.autograd.grad(loss, gates)
@@ -106,7 +106,7 @@ def test_gradient_equals_a_dense_double_path(family, group, checkpointing):
 def test_gradient_equals_finite_differences(checkpointing):
     model = in_float64(random_model("llama", torch.float64))
     ids, gates = torch.randint(3, 190, (1, LENGTH)), some_gates(model)
-    subject_of(model)
+    probe_of(model)
     with _gates.frozen(model, checkpointing):
         (got,) = torch.autograd.grad(_gates.distance(model, gates, ids, PLACES), gates)
         numeric, eps = torch.empty_like(got), 1e-5
@@ -122,7 +122,7 @@ def test_gradient_equals_finite_differences(checkpointing):
 
 
 def test_checkpointed_layers_compute_twice_and_others_once():
-    subject = subject_of(random_model())
+    probe = probe_of(random_model())
     ids, gates, seen = torch.randint(3, 190, (1, LENGTH)), torch.ones(3, 4, requires_grad=True), {}
     for checkpointing in (False, True):
         calls = []
@@ -132,8 +132,8 @@ def test_checkpointed_layers_compute_twice_and_others_once():
             calls.append(layer_idx)  # noqa: B023 - runs inside this iteration
             return mix(layer_idx, *args)  # noqa: B023
 
-        with _gates.frozen(subject.model, checkpointing), observe(subject.model, count):
-            hidden = subject.model.base_model(ids, use_cache=False).last_hidden_state
+        with _gates.frozen(probe.model, checkpointing), observe(probe.model, count):
+            hidden = probe.model.base_model(ids, use_cache=False).last_hidden_state
             torch.autograd.grad(hidden.square().sum(), gates)
         seen[checkpointing] = calls
     assert seen == {False: [0, 1, 2], True: [0, 1, 2, 2, 1, 0]}
@@ -157,7 +157,7 @@ def test_the_model_is_left_as_it_was(way):
     model.base_model.layers[1].train()
     model.base_model.layers[2].gradient_checkpointing = True
     model.lm_head.requires_grad_(False)
-    subject = subject_of(model)
+    probe = probe_of(model)
     before = everything(model)
     assert any(before[2]) and not all(before[2])
 
@@ -174,20 +174,20 @@ def test_the_model_is_left_as_it_was(way):
     else:
         run()
         with torch.no_grad():
-            DuoGates(**{**SHORT, "steps": 2}).scores(subject)
+            DuoGates(**{**SHORT, "steps": 2}).scores(probe)
     assert everything(model) == before
 
 
 def test_dropout_does_not_run():
-    want = DuoGates(**SHORT).scores(subject_of(random_model()))
+    want = DuoGates(**SHORT).scores(probe_of(random_model()))
     dropping = random_model(attention_dropout=0.5)
-    subject = subject_of(dropping)
+    probe = probe_of(dropping)
     for layer in dropping.base_model.layers:
         layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj, torch.nn.Dropout(0.5))
     dropping.train()
-    assert torch.equal(DuoGates(**SHORT).scores(subject), want)
+    assert torch.equal(DuoGates(**SHORT).scores(probe), want)
     assert dropping.training
-    assert not torch.equal(DuoGates(**SHORT).scores(subject_of(random_model(seed=1))), want), "a control"
+    assert not torch.equal(DuoGates(**SHORT).scores(probe_of(random_model(seed=1))), want), "a control"
 
 
 def test_layers_that_cannot_checkpoint_are_refused():
@@ -209,13 +209,13 @@ def test_the_gates_find_the_heads_that_an_ablation_found():
     roles = {"roles": ["RRRR"] * 4}
     patch_model(model, {"model": LongCtxConfig.describe(model.config), "heads": roles, "stores": stores})
     documents = documents_for(AutoTokenizer.from_pretrained(path))
-    subject = Subject(model, layers=4, heads=8, kv_heads=4, documents=documents, longest=4096)
-    scores = DuoGates(steps=60, length=512, gradient_checkpointing=False).scores(subject)
+    probe = HeadProbe(model, layers=4, heads=8, kv_heads=4, documents=documents, longest=4096)
+    scores = DuoGates(steps=60, length=512, gradient_checkpointing=False).scores(probe)
     found, others = scores[1], scores[[0, 2, 3]]
     assert scores.dtype == torch.float64 and scores.shape == (4, 4)
     assert found.min() > 0.95 and found.min() > others.max() + 0.02
     assert (others < 0.2).sum() >= 7, "heads that nothing needs must close"
-    told = subject.measured
+    told = probe.measured
     assert told["lengths"] == [256, 512] and told["documents"] == 60
     assert told["mean_gate"] == round(scores.mean().item(), 4)
     assert told["regularisation_loss"] == round(0.05 * scores.mean().item(), 6)
@@ -223,25 +223,25 @@ def test_the_gates_find_the_heads_that_an_ablation_found():
 
 
 def test_gates_fall_only_under_the_regulariser():
-    free = DuoGates(**SHORT, reg_weight=0.0).scores(subject_of(random_model(dtype=torch.float64)))
+    free = DuoGates(**SHORT, reg_weight=0.0).scores(probe_of(random_model(dtype=torch.float64)))
     torch.testing.assert_close(free, torch.ones_like(free), rtol=0, atol=1e-3)
-    pressed = DuoGates(**SHORT, reg_weight=1e4).scores(subject_of(random_model(dtype=torch.float64)))
+    pressed = DuoGates(**SHORT, reg_weight=1e4).scores(probe_of(random_model(dtype=torch.float64)))
     warm = sum(DuoGates(**SHORT).warmth(step) for step in range(8))
     torch.testing.assert_close(pressed, torch.full_like(pressed, 1 - 0.02 * warm), rtol=0, atol=1e-3)
-    closed = DuoGates(**{**SHORT, "steps": 40}, lr=0.5, reg_weight=1e4).scores(subject_of(random_model()))
+    closed = DuoGates(**{**SHORT, "steps": 40}, lr=0.5, reg_weight=1e4).scores(probe_of(random_model()))
     assert (closed == 0).all()
 
 
 def test_gradient_checkpointing_changes_nothing():
-    got = [DuoGates(**SHORT, gradient_checkpointing=on).scores(subject_of(random_model())) for on in (True, False)]
+    got = [DuoGates(**SHORT, gradient_checkpointing=on).scores(probe_of(random_model())) for on in (True, False)]
     assert torch.equal(*got) and got[0].min() < 0.95
 
 
 def test_gates_of_a_bfloat16_model_are_float32():
-    subject = subject_of(random_model(dtype=torch.bfloat16))
-    scores = DuoGates(**SHORT).scores(subject)
+    probe = probe_of(random_model(dtype=torch.bfloat16))
+    scores = DuoGates(**SHORT).scores(probe)
     assert torch.equal(scores.float().double(), scores) and not torch.equal(scores.bfloat16().double(), scores)
-    assert all(weight.dtype == torch.bfloat16 for weight in subject.model.parameters())
+    assert all(weight.dtype == torch.bfloat16 for weight in probe.model.parameters())
 
 
 def test_a_loss_that_is_no_number_stops_the_run():
@@ -249,7 +249,7 @@ def test_a_loss_that_is_no_number_stops_the_run():
     with torch.no_grad():
         model.base_model.layers[1].mlp.up_proj.weight.fill_(float("inf"))
     with pytest.raises(ConfigError, match="step 0 is nan or inf.*torch.float32"):
-        DuoGates(**SHORT).scores(subject_of(model))
+        DuoGates(**SHORT).scores(probe_of(model))
 
 
 def test_warm_up_and_decay():
@@ -261,7 +261,7 @@ def test_warm_up_and_decay():
 
 def test_documents_depend_on_the_seed_and_the_step_alone():
     def draw(seed: int, step: int, index: int):
-        return DuoGates(**SHORT).document(subject_of(random_model(), seed), step, index, (60, 120)).ids.tolist()
+        return DuoGates(**SHORT).document(probe_of(random_model(), seed), step, index, (60, 120)).ids.tolist()
 
     first = draw(0, 1, 0)
     assert first == draw(0, 1, 0)
@@ -272,16 +272,16 @@ def test_documents_depend_on_the_seed_and_the_step_alone():
 
 
 def test_lengths(caplog):
-    subject = subject_of(random_model())
-    subject.longest = 4096
-    assert DuoGates().lengths(subject) == (1024, 4096)
-    assert DuoGates(length=600).lengths(subject) == (300, 600)
-    assert DuoGates(length=600, min_length=600).lengths(subject) == (600, 600)
-    subject.longest = 10**6
-    assert DuoGates().lengths(subject) == (1024, 32768)
+    probe = probe_of(random_model())
+    probe.longest = 4096
+    assert DuoGates().lengths(probe) == (1024, 4096)
+    assert DuoGates(length=600).lengths(probe) == (300, 600)
+    assert DuoGates(length=600, min_length=600).lengths(probe) == (600, 600)
+    probe.longest = 10**6
+    assert DuoGates().lengths(probe) == (1024, 32768)
     with pytest.raises(ConfigError, match="^min_length: got 700 tokens.*600"):
-        DuoGates(length=600, min_length=700).lengths(subject)
-    assert DuoGates(length=2 * 10**6).lengths(subject) == (1024, 2 * 10**6)
+        DuoGates(length=600, min_length=700).lengths(probe)
+    assert DuoGates(length=2 * 10**6).lengths(probe) == (1024, 2 * 10**6)
     assert "length: 2000000 tokens are more than the 1000000" in caplog.text
 
 
@@ -296,7 +296,7 @@ def test_options_have_bounds(wrong):
 # Going on.
 
 
-class StopsAt(Subject):
+class StopsAt(HeadProbe):
     """Its run is cut off before step 5, and it counts the steps that it saw."""
 
     stop = 5
@@ -326,25 +326,25 @@ METHOD = DuoGates(**SHORT, checkpoint_every=3)
 
 def cut_off(work, **kwargs) -> None:
     with pytest.raises(KeyboardInterrupt):
-        METHOD.scores(subject_of(random_model(), work=work, cls=StopsAt, **kwargs))
+        METHOD.scores(probe_of(random_model(), work=work, cls=StopsAt, **kwargs))
 
 
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path):
-    whole = subject_of(random_model())
+    whole = probe_of(random_model())
     want = METHOD.scores(whole)
     work = tmp_path / "new" / "folder"
     cut_off(work)
     assert len(load_file(work / FILE)["losses"]) == 3
-    resumed = subject_of(random_model(), work=work, cls=Counts)
+    resumed = probe_of(random_model(), work=work, cls=Counts)
     assert torch.equal(METHOD.scores(resumed), want)
     assert resumed.seen == [3, 4, 5, 6, 7] and resumed.measured == whole.measured
-    again = subject_of(random_model(), work=work, cls=Counts)
+    again = probe_of(random_model(), work=work, cls=Counts)
     assert torch.equal(METHOD.scores(again), want) and again.seen == [], "a finished run is read back"
     assert sorted(path.name for path in work.iterdir()) == [FILE]
 
 
 def test_what_is_saved_matters(tmp_path):
-    want = METHOD.scores(subject_of(random_model()))
+    want = METHOD.scores(probe_of(random_model()))
     for name in ("gates", "exp_avg", "exp_avg_sq"):
         work = tmp_path / name
         cut_off(work)
@@ -352,14 +352,14 @@ def test_what_is_saved_matters(tmp_path):
             metadata = file.metadata()
         state = load_file(work / FILE)
         save_file({**state, name: state[name] * 0.9}, work / FILE, metadata)
-        assert not torch.equal(METHOD.scores(subject_of(random_model(), work=work)), want), name
+        assert not torch.equal(METHOD.scores(probe_of(random_model(), work=work)), want), name
 
 
 def test_a_state_survives_another_way_to_run_it(tmp_path):
     cut_off(tmp_path)
     method = dataclasses.replace(METHOD, gradient_checkpointing=False, checkpoint_every=100)
-    resumed = subject_of(random_model(), work=tmp_path, cls=Counts)
-    assert torch.equal(method.scores(resumed), METHOD.scores(subject_of(random_model())))
+    resumed = probe_of(random_model(), work=tmp_path, cls=Counts)
+    assert torch.equal(method.scores(resumed), METHOD.scores(probe_of(random_model())))
     assert resumed.seen[0] == 3
 
 
@@ -369,22 +369,22 @@ def test_a_state_of_other_options_is_refused(what, tmp_path):
     other = {"steps": 9, "lr": 0.01, "reg_weight": 0.1, "facts": 3, "documents_per_step": 2, "lengths": None}
     change = {"length": 130} if what == "lengths" else {what: other[what]}
     with pytest.raises(ConfigError, match=rf"{FILE} is of a run with other settings: .*{what} \(was ") as error:
-        dataclasses.replace(METHOD, **change).scores(subject_of(random_model(), work=tmp_path))
+        dataclasses.replace(METHOD, **change).scores(probe_of(random_model(), work=tmp_path))
     assert str(tmp_path / FILE) in str(error.value)
 
 
 def test_a_state_of_another_model_seed_or_store_is_refused(tmp_path):
     cut_off(tmp_path)
     others = {
-        "model": subject_of(random_model(seed=1), work=tmp_path),
-        "seed": subject_of(random_model(), seed=1, work=tmp_path),
-        "streaming": subject_of(random_model(), work=tmp_path, sink=SINK + 1),
-        "documents": subject_of(random_model(), work=tmp_path),
+        "model": probe_of(random_model(seed=1), work=tmp_path),
+        "seed": probe_of(random_model(), seed=1, work=tmp_path),
+        "streaming": probe_of(random_model(), work=tmp_path, sink=SINK + 1),
+        "documents": probe_of(random_model(), work=tmp_path),
     }
     others["documents"].documents.haystack.filler.successors[:] = 0
-    for name, subject in others.items():
+    for name, probe in others.items():
         with pytest.raises(ConfigError, match=rf"{name} \(was "):
-            METHOD.scores(subject)
+            METHOD.scores(probe)
 
 
 @pytest.mark.parametrize("kind", ["text", "cut", "other tensors", "no settings"])
@@ -398,7 +398,7 @@ def test_a_file_that_is_no_state_is_refused(kind, tmp_path):
     else:
         save_file({"x": torch.ones(1)}, path, {"settings": "{}"} if kind == "other tensors" else None)
     with pytest.raises(ConfigError, match=f"{FILE} is no state of a duo_gates run"):
-        METHOD.scores(subject_of(random_model(), work=tmp_path))
+        METHOD.scores(probe_of(random_model(), work=tmp_path))
 
 
 def test_a_save_that_is_cut_off_keeps_the_state_of_before(tmp_path, monkeypatch):
@@ -411,36 +411,34 @@ def test_a_save_that_is_cut_off_keeps_the_state_of_before(tmp_path, monkeypatch)
 
     monkeypatch.setattr(_gates, "save_file", half)
     with pytest.raises(OSError, match="disk full"):
-        METHOD.scores(subject_of(random_model(), work=tmp_path))
+        METHOD.scores(probe_of(random_model(), work=tmp_path))
     assert (tmp_path / FILE).read_bytes() == before
     monkeypatch.undo()
-    assert torch.equal(
-        METHOD.scores(subject_of(random_model(), work=tmp_path)), METHOD.scores(subject_of(random_model()))
-    )
+    assert torch.equal(METHOD.scores(probe_of(random_model(), work=tmp_path)), METHOD.scores(probe_of(random_model())))
 
 
 def test_one_process_sets_up_nothing_for_several(monkeypatch):
     before = dict(accelerate.PartialState._shared_state)
-    METHOD.scores(subject_of(random_model()))
+    METHOD.scores(probe_of(random_model()))
     assert accelerate.PartialState._shared_state == before
     alone = types.SimpleNamespace(process_index=0, num_processes=1)
     asked = []
     monkeypatch.setattr(accelerate, "PartialState", lambda **kwargs: asked.append(kwargs) or alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UnsupportedModeError, match="2 processes were launched"):
-        METHOD.scores(subject_of(random_model()))
+        METHOD.scores(probe_of(random_model()))
     assert asked == [{"cpu": True, "timeout": timedelta(days=30)}], "torch's own would end a wait of half an hour"
 
 
 def test_an_unpatched_model_is_refused():
-    subject = subject_of(random_model())
-    unpatch_model(subject.model)
+    probe = probe_of(random_model())
+    unpatch_model(probe.model)
     with pytest.raises(UnsupportedModelError, match="patch_model"):
-        DuoGates(**SHORT).scores(subject)
+        DuoGates(**SHORT).scores(probe)
 
 
 def test_a_work_folder_that_cannot_be_made_is_said_before_any_step(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    subject = subject_of(random_model(), work=tmp_path / "file" / "below")
+    probe = probe_of(random_model(), work=tmp_path / "file" / "below")
     with pytest.raises(ConfigError, match="^work: .*below cannot be made"):
-        DuoGates(**SHORT).scores(subject)
+        DuoGates(**SHORT).scores(probe)

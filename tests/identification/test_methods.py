@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import config_for, tiny_model
+from helpers.tiny import FAMILIES, config_for, tiny_model
 from helpers.tiny_tokenizer import byte_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,14 +15,12 @@ from hf_longctx.identification import attention as _attention
 from hf_longctx.identification import share as _share
 from hf_longctx.identification.attention import weights
 from hf_longctx.identification.methods import retrieval_score
-from hf_longctx.identification.methods.base import Subject
+from hf_longctx.identification.methods.base import HeadProbe
 from hf_longctx.identification.methods.echo_induction import EchoInduction, union_order
 from hf_longctx.identification.methods.retrieval_score import RetrievalScore, copies
 from hf_longctx.identification.methods.two_needle import TwoNeedle
 from hf_longctx.tasks.documents import Document, documents_for
 from hf_longctx.tasks.haystack import TextHaystack
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Noise:
@@ -42,9 +40,9 @@ class Noise:
         return Document(ids, answers, needles)
 
 
-def subject_of(model, **kwargs) -> Subject:
+def probe_of(model, **kwargs) -> HeadProbe:
     c = model.config
-    return Subject(model, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, Noise(), **kwargs)
+    return HeadProbe(model, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, Noise(), **kwargs)
 
 
 def eager_weights(model, ids: torch.Tensor) -> torch.Tensor:
@@ -63,9 +61,9 @@ def group_max(scores: torch.Tensor, model) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def run(method, model, subject) -> torch.Tensor:
+def run(method, model, probe) -> torch.Tensor:
     with patched(model, config_for(model, "retrieval")):
-        return method.scores(subject)
+        return method.scores(probe)
 
 
 # The weights.
@@ -99,10 +97,10 @@ def test_weights_by_pieces_are_the_causal_softmax(monkeypatch, group, new, total
 @pytest.mark.parametrize("copies_", [2, 3])
 def test_echo_and_induction_are_their_definitions(family, copies_):
     model = tiny_model(family, dtype=torch.float64)
-    subject = subject_of(model, seed=4)
+    probe = probe_of(model, seed=4)
     n = 13
-    scores = run(EchoInduction(tokens=n, copies=copies_), model, subject)
-    ids = subject.ids(np.tile(Noise().noise(subject.rng(1), n), copies_))
+    scores = run(EchoInduction(tokens=n, copies=copies_), model, probe)
+    ids = probe.ids(np.tile(Noise().noise(probe.rng(1), n), copies_))
     maps = eager_weights(model, ids)
     echo, induction = torch.zeros(2, 3, 8, dtype=torch.float64)
     for layer in range(3):
@@ -113,7 +111,7 @@ def test_echo_and_induction_are_their_definitions(family, copies_):
                     induction[layer, head] += maps[layer, head, i, j + 1]
     asked = n * (copies_ - 1)
     want_echo, want_induction = group_max(echo / asked, model), group_max(induction / asked, model)
-    got = [torch.tensor(subject.measured[name], dtype=torch.float64) for name in ("echo", "induction")]
+    got = [torch.tensor(probe.measured[name], dtype=torch.float64) for name in ("echo", "induction")]
     torch.testing.assert_close(got[0], want_echo, rtol=0, atol=6e-5)  # written with 4 decimals
     torch.testing.assert_close(got[1], want_induction, rtol=0, atol=6e-5)
     assert not torch.allclose(got[0], want_induction, rtol=0, atol=6e-5), "a control"
@@ -148,26 +146,24 @@ def test_no_matrix_of_all_queries_and_keys_is_kept(monkeypatch):
     model, largest = tiny_model(), []
     softmax = torch.Tensor.softmax
     monkeypatch.setattr(torch.Tensor, "softmax", lambda x, *a, **k: largest.append(x.numel()) or softmax(x, *a, **k))
-    run(EchoInduction(tokens=100, copies=4), model, subject_of(model))
+    run(EchoInduction(tokens=100, copies=4), model, probe_of(model))
     assert len(largest) > 3 and max(largest) <= 4096 < 8 * 400 * 400
 
 
 def test_more_than_the_model_was_made_for_is_warned_of_and_the_default_is_made_to_fit(caplog):
     model = tiny_model()
-    subject = subject_of(model, longest=200)
-    run(EchoInduction(), model, subject)
-    assert subject.measured["tokens"] == 50 and "made for" not in caplog.text
-    run(EchoInduction(tokens=100), model, subject)
-    assert (
-        subject.measured["tokens"] == 100 and "400 tokens are more than the 200 the model was made for" in caplog.text
-    )
+    probe = probe_of(model, longest=200)
+    run(EchoInduction(), model, probe)
+    assert probe.measured["tokens"] == 50 and "made for" not in caplog.text
+    run(EchoInduction(tokens=100), model, probe)
+    assert probe.measured["tokens"] == 100 and "400 tokens are more than the 200 the model was made for" in caplog.text
     with pytest.raises(ConfigError, match="copies: got 101, but the model was made for 200 tokens"):
-        run(EchoInduction(copies=101), model, subject)
+        run(EchoInduction(copies=101), model, probe)
 
 
 def test_layers_with_their_own_window_are_left_out_of_the_union():
     model = tiny_model(dtype=torch.float64)
-    free, windowed = subject_of(model), subject_of(model, windowed=(1,))
+    free, windowed = probe_of(model), probe_of(model, windowed=(1,))
     run(EchoInduction(tokens=20), model, free)
     scores = run(EchoInduction(tokens=20), model, windowed)
     echo, induction = (torch.tensor(free.measured[name], dtype=torch.float64) for name in ("echo", "induction"))
@@ -182,12 +178,12 @@ def test_layers_with_their_own_window_are_left_out_of_the_union():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_needle_mass_is_its_definition(family):
     model = tiny_model(family, dtype=torch.float64)
-    subject = subject_of(model, seed=2)
-    got = run(TwoNeedle(length=90, facts=2, samples=2), model, subject)
+    probe = probe_of(model, seed=2)
+    got = run(TwoNeedle(length=90, facts=2, samples=2), model, probe)
     mass = torch.zeros(3, 8, dtype=torch.float64)
     for sample in range(2):
-        document = Noise().draw(subject.rng(2, sample), 90, 2, 0.05)
-        maps = eager_weights(model, subject.ids(document.ids))
+        document = Noise().draw(probe.rng(2, sample), 90, 2, 0.05)
+        maps = eager_weights(model, probe.ids(document.ids))
         for i in document.answers.ravel():
             for j in range(document.needles[0, 0], document.needles[-1, -1] + 1):
                 mass += maps[:, :, i - 1, j] / document.answers.size / 2
@@ -202,13 +198,13 @@ def test_two_needle_mass_is_its_definition(family):
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-mistral"])  # the heads of tiny-qwen3 copy nothing
 def test_copied_tokens_are_counted_by_the_definition(name):
     model = AutoModelForCausalLM.from_pretrained(asset(name), dtype=torch.float64).eval()
-    subject = subject_of(model)
-    subject.documents = documents_for(AutoTokenizer.from_pretrained(asset(name)))
+    probe = probe_of(model)
+    probe.documents = documents_for(AutoTokenizer.from_pretrained(asset(name)))
     for seed in range(2):
-        document = subject.documents.draw(np.random.default_rng(seed), 150, 2)
+        document = probe.documents.draw(np.random.default_rng(seed), 150, 2)
         with patched(model, config_for(model, "retrieval")):
-            right, got = copies(subject, document)
-        want_right, want = slow_copies(model, subject, document)
+            right, got = copies(probe, document)
+        want_right, want = slow_copies(model, probe, document)
         assert right == want_right == 1.0
         assert (want > 0.5).any(), "no head copied anything: the comparison would prove nothing"
         torch.testing.assert_close(got, want, rtol=0, atol=0)
@@ -216,7 +212,7 @@ def test_copied_tokens_are_counted_by_the_definition(name):
         ids = document.ids.copy()
         ids[document.answers[0, :2]] += 1
         with patched(model, config_for(model, "retrieval")):
-            right, got = copies(subject, Document(ids, document.answers, document.needles))
+            right, got = copies(probe, Document(ids, document.answers, document.needles))
         assert right == 0.5
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
@@ -228,9 +224,9 @@ def greedy(model, ids: torch.Tensor, count: int) -> torch.Tensor:
     return ids[:, -count:]
 
 
-def slow_copies(model, subject, document) -> tuple[float, torch.Tensor]:
+def slow_copies(model, probe, document) -> tuple[float, torch.Tensor]:
     first, needle = int(document.answers[0, 0]), document.needles[0].tolist()
-    ids = subject.ids(document.ids[:first])
+    ids = probe.ids(document.ids[:first])
     layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
     copied = {(layer, head): set() for layer in range(layers) for head in range(heads)}
     right = 0
@@ -250,25 +246,25 @@ def slow_copies(model, subject, document) -> tuple[float, torch.Tensor]:
 def test_a_model_that_finds_nothing_is_said_to_find_nothing():
     model = tiny_model()
     with pytest.raises(UnsupportedModelError, match="found the needle in none of 4 documents"):
-        run(RetrievalScore(shortest=64, longest=96, lengths=2, depths=2), model, subject_of(model))
+        run(RetrievalScore(shortest=64, longest=96, lengths=2, depths=2), model, probe_of(model))
 
 
 def test_runs_the_model_gets_wrong_are_left_out(monkeypatch):
     seen = iter([(0.4, torch.ones(3, 8)), (0.5, torch.full((3, 8), 0.25)), (1.0, torch.full((3, 8), 0.75))])
-    monkeypatch.setattr(retrieval_score, "copies", lambda subject, document: next(seen))
+    monkeypatch.setattr(retrieval_score, "copies", lambda probe, document: next(seen))
     model = tiny_model()
-    subject = subject_of(model)
-    scores = RetrievalScore(shortest=64, longest=64, lengths=1, depths=3).scores(subject)
-    assert (scores == 0.5).all() and subject.measured["runs_answered"] == 2
+    probe = probe_of(model)
+    scores = RetrievalScore(shortest=64, longest=64, lengths=1, depths=3).scores(probe)
+    assert (scores == 0.5).all() and probe.measured["runs_answered"] == 2
 
 
 def test_lengths_are_those_asked_for():
-    subject = subject_of(tiny_model(), longest=3000)
-    assert RetrievalScore().all_lengths(subject) == [1024, 1518, 2012, 2506, 3000]
-    assert RetrievalScore(shortest=256, longest=1024, lengths=1).all_lengths(subject) == [1024]
-    assert RetrievalScore(longest=512, lengths=2).all_lengths(subject) == [512, 512]
+    probe = probe_of(tiny_model(), longest=3000)
+    assert RetrievalScore().all_lengths(probe) == [1024, 1518, 2012, 2506, 3000]
+    assert RetrievalScore(shortest=256, longest=1024, lengths=1).all_lengths(probe) == [1024]
+    assert RetrievalScore(longest=512, lengths=2).all_lengths(probe) == [512, 512]
     with pytest.raises(ConfigError, match="shortest: got 1024 tokens, more than"):
-        RetrievalScore(shortest=1024, longest=512).all_lengths(subject)
+        RetrievalScore(shortest=1024, longest=512).all_lengths(probe)
 
 
 # The share.
@@ -301,18 +297,18 @@ def test_the_target_is_inclusive(dense, at_8, target):
 
 def test_a_model_that_answers_nothing_is_refused_before_anything_else():
     with pytest.raises(ConfigError, match="answers none of the questions"):
-        _share.ShareSearch(subject_of(tiny_model()), 60, 0.1)
+        _share.ShareSearch(probe_of(tiny_model()), 60, 0.1)
 
 
 def test_exact_match_counts_whole_answers():
     model = tiny_model(dtype=torch.float64)
-    subject = subject_of(model)
-    yardstick = _share.ExactMatch(subject, 60, 4)
+    probe = probe_of(model)
+    yardstick = _share.ExactMatch(probe, 60, 4)
     assert sum(len(text.answers) for text in yardstick.texts) == 4
     hits, losses = [], []
     with torch.no_grad():
         for text in yardstick.texts:
-            logits = model(subject.ids(text.ids), use_cache=False).logits[0]
+            logits = model(probe.ids(text.ids), use_cache=False).logits[0]
             for answer in text.answers:
                 said = logits[answer - 1].argmax(-1)
                 hits.append(bool((said.numpy() == text.ids[answer]).all()))
@@ -323,14 +319,14 @@ def test_exact_match_counts_whole_answers():
 
 def test_agreement_and_perplexity_are_against_the_first_model_measured(tmp_path):
     model = tiny_model(dtype=torch.float64)
-    subject = subject_of(model)
+    probe = probe_of(model)
     text = TextHaystack(np.random.default_rng(0).integers(3, 97, 5000))
-    yardstick = _share.NextToken(subject, text, 300, 2)
+    yardstick = _share.NextToken(probe, text, 300, 2)
     dense = yardstick.measure(model)
     assert dense["agreement"] == 1.0 and yardstick.drop(dense, dense) == 0
     with torch.no_grad():
         losses = [
-            torch.nn.functional.cross_entropy(model(subject.ids(p)).logits[0, :-1], torch.from_numpy(p[1:])).item()
+            torch.nn.functional.cross_entropy(model(probe.ids(p)).logits[0, :-1], torch.from_numpy(p[1:])).item()
             for p in yardstick.pieces
         ]
     assert dense["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
@@ -340,14 +336,14 @@ def test_agreement_and_perplexity_are_against_the_first_model_measured(tmp_path)
     assert yardstick.drop(dense, {"agreement": 1.0, "perplexity": 2 * dense["perplexity"]}) == 0.5
     assert yardstick.drop(dense, {"agreement": 1.0, "perplexity": float("nan")}) == 1.0
     with pytest.raises(ConfigError, match="it has 5000 tokens, fewer than a piece"):
-        _share.NextToken(subject, text, 5001, 1)
+        _share.NextToken(probe, text, 5001, 1)
 
 
 def test_documents_of_a_real_tokenizer_reach_the_methods():
     tokenizer = byte_bpe()
     model = tiny_model("qwen3")
     model.resize_token_embeddings(len(tokenizer))
-    subject = subject_of(model)
-    subject.documents = documents_for(tokenizer)
-    assert run(TwoNeedle(length=400), model, subject).shape == (3, 4)
-    assert run(EchoInduction(tokens=50), model, subject).shape == (3, 4)
+    probe = probe_of(model)
+    probe.documents = documents_for(tokenizer)
+    assert run(TwoNeedle(length=400), model, probe).shape == (3, 4)
+    assert run(EchoInduction(tokens=50), model, probe).shape == (3, 4)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from hf_longctx import ConfigError, LongCtxConfig, LongCtxError, patch_model
 from hf_longctx.bench.memory_check import fill
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
 from hf_longctx.config import words as registry
 from hf_longctx.config.config import load_shipped
 from hf_longctx.model.modules import state_of
@@ -26,6 +26,7 @@ from hf_longctx.planning import ladder
 from hf_longctx.planning.find import find
 from hf_longctx.planning.ladder import BITS, RULE, fewer_heads
 from hf_longctx.planning.memory import DENSE, PATCHED, RESERVED, MemorySettings, longest
+from hf_longctx.stores.base import Bytes
 from hf_longctx.stores.full import Full
 
 TOKENS, HEADS = 1000, 12
@@ -60,8 +61,9 @@ def stores(monkeypatch):
     class Quantized(Full):
         bits: int = 8
 
-        def head_bytes(self, tokens, head_dim, number, *room):
-            return super().head_bytes(tokens, head_dim, number, *room) * self.bits // (8 * number)
+        def nbytes(self, tokens, head_dim, itemsize, reserve=None):
+            whole = super().nbytes(tokens, head_dim, itemsize, reserve)
+            return whole if reserve is None else Bytes(whole.device * self.bits // (8 * itemsize))
 
     Quantized.__module__ = "hf_longctx.stores.quantized"
     made, words = types.ModuleType(Quantized.__module__), registry.words
@@ -79,8 +81,8 @@ def stores(monkeypatch):
 
 
 def rungs(path, config, tokens=TOKENS, way=PATCHED, **form):
-    subject = find(path, MemorySettings(1, **{**FORM, **form}), config)
-    return [rung for rung, _ in ladder.ladder(subject, way, tokens)]
+    memory_model = find(path, MemorySettings(1, **{**FORM, **form}), config)
+    return [rung for rung, _ in ladder.ladder(memory_model, way, tokens)]
 
 
 def plan(path, config=None, **given):
@@ -110,10 +112,10 @@ def test_the_first_rung_that_fits_is_chosen_and_its_bytes_are_allocated(
         assert found.rungs == tuple(every[:count]) and found.need == rung.need
         assert all(one.need.total > found.settings.memory for one in found.rungs[:-1])
         found.config.to_yaml(tmp_path / "chosen.yaml")
-        subject = find(path, found.settings, str(tmp_path / "chosen.yaml"))
-        assert fill(subject, way, TOKENS) == found.need.kv == subject.need(way, TOKENS).kv
+        memory_model = find(path, found.settings, str(tmp_path / "chosen.yaml"))
+        assert fill(memory_model, way, TOKENS) == found.need.kv == memory_model.need(way, TOKENS).kv
         assert found.config == LongCtxConfig.from_yaml(config).override(**found.overrides)
-        assert subject.config == found.config
+        assert memory_model.config == found.config
     assert fill(find(path, found.settings, config), way, TOKENS) > found.need.kv, "a control: as it is it takes more"
     one_less = plan(path, config, memory=every[0].need.total - 1, batch=batch, reserve=reserve)
     assert len(one_less.rungs) == 2
@@ -260,7 +262,7 @@ def test_what_cannot_fit_is_refused_with_what_would(given, reserve, stores):
     assert 0 < tokens < TOKENS and last.need(way, tokens).total <= size < last.need(way, tokens + 1).total
     need = last.need(way, TOKENS)
     assert f"a context of at most {tokens} tokens" in said and f"The longest context with it: {tokens}." in said
-    assert f"The smallest (recent 64) needs {need.total / 1e6:.2f} MB" in said and "fewer than 2 rows" in said
+    assert f"The smallest (recent 64) needs {need.total / 1e6:.2f} MB" in said and "fewer than 2 sequences" in said
     assert "(reserve)" not in said, "it can take tokens back, which costs more here than room to grow"
     enough = float(re.search(r"memory of at least (\S+) MB", said)[1])
     assert plan(path, config, memory=f"{enough}MB", batch=2, reserve=reserve).need == need
@@ -354,9 +356,9 @@ def test_the_rule_is_said_and_stands_in_the_docs(given):
 def test_a_shipped_config_needs_no_weights(monkeypatch):
     monkeypatch.setattr(memory_find.AutoModelForCausalLM, "from_pretrained", lambda *args: pytest.fail("loaded"))
     found = LongCtxConfig.plan("llama-3.1-8b-instruct", context=131072, memory="24GB")
-    subject = find("llama-3.1-8b-instruct", MemorySettings(24 * 10**9))
-    assert found.rungs[0].need == subject.need(PATCHED, 131072) and found.rungs[0].need.total > 24 * 10**9
-    assert found.need.total <= 24 * 10**9 and found.dense == subject.need(DENSE, 131072)
+    memory_model = find("llama-3.1-8b-instruct", MemorySettings(24 * 10**9))
+    assert found.rungs[0].need == memory_model.need(PATCHED, 131072) and found.rungs[0].need.total > 24 * 10**9
+    assert found.need.total <= 24 * 10**9 and found.dense == memory_model.need(DENSE, 131072)
     shipped = load_shipped("llama-3.1-8b-instruct")
     assert found.config == shipped.override(**found.overrides) and found.config.model == shipped.model
 
@@ -427,7 +429,9 @@ def test_the_command_prints_the_plan_and_writes_it(given, tmp_path):
     model = patch_model(tiny_model(), str(out))
     assert state_of(model).config == found.config
     reserved = invoke(path, *args, "--memory", "1GB", "--reserve", "--batch", 3, "--weights", "900MB")
-    assert reserved.exit_code == 0 and "max_tokens=1000) makes it" in reserved.output and "3 rows" in reserved.output
+    assert (
+        reserved.exit_code == 0 and "max_tokens=1000) makes it" in reserved.output and "3 sequences" in reserved.output
+    )
     assert "900.00 MB" not in reserved.output and re.search(r"the config as it is +0\.90 ", reserved.output)
 
 

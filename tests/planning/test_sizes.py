@@ -6,7 +6,7 @@ import pytest
 from helpers.config_cases import refused
 from typer.testing import CliRunner
 
-from hf_longctx.commands.app import app
+from hf_longctx.commands._app import app
 from hf_longctx.config.bounds import MOST
 from hf_longctx.planning.sizes import parse_bytes, parse_tokens
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.gate_cases import SHORT, random_model, subject_of
+from helpers.gate_cases import SHORT, probe_of, random_model
 from safetensors.torch import load_file, save_file
 
 from hf_longctx import ConfigError, LongCtxConfig
@@ -34,9 +34,9 @@ def worker(folder: Path) -> None:
         works = {"nothing saved": None, "saved": "saved", "resumed": "resumed", "foreign": "foreign"}
         # A process that is not the main one sees another disk.
         work = works[name] and folder / (works[name] if rank == 0 else "elsewhere")
-        subject = subject_of(random_model(), work=work)
+        probe = probe_of(random_model(), work=work)
         try:
-            seen[name] = {"scores": DuoGates(**METHOD).scores(subject).tolist(), "measured": subject.measured}
+            seen[name] = {"scores": DuoGates(**METHOD).scores(probe).tolist(), "measured": probe.measured}
         except ConfigError as error:
             seen[name] = {"error": str(error)}
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
@@ -80,8 +80,8 @@ def test_accelerate_launch_runs_the_command_on_several_processes(tmp_path):
 
 
 def train(documents: int, work: Path | None = None) -> tuple[torch.Tensor, dict]:
-    subject = subject_of(random_model(), work=work)
-    return DuoGates(**METHOD, documents_per_step=documents).scores(subject), subject.measured
+    probe = probe_of(random_model(), work=work)
+    return DuoGates(**METHOD, documents_per_step=documents).scores(probe), probe.measured
 
 
 def test_two_processes_train_the_gates_of_one(tmp_path):

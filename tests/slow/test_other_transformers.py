@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 OLDEST = "5.0.0"
 VERSIONS = (OLDEST, "5.23.0")
-NEEDS = ["accelerate", "numpy", "pytest", "pyyaml", "rich", "safetensors", "typer"]
+NEEDS = ["accelerate", "jinja2", "numpy", "pytest", "pyyaml", "rich", "safetensors", "typer"]
 TESTS = [
     "tests/contract",
     "tests/cache/test_seam.py",

@@ -132,7 +132,7 @@ def test_the_metadata_has_the_command_the_licence_and_the_range(target):
     )
     import hf_longctx
 
-    assert seen["commands"] == {"hf-longctx": "hf_longctx.commands.app:main"}
+    assert seen["commands"] == {"hf-longctx": "hf_longctx.commands._app:main"}
     assert (seen["licence"], seen["files"], seen["python"]) == ("Apache-2.0 AND MIT", ["LICENSE", "NOTICE"], ">=3.10")
     assert seen["version"] == hf_longctx.__version__
     assert (seen["author"], seen["urls"]) == ("hf_longctx contributors", None)
@@ -145,7 +145,7 @@ def test_the_metadata_has_the_command_the_licence_and_the_range(target):
 
 def test_the_command_prints_its_help(target):
     script = f"import sys; sys.path.insert(0, {str(target)!r}); sys.argv = ['hf-longctx', '--help']\n"
-    script += "from hf_longctx.commands.app import main; main()"
+    script += "from hf_longctx.commands._app import main; main()"
     command = [sys.executable, "-I", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, cwd=target, check=False)
     assert done.returncode == 0, done.stderr

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache.fingerprint import weights_digest
 from ...config.words import dump
 from ...errors import ConfigError, UnsupportedModeError
 from ...io.processes import Processes
 from ...io.work import work_file
-from ...model.modules import state_of
+from ...model.modules import state_of, unwrap
 from ...tasks.documents import Document
 from ..gates import Gates, distance, frozen, load, save
-from ..work import model_hash
-from .base import Method, Subject
+from .base import HeadProbe, Method
 
 FILE = "duo_gates.safetensors"
 
@@ -49,6 +49,10 @@ class DuoGates(Method):
     """
 
     paper = "arXiv:2410.10819"
+    cases = (
+        {"steps": 40, "length": 256, "gradient_checkpointing": False},
+        {"steps": 3, "length": 256},
+    )
     saves = True
 
     steps: int = field(default=2000, metadata={"min": 1, "max": 10**6, "unit": "steps"})
@@ -61,37 +65,37 @@ class DuoGates(Method):
     gradient_checkpointing: bool = True
     checkpoint_every: int = field(default=50, metadata={"min": 1, "max": 10**6, "unit": "steps"})
 
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, probe: HeadProbe) -> Tensor:
         if torch.is_inference_mode_enabled():
             raise UnsupportedModeError("duo_gates trains, which torch.inference_mode() forbids. Call it outside of it.")
-        ranks = Processes(subject.device)
-        lengths = self.lengths(subject)
-        gates = Gates(subject.layers, subject.kv_heads, subject.device)
-        file = subject.work / FILE if subject.work is not None else None
-        settings = self._settings(subject, lengths, ranks) if file is not None else {}
+        ranks = Processes(probe.device)
+        lengths = self.lengths(probe)
+        gates = Gates(probe.layers, probe.kv_heads, probe.device)
+        file = probe.work / FILE if probe.work is not None else None
+        settings = self._settings(probe, lengths, ranks) if file is not None else {}
         if file is not None and (state := self._found(file, settings, ranks)) is not None:
             gates.go_on_from(state)
         done = len(gates.losses)
-        bar = subject.track("gates", self.steps, "steps", done=done, shown=ranks.main)
-        with frozen(subject.model, self.gradient_checkpointing), torch.enable_grad(), bar:
+        bar = probe.track("gates", self.steps, "steps", done=done, shown=ranks.main)
+        with frozen(probe.model, self.gradient_checkpointing), torch.enable_grad(), bar:
             for step in range(done, self.steps):
-                grad, loss = self._gradient(subject, gates.values, step, lengths, ranks)
+                grad, loss = self._gradient(probe, gates.values, step, lengths, ranks)
                 gates.step(grad, loss, self.lr * self.warmth(step))
                 due = (step + 1) % self.checkpoint_every == 0 or step + 1 == self.steps
                 due = due and file is not None
                 if due and ranks.main:
                     save(file, gates.state(), settings)
                 bar.advance(saved=due)
-        self._measure(subject, gates, lengths, ranks)
+        self._measure(probe, gates, lengths, ranks)
         return gates.values.detach().double().cpu()
 
-    def lengths(self, subject: Subject) -> tuple[int, int]:
+    def lengths(self, probe: HeadProbe) -> tuple[int, int]:
         """(shortest, longest) documents in tokens.
 
         Raises:
             ConfigError: they do not fit the model, or each other.
         """
-        longest = subject.length(self.length, 32768)
+        longest = probe.length(self.length, 32768)
         shortest = self.min_length
         if shortest is None:
             shortest = min(1024, longest // 2)
@@ -104,45 +108,45 @@ class DuoGates(Method):
         ramp = max(1, self.steps // 5)
         return max(0.1, min(1.0, (step + 1) / ramp, (self.steps - step) / ramp))
 
-    def document(self, subject: Subject, step: int, index: int, lengths: tuple[int, int]) -> Document:
+    def document(self, probe: HeadProbe, step: int, index: int, lengths: tuple[int, int]) -> Document:
         """Document ``index`` of all those that all processes read in ``step``, which have one length."""
         shortest, longest = lengths
-        length = int(subject.rng(4, step).integers(shortest, longest + 1))
-        return subject.documents.draw(subject.rng(4, step, 1 + index), length, self.facts)
+        length = int(probe.rng(4, step).integers(shortest, longest + 1))
+        return probe.documents.draw(probe.rng(4, step, 1 + index), length, self.facts)
 
     def _gradient(
-        self, subject: Subject, gates: Tensor, step: int, lengths: tuple[int, int], ranks: Processes
+        self, probe: HeadProbe, gates: Tensor, step: int, lengths: tuple[int, int], ranks: Processes
     ) -> tuple[Tensor, float]:
         """The loss's gradient and the distance to the plain model, averaged over all documents of all processes."""
         (grad,) = torch.autograd.grad(self.reg_weight * gates.mean(), gates)  # |gate| of gates in [0, 1]
         total, count = 0.0, self.documents_per_step
         for index in range(ranks.rank * count, (ranks.rank + 1) * count):
-            document = self.document(subject, step, index, lengths)
+            document = self.document(probe, step, index, lengths)
             places = torch.from_numpy(document.answers.ravel() - 1)  # where each token of an answer is predicted
-            loss = distance(subject.model, gates, subject.ids(document.ids), places)
+            loss = distance(probe.model, gates, probe.ids(document.ids), places)
             grad = grad + torch.autograd.grad(loss, gates)[0] / count
             total += loss.item() / count
         told = ranks.mean(torch.cat([grad.flatten(), grad.new_tensor([total])]))
         total = told[-1].item()
         if not (math.isfinite(total) and bool(told.isfinite().all())):
             raise ConfigError(
-                f"duo_gates: the loss of step {step} is nan or inf with a model in {subject.model.dtype}. Load the "
+                f"duo_gates: the loss of step {step} is nan or inf with a model in {probe.model.dtype}. Load the "
                 "model in bfloat16 or float32."
             )
         return told[:-1].view_as(gates), total
 
-    def _settings(self, subject: Subject, lengths: tuple[int, int], ranks: Processes) -> dict[str, Any]:
+    def _settings(self, probe: HeadProbe, lengths: tuple[int, int], ranks: Processes) -> dict[str, Any]:
         """What a saved state depends on, plain data."""
-        config = state_of(subject.model).config
+        config = state_of(probe.model).config
         documents = ranks.count * self.documents_per_step
         return {
             **{name: getattr(self, name) for name in ("steps", "lr", "reg_weight", "facts")},
             "lengths": list(lengths),
             "documents_per_step": documents,
-            "seed": subject.seed,
+            "seed": probe.seed,
             "streaming": dump(config.stores.streaming, "store"),
-            "model": model_hash(subject.model),
-            "documents": hashlib.sha256(self.document(subject, 0, 0, lengths).ids.tobytes()).hexdigest()[:16],
+            "model": weights_digest(unwrap(probe.model), complete=False),
+            "documents": hashlib.sha256(self.document(probe, 0, 0, lengths).ids.tobytes()).hexdigest()[:16],
         }
 
     def _found(self, file: Path, settings: dict[str, Any], ranks: Processes) -> dict[str, Tensor] | None:
@@ -164,10 +168,10 @@ class DuoGates(Method):
             raise found
         return found
 
-    def _measure(self, subject: Subject, gates: Gates, lengths: tuple[int, int], ranks: Processes) -> None:
+    def _measure(self, probe: HeadProbe, gates: Gates, lengths: tuple[int, int], ranks: Processes) -> None:
         last = gates.losses[-max(1, self.steps // 10) :]
         mean = gates.values.mean().item()
-        subject.measured |= {
+        probe.measured |= {
             "lengths": list(lengths),
             "documents": self.steps * ranks.count * self.documents_per_step,
             "distillation_loss": round(sum(last) / len(last), 6),

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...model.observe import observe
 from ..attention import weights
-from .base import Method, Subject
+from .base import HeadProbe, Method
 
 CLEAR = 10  # times chance that the best head must reach
 
@@ -27,6 +27,7 @@ class EchoInduction(Method):
     """
 
     paper = "arXiv:2407.15891"
+    cases = ({"tokens": 256},)
     reads_documents = needs_tokenizer = False
 
     tokens: int | None = field(default=None, metadata={"min": 8, "max": 2**24, "unit": "tokens"})
@@ -34,14 +35,14 @@ class EchoInduction(Method):
     induction_per_echo: float = field(default=14.0, metadata={"above": 0.0, "max": 1e6})
 
     @torch.no_grad()
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, probe: HeadProbe) -> Tensor:
         count = self.copies
-        tokens = subject.length(None if self.tokens is None else self.tokens * count, 2500 * count, "tokens") // count
+        tokens = probe.length(None if self.tokens is None else self.tokens * count, 2500 * count, "tokens") // count
         if tokens < 2:
-            raise ConfigError(f"copies: got {count}, but the model was made for {subject.longest} tokens in all.")
-        ids = subject.ids(subject.documents.noise(subject.rng(1), tokens)).repeat(1, count)
-        echo, induction = torch.zeros(2, subject.layers, subject.heads, dtype=torch.float64)
-        bar = subject.track("echo and induction", subject.layers, "layers")
+            raise ConfigError(f"copies: got {count}, but the model was made for {probe.longest} tokens in all.")
+        ids = probe.ids(probe.documents.noise(probe.rng(1), tokens)).repeat(1, count)
+        echo, induction = torch.zeros(2, probe.layers, probe.heads, dtype=torch.float64)
+        bar = probe.track("echo and induction", probe.layers, "layers")
 
         def look(layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute) -> None:
             queries = torch.arange(tokens, tokens * count, device=q.device)
@@ -54,21 +55,21 @@ class EchoInduction(Method):
                     induction[layer_idx] += (weight.gather(-1, at + 1)[..., 0] * had).sum(-1).cpu().double()
             bar.advance()
 
-        with bar, observe(subject.model, look):
-            subject.model.base_model(ids, use_cache=False)
+        with bar, observe(probe.model, look):
+            probe.model.base_model(ids, use_cache=False)
         asked = tokens * (count - 1)
-        echo[list(subject.windowed)] = induction[list(subject.windowed)] = 0  # the softmax above knows no window
-        echo, induction = (subject.per_group(one / asked) for one in (echo, induction))
+        echo[list(probe.windowed)] = induction[list(probe.windowed)] = 0  # the softmax above knows no window
+        echo, induction = (probe.per_group(one / asked) for one in (echo, induction))
         # What a head that looks nowhere in particular gives to the earlier copies of a token.
         chance = sum(i // tokens / (i + 1) for i in range(tokens, tokens * count)) / asked
         best = max(echo.max().item(), induction.max().item())
         if best < CLEAR * chance:
-            subject.doubt(
+            probe.doubt(
                 f"echo_induction: no head looks at copies of random tokens (the most is {best:.4f} of its attention, "
                 f"{chance:.4f} would be chance), so this model must retrieve in another way"
             )
-        subject.measured |= {"tokens": tokens, "copies": count}
-        subject.measured |= {name: _rounded(one) for name, one in (("echo", echo), ("induction", induction))}
+        probe.measured |= {"tokens": tokens, "copies": count}
+        probe.measured |= {name: _rounded(one) for name, one in (("echo", echo), ("induction", induction))}
         return union_order(echo, induction, self.induction_per_echo)
 
 

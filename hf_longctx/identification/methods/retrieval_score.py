@@ -13,7 +13,7 @@ from ...errors import ConfigError, UnsupportedModelError
 from ...model.observe import observe
 from ...tasks.documents import Document
 from ..attention import weights
-from .base import Method, Subject
+from .base import HeadProbe, Method
 
 CLEAR = 0.1  # the paper's threshold of a retrieval head
 
@@ -36,6 +36,7 @@ class RetrievalScore(Method):
     """
 
     paper = "arXiv:2404.15574"
+    cases = ({"shortest": 256, "longest": 512, "lengths": 2, "depths": 2},)
 
     shortest: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
     longest: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
@@ -45,19 +46,19 @@ class RetrievalScore(Method):
     samples: int = field(default=1, metadata={"min": 1, "max": 1024, "unit": "documents"})
 
     @torch.no_grad()
-    def scores(self, subject: Subject) -> Tensor:
-        lengths = self.all_lengths(subject)
+    def scores(self, probe: HeadProbe) -> Tensor:
+        lengths = self.all_lengths(probe)
         grid = [
             (length, depth, sample)
             for length in lengths
             for depth in np.linspace(0, 1, self.depths)
             for sample in range(self.samples)
         ]
-        total, counted = torch.zeros(subject.layers, subject.heads, dtype=torch.float64), 0
-        with subject.track("retrieval score", len(grid), "documents") as bar:
+        total, counted = torch.zeros(probe.layers, probe.heads, dtype=torch.float64), 0
+        with probe.track("retrieval score", len(grid), "documents") as bar:
             for run, (length, depth, _) in enumerate(grid):
-                document = subject.documents.draw(subject.rng(3, run), length, self.facts, depth)
-                right, copied = copies(subject, document)
+                document = probe.documents.draw(probe.rng(3, run), length, self.facts, depth)
+                right, copied = copies(probe, document)
                 if right >= 0.5:
                     total, counted = total + copied, counted + 1
                 bar.advance()
@@ -67,33 +68,33 @@ class RetrievalScore(Method):
                 "tokens, so no head can be seen copying it. Try shorter ones (longest=...), text the model knows "
                 "(text=...), or method='echo_induction', which needs no answers."
             )
-        subject.measured |= {"lengths": lengths, "runs": len(grid), "runs_answered": counted}
-        scores = subject.per_group(total / counted)
+        probe.measured |= {"lengths": lengths, "runs": len(grid), "runs_answered": counted}
+        scores = probe.per_group(total / counted)
         if scores.max() < CLEAR:
-            subject.doubt(
+            probe.doubt(
                 f"retrieval_score: no head copies more than {scores.max():.1%} of a needle, though the model answers, "
                 "so this model must retrieve in another way than by attending to the very token it says next"
             )
         return scores
 
-    def all_lengths(self, subject: Subject) -> list[int]:
+    def all_lengths(self, probe: HeadProbe) -> list[int]:
         """Tokens of the documents, ascending.
 
         Raises:
             ConfigError: the shortest are longer than the longest.
         """
-        longest = subject.length(self.longest, 16384, "longest")
+        longest = probe.length(self.longest, 16384, "longest")
         shortest = min(1024, longest) if self.shortest is None else self.shortest
         if shortest > longest:
             raise ConfigError(f"shortest: got {shortest} tokens, more than the longest documents have ({longest}).")
         return [round(n) for n in np.linspace(longest, shortest, self.lengths)[::-1]]
 
 
-def copies(subject: Subject, document: Document) -> tuple[float, Tensor]:
+def copies(probe: HeadProbe, document: Document) -> tuple[float, Tensor]:
     """(share of the answer that is right, share of the needle each head copied ``[layers, H]``) of one question."""
     needle, first = document.needles[0], document.answers[0, 0]
-    ids = subject.ids(document.ids[:first])
-    looked_at = torch.zeros(subject.layers, subject.heads, dtype=torch.long)
+    ids = probe.ids(document.ids[:first])
+    looked_at = torch.zeros(probe.layers, probe.heads, dtype=torch.long)
 
     def look(layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute) -> None:
         last = torch.tensor([k.shape[2] - 1], device=q.device)
@@ -103,11 +104,11 @@ def copies(subject: Subject, document: Document) -> tuple[float, Tensor]:
     place_of = torch.full((len(document.ids),), -1)
     place_of[torch.from_numpy(needle)] = torch.arange(len(needle))
     tokens = torch.from_numpy(document.ids)
-    found = torch.zeros(subject.layers, subject.heads, len(needle), dtype=torch.bool)
+    found = torch.zeros(probe.layers, probe.heads, len(needle), dtype=torch.bool)
     cache, step, right = None, ids, 0
-    with observe(subject.model, look):
+    with observe(probe.model, look):
         for expected in document.ids[document.answers[0]]:
-            out = subject.model(step, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+            out = probe.model(step, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             cache, step = cache_of(out), out.logits[:, -1:].argmax(-1)
             token = step.item()
             right += token == expected

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...model.observe import observe
 from ..attention import weights
-from .base import Method, Subject
+from .base import HeadProbe, Method
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,17 @@ class TwoNeedle(Method):
     """
 
     paper = "arXiv:2605.16928"
+    cases = ({"length": 512},)
 
     length: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
     facts: int = field(default=8, metadata={"min": 1, "max": 1024, "unit": "facts"})
     samples: int = field(default=1, metadata={"min": 1, "max": 1024, "unit": "documents"})
 
     @torch.no_grad()
-    def scores(self, subject: Subject) -> Tensor:
-        length = subject.length(self.length, 8192)
-        mass = torch.zeros(subject.layers, subject.heads, dtype=torch.float64)
-        bar = subject.track("two needles", self.samples * subject.layers, "layers")
+    def scores(self, probe: HeadProbe) -> Tensor:
+        length = probe.length(self.length, 8192)
+        mass = torch.zeros(probe.layers, probe.heads, dtype=torch.float64)
+        bar = probe.track("two needles", self.samples * probe.layers, "layers")
 
         def look(
             late: Tensor, early: slice, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute
@@ -47,10 +48,10 @@ class TwoNeedle(Method):
 
         with bar:
             for sample in range(self.samples):
-                document = subject.documents.draw(subject.rng(2, sample), length, self.facts, depth=0.05)
+                document = probe.documents.draw(probe.rng(2, sample), length, self.facts, depth=0.05)
                 late = torch.from_numpy(document.answers.ravel() - 1)  # where each token of an answer is predicted
                 early = slice(int(document.needles.min()), int(document.needles.max()) + 1)
-                with observe(subject.model, partial(look, late, early)):
-                    subject.model.base_model(subject.ids(document.ids), use_cache=False)
-        subject.measured |= {"length": length, "samples": self.samples}
-        return subject.per_group(mass / self.samples)
+                with observe(probe.model, partial(look, late, early)):
+                    probe.model.base_model(probe.ids(document.ids), use_cache=False)
+        probe.measured |= {"length": length, "samples": self.samples}
+        return probe.per_group(mass / self.samples)

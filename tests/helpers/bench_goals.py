@@ -1,13 +1,21 @@
-"""The goals of this version, stated for the default sizes, and how far the figures are from them."""
+"""The goals of this version, stated for the default sizes, and how far the figures of a benchmark's JSON are from them.
+
+``python tests/helpers/bench_goals.py out.json`` prints a line per goal of what ``hf-longctx bench ... --json`` wrote.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 
-from .block_lists import name_of
-from .columns import HALF, RETRIEVAL, STOCK, STREAMING, sparse_name
-from .settings import LONG, Settings, default_layers
+from hf_longctx.bench import gpu
+from hf_longctx.bench.block_lists import name_of
+from hf_longctx.bench.columns import HALF, RETRIEVAL, STOCK, STREAMING, sparse_name
+from hf_longctx.bench.gpu_settings import GpuSettings
+from hf_longctx.bench.settings import LONG, Settings, default_layers
 
 TORCH, NATIVE = "cpu", "native"  # the kernels that goals are stated for
 FASTER = {"fp32": 3.0, "bf16": 6.0}  # decode, all retrieval against stock
@@ -25,6 +33,10 @@ CHOOSING = {  # choosing with a pattern's defaults, time against stock's dense a
 WHOLE = 1.05  # whole model, short prompts, time against stock
 SPARSE = 20  # percent of the blocks for which the next line is stated
 WHOLE_LONG = {TORCH: {"fp32": 1.6, "bf16": 2.4}, NATIVE: {"fp32": 1.8, "bf16": 2.7}}  # whole model, long prompt
+
+LONG_ON_GPU = 65536  # tokens from which on the goal of prompts holds
+OF_IDEAL = 80.0  # % of 1 / density, and of the ratio of the cached bytes
+OF_BANDWIDTH = 60.0  # %, decoding
 
 
 @dataclass(frozen=True)
@@ -63,16 +75,53 @@ class Goal:
             return f"reached: {measured} ({'at most' if self.at_most else 'goal'} {goal})"
         return f"short by {abs(self.goal - self.measured):.{digits}f}{self.unit[0]}: {measured} (goal {goal})"
 
-    def as_dict(self) -> dict:
-        return {**asdict(self), "reached": self.reached, "verdict": self.verdict()}
 
-
-def goals(benchmark: str, settings: Settings, results: list[dict]) -> list[Goal]:
-    """The goals that these results speak to; none for another shape, or where a kernel without goals ran."""
+def goals(data: dict) -> list[Goal]:
+    """The goals that the JSON of a benchmark speaks to; none for another shape, or where a kernel without goals ran."""
+    if data["benchmark"] == "gpu":
+        return _gpu(data)
     makers = {"decode": _decode, "prefill": _prefill, "e2e": _whole}
-    if benchmark not in makers or not settings.default_shape(default_layers(benchmark, settings.tokens)):
+    if data["benchmark"] not in makers or not default_shape(data):
         return []
-    return [goal for result in results for goal in makers[benchmark](result)]
+    return [goal for result in data["results"] for goal in makers[data["benchmark"]](result)]
+
+
+def default_shape(data: dict) -> bool:
+    """Whether a shape is the one the goals are stated for."""
+    if data["benchmark"] == "gpu":
+        default = GpuSettings().as_dict()
+        names = ("heads", "kv_heads", "head_dim", "sink", "recent", "dtypes")
+    else:
+        tokens = tuple(data["settings"]["tokens"])
+        default = Settings(tokens, layers=default_layers(data["benchmark"], tokens)).as_dict()
+        names = ("layers", "heads", "kv_heads", "head_dim", "sink", "recent")
+    plain = json.loads(json.dumps([data["settings"], default]))
+    return all(plain[0][name] == plain[1][name] for name in names)
+
+
+def _gpu(data: dict) -> list[Goal]:
+    if not default_shape(data):
+        return []
+    kernel = data["settings"]["kernels"][0]
+    bandwidth = data["environment"]["gb_per_s"]
+    return [goal for result in data["results"] for goal in goals_on_gpu(result, kernel, bandwidth)]
+
+
+def goals_on_gpu(result: dict, kernel: str, gb_per_s: float) -> Iterator[Goal]:
+    """The goals of one result, for what reads less than everything by this kernel."""
+    best = result["columns"][result["best_dense"]]["ms"]["median_ms"]
+    where = f"{result['case']} {result['dtype']} at {result['tokens']}"
+    for name, column in result["columns"].items():
+        if column["kernel"] != kernel or column["density"] == 1 or column["reads"] == gpu.STREAMING:
+            continue
+        share = 100 * column["density"] * best / column["ms"]["median_ms"]
+        text = f"{where}: {name} faster than {result['best_dense']}"
+        if result["case"] == "decode":
+            yield Goal(text, OF_IDEAL, share, "% of the ratio of bytes")
+            text = f"{where}: {name} reads at a share of the bandwidth"
+            yield Goal(text, OF_BANDWIDTH, 100 * column["gb_per_s"] / gb_per_s, "%")
+        elif result["tokens"] >= LONG_ON_GPU:
+            yield Goal(text, OF_IDEAL, share, "% of 1/density")
 
 
 def _where(benchmark: str, result: dict, column: str) -> str:
@@ -134,3 +183,8 @@ def _whole(result: dict) -> Iterator[Goal]:
                 f"{_where('whole model', result, name)}: {name} (read {columns[name]['density']:.1%}), prompt to logits"
             )
             yield Goal(f"{text}, faster than stock", goal, 1 / columns[name]["prefill_ratio"])
+
+
+if __name__ == "__main__":
+    for goal in goals(json.loads(Path(sys.argv[1]).read_text("utf-8"))):
+        sys.stdout.write(f"{goal.text}: {goal.verdict()}\n")

@@ -1,0 +1,155 @@
+"""``hf-longctx demo``: a small trained model answers the same questions dense, patched, and patched wrongly."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from statistics import mean, median
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from ..assets import asset
+from ..cache.cache import cache_bytes
+from ..cache.seam import CACHE, cache_of
+from ..config.config import LongCtxConfig
+from ..io.console import count, tables
+from ..io.progress import Progress
+from ..model.loading import AutoModelForCausalLM
+from ..model.modules import state_of
+from ..model.patch import patch_model, unpatch_model
+from ..tasks.tiny_language import BLOCK, NOTE, Filler, exam
+from ._options import no_bars
+
+MODEL = "tiny-llama"
+ASKED, ANSWER = 4, 4  # tokens of "ask amber falcon is" and of its answer
+
+
+@dataclass
+class Way:
+    """One way of running the model, and what was measured: one number per prompt, but one hit per question.
+
+    ``retrieval`` says in words how many KV heads keep every token.
+    """
+
+    name: str
+    retrieval: str
+    config: LongCtxConfig | None
+    hits: list[bool] = field(default_factory=list)
+    megabytes: list[float] = field(default_factory=list)
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+    @property
+    def exact_match(self) -> float:
+        return mean(self.hits)
+
+
+def ways(model: nn.Module) -> list[Way]:
+    """Dense; the shipped head roles; and as many streaming heads, but the heads that matter most among them."""
+    patch_model(model, "auto")
+    right = state_of(model).config
+    unpatch_model(model)
+    upside_down = tuple(tuple(-score for score in row) for row in right.heads.scores)
+    wrong = right.override(heads={"scores": upside_down, "retrieval_fraction": right.heads.retrieval_fraction})
+    every = f"{right.kv_heads} of {right.kv_heads}"
+    chosen = f"{right.retrieval_heads} of {right.kv_heads}"
+    return [Way("dense", every, None), Way("patched", chosen, right), Way("wrong heads", chosen, wrong)]
+
+
+def texts(seed: int, prompts: int, length: int, notes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (text ``[1, length - 9]``, questions ``[notes, 4]``, answers ``[notes, 4]``)."""
+    filler, rng = Filler(), np.random.default_rng(seed)
+    for _ in range(prompts):
+        ids, where = exam(rng, filler, 1, length - BLOCK + BLOCK * notes, notes)
+        ids, where = torch.from_numpy(ids), torch.from_numpy(where[0])
+        questions = torch.stack([ids[0, first - ASKED : first] for first in where[:, 0]])
+        yield ids[:, : length - BLOCK], questions, ids[0][where]
+
+
+@torch.no_grad()
+def ask(model: nn.Module, way: Way, text: Tensor, questions: Tensor, answers: Tensor) -> None:
+    """Read the text once, then answer all its questions from copies of its cache."""
+    start = time.perf_counter()
+    cache = cache_of(model(text, logits_to_keep=1))
+    way.prefill.append(time.perf_counter() - start)
+    way.megabytes.append(cache_bytes(cache) / 1e6)
+    cache.batch_repeat_interleave(len(questions))
+    prompt = torch.cat([text.expand(len(questions), -1), questions], 1)
+    start = time.perf_counter()
+    out = model.generate(prompt, **{CACHE: cache}, max_new_tokens=ANSWER, do_sample=False)
+    way.decode.append((time.perf_counter() - start) / ANSWER)
+    way.hits += (out[:, -ANSWER:] == answers).all(-1).tolist()
+
+
+def run(
+    length: int = 4096, notes: int = 16, prompts: int = 13, seed: int = 2024, console: Console | None = None
+) -> list[Way]:
+    """Measure all ways on the same prompts, and print the table if a console is given.
+
+    Args:
+        length: tokens of a prompt with its question.
+        notes: notes hidden in a prompt, and questions asked about it.
+        prompts: number of prompts.
+
+    Returns:
+        The ways, dense first.
+    """
+    with no_bars():
+        model = AutoModelForCausalLM.from_pretrained(asset(MODEL), longctx=False).eval()
+    model.generation_config.eos_token_id = None  # every answer has four words
+    compared = ways(model)
+    with Progress("demo", prompts * len(compared), "prompts and ways", shown=console is not None) as bar:
+        for text, questions, answers in texts(seed, prompts, length, notes):
+            for way in compared:
+                if way.config is not None:
+                    patch_model(model, way.config)
+                ask(model, way, text, questions, answers)
+                unpatch_model(model)
+                bar.advance()
+    if console is not None:
+        tokenizer = AutoTokenizer.from_pretrained(asset(MODEL))
+        console.print(f"\nA prompt of {length} words hides {notes} notes, like this one:")
+        console.print(f"  ... {tokenizer.decode(hidden_note(text[0]))} ...", style="cyan")
+        console.print(f"and then asks: [cyan]{tokenizer.decode(questions[0])}[/] -> {tokenizer.decode(answers[0])}\n")
+        show(console, compared, length, notes, notes * prompts)
+    return compared
+
+
+def hidden_note(text: Tensor) -> Tensor:
+    """The first note of a text with two words on either side."""
+    at = int((text == NOTE).nonzero()[0])
+    return text[max(1, at - 2) : at + BLOCK + 2]
+
+
+def show(console: Console, compared: list[Way], length: int, notes: int, questions: int) -> None:
+    """The table, and one sentence that says what it means."""
+    threads = torch.get_num_threads()
+    title = (
+        f"{questions} questions about {length}-token prompts, {notes} answered at once, {count(threads, 'CPU thread')}"
+    )
+    names = ("", "retrieval heads", "exact match", "KV cache MB", "prefill s", "decode ms/token")
+    rows = [
+        [
+            way.name,
+            way.retrieval,
+            f"{way.exact_match:.3f}",
+            f"{mean(way.megabytes):.2f}",
+            f"{median(way.prefill):.2f}",
+            f"{1000 * median(way.decode):.0f}",
+        ]
+        for way in compared
+    ]
+    for table in tables(title, names, rows, console.width):
+        console.print(table)
+    dense, right, wrong = compared
+    share = mean(right.megabytes) / mean(dense.megabytes)
+    console.print(
+        f"\nThe patched model answers {right.exact_match:.1%} of the questions right (dense: {dense.exact_match:.1%}) "
+        f"with {share:.0%} of the memory, because only the heads that look far back keep the whole text; let the wrong "
+        f"heads forget, and {wrong.exact_match:.1%} are left."
+    )
