@@ -12,6 +12,7 @@ from helpers.tiny import config_for, left_padded, tiny_model
 from transformers import DynamicCache
 
 from hf_longctx import LongCtxCache, UnsupportedModeError, observe, patch_model, patched, report
+from hf_longctx.layout.reads import All, Causal
 from hf_longctx.layout.rows import Rows
 from hf_longctx.layout.segments import Segment
 from hf_longctx.model import attention, plans
@@ -310,11 +311,13 @@ def test_the_stock_kernel_with_right_padding():
     torch.testing.assert_close(got[1:], alone, rtol=0, atol=1e-9)
 
 
-def test_a_kernel_without_sparse_prefill_is_refused_at_patch_time(monkeypatch):
+def test_a_kernel_without_block_lists_is_refused_at_patch_time(monkeypatch):
     model = tiny_model("llama")
     own = model.config
-    monkeypatch.delattr("hf_longctx.kernels.cpu.sparse_prefill", raising=False)
-    with pytest.raises(UnsupportedModeError, match=r"kernel 'cpu' does not have.*auto or one of:.*reference"):
+    monkeypatch.setattr("hf_longctx.kernels.cpu.READS", frozenset({All, Causal}))
+    with pytest.raises(
+        UnsupportedModeError, match=r"BlockList, which kernel 'cpu' does not.*auto or one of:.*reference"
+    ):
         patch_model(model, settings(model, kernel="cpu"))
     assert model.config is own
     patch_model(model, settings(model, retrieval={"pattern": "dense"}, kernel="cpu"))
