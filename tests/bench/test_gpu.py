@@ -101,7 +101,7 @@ def test_a_patched_model_decodes_by_the_kernel_of_its_column(monkeypatch):
     change_attend(monkeypatch, reference, All, note)
     _, decode = gpu.run(replace(TINY, kernels=("reference",), rounds=1), CPU, stopwatch)
     assert {f"reference {percent}% retrieval" for percent in (100, 25, 50)} <= set(decode["columns"])
-    # Once to see whether it is cpu's; for the check and for the clock, one role at 100 %, two at 25 % and at 50 %.
+    # For the check and for the clock: one role at 100 %, two at 25 % and at 50 %.
     assert len(ran) == 2 * (1 + 2 + 2)
 
 
