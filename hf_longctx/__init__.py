@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cache.cache import LongCtxCache
     from .config.config import LongCtxConfig
+    from .config.register import register
     from .errors import CacheError, ConfigError, LongCtxError, UnsupportedModeError, UnsupportedModelError
     from .evaluate.compare import compare
     from .identification.heads import identify
@@ -43,6 +44,7 @@ __all__ = [
     "observe",
     "patch_model",
     "patched",
+    "register",
     "report",
     "uninstall",
     "unpatch_model",
@@ -67,6 +69,7 @@ _MODULES = {
     "observe": "model.observe",
     "patch_model": "model.patch",
     "patched": "model.patch",
+    "register": "config.register",
     "report": "model.report",
     "uninstall": "model.loading",
     "unpatch_model": "model.patch",

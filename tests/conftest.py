@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from helpers.registered import nothing_kept
 from helpers.tiny import Shadow
 
 import hf_longctx.model.attention
@@ -16,6 +17,12 @@ import hf_longctx.model.attention
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _words():
+    with nothing_kept():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,13 +12,13 @@ import copy
 import re
 import shlex
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 import yaml
+from helpers.pages import MAKE, PAGES, ROOT, Snippet, snippets
 from helpers.published import model_of
 from typer.testing import CliRunner
 
@@ -29,66 +29,10 @@ from hf_longctx.config.config import load_shipped
 from hf_longctx.config.files import shipped
 from hf_longctx.config.ranking import readme_table
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 MODEL = "hf-longctx/tiny-llama"
 PROGRAM = ("hf-longctx", ".venv/bin/hf-longctx")
-MAKE = "a target of the Makefile, which sets up and calls what the other tests call"
 # Snippets that no test runs, by page. A new one needs a reason on the page and a number here.
-NOT_RUN = Counter({"README.md": 3, "CONTRIBUTING.md": 4, "benchmarks.md": 18, "evaluation.md": 4, "heads.md": 2})
-
-BOX = r'(\w+)(?:\["([^"]+)"\])?'  # of a diagram: its name, and its text where it is drawn
-
-
-@dataclass(frozen=True)
-class Snippet:
-    """A fenced block. ``line`` is that of the fence, ``comment`` what an HTML comment right above it says."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-    comment: str
-
-    @property
-    def reason(self) -> str | None:
-        """Why the whole block is not run."""
-        return self.comment.partition("not run:")[2].strip() or None
-
-    @property
-    def commands(self) -> list[tuple[str, str | None]]:
-        """(command, why it is not run) of every line of a shell block. ``make`` is what CI and its users call."""
-        lines = re.sub(r"\s*\\\n\s*", " ", self.text).splitlines()
-        parts = [re.split(r"\s+# ", line.strip(), maxsplit=1) for line in lines if line.strip()]
-        reasons = [part[1].partition("not run:")[2].strip() if len(part) > 1 else "" for part in parts]
-        given = [(part[0], self.reason or reason or None) for part, reason in zip(parts, reasons, strict=True)]
-        return [(line, reason or (MAKE if line.startswith("make ") else None)) for line, reason in given]
-
-
-def snippets(page: Path, text: str | None = None) -> list[Snippet]:
-    lines = (page.read_text("utf-8") if text is None else text).splitlines()
-    found, start = [], None
-    for number, line in enumerate(lines):
-        if line.startswith("```") and start is None:
-            start = number
-        elif line.startswith("```"):
-            above = lines[start - 1] if start else ""
-            comment = re.fullmatch(r"<!-- (.*) -->", above.strip())
-            body = "\n".join(lines[start + 1 : number])
-            found.append(Snippet(page, start + 1, lines[start][3:].strip(), body, comment[1] if comment else ""))
-            start = None
-    assert start is None, f"{page.name}: the block of line {start} does not end"
-    return found
-
-
-def not_run(page: Path) -> list[str]:
-    found = []
-    for snippet in snippets(page):
-        if snippet.language == "sh":
-            found += [reason for _, reason in snippet.commands if reason]
-        elif snippet.reason:
-            found.append(snippet.reason)
-    return found
+NOT_RUN = Counter({"README.md": 3, "CONTRIBUTING.md": 4, "benchmarks.md": 17, "evaluation.md": 4, "heads.md": 2})
 
 
 def check_command(command: str) -> None:
@@ -112,18 +56,6 @@ def check_yaml(snippet: Snippet) -> None:
             table["map"] = [[0] * heads] * layers
     made = LongCtxConfig.from_dict(config).override(**given) if config else LongCtxConfig.from_dict(given)
     assert made.to_dict() != config
-
-
-def check_diagram(snippet: Snippet) -> None:
-    """A flowchart whose arrows join boxes that it draws, and whose files are there."""
-    kind, *lines = snippet.text.splitlines()
-    assert kind.split() == ["flowchart", "TD"]
-    arrows = [re.fullmatch(rf"{BOX} -->(?:\|\"[^\"]+\"\|)? {BOX}", line.strip()) for line in lines]
-    assert arrows and all(arrows), f"{snippet.page.name}: not an arrow: {lines[arrows.index(None)]}"
-    drawn = {name: text for arrow in arrows for name, text in (arrow.groups()[:2], arrow.groups()[2:]) if text}
-    assert drawn.keys() == {name for arrow in arrows for name in (arrow[1], arrow[3])}, "a box without a text"
-    named = {file for text in drawn.values() for file in re.findall(r"[\w/]+\.py", text)}
-    assert named and not [file for file in named if not (ROOT / "hf_longctx" / file).is_file()], named
 
 
 def cut_short(value: object) -> bool:
@@ -161,17 +93,18 @@ def test_every_snippet_of_a_page_runs(page, given, tmp_path, monkeypatch):
             own = {**names, "model": copy.deepcopy(model_of(checkpoint))} if marked else names
             exec(compile(snippet.text, where, "exec"), own)  # the snippets are this repository's own
             names |= own if not marked else {**own, "model": names["model"]}
-        elif snippet.language == "mermaid":
-            check_diagram(snippet)
         else:
-            assert snippet.language == "text", f"{where}: a block is python, sh, yaml, mermaid or text"
+            assert snippet.language == "text", f"{where}: a block is python, sh, yaml or text"
 
 
 def test_every_page_was_found_and_what_is_not_run_is_counted():
     assert {page.name for page in PAGES} >= {"README.md", "configuration.md", "heads.md", "benchmarks.md"}
-    assert sum(len(snippets(page)) for page in PAGES) >= 14
-    found = Counter({page.name: len(not_run(page)) for page in PAGES if not_run(page)})
-    assert found == NOT_RUN
+    blocks = [snippet for page in PAGES for snippet in snippets(page)]
+    assert len(blocks) >= 14
+    found = Counter()
+    for snippet in blocks:
+        found[snippet.page.name] += len(snippet.not_run)
+    assert +found == NOT_RUN
 
 
 def test_the_published_configs_of_each_confidence_are_counted():
@@ -191,7 +124,7 @@ def test_the_readme_has_the_published_checkpoints_best_first():
         found |= dict.fromkeys(ids.split(", "), (word, percent))
     assert order == sorted(order)
     names = [name for name in shipped() if not name.startswith("tiny-")]
-    assert len(found) == len(names) and f"Those of {len(names)} published" in text
+    assert len(found) == len(names) and f"Those of {len(names)} published" in " ".join(text.split())
     for config in map(load_shipped, names):
         dense, patched = config.kv_bytes(131072)
         first, confidence = config.model.ids[0], config.heads.confidence
@@ -258,15 +191,6 @@ def test_a_wrong_snippet_is_caught(tmp_path):
         check_command("hf-longctx patch")
     with pytest.raises(Exception, match="recnt"):
         check_yaml(one("yaml", "stores: {streaming: {store: sink_recent, recnt: 3}}"))
-    diagram = 'flowchart TD\n  a["{}: what"] --> b["other"]\n  b -->|"k, v"| {}'
-    check_diagram(one("mermaid", diagram.format("cache.py", "a")))
-    for wrong in (
-        diagram.format("cash.py", "a"),
-        diagram.format("cache.py", "c"),
-        diagram.format("cache.py", "a -> b"),
-    ):
-        with pytest.raises(AssertionError, match="cash.py|without a text|not an arrow"):
-            check_diagram(one("mermaid", wrong))
     block = one("sh", "./other  # not run: slow\nhf-longctx \\\n  configs  # lists\nmake test")
     assert block.commands == [("./other", "slow"), ("hf-longctx configs", None), ("make test", MAKE)]
     assert one("python", "1", "<!-- not run: needs a GPU -->").reason == "needs a GPU"

@@ -14,7 +14,7 @@ import hf_longctx
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 ROOT = Path(hf_longctx.__file__).parent
 FILLED_IN = "\0"  # stands for what an f-string fills in
-GENERAL = "got ..., expected ..."  # all that is fixed in the message of `registry.wrong`
+GENERAL = "got ..., expected ..."  # all that is fixed in the message about a wrong value
 
 
 def quoted(text: str) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ..stores.base import StoreSpec
+from ..stores.base import Reserve, StoreSpec
 
 if TYPE_CHECKING:
     from .cache import LongCtxCache
@@ -21,16 +21,15 @@ class Form:
 
     Attributes:
         heads: KV heads of all layers, by what says how they keep their tokens.
-        head_dim: numbers of a key.
-        number: bytes of a number.
-        max_tokens, slack: see `StoreSpec.slots`.
+        head_dim: elements of a key.
+        itemsize: bytes of an element.
+        reserve: the room of its buffers.
     """
 
     heads: tuple[tuple[StoreSpec, int], ...]
     head_dim: int
-    number: int
-    max_tokens: int | None
-    slack: int
+    itemsize: int
+    reserve: Reserve
 
     @classmethod
     def of(cls, cache: LongCtxCache) -> Form:
@@ -40,22 +39,21 @@ class Form:
         for store in stores:
             heads[store.spec] += len(store.heads.kv_heads)
         slack = max(store.slack for store in stores)
-        return cls(tuple(heads.items()), layer.head_dim, layer.dtype.itemsize, cache.max_tokens, slack)
+        return cls(tuple(heads.items()), layer.head_dim, layer.dtype.itemsize, Reserve(cache.max_tokens, slack))
 
     def nbytes(self, tokens: int) -> int:
         """Bytes of a row after a prompt of ``tokens`` tokens, spare room and pages in host memory included."""
-        form = (tokens, self.head_dim, self.number)
-        room = (self.max_tokens, self.slack)
-        return sum(n * (spec.head_bytes(*form, *room) + spec.host_bytes(*form)) for spec, n in self.heads)
+        form = (tokens, self.head_dim, self.itemsize, self.reserve)
+        return sum(n * sum(spec.nbytes(*form)) for spec, n in self.heads)
 
     def saves(self, tokens: int) -> bool:
         """Whether that is less than a dense cache takes."""
-        return self.nbytes(tokens) < 2 * tokens * self.head_dim * self.number * sum(count for _, count in self.heads)
+        return self.nbytes(tokens) < 2 * tokens * self.head_dim * self.itemsize * sum(count for _, count in self.heads)
 
     @cached_property
     def saves_from(self) -> int | None:
         """Fewest tokens from which on every length takes less than dense; None where none does."""
-        most = MOST if self.max_tokens is None else self.max_tokens
+        most = MOST if self.reserve.max_tokens is None else self.reserve.max_tokens
         if not self.saves(most):
             return None
         low, high = 0, most  # at low it does not, at high it does

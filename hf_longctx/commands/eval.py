@@ -18,9 +18,8 @@ from ._options import DTYPES, Config, Device, Dtype, Model, Seed, device_of, loa
 if TYPE_CHECKING:
     from ..evaluate.summary import Summary
 
-TASKS = (
-    f"Commas between tasks, colons before fields (needle:variant=multi_key). There are: {', '.join(words('tasks'))}."
-)
+THERE = ", ".join(words("tasks.synthetic"))
+TASKS = f"Commas between tasks, colons before fields (needle:variant=multi_key). There are: {THERE}."
 SHORT = ("tokens", "variant", "accuracy", "to dense", "95% interval", "KV of dense", "prefill s", "decode ms")
 SWEEP = "A field of the config and its values, one more variant each: retrieval_fraction=0.1,0.25."
 Depths = Annotated[str, typer.Option(help="Where the facts are, 0 to 1. Empty: anywhere.")]

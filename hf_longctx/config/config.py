@@ -17,12 +17,12 @@ from .bounds import MOST
 from .files import merge, read_file, read_shipped
 from .model import ModelSection, made_for, model_facts
 from .sections import DecodeSection, HeadsSection, PrefillSection, StoresSection, check_counts, check_rows
-from .words import check_mapping, check_word, dump, make, words
+from .words import check_mapping, check_word, dump, make, register_first, words
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan
 
-NUMBER = 2  # bytes of a number in bf16 and fp16
+ITEMSIZE = 2  # bytes of an element in bf16 and fp16
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,9 +32,9 @@ class LongCtxConfig:
     Attributes:
         model: what it fits.
         heads: which KV heads need the whole context.
-        stores: what the heads of each role keep.
+        stores: which tokens the heads of each role cache.
         prefill: which keys a query block reads while a prompt is read.
-        decode: which kept keys a decoded token reads.
+        decode: which cached keys a decoded token reads.
         kernel: how attention is computed, never what.
 
     Raises:
@@ -50,7 +50,7 @@ class LongCtxConfig:
 
     def __post_init__(self) -> None:
         layers, model = self.model.num_hidden_layers, self.model
-        check_word(self.kernel, kernel_words(), "kernel")
+        check_word(self.kernel, kernel_words(), "kernel", register_first("kernels", self.kernel))
         self.heads.check_shape(layers, model.num_key_value_heads)
         for name, table in self.prefill.tables.items():
             where = f"prefill.tables.{name}.map"
@@ -93,16 +93,28 @@ class LongCtxConfig:
         return make(cls, data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that JSON can hold; ``from_dict`` gives an equal config back."""
+        """Plain data that JSON can hold; ``from_dict`` gives an equal config back.
+
+        Raises:
+            ConfigError: it holds a spec of somebody's own whose class is not registered (``register``).
+        """
         return dump(self)
 
     def to_yaml(self, path: str | os.PathLike) -> None:
-        """Write a file that ``from_yaml`` reads back, complete in itself."""
+        """Write a file that ``from_yaml`` reads back, complete in itself.
+
+        Raises:
+            ConfigError: as ``to_dict``.
+        """
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
         Path(path).write_text(text, "utf-8")
 
     def override(self, **sections: Any) -> LongCtxConfig:
-        """A config with these sections laid over this one's; see ``config_files.merge`` for what replaces what."""
+        """A config with these sections laid over this one's; see ``files.merge`` for what replaces what.
+
+        Raises:
+            ConfigError: as ``from_dict`` and ``to_dict``.
+        """
         return type(self).from_dict(merge(self.to_dict(), sections))
 
     def roles(self) -> tuple[str, ...]:
@@ -121,22 +133,22 @@ class LongCtxConfig:
 
     @cached_property
     def _roles(self) -> tuple[str, ...]:
-        form = (self.heads.kv_budget_tokens, self.model.head_dim, NUMBER)
-        stores, token = (self.stores.streaming, self.stores.retrieval), 2 * self.model.head_dim * NUMBER
-        return self.heads.roles_for(*(Fraction(store.kept_bytes(*form), token) for store in stores))
+        form = (self.heads.kv_budget_tokens, self.model.head_dim, ITEMSIZE)
+        stores, token = (self.stores.streaming, self.stores.retrieval), 2 * self.model.head_dim * ITEMSIZE
+        return self.heads.roles_for(*(Fraction(store.nbytes(*form).device, token) for store in stores))
 
-    def kv_bytes(self, tokens: int, number_bytes: int = NUMBER) -> tuple[int, int]:
-        """(bytes of a dense KV cache, bytes of what the heads keep) of one row after ``tokens`` tokens.
+    def kv_bytes(self, tokens: int, number_bytes: int = ITEMSIZE) -> tuple[int, int]:
+        """(bytes of a dense KV cache, bytes of what the heads cache) of one sequence after ``tokens`` tokens.
 
-        The spare room of growing buffers and a model's own sliding windows, which keep less, are not in it.
+        The spare room of growing buffers and a model's own sliding windows, which cache less, are not in it.
 
         Args:
-            number_bytes: bytes of one number: 2 for bf16 and fp16.
+            number_bytes: bytes of one element: 2 for bf16 and fp16.
         """
         stores = {"R": self.stores.retrieval, "S": self.stores.streaming}
         heads = "".join(self.roles())
         form = (tokens, self.model.head_dim, number_bytes)
-        kept = sum(heads.count(letter) * store.kept_bytes(*form) for letter, store in stores.items())
+        kept = sum(heads.count(letter) * store.nbytes(*form).device for letter, store in stores.items())
         return 2 * len(heads) * tokens * self.model.head_dim * number_bytes, kept
 
     @classmethod
@@ -148,10 +160,11 @@ class LongCtxConfig:
 
         Args:
             model: a shipped config's name, a YAML, a model's folder or hub id, or a loaded model.
-            given: ``context``, tokens of prompt and answer together, in each of ``batch`` rows (1); ``memory`` in all,
-                bytes or a size such as "24GB"; ``dtype`` "bf16" or "fp32"; ``chunk``, the prefill_chunk_size (4096);
-                ``weights``, their size where it is not that of the parameters; ``config`` for a folder, a hub id or a
-                model (what ``patch_model`` takes); ``reserve``, True for a ``LongCtxCache`` made with ``max_tokens``.
+            given: ``context``, tokens of prompt and answer together, in each of ``batch`` sequences (1); ``memory`` in
+                all, bytes or a size such as "24GB"; ``dtype`` "bf16" or "fp32"; ``chunk``, the prefill_chunk_size
+                (4096); ``weights``, their size where it is not that of the parameters; ``config`` for a folder, a hub
+                id or a model (what ``patch_model`` takes); ``reserve``, True for a ``LongCtxCache`` made with
+                ``max_tokens``.
 
         Raises:
             LongCtxError: not even the smallest fits; the message says what it needs and how long a context would fit.

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .checks import LONGEST, check_word, short, wrong
 from .config import LongCtxConfig, load_shipped
 from .files import shipped, shipped_model
 from .model import ModelSection
-from .words import LONGEST, check_word, make, short, wrong
+from .words import make
 
 log = logging.getLogger(__name__)
 

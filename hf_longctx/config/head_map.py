@@ -36,23 +36,24 @@ def assign(
     granularity: str = "kv_head",
     confidence: str = "measured",
 ) -> tuple[str, ...]:
-    """Roles of all KV heads, best scores first; equal scores: lower layer, then lower head.
+    """Roles of all KV heads, best scores first; of tied scores the lower layer, then the lower head.
 
     The heads of ``dense_layers`` are retrieval and count towards the share. Under ``balance`` the j-th best heads of a
     layer's slices get their role together, scored by their mean; this keeps the highest sum of scores that a balanced
     choice can have. Under ``granularity="layer"`` so do all heads of a layer. Where heads go together a ``fraction``
-    takes the nearest count (a half goes up) and a ``kv_budget`` the largest that fits.
+    takes the nearest count (halves are rounded up) and a ``kv_budget`` the largest that fits.
 
     Args:
         scores: ``[layers][KV heads]``, higher = more retrieval.
-        fraction: share of all KV heads that are retrieval; 0.0 to 1.0. A half head goes up.
+        fraction: share of all KV heads that are retrieval; 0.0 to 1.0. Fractions of a head are rounded to
+            the nearest, halves up.
         kv_budget: share of a dense cache's bytes at ``kv_budget_tokens`` tokens; above 0.0, at most 1.0.
-        streaming_tokens: tokens a streaming head keeps at most, as many as have its bytes in a dense cache.
+        streaming_tokens: tokens a streaming head caches at most, as many as have its bytes in a dense cache.
         retrieval_tokens: the same of a retrieval head, at ``kv_budget_tokens`` tokens; None: all of those.
-        confidence: with ``"none"`` no cut may fall among equal scores; else only among zeros it may not.
+        confidence: with ``"none"`` no cut may fall between tied scores; else none between zeros.
 
     Raises:
-        ConfigError: wrong scores, a balance that does not divide, a budget nothing fits, a cut among equal scores.
+        ConfigError: wrong scores, a balance that does not divide, a budget nothing fits, a cut between tied scores.
     """
     if (fraction is None) == (kv_budget is None):
         raise ConfigError("heads: expected exactly one of retrieval_fraction and kv_budget.")
@@ -125,12 +126,12 @@ def heads_in_budget(
 
 
 def usable_cuts(scores: Sequence[float], confidence: str = "measured") -> list[int]:
-    """Numbers of best heads, 0 and all of them included, that leave no head out beside one like it that is in.
+    """Numbers of best heads, 0 and all of them included, that cut between no tied scores.
 
-    Like it: both are zero, or of ``confidence`` "none" and equal.
+    A tie: both are zero, or of ``confidence`` "none" and equal.
     """
     ranked = sorted(scores, reverse=True)
-    inner = (n for n in range(1, len(ranked)) if not _untold(*ranked[n - 1 : n + 1], confidence))
+    inner = (n for n in range(1, len(ranked)) if not _tied(*ranked[n - 1 : n + 1], confidence))
     return [0, *inner, len(ranked)] if ranked else [0]
 
 
@@ -180,8 +181,8 @@ def _units(row: Sequence[float], layer: int, balance: int, granularity: str) -> 
 
 
 def _check_cut(ranked: list[Unit], cut: int, always: int, total: int, confidence: str) -> None:
-    """Refuse a cut that would pick among heads nobody told apart."""
-    if not 0 < cut < len(ranked) or not _untold(ranked[cut - 1].score, ranked[cut].score, confidence):
+    """Refuse a cut between heads with tied scores."""
+    if not 0 < cut < len(ranked) or not _tied(ranked[cut - 1].score, ranked[cut].score, confidence):
         return
     tied = ranked[cut].score
     size = len(ranked[0].heads)
@@ -194,8 +195,8 @@ def _check_cut(ranked: list[Unit], cut: int, always: int, total: int, confidence
     )
 
 
-def _untold(taken: float, left: float, confidence: str = "measured") -> bool:
-    """Whether nothing tells two heads apart: zeros were not measured, nor were equal scores of confidence none."""
+def _tied(taken: float, left: float, confidence: str = "measured") -> bool:
+    """Whether two scores are a tie: zeros were not measured, nor were equal scores of confidence none."""
     return taken == left and (taken == 0.0 or confidence == "none")
 
 

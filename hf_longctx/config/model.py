@@ -10,25 +10,25 @@ from .bounds import COUNT, FREE, MOST_HEADS, MOST_LAYERS, TOKENS
 from .words import short, wrong
 
 UNSCALED, SCALINGS = "default", ("linear", "dynamic", "yarn")  # rope_types
-NUMBERS = {**COUNT, "unit": "numbers"}
+ELEMENTS = {**COUNT, "unit": "elements"}
 LAYERS = {"min": 1, "max": MOST_LAYERS, "unit": "layers"}
 HEADS = {"min": 1, "max": MOST_HEADS, "unit": "heads"}
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Numbers that tell checkpoints with the same head dimensions apart; what is absent is not checked.
+    """Sizes that distinguish checkpoints with the same head dimensions; what is absent is not checked.
 
     Attributes:
-        hidden_size: as in the model's own config, like the others.
-        intermediate_size: of the MLP.
-        vocab_size: rows of the embedding.
+        hidden_size: elements of a hidden state.
+        intermediate_size: elements of the MLP's inner state.
+        vocab_size: tokens of the embedding.
         rope_theta: base of the rotary positions.
-        rope_type: how they are scaled, ``default`` for not at all.
+        rope_type: how the rotary positions are scaled, ``default`` for not at all.
     """
 
-    hidden_size: int | None = field(default=None, metadata=NUMBERS)
-    intermediate_size: int | None = field(default=None, metadata=NUMBERS)
+    hidden_size: int | None = field(default=None, metadata=ELEMENTS)
+    intermediate_size: int | None = field(default=None, metadata=ELEMENTS)
     vocab_size: int | None = field(default=None, metadata={**COUNT, "unit": "tokens"})
     rope_theta: float | None = field(default=None, metadata={"above": 0.0, "max": 1e18})
     rope_type: str | None = None
@@ -39,23 +39,22 @@ class ModelSection:
     """What a config fits.
 
     Attributes:
-        model_type: as in the model's own config, like the four numbers.
-        num_hidden_layers: layers.
-        num_attention_heads: query heads of a layer.
-        num_key_value_heads: KV heads of a layer.
-        head_dim: numbers of a key.
-        ids: names of the checkpoints, as on the hub; the config is found by them, and they are free of meaning for the
-            run.
-        max_position_embeddings: tokens that the first of the checkpoints was made for, which ``plan`` says; free of
-            meaning for the run.
-        fingerprint: tells checkpoints of equal dimensions apart.
+        model_type: the family, as in the model's own config.
+        num_hidden_layers: number of decoder layers.
+        num_attention_heads: number of query heads per layer.
+        num_key_value_heads: number of KV heads per layer.
+        head_dim: size of one head's key vector.
+        ids: names of the checkpoints, as on the hub, by which ``auto`` finds the config; ignored at run time.
+        max_position_embeddings: tokens that the first of the checkpoints was made for, which ``plan`` reports; ignored
+            at run time.
+        fingerprint: distinguishes checkpoints of equal dimensions.
     """
 
     model_type: str
     num_hidden_layers: int = field(metadata=LAYERS)
     num_attention_heads: int = field(metadata=HEADS)
     num_key_value_heads: int = field(metadata=HEADS)
-    head_dim: int = field(metadata={**NUMBERS, "max": 65536})
+    head_dim: int = field(metadata={**ELEMENTS, "max": 65536})
     ids: tuple[str, ...] = field(default=(), metadata=FREE)
     max_position_embeddings: int | None = field(default=None, metadata={**TOKENS, **FREE})
     fingerprint: Fingerprint = Fingerprint()

@@ -15,12 +15,16 @@ from typing import Any
 from . import sections as config_sections
 from .bounds import LARGEST, MOST
 from .config import LongCtxConfig, kernel_words
-from .words import is_required, load, spec_word, words
+from .words import is_required, load, registered, spec_word, words
 
 FOLDERS = {"stores": "store", "prefill": "pattern", "decode": "select"}  # folder -> the key that names its words
 PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false", dict: "any mapping"}
 INTRODUCTION = """\
 # Config reference
+
+```sh
+hf-longctx configs reference
+```
 
 Made by `hf-longctx configs reference` from the code; [configuration.md](configuration.md) explains what to use.
 A key without a default is required.
@@ -70,7 +74,7 @@ def _section(title: str, cls: type) -> str:
     said, hints = meanings(cls), typing.get_type_hints(cls)
     lines = [f"## {title}", "", _first_paragraph(cls.__doc__), ""]
     rows = [
-        f"| `{f.name}` | {_type(hints[f.name], f.metadata)} | {_default(f)} | {said[f.name]} |"
+        f"| `{f.name}` | {_type(hints[f.name], f.metadata)} | {_default(f)} | {said.get(f.name, '')} |"
         for f in dataclasses.fields(cls)
         if f.init
     ]
@@ -140,12 +144,15 @@ def _kernels() -> str:
         "stock": "Transformers' own SDPA call where it can be.",
     }
     for name in kernel_words():
-        about = own.get(name) or _first_paragraph(_docstring(f"hf_longctx.kernels.{name}"))
+        about = own.get(name) or _first_paragraph(_docstring(name))
         lines.append(f"| `{name}` | {about} |")
     return "\n".join([*lines, ""])
 
 
-def _docstring(module: str) -> str:
+def _docstring(kernel: str) -> str:
     """Of a module that is not imported: a kernel may need what is not installed."""
+    if kernel in registered["kernels"]:
+        return registered["kernels"][kernel].__doc__ or ""
+    module = f"hf_longctx.kernels.{kernel}"
     source = importlib.util.find_spec(module).loader.get_source(module)
     return ast.get_docstring(ast.parse(source))

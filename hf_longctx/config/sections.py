@@ -20,7 +20,7 @@ class Alternative:
     """Another head map for the same model, by another method.
 
     Attributes:
-        source: where the numbers come from; free of meaning for the run.
+        source: where the scores come from; metadata, ignored at run time.
         scores: ``[layers][KV heads]``, higher = more retrieval.
         roles: instead of ``scores``, one text per layer, a letter R or S per KV head.
     """
@@ -40,17 +40,17 @@ class HeadsSection(Alternative):
     """Which KV heads need the whole context.
 
     Attributes:
-        retrieval_fraction: share of all KV heads, best scores first; 0.5 where neither it nor ``kv_budget`` is given
-            with scores.
-        kv_budget: instead of it, share of a dense cache's bytes at ``kv_budget_tokens`` tokens.
+        retrieval_fraction: share of all KV heads that are retrieval heads, best scores first; 0.5 where scores come
+            with neither it nor ``kv_budget``.
+        kv_budget: instead of ``retrieval_fraction``, share of a dense cache's bytes at ``kv_budget_tokens`` tokens.
         kv_budget_tokens: length at which ``kv_budget`` is counted.
         dense_layers: layers whose heads are all retrieval.
-        balance: each of that many slices of a layer's KV heads gets equally many retrieval heads (tensor parallel).
+        balance: slices of a layer's KV heads that get equally many retrieval heads each (tensor parallel).
         granularity: ``layer`` makes all heads of a layer retrieval or streaming, by their mean score.
         alternatives: other head maps for the same model.
         use: the alternative that stands in for scores, roles and source.
-        confidence: ``none`` means that equal scores say nothing, so no cut may fall among them.
-        measured: what identification measured; free of meaning for the run.
+        confidence: ``none`` means that tied scores say nothing, so no cut may fall between them.
+        measured: what identification measured; metadata, ignored at run time.
     """
 
     retrieval_fraction: float | None = field(default=None, metadata=SHARE)
@@ -96,7 +96,7 @@ class HeadsSection(Alternative):
         return "the confidence of this head map is none: nobody measured these heads (hf-longctx identify does)"
 
     def roles_for(self, streaming_tokens: Fraction, retrieval_tokens: Fraction) -> tuple[str, ...]:
-        """Roles per layer; see `head_map.assign` for what a head of each role keeps at ``kv_budget_tokens``."""
+        """Roles per layer; see `head_map.assign` for what a head of each role caches at ``kv_budget_tokens``."""
         form = {"dense_layers": self.dense_layers, "balance": self.balance, "granularity": self.granularity}
         if self.active.roles is not None:
             return head_map.given(self.active.roles, **form)
@@ -125,11 +125,11 @@ class HeadsSection(Alternative):
 
 @dataclass(frozen=True)
 class StoresSection:
-    """What the heads of each role keep.
+    """Which tokens the heads of each role cache.
 
     Attributes:
-        retrieval: of the heads that need the whole context.
-        streaming: of all others.
+        retrieval: the store of the heads that need the whole context.
+        streaming: the store of all others.
     """
 
     retrieval: Any = word("stores", "store", "retrieval", "full")
@@ -153,7 +153,7 @@ class PrefillTable:
 
     Attributes:
         budgets: patterns with their fields.
-        source: where the numbers come from; free of meaning for the run.
+        source: where the patterns come from; metadata, ignored at run time.
         map: ``[layers][query heads]``, indices into ``budgets``; entries under streaming KV heads are ignored.
     """
 
@@ -170,10 +170,10 @@ class PrefillTable:
 
 @dataclass(frozen=True)
 class PrefillSection:
-    """Which keys a query block reads.
+    """Which keys a query block of a prompt reads.
 
     Attributes:
-        min_tokens: shorter rows are read densely by retrieval heads.
+        min_tokens: shorter sequences are read densely by retrieval heads.
         retrieval: one pattern for all query heads, or a table with one for each.
         tables: patterns per query head, by name.
         share_groups: one list per KV group, the union of its query heads' lists.
@@ -203,10 +203,10 @@ class PrefillSection:
 
 @dataclass(frozen=True)
 class DecodeSection:
-    """Which kept keys a decoded token reads.
+    """Which cached keys a decoded token reads.
 
     Attributes:
-        retrieval: of the heads that need the whole context; one value is allowed, ``dense``.
+        retrieval: the selection of the heads that need the whole context; one value is allowed, ``dense``.
     """
 
     retrieval: Any = word("decode", "select", "retrieval", "dense")
@@ -220,7 +220,7 @@ class DecodeSection:
 
 
 def check_counts(data: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a map of plain ``data`` has not the rows and columns of its model section.
+    """Raise ConfigError where a map of plain ``data`` has not the layers and heads of its model section.
 
     Only counts: no entry is looked at, so that a map of a million entries is refused at once. What is no list, and
     a model section that says no counts, is left to the conversion of the sections.

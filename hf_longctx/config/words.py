@@ -1,7 +1,8 @@
 """YAML word -> class, and mappings -> frozen dataclasses, checked field by field.
 
 The file name is the word: ``store: sink_recent`` is the class ``SinkRecent`` in ``stores/sink_recent.py``. A word is
-looked up in the folder's listing before anything is imported, so a config can name nothing else.
+looked up in the folder's listing, and among those the running program registered, before anything is imported. So a
+config can name nothing else.
 
 Field metadata: ``min``, ``max`` (inclusive), ``above`` (exclusive), ``unit``, ``choices``; they hold for the numbers
 inside lists as well. ``word`` makes a field that holds a spec.
@@ -10,70 +11,85 @@ inside lists as well. ``word`` makes a field that holds a spec.
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import importlib
 import importlib.util
-import math
 import pkgutil
-import reprlib
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import ConfigError
 from . import strict_yaml
 from .bounds import LARGEST, MOST
+from .checks import LONGEST, check_count, check_mapping, check_plain, check_word, is_finite, join, near, short, wrong
 
-# Files of a folder that are no words. Not said in the folder, whose package may take seconds to import.
-NOT_WORDS = {"tasks": {"answer", "documents", "haystack", "language", "metrics", "tiny_language"}}
-DEEPEST = 16  # levels of a free mapping; a YAML alias can make one that never ends
-LONGEST = 80  # characters of a word that a message repeats, or that is compared with the known ones
-MOST_ITEMS = 2**16  # of a list or mapping; with fewer layers and heads than that, rows are counted before they are read
-
-
-class _Short(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to write out a number of more than 4300 digits.
-        return super().repr_int(x, level) if x.bit_length() < 14000 else f"a number of {x.bit_length()} bits"
-
-
-_short = _Short()
-_short.maxstring = _short.maxother = LONGEST
-short = _short.repr
+# Kind of word -> the folder whose files are its words. `register` adds to them.
+FOLDERS = {
+    "store": "stores",
+    "prefill": "prefill",
+    "decode": "decode",
+    "heads": "identification.methods",
+    "task": "tasks.synthetic",
+    "kernel": "kernels",
+    "family": "patches",
+}
+registered: dict[str, dict[str, Any]] = {folder: {} for folder in FOLDERS.values()}  # folder -> word -> class or object
 
 
 def words(folder: str) -> tuple[str, ...]:
-    """The words of ``hf_longctx/<folder>``: its file names, sorted, without ``base``, underscore names and NOT_WORDS.
+    """The words of ``hf_longctx/<folder>``, sorted: its files but ``base`` and underscore names, and those registered.
 
     Nothing of the folder is imported.
     """
     name = f"hf_longctx.{folder}"
     package = sys.modules.get(name)
     path = importlib.util.find_spec(name).submodule_search_locations if package is None else package.__path__
-    left_out = {"base"} | NOT_WORDS.get(folder, set())
+    return tuple(sorted({*_file_words(tuple(path)), *registered.get(folder, ())}))
+
+
+@functools.cache
+def _file_words(path: tuple[str, ...]) -> tuple[str, ...]:
     names = (module.name for module in pkgutil.iter_modules(path) if not module.ispkg)
-    return tuple(sorted(name for name in names if name not in left_out and not name.startswith("_")))
+    return tuple(name for name in names if name != "base" and not name.startswith("_"))
 
 
 def load(folder: str, word: object, where: str = "") -> type:
     """The class that ``word`` names in ``folder``.
 
     Raises:
-        ConfigError: the word is not in the listing, or its file has no class of that name.
+        ConfigError: nothing has that word, or its file has no class of that name.
     """
     where = where or folder
-    check_word(word, words(folder), where)
-    name = "".join(part.capitalize() for part in word.split("_"))
+    check_word(word, words(folder), where, register_first(folder, word))
+    if word in registered[folder]:
+        return registered[folder][word]
+    name = class_name(word)
     found = getattr(importlib.import_module(f"hf_longctx.{folder}.{word}"), name, None)
     if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
         raise ConfigError(f"{where}: {folder}/{word}.py defines no dataclass {name}, so it is not a word.")
     return found
 
 
+def class_name(word: str) -> str:
+    """The name of a word's class in the package: ``sink_recent`` is ``SinkRecent``."""
+    return "".join(part.capitalize() for part in word.split("_"))
+
+
+def register_first(folder: str, word: object) -> str:
+    """What an error about an unknown word adds, for a word that is somebody's own."""
+    kind = next(kind for kind, known in FOLDERS.items() if known == folder)
+    if not isinstance(word, str) or not word.isidentifier() or len(word) > LONGEST:
+        return ""
+    return f" If it is your own, call hf_longctx.register({kind!r}, {word!r}, ...) first."
+
+
 def build(folder: str, mapping: object, key: str, where: str, role: str | None = None) -> Any:
     """The spec a mapping like ``{"store": "sink_recent", "sink": 64}`` (``key="store"``) names.
+
+    A spec instead of the mapping is checked as its fields would be.
 
     Args:
         where: full path of the mapping, e.g. ``"stores.streaming"``.
@@ -82,6 +98,8 @@ def build(folder: str, mapping: object, key: str, where: str, role: str | None =
     Raises:
         ConfigError: unknown word, wrong role, or a field that does not fit.
     """
+    if is_spec(mapping):
+        mapping = _checked_word(folder, mapping, key, where)
     fields = check_mapping(mapping, where)
     if key not in fields:
         raise ConfigError(f"{where}: {key!r} is missing; known: {', '.join(words(folder))}.")
@@ -92,6 +110,23 @@ def build(folder: str, mapping: object, key: str, where: str, role: str | None =
         serves = " and ".join(cls.roles)
         raise ConfigError(f"{join(where, key)}: {word!r} serves {serves} heads; for {role} heads: {', '.join(fits)}.")
     return make(cls, fields, where, f"{key} {word!r}")
+
+
+def is_spec(value: object) -> bool:
+    """Whether a value may be a spec: an object whose class is a dataclass."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _checked_word(folder: str, spec: Any, key: str, where: str) -> dict[str, Any]:
+    """The mapping of a spec, which must be one of this folder."""
+    try:
+        mapping = dump(spec, key)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    word = mapping[key]
+    if word not in words(folder) or qualified(load(folder, word)) != qualified(type(spec)):
+        raise wrong(where, spec, f"a spec of {folder} (one of: {', '.join(words(folder))})")
+    return mapping
 
 
 def make(cls: type, mapping: object, where: str = "", name: str = "") -> Any:
@@ -131,8 +166,28 @@ def dump(spec: Any, key: str | None = None) -> dict[str, Any]:
 
 
 def spec_word(spec: Any) -> str:
-    """The word of a spec: the name of its file."""
-    return type(spec).__module__.rpartition(".")[2]
+    """The word of a spec: the name of its file, or the one it was registered as.
+
+    Raises:
+        ConfigError: its class is neither in the package nor registered, so a config could not name it.
+    """
+    cls = type(spec)
+    for folder in registered.values():
+        for word, thing in folder.items():
+            if isinstance(thing, type) and qualified(thing) == qualified(cls):
+                return word
+    package, _, word = cls.__module__.rpartition(".")
+    if not package.startswith("hf_longctx.") or cls.__name__ != class_name(word):
+        raise ConfigError(
+            f"{cls.__name__} is no word that a config can name: it was not registered. Call "
+            f"hf_longctx.register(KIND, WORD, {cls.__name__}) first; KIND is one of: {', '.join(FOLDERS)}."
+        )
+    return word
+
+
+def qualified(cls: type) -> tuple[str, str]:
+    """Module and name. A class that is defined again, as a notebook cell run twice does, has the same ones."""
+    return cls.__module__, cls.__qualname__
 
 
 def word(folder: str, key: str, role: str, default: str | None = None, instead: type | None = None) -> Any:
@@ -190,65 +245,8 @@ def read_fields(pairs: Iterable[str], where: str, example: str) -> dict[str, Any
     return given
 
 
-def check_mapping(value: object, where: str) -> dict[str, Any]:
-    """A copy of ``value`` if it is a mapping with text keys, or a ConfigError."""
-    if not isinstance(value, Mapping):
-        raise wrong(where or "config", value, "a mapping")
-    check_count(value, where or "config")
-    for key in value:
-        if not isinstance(key, str):
-            raise wrong(join(where, _short.repr(key)), key, "a key that is text")
-    return dict(value)
-
-
-def check_plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy of ``value`` if JSON can hold it (text, finite numbers, lists, mappings), or a ConfigError."""
-    if depth > DEEPEST:
-        raise ConfigError(f"{where}: nested more than {DEEPEST} levels deep; expected plain data.")
-    if isinstance(value, Mapping):
-        items = check_mapping(value, where).items()
-        return {key: check_plain(item, join(where, key), depth + 1) for key, item in items}
-    if isinstance(value, (list, tuple)):
-        check_count(value, where)
-        return [check_plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
-    if value is None or isinstance(value, str) or (isinstance(value, (int, float)) and _is_finite(value)):
-        return value
-    raise wrong(where, value, "text, a finite number, a list or a mapping (put a date in quotes)")
-
-
-def check_count(value: Sized, where: str) -> None:
-    """Raise ConfigError for more items than any config has, before they are looked at."""
-    if len(value) > MOST_ITEMS:
-        raise ConfigError(f"{where}: got {len(value)} entries, expected at most {MOST_ITEMS}.")
-
-
-def check_word(value: object, known: Iterable[str], where: str) -> None:
-    """Raise ConfigError unless ``value`` is one of the ``known`` words."""
-    known = tuple(known)
-    if not isinstance(value, str) or value not in known:
-        raise wrong(where, value, f"one of: {', '.join(known) or 'none'}", near(value, known))
-
-
 def is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def join(where: str, name: str) -> str:
-    """The full path of a field, as a message says it."""
-    name = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
-    return f"{where}.{name}" if where else name
-
-
-def near(given: object, known: Iterable[str]) -> str:
-    """`` Did you mean ...?`` or nothing."""
-    comparable = isinstance(given, str) and len(given) <= LONGEST
-    match = difflib.get_close_matches(given.lower(), list(known), 1, 0.5) if comparable else []
-    return f" Did you mean {match[0]!r}?" if match else ""
-
-
-def wrong(where: str, given: object, fits: str, hint: str = "") -> ConfigError:
-    """The error for a value that does not fit, to be raised by the caller."""
-    return ConfigError(f"{where}: got {_short.repr(given)}, expected {fits}.{hint}")
 
 
 def _convert_union(value: object, args: tuple, where: str, metadata: Mapping[str, Any]) -> Any:
@@ -266,6 +264,8 @@ def _convert_union(value: object, args: tuple, where: str, metadata: Mapping[str
 
 def _convert_word(value: object, where: str, metadata: Mapping[str, Any]) -> Any:
     instead, key = metadata["instead"], metadata["key"]
+    if instead is not None and isinstance(value, instead):
+        return value
     if instead is not None and isinstance(value, Mapping) and key not in value:
         names = {field.name for field in dataclasses.fields(instead)}
         if names & set(value):
@@ -287,13 +287,6 @@ def _convert_scalar(value: object, hint: type, where: str, metadata: Mapping[str
     return hint(value)
 
 
-def _is_finite(value: int | float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
 def _fits(value: Any, hint: type, metadata: Mapping[str, Any]) -> bool:
     if hint not in (int, float):
         return True
@@ -301,7 +294,7 @@ def _fits(value: Any, hint: type, metadata: Mapping[str, Any]) -> bool:
         return False
     low, high, above = metadata.get("min"), metadata.get("max"), metadata.get("above")
     too_low = (low is not None and value < low) or (above is not None and value <= above)
-    return _is_finite(value) and not too_low and not (high is not None and value > high)
+    return is_finite(value) and not too_low and not (high is not None and value > high)
 
 
 def _bounds(metadata: Mapping[str, Any], value: object) -> str:

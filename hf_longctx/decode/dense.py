@@ -1,4 +1,4 @@
-"""``select: dense``: a decoded token reads every kept key."""
+"""``select: dense``: a decoded token reads every cached key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .base import SelectSpec
 
 @dataclass(frozen=True)
 class Dense(SelectSpec):
-    """Read every kept key."""
+    """Read every cached key."""
 
     roles = ("retrieval",)
     reads_all = True

@@ -29,7 +29,7 @@ from ..model.patch import patched, unpatched
 from ..model.report import report
 from ..tasks import tasks_from
 from ..tasks.answer import end_tokens, input_device, score
-from ..tasks.base import Sample
+from ..tasks.base import Sample, Task
 from ..tasks.language import Language, language_for
 from .forwards import output_head, window_nll
 from .measures import next_token
@@ -48,7 +48,7 @@ def evaluate(
     tokenizer: Any,
     out: str | Path,
     *,
-    tasks: str,
+    tasks: str | Sequence[str | Task],
     config: str | Path | dict | LongCtxConfig | None = None,
     sweep: str | None = None,
     text: str | Path | None = None,
@@ -67,7 +67,7 @@ def evaluate(
     Args:
         model: as for ``patch_model``; patched or not.
         out: a folder; of several processes all must see the same.
-        tasks: words with their fields, ``"needle,key_value:questions=2"``.
+        tasks: words with their fields, ``"needle,key_value:questions=2"``, or a list of such texts and task objects.
         config: what to patch with, as for ``patch_model``; None: what the model is patched with, or else "auto".
         sweep: ``"retrieval_fraction=0.1,0.25"``: one more variant for each value of a field of the config.
         text, haystack, chat: what the prompts are made of, as for ``tasks.language.language_for``.

@@ -15,7 +15,7 @@ from ..config.config import LongCtxConfig
 from ..config.find import checkpoint_name
 from ..config.head_map import usable_fraction
 from ..config.model import made_for
-from ..config.words import build, convert, dump, words
+from ..config.words import build, convert, dump, is_spec, spec_word, words
 from ..errors import ConfigError, UnsupportedModeError, UnsupportedModelError
 from ..model.modules import state_of, unwrap
 from ..model.patch import patched
@@ -32,7 +32,7 @@ SEED = {"min": 0, "max": 2**63 - 1}
 def identify(
     model: nn.Module,
     tokenizer: Any,
-    method: str = "two_needle",
+    method: str | Method = "two_needle",
     *,
     text: str | os.PathLike | None = None,
     retrieval_fraction: float | None = None,
@@ -55,7 +55,8 @@ def identify(
         tokenizer: its tokenizer; the documents are made with it. "echo_induction" needs none without ``text`` and
             ``target_drop``: given None, it draws from all of the model's token ids but the special ones.
         method: a word of ``hf_longctx/identification/methods``: "duo_gates" (arXiv:2410.10819), "retrieval_score"
-            (arXiv:2404.15574), "echo_induction" (arXiv:2407.15891) or "two_needle" (arXiv:2605.16928).
+            (arXiv:2404.15574), "echo_induction" (arXiv:2407.15891) or "two_needle" (arXiv:2605.16928), a word that was
+            registered, or the object of such a class.
         text: a file or folder to take the documents' filler from, instead of random tokens.
         retrieval_fraction: share of retrieval heads of the config; default 0.5, or 0.25 where every query head has a KV
             head of its own, as DuoAttention uses them, lowered where fewer heads were told apart.
@@ -78,7 +79,8 @@ def identify(
         UnsupportedModelError: the family is not in ``patches/``, the model has no LM head, or it answers nothing.
         UnsupportedModeError: the model is spread over processes by tensor parallelism.
     """
-    chosen: Method = build("identification.methods", {"method": method, **options}, "method", "identify")
+    chosen = _method(method, options)
+    method = spec_word(chosen)
     _check(chosen, method, retrieval_fraction, target_drop, measure_tokens, text, work, seed)
     plain = all_retrieval(model, sink, recent)
     with modes_kept(model), patched(model, plain):
@@ -100,6 +102,14 @@ def identify(
 def methods() -> tuple[str, ...]:
     """The words of this folder."""
     return words("identification.methods")
+
+
+def _method(method: str | Method, options: dict[str, Any]) -> Method:
+    """The method that a word and its fields, or an object, name."""
+    if is_spec(method) and options:
+        raise ConfigError(f"identify: {', '.join(options)} given beside a method object; its fields are set in it.")
+    given = method if is_spec(method) else {"method": method, **options}
+    return build("identification.methods", given, "method", "identify")
 
 
 def _check(

@@ -254,10 +254,9 @@ def _given(candidates: Sequence[PatternSpec | Mapping[str, Any]]) -> tuple[Patte
         raise wrong("candidates", candidates, "a list of patterns, e.g. [{'pattern': 'block_topk', 'top_k': 32}]")
     specs = []
     for i, one in enumerate(candidates):
-        plain = dump(one, "pattern") if isinstance(one, PatternSpec) else one
-        specs.append(build("prefill", plain, "pattern", f"candidates[{i}]", "retrieval"))
+        specs.append(build("prefill", one, "pattern", f"candidates[{i}]", "retrieval"))
         if specs[-1].reads_all:
-            raise wrong(f"candidates[{i}]", plain, "a sparse pattern: what reads everything keeps everything")
+            raise wrong(f"candidates[{i}]", one, "a sparse pattern: what reads everything keeps everything")
     return tuple(dict.fromkeys(specs))
 
 

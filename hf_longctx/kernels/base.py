@@ -1,6 +1,6 @@
 """What a kernel is, how one is chosen, and the one place where parts of an attention call are merged.
 
-A kernel is a module of this folder:
+A kernel is a module of this folder, or a module or object that was registered (``register``):
 
 - ``NAME: str``, its word in a config (the file name);
 - ``PREFERENCE: int``, higher is tried first by ``auto`` (reference 0, cpu 10, native 20; leave room between; below 0:
@@ -19,17 +19,15 @@ every machine, or fail with ImportError, which is then the reason. Nothing lists
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import sys
 from collections.abc import Hashable, Iterator, Sequence
-from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config.words import near
+from ..config.words import near, registered, words
 from ..errors import ConfigError, UnsupportedModeError
 from ..layout.dtypes import needs_grad
 from ..layout.forward import Forward
@@ -40,6 +38,7 @@ from ..layout.streamed import Streamed
 from .reference import merge, with_sinks
 
 AUTO = "auto"
+NO_KINDS: frozenset[Hashable] = frozenset()
 STREAMED = "streamed"  # what the report calls segments that were read block by block
 
 Part = tuple[Tensor, Tensor]  # out and logsumexp
@@ -63,7 +62,7 @@ class Case(NamedTuple):
     needs_grad: bool = False
     reads: type = Causal
     one_query: bool = False
-    kinds: frozenset[Hashable] = frozenset()
+    kinds: frozenset[Hashable] = NO_KINDS
     softcap: bool = False
     first_bias: bool = False
 
@@ -74,26 +73,29 @@ class Case(NamedTuple):
 
 def case_of(q: Tensor, segments: Sequence[Segment | Streamed], reads: Reads, scores: Scores) -> Case:
     """The case of a call."""
-    plain = [tensor for one in segments if isinstance(one, Segment) for tensor in (one.k, one.v)]
+    tensors = [q]
+    kinds = NO_KINDS
+    for one in segments:
+        if isinstance(one, Segment):
+            tensors += (one.k, one.v)
+        else:
+            kinds |= {one.kind}
     return Case(
         q.device,
         q.dtype,
         q.shape[3],
-        needs_grad(q, *plain),
+        needs_grad(*tensors),
         type(reads),
         q.shape[2] == 1,
-        frozenset(one.kind for one in segments if not isinstance(one, Segment)),
+        kinds,
         scores.softcap is not None,
         scores.first_bias is not None,
     )
 
 
-@cache
 def names() -> tuple[str, ...]:
-    """The kernels there are, from the folder's listing, in alphabetical order."""
-    package = importlib.import_module(__package__)
-    found = (module.name for module in pkgutil.iter_modules(package.__path__))
-    return tuple(sorted(name for name in found if name != "base" and not name.startswith("_")))
+    """The kernels there are, from the folder's listing and registered ones, in alphabetical order."""
+    return words("kernels")
 
 
 def pick(word: str, case: Case) -> ModuleType:
@@ -253,7 +255,8 @@ def _candidates(words: Sequence[str]) -> list[tuple[str, ModuleType | None, str 
     for name in words:
         full = f"{__package__}.{name}"
         try:  # import_module takes a lock even for what is there
-            found.append((name, sys.modules.get(full) or importlib.import_module(full), None))
+            own = registered["kernels"].get(name) or sys.modules.get(full)
+            found.append((name, own or importlib.import_module(full), None))
         except ImportError as error:
             found.append((name, None, f"cannot be imported ({error})"))
     return sorted(found, key=lambda entry: -(entry[1].PREFERENCE if entry[1] else 0))

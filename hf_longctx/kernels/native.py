@@ -31,7 +31,7 @@ from ..layout.reads import All, Averaged, Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 from . import _native_build, cpu, reference
-from ._arguments import check, joined
+from ._arguments import check
 from ._quantized import Packed, packed_reason
 from .base import Case
 
@@ -79,31 +79,27 @@ def attend(
     """
     check(NAME, q, segments, reads, scores)
     plain = [segment for segment in segments if isinstance(segment, Segment)]
-    packed = len(plain) < len(segments)
-    own = _computes(scores.scale, q, *_of(plain)) and not needs_grad(*(segment.bias for segment in plain))
     one = q.shape[2] == 1 and isinstance(reads, All | Causal)
-    simple = not want_lse and scores.softcap is None and scores.first_bias is None
-    biased = any(segment.bias is not None for segment in plain)
-    if packed and own and one and simple:
-        return _decode_packed(q, segments, scores.scale), None
-    if packed:
-        raise UnsupportedModeError(
-            "kernel native unpacks keys and values for one query that reads all of them, without gradients. Call "
-            "hf_longctx.kernels.base.attend, which reads them block by block otherwise."
-        )
-    leaves = isinstance(reads, Averaged) or not own or not simple or (not one and (biased or isinstance(reads, All)))
-    if leaves:
+    ours = _computes(scores, q, *_of(plain)) and not needs_grad(*(segment.bias for segment in plain))
+    if len(plain) < len(segments):
+        if not (ours and one):
+            raise UnsupportedModeError(
+                "kernel native unpacks keys and values for one query that reads all of them, without gradients. Call "
+                "hf_longctx.kernels.base.attend, which reads them block by block otherwise."
+            )
+        return _decode(q, segments, scores, want_lse)
+    if not ours or isinstance(reads, Averaged) or (not one and any(segment.bias is not None for segment in plain)):
         other = reference if isinstance(reads, BlockList) and needs_grad(q, *_of(plain)) else cpu
         return other.attend(q, segments, reads, scores, want_lse)
     if one:
-        call = _Call()
-        return call.run("decode", q, segments[0].k.shape[1], scores.scale, [*call.segments(segments), 0]), None
+        return _decode(q, segments, scores, want_lse)
     if isinstance(reads, BlockList):
-        return _listed(q, *joined(segments), reads, scores.scale), None
+        return _listed(q, segments, reads, scores, want_lse)
     if isinstance(reads, Window):
-        return _streaming(q, segments, reads, scores.scale), None
-    call = _Call()
-    return call.run("dense", q, segments[0].k.shape[1], scores.scale, call.segments(segments)), None
+        return _streaming(q, segments, reads, scores, want_lse)
+    call = _Call(scores, want_lse)
+    numbers = [int(isinstance(reads, Causal)), *call.segments(segments)]
+    return call.run("dense", q, segments[0].k.shape[1], numbers)
 
 
 @cache
@@ -122,7 +118,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if library.hf_longctx_width() < WIDTH:
         return None, "is slower than kernel cpu where there are neither AVX2 nor AVX-512 instructions"
     for name in ("decode", "dense", "streaming", "sparse"):
-        getattr(library, f"hf_longctx_{name}").argtypes = (c_int, c_double, c_void_p)
+        getattr(library, f"hf_longctx_{name}").argtypes = (c_int, c_double, c_double, c_void_p)
     return library, None
 
 
@@ -132,7 +128,8 @@ class _Call:
     Built from ctypes structures they would take longer than a decoded token over a short window. Holds the tensors.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scores: Scores, want_lse: bool) -> None:
+        self.scores, self.want_lse = scores, want_lse
         self.held: list[Tensor] = []
 
     def pointer(self, x: Tensor) -> int:
@@ -176,19 +173,30 @@ class _Call:
         """How many, and each of them."""
         return [len(segments), *(number for segment in segments for number in self.segment(segment))]
 
-    def run(self, name: str, q: Tensor, kv_heads: int, scale: float, arguments: Iterable[int]) -> Tensor:
-        """Attention ``[B, H, T, D]``, a view of ``[B, T, H, D]``, the layout that models want."""
+    def first_bias(self, heads: int) -> int:
+        bias = self.scores.first_bias
+        if bias is None:
+            return 0
+        if bias.shape != (heads,) or bias.device.type != "cpu":
+            _refuse(f"a bias {list(bias.shape)} on {bias.device} for {heads} query heads")
+        return self.pointer(bias.float().contiguous())
+
+    def run(self, name: str, q: Tensor, kv_heads: int, arguments: Iterable[int]) -> tuple[Tensor, Tensor | None]:
+        """(out ``[B, H, T, D]``, a view of ``[B, T, H, D]``, the layout that models want, lse ``[B, H, T]``)."""
         batch, heads, q_len, dim = q.shape
         out = q.new_empty(batch, q_len, heads, dim).transpose(1, 2)
+        lse = q.new_empty(batch, heads, q_len, dtype=torch.float32) if self.want_lse else None
         shape = (batch, heads, kv_heads, q_len, dim, torch.get_num_threads())
-        packed = array("q", (*shape, *self.heads(q), *self.heads(out), *arguments))
+        extra = (0 if lse is None else lse.data_ptr(), self.first_bias(heads))
+        packed = array("q", (*shape, *self.heads(q), *self.heads(out), *extra, *arguments))
         function = getattr(_load()[0], f"hf_longctx_{name}")
-        used = function(q.dtype == torch.bfloat16, scale, packed.buffer_info()[0])
+        scores = self.scores
+        used = function(q.dtype == torch.bfloat16, scores.scale, scores.softcap or 0, packed.buffer_info()[0])
         if used < 0:
             _refuse(f"{heads} query heads for {kv_heads} KV heads")
         if not used:
             raise MemoryError(f"kernel native: no memory for the temporaries of {name}")
-        return out
+        return out, lse
 
 
 def _refuse(what: str) -> NoReturn:
@@ -226,7 +234,7 @@ def _check_lists(blocks: BlockList, q: Tensor) -> None:
             _refuse(f"lists with {int(low)} to {int(high)} where {end} ends")
 
 
-def _computes(scale: float, q: Tensor, *kv: Tensor) -> bool:
+def _computes(scores: Scores, q: Tensor, *kv: Tensor) -> bool:
     """Whether the library takes the call; whoever was refused by `supports` may still ask for the answer."""
     if supports(Case(q.device, q.dtype, q.shape[3], needs_grad(q, *kv))) is not None:
         return False
@@ -236,26 +244,30 @@ def _computes(scale: float, q: Tensor, *kv: Tensor) -> bool:
     for x in kv:
         if x.dtype != q.dtype or x.device != q.device or (x.shape[0], x.shape[1], x.shape[3]) != (batch, kv_heads, dim):
             return False
-    return q.numel() > 0 and 1e-30 < scale < 1e30
+    return q.numel() > 0 and 1e-30 < scores.scale < 1e30 and (scores.softcap is None or scores.softcap > 0)
 
 
 def _of(segments: Sequence[Segment]) -> list[Tensor]:
     return [x for segment in segments for x in (segment.k, segment.v)]
 
 
-def _decode_packed(q: Tensor, segments: Sequence[Segment | Packed], scale: float) -> Tensor:
-    """One query over segments some of which are packed, unpacked tile by tile."""
+def _decode(
+    q: Tensor, segments: Sequence[Segment | Packed], scores: Scores, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One query over segments some of which may be packed, unpacked tile by tile."""
     plain = [segment for segment in segments if isinstance(segment, Segment)]
     pieces = [segment for segment in segments if isinstance(segment, Packed)]
-    call = _Call()
+    call = _Call(scores, want_lse)
     kv_heads = {segment.k.shape[1] for segment in segments}
     if len(kv_heads) != 1:
         _refuse(f"segments of {sorted(kv_heads)} KV heads")
     numbers = [*call.segments(plain), len(pieces), *(number for piece in pieces for number in call.piece(piece, q))]
-    return call.run("decode", q, *kv_heads, scale, numbers)
+    return call.run("decode", q, *kv_heads, [*numbers, int(isinstance(segments[0], Packed))])
 
 
-def _streaming(q: Tensor, segments: Sequence[Segment], reads: Window, scale: float) -> Tensor:
+def _streaming(
+    q: Tensor, segments: Sequence[Segment], reads: Window, scores: Scores, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """Without temporaries."""
     sinks, band = segments
     seen = reads.first + band.longest
@@ -264,22 +276,22 @@ def _streaming(q: Tensor, segments: Sequence[Segment], reads: Window, scale: flo
             f"a window of {reads.recent}, {sinks.longest} sinks and a band from {reads.first} to {seen} for "
             f"{q.shape[2]} queries"
         )
-    call = _Call()
+    call = _Call(scores, want_lse)
     numbers = (number for segment in segments for number in call.segment(segment))
-    return call.run("streaming", q, band.k.shape[1], scale, (reads.first, reads.recent, *numbers))
+    return call.run("streaming", q, band.k.shape[1], (reads.first, reads.recent, *numbers))
 
 
-def _listed(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
-    """k, v ``[B, n, S, D]``."""
-    if v.shape[2] < blocks.kv_len:
-        _refuse(f"{v.shape[2]} values for {blocks.kv_len} keys")
+def _listed(
+    q: Tensor, segments: Sequence[Segment], blocks: BlockList, scores: Scores, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The segments are read where they lie."""
     _check_lists(blocks, q)
-    call = _Call()
+    call = _Call(scores, want_lse)
     tensors = (blocks.indices, blocks.counts, blocks.columns, blocks.column_counts)
     sizes = (blocks.counts.shape[1], blocks.indices.shape[2], blocks.indices.shape[3], blocks.columns.shape[2])
     pointers = (call.pointer(x.to(torch.int32).contiguous()) for x in tensors)
     made = (blocks.block, blocks.first, blocks.kv_len, *sizes, *pointers)
-    return call.run("sparse", q, k.shape[1], scale, (*call.heads(k), *call.heads(v), *made))
+    return call.run("sparse", q, segments[0].k.shape[1], (*made, *call.segments(segments)))
 
 
 def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:

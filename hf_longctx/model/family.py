@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Literal
 
+from ..config.words import registered, words
 from ..errors import UnsupportedModelError
 
 
@@ -47,16 +47,15 @@ class Family:
 
 
 def families() -> list[str]:
-    """The model types that can be patched: the files of ``hf_longctx.patches``."""
-    names = (entry.name for entry in files("hf_longctx.patches").iterdir())
-    return sorted(name[:-3] for name in names if name.endswith(".py") and not name.startswith("_"))
+    """The model types that can be patched: the files of ``hf_longctx.patches``, and what was registered."""
+    return list(words("patches"))
 
 
 def find_family(model_type: str) -> Family:
     """The family of ``model_type``.
 
     Raises:
-        UnsupportedModelError: no file of ``patches/`` is named so.
+        UnsupportedModelError: no file of ``patches/`` is named so, and nothing was registered for it.
     """
     known = families()
     if model_type not in known:
@@ -64,6 +63,9 @@ def find_family(model_type: str) -> Family:
             f"model_type '{model_type}' cannot be patched; supported: {', '.join(known)}. If its attention hands "
             f"rotated keys straight to Transformers' attention interface, as Llama's does, three lines in "
             f"patches/{model_type}.py add it:\n\n"
-            f"    from hf_longctx import Family\n\n    FAMILY = Family(model_type={model_type!r})\n"
+            f"    from hf_longctx import Family\n\n    FAMILY = Family(model_type={model_type!r})\n\n"
+            f"or, in your program, hf_longctx.register('family', {model_type!r}, Family(model_type={model_type!r}))."
         )
+    if model_type in registered["patches"]:
+        return registered["patches"][model_type]
     return importlib.import_module(f"hf_longctx.patches.{model_type}").FAMILY

@@ -16,7 +16,7 @@ from ..kernels import base as kernels
 from ..layout.dtypes import needs_grad
 from ..layout.forward import Forward
 from ..layout.heads import RoleHeads
-from ..layout.reads import ALL
+from ..layout.reads import ALL, Reads
 from ..layout.scores import Scores
 from ..layout.segments import HeadKV, Segment
 from ..layout.streamed import Streamed
@@ -39,21 +39,26 @@ class LayerCall:
         self.forward = forward
         self.rows = forward.rows
         self.scores = scores
+        self.by_head = scores.sinks is not None or scores.first_bias is not None
 
     def cached(self, query: Tensor, parts: list[HeadKV]) -> Tensor:
         """Attention ``[B, H, T, D]`` over what a LongCtxCache holds: ``parts``, one for each role that has heads."""
-        if self.rows.new == 1 and (out := self._in_one_launch(query, parts)) is not None:
+        one = self.rows.new == 1
+        if one and (out := self._in_one_launch(query, parts)) is not None:
             return out.to(query.dtype)
-        group, outs = self._group(query), []
+        group, outs = query.shape[1] // self.plan.kv_heads, []
         for role, part in zip(self.plan.filled, parts, strict=True):
             # A cache filled in another dtype (autocast, model.to) is read in its own.
             q = role.heads.take(query, group).to(part.dtype)
-            outs.append(self._role(q, role, part))
+            if one and not role.as_stock:
+                outs.append(self._attend(q, part.segments, ALL, role.heads))
+            else:
+                outs.append(self._role(q, role, part))
         return join([part.heads for part in parts], outs, group).to(query.dtype)
 
     def plain(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The same attention over the keys and values ``[B, H_kv, S, D]`` of all tokens."""
-        group, outs = self._group(query), []
+        group, outs = query.shape[1] // self.plan.kv_heads, []
         for role in self.plan.filled:
             part = self._all_tokens(role, role.heads, key, value)
             outs.append(self._role(role.heads.take(query, group), role, part, rowwise=True))
@@ -86,8 +91,10 @@ class LayerCall:
 
         return self.forward.observer(self.plan.layer_idx, query, key, value, self.scores.scale, self.rows, compute)
 
-    def _group(self, query: Tensor) -> int:
-        return query.shape[1] // self.plan.kv_heads
+    def _attend(self, q: Tensor, segments: Sequence[Segment | Streamed], reads: Reads, heads: RoleHeads) -> Tensor:
+        """Attention ``[B, h, T, D]`` of these heads' queries, by the kernel of this case."""
+        scores = self._scores(heads) if self.by_head else self.scores
+        return kernels.attend(self.plan.word, q, segments, reads, scores, self.forward)[0]
 
     def _in_one_launch(self, query: Tensor, parts: list[HeadKV]) -> Tensor | None:
         """One decoded token by a kernel that has `attend_layer`; None where it is computed role by role."""
@@ -113,12 +120,10 @@ class LayerCall:
             return self._sdpa(q, *part.segments[0].kept())
         if self.rows.new > 1 or rowwise:
             return self._rowwise(q, role, part, patterns)
-        return kernels.attend(self.plan.word, q, part.segments, ALL, self._scores(part.heads), self.forward)[0]
+        return self._attend(q, part.segments, ALL, part.heads)
 
     def _scores(self, heads: RoleHeads) -> Scores:
         """The scores of these heads' queries."""
-        if self.scores.sinks is None and self.scores.first_bias is None:
-            return self.scores
         sinks, first_bias = (self._own(x, heads) for x in (self.scores.sinks, self.scores.first_bias))
         return Scores(self.scores.scale, self.scores.softcap, sinks, first_bias)
 
@@ -166,7 +171,7 @@ class LayerCall:
 
     def _rowwise(self, q: Tensor, role: RolePlan, part: HeadKV, patterns: bool = False) -> Tensor:
         """Sequences of one start at a time, each as if it were alone; the outputs of left pads are zeros."""
-        outs, scores = [], self._scores(part.heads)
+        outs = []
         for group, start in self.rows.groups(by_end=patterns):
             pads = min(max(0, start - self.rows.past), self.rows.new)
             alone, real = q[group, :, pads:], self.rows.real(group.start or 0)
@@ -176,7 +181,7 @@ class LayerCall:
                 out = self._sparse(alone, part.alone(group, start), role, *real)
             else:
                 segments, reads = part.spec.reads(part, self.rows, group, start)
-                out = kernels.attend(self.plan.word, alone, segments, reads, scores, self.forward)[0]
+                out = self._attend(alone, segments, reads, part.heads)
             outs.append(nn.functional.pad(out, (0, 0, pads, 0)) if pads else out)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -191,8 +196,8 @@ class LayerCall:
             )
         k, v = self._together(segments)
         pads, q, k, v = q.shape[2] - new, q[:, :, :new], k[:, :, :processed], v[:, :, :processed]
-        scores, log = self._scores(role.heads), self.forward.log
-        blocks = select(role.prefill.patterns, q, k, scores.scale)
+        log = self.forward.log
+        blocks = select(role.prefill.patterns, q, k, self.scores.scale)
         reads, causal, group = blocks.reads, blocks.causal, q.shape[1] // k.shape[1]
         if role.prefill.share_groups:
             blocks = blocks.share_groups(group)
@@ -200,11 +205,11 @@ class LayerCall:
         else:
             log.prefill.add(reads, reads, causal, q.shape[0])
         whole = [Segment(k, v, processed)]
-        kernel = kernels.choose(self.plan.word, kernels.case_of(q, whole, blocks, scores), self.forward)
+        kernel = kernels.choose(self.plan.word, kernels.case_of(q, whole, blocks, self.scores), self.forward)
         if kernel.NAME == "reference" and self.plan.kernel != "reference":
             why = "with gradients" if needs_grad(q, k, v) else f"in {q.dtype} on {q.device.type}"
             log.notes.add(SLOWLY + why)
-        out = kernels.attend(self.plan.word, q, whole, blocks, scores, self.forward)[0]
+        out = self._attend(q, whole, blocks, role.heads)
         return nn.functional.pad(out, (0, 0, 0, pads)) if pads else out
 
     def _together(self, segments: list[Segment | Streamed]) -> tuple[Tensor, Tensor]:

@@ -125,7 +125,7 @@ def report(model: nn.Module) -> Report:
         own_density=log.prefill.own_density,
         **({name: value for name, value in vars(kept).items() if name != "form"} if kept is not None else {}),
         saves_from=kept.form.saves_from if kept is not None and kept.seen else None,
-        reserved=kept.form.max_tokens if kept is not None else None,
+        reserved=kept.form.reserve.max_tokens if kept is not None else None,
         alive=alive,
     )
 

@@ -28,7 +28,7 @@ from ..model.family import find_family
 from ..model.modules import attention_modules
 from ..model.patch import patch_model
 from ..model.plans import make_plan
-from ..stores.base import SLACK
+from ..stores.base import SLACK, Reserve
 from .sizes import DTYPES, dtype_of
 
 MOST = 1 << 40  # tokens: what fits more than this has no limit
@@ -148,16 +148,16 @@ class MemoryModel:
         if way == DENSE:
             longest = tokens if plan.window is None else self._windowed(tokens, plan.window)
             return plan.kv_heads * longest * self._slot
-        max_tokens, slack = (tokens, SLACK) if way == RESERVED else (None, 0)
-        form = (tokens, self.head_dim, self.number, max_tokens, slack)
-        heads = (len(role.heads.kv_heads) * role.store.head_bytes(*form) for role in plan.filled)
+        reserve = Reserve(tokens, SLACK) if way == RESERVED else Reserve(None, 0)
+        form = (tokens, self.head_dim, self.number, reserve)
+        heads = (len(role.heads.kv_heads) * role.store.nbytes(*form).device for role in plan.filled)
         return sum(heads) * self.settings.batch
 
     def host(self, tokens: int) -> int:
         """Bytes that stores keep in host memory by choice, in all rows; not in ``kv``."""
         form = (tokens, self.head_dim, self.number)
         roles = [role for plan in self.plans for role in plan.filled]
-        return sum(len(role.heads.kv_heads) * role.store.host_bytes(*form) for role in roles) * self.settings.batch
+        return sum(len(role.heads.kv_heads) * role.store.nbytes(*form).host for role in roles) * self.settings.batch
 
     @property
     def _slot(self) -> int:

@@ -18,7 +18,7 @@ from ..layout.segments import HeadKV, Segment
 from ._page import Folder, HostMemory, Page
 from ._pages import Entry, PagedKV, Pages
 from ._saved import SavedStore, short
-from .base import SLACK, Store, StoreSpec, room
+from .base import Reserve, Store, StoreSpec, room
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,16 @@ class Paged(StoreSpec):
     """
 
     roles = ("retrieval",)
+    cases = ({"page": 16, "recent": 20},)
 
     page: int = field(default=1024, metadata={**TOKENS, "min": 16})
     recent: int = field(default=4096, metadata=TOKENS_OR_NONE)
 
-    def kept(self, tokens: int) -> int:
+    def cached_tokens(self, tokens: int) -> int:
         return tokens - max(0, tokens - self.recent) // self.page * self.page
 
-    def slots(self, tokens: int, max_tokens: int | None = None, slack: int = SLACK) -> int:
-        return room(self.kept(tokens), max_tokens, self.recent + self.page)
+    def capacity(self, tokens: int, reserve: Reserve) -> int:
+        return room(self.cached_tokens(tokens), reserve.max_tokens, self.recent + self.page)
 
 
 class PagedStore(Store):

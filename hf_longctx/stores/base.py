@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,26 @@ SPARE = 16  # slots: free room that a growing buffer has at least when it is mad
 SLACK = 255  # tokens that a store which remembers what its windows drop can take back
 
 
+@dataclass(frozen=True)
+class Reserve:
+    """What buffers have room for beside what they hold.
+
+    Attributes:
+        max_tokens: tokens that the cache has reserved room for; None: it grows by an eighth at a time.
+        slack: dropped tokens that it remembers, to roll back; see `Store`.
+    """
+
+    max_tokens: int | None = None
+    slack: int = SLACK
+
+
+class Bytes(NamedTuple):
+    """Bytes on the device, and in host memory by choice, wherever the device is."""
+
+    device: int
+    host: int = 0
+
+
 class StoreSpec(ABC):
     """What a YAML word of ``stores/`` defines.
 
@@ -34,42 +54,38 @@ class StoreSpec(ABC):
         rule: which tokens it keeps: ``all`` of them, those at some row positions (``positional``), or those that the
             data choose (``data``).
         places: fields that name a storage location; a saved cache may be loaded with other values.
+        exact: what is read is what was written, not rounded.
+        cases: small settings, fields by name, that together show all it does; the tests run each of them.
     """
 
     roles: tuple[str, ...]
     rule: ClassVar[Literal["all", "positional", "data"]] = "all"
     places: ClassVar[tuple[str, ...]] = ()
+    exact: ClassVar[bool] = True
+    cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     @abstractmethod
     def new(self, heads: RoleHeads, max_tokens: int | None) -> Store:
         """An empty store for one layer's ``heads``; ``max_tokens`` reserves a fixed capacity (tokens)."""
 
     @abstractmethod
-    def kept(self, tokens: int) -> int:
-        """Tokens one head keeps after ``tokens`` tokens."""
+    def cached_tokens(self, tokens: int) -> int:
+        """Tokens of a sequence of ``tokens`` tokens that one head has cached on the device."""
 
-    def slots(self, tokens: int, max_tokens: int | None = None, slack: int = SLACK) -> int:
-        """Slots of memory one head holds after a forward of ``tokens`` tokens, spare room included.
+    def capacity(self, tokens: int, reserve: Reserve) -> int:
+        """Tokens that the buffers of one head have room for after a forward of ``tokens`` tokens."""
+        return room(self.cached_tokens(tokens), reserve.max_tokens)
+
+    def nbytes(self, tokens: int, head_dim: int, itemsize: int, reserve: Reserve | None = None) -> Bytes:
+        """Bytes of one head of one sequence of ``tokens`` tokens.
 
         Args:
-            max_tokens: tokens that the cache has reserved room for, if it has.
-            slack: dropped tokens that it remembers to take them back, see `Store`.
+            head_dim: elements of a key.
+            itemsize: bytes of an element.
+            reserve: the room of buffers; None counts what is cached alone.
         """
-        return room(self.kept(tokens), max_tokens)
-
-    def kept_bytes(self, tokens: int, head_dim: int, number: int) -> int:
-        """Bytes of what one head keeps after ``tokens`` tokens of ``number`` bytes a number, without spare room."""
-        return 2 * self.kept(tokens) * head_dim * number
-
-    def head_bytes(
-        self, tokens: int, head_dim: int, number: int, max_tokens: int | None = None, slack: int = SLACK
-    ) -> int:
-        """Bytes on the device of one head of one row after a forward of ``tokens`` tokens; arguments as for `slots`."""
-        return 2 * self.slots(tokens, max_tokens, slack) * head_dim * number
-
-    def host_bytes(self, tokens: int, head_dim: int, number: int) -> int:
-        """Bytes of one head of one row that are in host memory by choice, wherever the device is."""
-        return 0
+        held = self.cached_tokens(tokens) if reserve is None else self.capacity(tokens, reserve)
+        return Bytes(2 * held * head_dim * itemsize)
 
     def reads(self, part: HeadKV, rows: Rows, group: slice, start: int) -> tuple[list[Segment | Streamed], Reads]:
         """What the new tokens of the sequences ``group`` read by the visibility rule, as if those were alone.
@@ -80,7 +96,7 @@ class StoreSpec(ABC):
         """
         return part.alone(group, start), CAUSAL
 
-    def cached(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment | Streamed], Tensor]:
+    def shown(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment | Streamed], Tensor]:
         """What one sequence still has, without pads on its left: segments ``[1, n, S', D]``, each token's row position.
 
         Args:

@@ -19,14 +19,14 @@ from .base import Store, StoreSpec
 
 @dataclass(frozen=True)
 class Full(StoreSpec):
-    """Keep every token."""
+    """Cache every token."""
 
     roles = ("retrieval",)
 
     def new(self, heads: RoleHeads, max_tokens: int | None) -> FullStore:
         return FullStore(self, heads, max_tokens)
 
-    def kept(self, tokens: int) -> int:
+    def cached_tokens(self, tokens: int) -> int:
         return tokens
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from ..layout.heads import RoleHeads
 from ._page import HostMemory
 from ._paged import Paged, PagedStore
+from .base import Bytes, Reserve
 
 
 @dataclass(frozen=True)
 class Offloaded(Paged):
-    """Keep every token: the newest on the device, the others in pages in host memory.
+    """Cache every token: the newest on the device, the others in pages in host memory.
 
     A GPU copies the pages while it computes, one ahead of the reader. On a CPU it is the same memory: nothing is saved.
     """
@@ -19,8 +20,9 @@ class Offloaded(Paged):
     def new(self, heads: RoleHeads, max_tokens: int | None) -> OffloadedStore:
         return OffloadedStore(self, heads, max_tokens, HostMemory())
 
-    def host_bytes(self, tokens: int, head_dim: int, number: int) -> int:
-        return 2 * (tokens - self.kept(tokens)) * head_dim * number
+    def nbytes(self, tokens: int, head_dim: int, itemsize: int, reserve: Reserve | None = None) -> Bytes:
+        paged = tokens - self.cached_tokens(tokens)
+        return super().nbytes(tokens, head_dim, itemsize, reserve)._replace(host=2 * paged * head_dim * itemsize)
 
 
 class OffloadedStore(PagedStore):

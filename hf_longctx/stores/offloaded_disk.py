@@ -18,7 +18,7 @@ READING = 4  # pages in memory while one is read: it and the one before, mapped 
 
 @dataclass(frozen=True)
 class OffloadedDisk(Paged):
-    """Keep every token: the newest in memory, the others in pages in memory-mapped files.
+    """Cache every token: the newest in memory, the others in pages in memory-mapped files.
 
     Attributes:
         resident: bytes that one layer may have in memory at once, its buffer and pages; a forward that needs more is

@@ -20,23 +20,25 @@ from ..layout.heads import RoleHeads
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._saved import SavedSegment, SavedStore, short
-from .base import SLACK, Store, StoreSpec, room
+from .base import SLACK, Bytes, Reserve, Store, StoreSpec, room
 
 
 @dataclass(frozen=True)
 class Quantized(StoreSpec):
-    """Keep every token, all but the newest of them packed to ``bits`` bits a number.
+    """Cache every token, all but the newest of them quantised to ``bits`` bits an element.
 
-    Of a row's T tokens the first ``packed(T)`` are packed. A forward reads the tokens before it as they were kept, and
-    its own exactly: a prompt read at once is read exactly.
+    Of a sequence's T tokens the first ``packed(T)`` are quantised. Earlier tokens are read dequantised, the tokens of
+    the current forward in full precision: a prompt read in one forward is read exactly.
 
     Attributes:
-        bits: of a packed number.
-        group: tokens that are packed together and share the step of a channel of the keys; a multiple of 16.
-        residual: newest tokens kept as they are; up to ``group`` - 1 more wait until a group is full.
+        bits: of a quantised element.
+        group: tokens that are quantised together and share the step of a channel of the keys; a multiple of 16.
+        residual: newest tokens in full precision; up to ``group`` - 1 more wait until a group is full.
     """
 
     roles = ("retrieval",)
+    exact = False
+    cases = ({"bits": 8, "group": 16, "residual": 8}, {"bits": 4, "group": 16, "residual": 0})
 
     bits: int = field(default=8, metadata={"choices": (8, 4)})
     group: int = field(default=64, metadata={"min": 16, "max": 1024, "unit": "tokens"})
@@ -57,29 +59,26 @@ class Quantized(StoreSpec):
         """Slots of the exact buffer: the newest tokens, what waits, what may be taken back, and room to write on."""
         return self.residual + 2 * self.group + slack + 1
 
-    def kept(self, tokens: int) -> int:
+    def cached_tokens(self, tokens: int) -> int:
         return tokens
 
-    def slots(self, tokens: int, max_tokens: int | None = None, slack: int = SLACK) -> int:
-        return sum(self._slots(tokens, max_tokens, slack))
+    def capacity(self, tokens: int, reserve: Reserve) -> int:
+        return sum(self._capacities(tokens, reserve))
 
-    def _slots(self, tokens: int, max_tokens: int | None, slack: int) -> tuple[int, int]:
-        window = self.window(slack)
-        return room(min(tokens, window), max_tokens, window), self.packed(room(tokens, max_tokens))
+    def _capacities(self, tokens: int, reserve: Reserve | None) -> tuple[int, int]:
+        """Exact tokens, and quantised ones."""
+        if reserve is None:
+            packed = self.packed(tokens)
+            return tokens - packed, packed
+        window = self.window(reserve.slack)
+        exact = room(min(tokens, window), reserve.max_tokens, window)
+        return exact, self.packed(room(tokens, reserve.max_tokens))
 
-    def kept_bytes(self, tokens: int, head_dim: int, number: int) -> int:
-        packed = self.packed(tokens)
-        return self._bytes(tokens - packed, packed, head_dim, number)
-
-    def head_bytes(
-        self, tokens: int, head_dim: int, number: int, max_tokens: int | None = None, slack: int = SLACK
-    ) -> int:
-        return self._bytes(*self._slots(tokens, max_tokens, slack), head_dim, number)
-
-    def _bytes(self, exact: int, packed: int, head_dim: int, number: int) -> int:
+    def nbytes(self, tokens: int, head_dim: int, itemsize: int, reserve: Reserve | None = None) -> Bytes:
+        exact, packed = self._capacities(tokens, reserve)
         codes = 2 * packed * (head_dim * self.bits // 8)
-        scales = 2 * number * (packed // self.group * head_dim + packed)
-        return 2 * exact * head_dim * number + codes + scales
+        scales = 2 * itemsize * (packed // self.group * head_dim + packed)
+        return Bytes(2 * exact * head_dim * itemsize + codes + scales)
 
 
 @dataclass

@@ -21,22 +21,23 @@ from ..layout.reads import Window
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._saved import SavedStore, short
-from .base import SLACK, Store, StoreSpec, blanked, room
+from .base import SLACK, Reserve, Store, StoreSpec, blanked, room
 
 
 @dataclass(frozen=True)
 class SinkRecent(StoreSpec):
-    """Keep the first ``sink`` and the latest ``recent`` tokens of each row.
+    """Cache the first ``sink`` and the latest ``recent`` tokens of each sequence.
 
     A query at row position ``i`` sees key ``j`` when ``j <= i and (j < sink or i - j < recent)``.
 
     Attributes:
-        sink: first tokens of a row.
+        sink: first tokens of a sequence.
         recent: latest tokens, the query's own among them.
     """
 
     roles = ("streaming",)
     rule = "positional"
+    cases = ({"sink": 4, "recent": 16},)
 
     sink: int = field(default=64, metadata=TOKENS_OR_NONE)
     recent: int = field(default=256, metadata=TOKENS)
@@ -44,7 +45,7 @@ class SinkRecent(StoreSpec):
     def new(self, heads: RoleHeads, max_tokens: int | None) -> SinkRecentStore:
         return SinkRecentStore(self, heads, max_tokens)
 
-    def kept(self, tokens: int) -> int:
+    def cached_tokens(self, tokens: int) -> int:
         return min(tokens, self.window)
 
     @property
@@ -52,9 +53,10 @@ class SinkRecent(StoreSpec):
         """Most tokens of a row that are kept."""
         return self.sink + self.recent
 
-    def slots(self, tokens: int, max_tokens: int | None = None, slack: int = SLACK) -> int:
-        dropped = min(slack, max(0, tokens - self.window))
-        return room(self.kept(tokens), max_tokens, self.window) + self.history(dropped, max_tokens, slack)
+    def capacity(self, tokens: int, reserve: Reserve) -> int:
+        dropped = min(reserve.slack, max(0, tokens - self.window))
+        ring = room(self.cached_tokens(tokens), reserve.max_tokens, self.window)
+        return ring + self.history(dropped, reserve.max_tokens, reserve.slack)
 
     def history(self, dropped: int, max_tokens: int | None, slack: int) -> int:
         """Slots for ``dropped`` tokens that left the ring and are remembered, and one that takes what is not."""
@@ -73,7 +75,7 @@ class SinkRecent(StoreSpec):
         segments = [Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])]
         return segments, Window(self.recent, rows.total - start - k.shape[2])
 
-    def cached(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment], Tensor]:
+    def shown(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment], Tensor]:
         group, start = slice(row, row + 1), rows.start(row)
         if rows.new > 1:
             segments, window = self.reads(part, rows, group, start)

@@ -22,16 +22,16 @@ from ..layout.reads import Averaged
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._saved import SavedStore, short
-from .base import SLACK, SPARE, Store, StoreSpec, blanked, room, spare
+from .base import SLACK, SPARE, Bytes, Reserve, Store, StoreSpec, blanked, room, spare
 
 
 @dataclass(frozen=True)
 class Growing:
-    """A window that grows with the row: ``max(min, floor(fraction * tokens so far))`` tokens.
+    """A window that grows with the sequence: ``max(min, floor(fraction * tokens so far))`` tokens.
 
     Attributes:
         min: latest tokens that a query sees at least, its own among them.
-        fraction: share of the row's tokens so far, the query's own among them.
+        fraction: share of the sequence's tokens so far, the query's own among them.
     """
 
     min: int = field(default=4000, metadata=TOKENS)
@@ -40,19 +40,20 @@ class Growing:
 
 @dataclass(frozen=True)
 class SinkRecentCompensated(StoreSpec):
-    """Keep the first ``sink`` and the latest ``recent`` tokens of each row, and one mean of the tokens between them.
+    """Cache the first ``sink`` and the latest ``recent`` tokens of each sequence, and one mean of those between them.
 
     A query at row position ``i`` with a window of ``R`` tokens sees key ``j`` when ``j <= i and (j < sink or
     i - j < R)``, and the mean of the keys ``sink <= j <= i - R`` as one more, the log of their number added to its
     score: as much weight as that many keys that all equal the mean.
 
     Attributes:
-        sink: first tokens of a row.
-        recent: latest tokens, the query's own among them; or a window that grows with the row.
+        sink: first tokens of a sequence.
+        recent: latest tokens, the query's own among them; or a window that grows with the sequence.
     """
 
     roles = ("streaming",)
     rule = "positional"
+    cases = ({"sink": 4, "recent": 16}, {"sink": 3, "recent": {"min": 9, "fraction": 0.3}})
 
     sink: int = field(default=64, metadata=TOKENS_OR_NONE)
     recent: int | Growing = field(default=256, metadata=TOKENS)
@@ -70,19 +71,16 @@ class SinkRecentCompensated(StoreSpec):
         """First row position of that window outside of the sinks; grows by 0 or 1 from one position to the next."""
         return max(self.sink, i + 1 - self.window(i))
 
-    def kept(self, tokens: int) -> int:
+    def cached_tokens(self, tokens: int) -> int:
         return min(tokens, self.sink + self.window(tokens - 1))
 
-    def kept_bytes(self, tokens: int, head_dim: int, number: int) -> int:
-        return super().kept_bytes(tokens, head_dim, number) + _sum_bytes(head_dim)
+    def capacity(self, tokens: int, reserve: Reserve) -> int:
+        sinks = room(min(tokens, self.sink), reserve.max_tokens, self.sink)
+        return sinks + self.band(tokens, reserve.max_tokens, reserve.slack)
 
-    def slots(self, tokens: int, max_tokens: int | None = None, slack: int = SLACK) -> int:
-        return room(min(tokens, self.sink), max_tokens, self.sink) + self.band(tokens, max_tokens, slack)
-
-    def head_bytes(
-        self, tokens: int, head_dim: int, number: int, max_tokens: int | None = None, slack: int = SLACK
-    ) -> int:
-        return super().head_bytes(tokens, head_dim, number, max_tokens, slack) + _sum_bytes(head_dim)
+    def nbytes(self, tokens: int, head_dim: int, itemsize: int, reserve: Reserve | None = None) -> Bytes:
+        buffers = super().nbytes(tokens, head_dim, itemsize, reserve).device
+        return Bytes(buffers + 2 * head_dim * torch.float64.itemsize)  # and the two sums
 
     def held(self, tokens: int, slack: int = SLACK) -> int:
         """Tokens outside of the sinks that a row needs, those to go back to included."""
@@ -114,7 +112,7 @@ class SinkRecentCompensated(StoreSpec):
         segments = [Segment(*pair, pair[0].shape[2]) for pair in (sinks, recent)]
         return segments, Averaged(self.sink, first, end, self.edge, edges, dropped)
 
-    def cached(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment], Tensor]:
+    def shown(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment], Tensor]:
         group, start = slice(row, row + 1), rows.start(row)
         count = rows.total - start
         if rows.new > 1:
@@ -361,8 +359,3 @@ class SinkRecentCompensatedStore(Store):
 def _cut(segment: Segment, group: slice, low: int, high: int) -> Segment:
     """Its slots ``low .. high`` of the rows ``group``."""
     return Segment(segment.k[group, :, low:high], segment.v[group, :, low:high], high - low)
-
-
-def _sum_bytes(head_dim: int) -> int:
-    """Bytes of the two sums of one head."""
-    return 2 * head_dim * torch.float64.itemsize

@@ -1,10 +1,14 @@
-"""Synthetic long-context tasks, generated and seeded: one file and one word per task, and what they are said in."""
+"""Synthetic long-context tasks, generated and seeded: one file and one word of ``synthetic/`` per task.
+
+The files beside that folder are what tasks are said in, and how they are answered.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..config.words import build, read_fields, wrong
+from ..config.words import build, is_spec, read_fields, wrong
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,20 +28,30 @@ def task_from(text: str) -> Task:
     fields = read_fields(pairs, f"task {word!r}", "needle:variant=multi_key")
     if "task" in fields:
         raise ConfigError(f"task {word!r}: 'task' is the word before the first colon, not a field.")
-    return build("tasks", {"task": word, **fields}, "task", "tasks")
+    return build("tasks.synthetic", {"task": word, **fields}, "task", "tasks")
 
 
-def tasks_from(text: str) -> tuple[Task, ...]:
+def tasks_from(given: str | Sequence[str | Task]) -> tuple[Task, ...]:
     """The tasks of a list like ``needle,passkey``, in its order; errors as ``task_from``.
 
+    Args:
+        given: text, with commas between tasks, or a list of texts and task objects.
+
     Raises:
-        ConfigError: a task is named twice, or this is no text.
+        ConfigError: a task is named twice, or this is neither.
     """
-    if not isinstance(text, str):
-        raise wrong("tasks", text, "text, with commas between tasks")
-    tasks = tuple(task_from(one) for one in text.split(","))
+    if isinstance(given, str):
+        given = given.split(",")
+    fits = isinstance(given, (list, tuple)) and given and all(isinstance(one, str) or is_spec(one) for one in given)
+    if not fits:
+        raise wrong("tasks", given, "text, with commas between tasks, or a list of texts and tasks")
+    tasks = tuple(task_from(one) if isinstance(one, str) else _checked(one) for one in given)
     names = [task.name for task in tasks]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"tasks: {', '.join(twice)} is named twice.")
     return tasks
+
+
+def _checked(task: Task) -> Task:
+    return build("tasks.synthetic", task, "task", "tasks")

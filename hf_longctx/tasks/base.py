@@ -1,6 +1,6 @@
 """The base of every task, and what a task makes.
 
-A word of this folder names a frozen dataclass in the file of the same name. Its fields are the task's options.
+A word of ``synthetic/`` names a frozen dataclass in the file of the same name. Its fields are the task's options.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -90,15 +90,17 @@ class Draft:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What a word of ``tasks/`` defines.
+    """What a word of ``tasks/synthetic/`` defines.
 
     Attributes:
         metric: how answers are scored; ``string_match`` is the share of the answers that are found in the output.
+        cases: small settings, fields by name, that together show all it does; the tests run each of them.
     """
 
     paper: ClassVar[str]
     deep: ClassVar[bool] = True  # whether there is a place in the context that ``depth`` can choose
     text_only: ClassVar[bool] = True  # whether the embedded models' language cannot say it
+    cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     metric: str = field(default="string_match", metadata={"choices": tuple(METRICS)})
 
@@ -125,7 +127,7 @@ class Task(ABC):
     def check_tiny(self) -> None:
         """Refuse what the embedded models' language cannot say."""
         if self.text_only:
-            fit = ", ".join(word for word in words("tasks") if not load("tasks", word).text_only)
+            fit = ", ".join(word for word in words("tasks.synthetic") if not load("tasks.synthetic", word).text_only)
             raise ConfigError(f"{self.name}: the embedded models' language of notes cannot say this; it has: {fit}.")
 
     def make(self, language: Language, length: int, depth: float | None = None, seed: int = 0) -> Sample:

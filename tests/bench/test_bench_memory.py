@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.store_cases import CASES, role_of
 from helpers.tiny import config_for, tiny_config, tiny_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
@@ -19,12 +20,11 @@ from hf_longctx.bench.memory_check import check, fill
 from hf_longctx.cache.seam import CACHE, cache_of
 from hf_longctx.commands._app import app
 from hf_longctx.config.config import load_shipped
-from hf_longctx.config.words import words
 from hf_longctx.planning import find as memory_find
 from hf_longctx.planning import memory
 from hf_longctx.planning.find import find
 from hf_longctx.planning.memory import DENSE, MOST, PATCHED, RESERVED, WAYS, MemoryModel, MemorySettings, longest
-from hf_longctx.stores.base import SPARE, StoreSpec
+from hf_longctx.stores.base import SPARE, Reserve, StoreSpec
 
 SETTINGS = MemorySettings(10**9, "fp32", 1, 64)
 
@@ -142,23 +142,29 @@ def test_packed_bytes_are_what_is_allocated(tokens, word, batch, bits, folder):
         assert memory_model.kv(way, tokens) == 12 * batch * one == check(memory_model, way, tokens)
 
 
-def test_every_store_knows_its_slots():
-    checked = {"full", "sink_recent", "sink_recent_compensated", "offloaded", "offloaded_disk", "quantized"}
-    assert set(words("stores")) == checked, "a new store is checked above or below"
+@pytest.mark.parametrize("tokens", [20, 300])
+@pytest.mark.parametrize("case", CASES)
+def test_the_calculation_of_every_store_is_what_is_allocated(case, tokens, folder):
+    path, config = folder(roles=role_of(case))
+    stores = {role_of(case): CASES[case]}
+    LongCtxConfig.from_yaml(config).override(stores=stores).to_yaml(config)
+    subject = find(path, SETTINGS, config)
+    for way in WAYS:
+        assert subject.kv(way, tokens) == check(subject, way, tokens)
 
+
+def test_a_store_says_its_slots_or_a_test_fails():
     class Twice(StoreSpec):
         def new(self, heads, max_tokens): ...
 
-        def span(self): ...
-
-        def kept(self, tokens):
+        def cached_tokens(self, tokens):
             return 2 * tokens
 
     assert (
-        Twice().slots(3) == 6 + SPARE
-        and Twice().slots(100) == 225
-        and Twice().slots(10_000) == 22_500
-        and Twice().slots(100, 500) == 500
+        Twice().capacity(3, Reserve()) == 6 + SPARE
+        and Twice().capacity(100, Reserve()) == 225
+        and Twice().capacity(10_000, Reserve()) == 22_500
+        and Twice().capacity(100, Reserve(500)) == 500
     )
 
 
@@ -179,7 +185,7 @@ def test_stores_of_pages_hold_their_window_on_the_device(word, tokens, folder, t
         )
     assert memory_model.host(tokens) == (tokens - kept) * slot * (word == "offloaded")
     store = memory_model.plans[0].role("retrieval").store
-    assert store.kept_bytes(tokens, 8, 4) == kept * 2 * 8 * 4
+    assert store.nbytes(tokens, 8, 4).device == kept * 2 * 8 * 4
 
 
 def test_pages_in_host_memory_must_fit_there(folder, tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def test_queries_score_near_keys_higher():
 
 
 def test_choosing_is_timed_and_its_density_is_that_of_the_list():
-    assert PATTERNS == ["antidiagonal", "block_topk", "flexprefill", "vertical_slash"]
+    assert {"antidiagonal", "block_topk", "flexprefill", "vertical_slash"} <= set(PATTERNS)
     given = (*PATTERNS, "block_topk:top_k=1")
     (result,) = prefill.run(replace(TINY, patterns=given))
     assert list(result["patterns"]) == list(given)
@@ -79,8 +79,9 @@ def test_choosing_is_timed_and_its_density_is_that_of_the_list():
     for pattern in result["patterns"].values():
         assert len(pattern["ms"]["raw_ms"]) == TINY.rounds and min(pattern["ms"]["raw_ms"]) > 0
         assert pattern["share_of_stock"] == pattern["ms"]["median_ms"] / stock
-    densities = [pattern["density"] for pattern in result["patterns"].values()]
-    assert densities[1] == densities[3] == 1 and densities[4] < 0.8  # 5 blocks are few for the defaults
+    densities = {name: pattern["density"] for name, pattern in result["patterns"].items()}
+    assert densities["block_topk"] == densities["vertical_slash"] == 1, "5 blocks are few for the defaults"
+    assert densities["block_topk:top_k=1"] < 0.8
     torch.manual_seed(0)
     heads = replace(TINY, heads=4, kv_heads=2)
     for n in (4, 2, 2):

@@ -11,6 +11,7 @@ from helpers.store_cases import CASES, patched_case
 
 from hf_longctx import LongCtxCache, report
 from hf_longctx.cache.break_even import Form
+from hf_longctx.stores.base import Reserve
 
 
 def share(model, tokens: int, **kwargs) -> float:
@@ -66,7 +67,7 @@ def test_lengths_between_steps_are_not_taken_for_the_last():
     specs = [spec for spec, _ in Form.of(cache).heads]
     for _ in range(30):
         counts = (rng.randint(1, 40), rng.randint(1, 10))
-        form = Form(tuple(zip(specs, counts, strict=True)), 8, 4, None, rng.choice([0, 255]))
+        form = Form(tuple(zip(specs, counts, strict=True)), 8, 4, Reserve(None, rng.choice([0, 255])))
         saves = [form.saves(tokens) for tokens in range(1, 20_000)]
         last = max(at for at, saved in enumerate(saves) if not saved) + 1
         if last < 15_000:  # else it never saves, or not within what was looked at

@@ -110,7 +110,7 @@ def capacities(cache) -> list[tuple[int, int]]:
     for layer in cache.layers:
         for store in layer.stores:
             slots = sum(segment.k.shape[2] for segment in store.segments.values())
-            found.append((slots, store.spec.kept(layer.seen)))
+            found.append((slots, store.spec.cached_tokens(layer.seen)))
     return found
 
 

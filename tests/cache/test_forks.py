@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.caches import live_bytes, patched_tiny, read
 from helpers.device_reads import CountReads
-from helpers.tiny import FAMILIES, config_for, left_padded, tiny_model
+from helpers.tiny import FAMILIES, SLIDING, config_for, left_padded, tiny_model
 
 from hf_longctx import CacheError, LongCtxCache, patch_model, report
 from hf_longctx.cache.bytes import storage_bytes
@@ -367,7 +367,7 @@ def test_staggered_rows_equal_each_alone(prompt, roles):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_staggered_rows_of_every_family_and_window(family):
-    model = tiny_model(family, torch.float64, sliding=None if family == "llama" else 13)
+    model = tiny_model(family, torch.float64, sliding=13 if family in SLIDING else None)
     patch_model(model, config_for(model, "by layer"))
     assert staggered(model, 90, [30, 2, 17])[0] < 1e-6
 

@@ -15,10 +15,11 @@ from helpers.tiny import config_for, tiny_model
 
 from hf_longctx import LongCtxConfig, patch_model, unpatch_model
 from hf_longctx.config.bounds import MOST, MOST_HEADS, MOST_LAYERS
-from hf_longctx.config.words import MOST_ITEMS, load, words
+from hf_longctx.config.checks import MOST_ITEMS
+from hf_longctx.config.words import load, words
 from hf_longctx.evaluate.plan import Options
 
-FOLDERS = ("stores", "prefill", "decode", "identification.methods", "tasks")
+FOLDERS = ("stores", "prefill", "decode", "identification.methods", "tasks.synthetic")
 BOUNDED = ("min", "above"), ("max",)
 
 

@@ -193,10 +193,10 @@ def test_a_key_that_nothing_reads_is_caught(monkeypatch):
     assert "decode.unread" in unread(bases()[:1], set())
 
 
-def test_what_is_free_of_meaning_says_so():
+def test_what_is_ignored_at_run_time_says_so():
     for cls in (ModelSection, config_sections.HeadsSection, config_sections.PrefillTable):
         for one in dataclasses.fields(cls):
-            assert ("free of meaning for the run" in meanings(cls)[one.name]) == bool(one.metadata.get("free"))
+            assert ("ignored at run time" in meanings(cls)[one.name]) == bool(one.metadata.get("free"))
 
 
 @pytest.fixture

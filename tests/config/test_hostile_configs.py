@@ -10,12 +10,13 @@ from helpers.tiny import tiny_model
 
 from hf_longctx import ConfigError, LongCtxConfig, patch_model
 from hf_longctx.bench.patterns import parse as parse_pattern
+from hf_longctx.config import checks, strict_yaml
 from hf_longctx.config import sections as config_sections
-from hf_longctx.config import strict_yaml
 from hf_longctx.config import words as registry
+from hf_longctx.config.checks import MOST_ITEMS
 from hf_longctx.config.files import parse, read_file
 from hf_longctx.config.head_map import assign
-from hf_longctx.config.words import MOST_ITEMS, read_fields
+from hf_longctx.config.words import read_fields
 from hf_longctx.evaluate.plan import listed
 
 TAGGED = [
@@ -164,7 +165,7 @@ def test_texts_larger_than_any_config(tmp_path, monkeypatch):
 
 def test_long_words_are_neither_compared_nor_repeated(monkeypatch):
     asked = []
-    monkeypatch.setattr(registry.difflib, "get_close_matches", lambda word, *rest: asked.append(word) or [])
+    monkeypatch.setattr(checks.difflib, "get_close_matches", lambda word, *rest: asked.append(word) or [])
     word = "x" * 5 * 10**6
     for data in (
         plain(kernel=word),
@@ -181,7 +182,7 @@ def test_long_words_are_neither_compared_nor_repeated(monkeypatch):
     data["model"]["model_type"] = data["model"]["fingerprint"]["rope_type"] = word
     assert len(refused(lambda: patch_model(tiny_model(), data))) < 700
     assert len(refused(lambda: patch_model(tiny_model(), word))) < 900
-    assert all(len(one) <= registry.LONGEST for one in asked)
+    assert all(len(one) <= checks.LONGEST for one in asked)
 
 
 def test_a_config_of_every_shipped_kind_is_small_enough():

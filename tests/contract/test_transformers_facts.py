@@ -13,18 +13,21 @@ import dataclasses
 import inspect
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 NAME = "contract_probe"  # a registered name: free of "flash", "sdpa", "flex_attention", "/", "paged|"
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+PATCHES = Path(__file__).parents[2] / "patches"
+FAMILIES = tuple(sorted(path.stem for path in PATCHES.glob("[!_]*.py")))
+SLIDING = tuple(one for one in FAMILIES if hasattr(AutoConfig.for_model(one), "sliding_window"))
 LAYERS, VOCAB, EOS = 2, 61, 60
 RELIES = "hf_longctx relies on: "
 FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
@@ -915,7 +918,7 @@ def sliding_model(family: str, implementation: str = NAME) -> Any:
     return make_model(family, implementation, sliding_window=4, use_sliding_window=True, layer_types=types)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", SLIDING)
 def test_sliding_layers(probe: Probe, family: str) -> None:
     model = sliding_model(family)
     ids = make_ids()

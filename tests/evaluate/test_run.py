@@ -338,13 +338,13 @@ def test_every_task_runs_in_text(tmp_path, mode):
     model.resize_token_embeddings(700)
     heads = config_for(model, roles="retrieval")
     asked = {"lengths": [2400], "depths": [0.5], "samples": 1, "mode": mode, "prefill_chunk_size": 300}
-    summary = evaluate(model, byte_bpe(), tmp_path, tasks=",".join(words("tasks")), config=heads, **asked)
-    assert set(summary.tasks) == set(words("tasks"))
+    summary = evaluate(model, byte_bpe(), tmp_path, tasks=",".join(words("tasks.synthetic")), config=heads, **asked)
+    assert set(summary.tasks) == set(words("tasks.synthetic"))
     assert {row.task for row in summary.by_depth if row.depth is None} == {
-        word for word in words("tasks") if not load("tasks", word).deep
+        word for word in words("tasks.synthetic") if not load("tasks.synthetic", word).deep
     }
     (header,), records = lines(tmp_path)
-    assert header["settings"]["prefill_chunk_size"] == 300 and len(records) == 2 * len(words("tasks"))
+    assert header["settings"]["prefill_chunk_size"] == 300 and len(records) == 2 * len(words("tasks.synthetic"))
     by_way = {way: {one["case"]: one["output_ids"] for one in records if one["variant"] == way} for way in VARIANTS[:2]}
     assert by_way["dense"] == by_way["patched"], "all heads keep every token"
     assert summary.overall.cells["patched"].kl_max < 1e-5

@@ -7,12 +7,12 @@ import pickle
 
 import pytest
 import torch
+from helpers.paged_cases import WORDS
 from helpers.tiny import config_for, left_padded, tiny_model
 
 from hf_longctx import LongCtxCache, patch_model
 
 CUDA = torch.device("cuda")
-WORDS = ("offloaded", "offloaded_disk")
 
 
 def model_with(retrieval: dict, roles: str = "retrieval"):

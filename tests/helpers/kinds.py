@@ -8,8 +8,12 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from helpers.cases import cases
 from helpers.tiny_tokenizer import byte_bpe
 from hf_longctx.assets import asset
+from hf_longctx.config.words import load, words
+from hf_longctx.errors import ConfigError
+from hf_longctx.tasks import task_from
 from hf_longctx.tasks._words import sentences
 from hf_longctx.tasks.language import SAID, Language, language_for
 
@@ -20,24 +24,8 @@ CHAT = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-# A field or two of every task beside its defaults; sizes small enough for a few hundred tokens of any tokenizer.
-CASES = {
-    "passkey": True,
-    "needle": True,
-    "needle:variant=multi_key:needles=5:questions=3": True,
-    "needle:variant=multi_value": False,
-    "needle:variant=multi_query:needles=3": True,
-    "key_value": True,
-    "key_value:questions=4": True,
-    "variable_tracking": False,
-    "variable_tracking:chains=3:hops=2": False,
-    "common_words:words=4:count=6:others=2": False,
-    "frequent_words": False,
-    "frequent_words:words=2:alpha=1.5": False,
-    "threading": False,
-    "threading:threads=2:hops=3": False,
-}  # name: whether the embedded models' language can say it
-COUNTED = ("common_words", "frequent_words")  # no depth
+CASES = tuple(cases("tasks.synthetic"))
+COUNTED = tuple(word for word in words("tasks.synthetic") if not load("tasks.synthetic", word).deep)
 
 
 def corpus() -> list[str]:
@@ -125,6 +113,17 @@ def language_of(kind: str) -> Language:
     return language_for(tokenizer_of(kind))
 
 
+def can_say(kind: str, case: str) -> bool:
+    """Whether the embedded models' language has words for a case; every text has."""
+    if kind != "tiny":
+        return True
+    try:
+        task_from(case).check(language_of(kind))
+    except ConfigError:
+        return False
+    return True
+
+
 def spoken() -> list[tuple[str, str]]:
     """(kind, case) of every tokenizer and every case that its language can say."""
-    return [(kind, case) for kind in KINDS for case, tiny in CASES.items() if tiny or kind != "tiny"]
+    return [(kind, case) for kind in KINDS for case in CASES if can_say(kind, case)]

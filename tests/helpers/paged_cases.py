@@ -6,8 +6,10 @@ import torch
 
 from helpers.tiny import config_for, tiny_model
 from hf_longctx import patch_model
+from hf_longctx.config.words import load, words
+from hf_longctx.stores._paged import Paged
 
-WORDS = ("offloaded", "offloaded_disk")
+WORDS = tuple(word for word in words("stores") if issubclass(load("stores", word), Paged))
 
 
 def paged_config(model, word, page=16, recent=20, roles="mixed", window=(4, 16), **top):

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
+from helpers.cases import cases
 from helpers.tiny import config_for, tiny_model
 from hf_longctx import patch_model
-from hf_longctx.config.words import load, words
+from hf_longctx.config.words import load
 
-# What a store reads is what was written, but for those that say otherwise here.
-ROUNDED = {"quantized"}
-CASES = {
-    "full": {"store": "full"},
-    "sink_recent": {"store": "sink_recent", "sink": 4, "recent": 16},
-    "compensated": {"store": "sink_recent_compensated", "sink": 4, "recent": 16},
-    "compensated, growing": {"store": "sink_recent_compensated", "sink": 3, "recent": {"min": 9, "fraction": 0.3}},
-    "8 bits": {"store": "quantized", "bits": 8, "group": 16, "residual": 8},
-    "4 bits": {"store": "quantized", "bits": 4, "group": 16, "residual": 0},
-    "offloaded": {"store": "offloaded", "page": 16, "recent": 20},
-    "offloaded_disk": {"store": "offloaded_disk", "page": 16, "recent": 20},
-}
-WORDS = words("stores")
+CASES = {name: {"store": word, **fields} for name, (word, fields) in cases("stores").items()}
+SPECS = {name: load("stores", given["store"]) for name, given in CASES.items()}
+ROUNDED = {case for case, spec in SPECS.items() if not spec.exact}
 
 
 def role_of(case: str) -> str:
-    (role,) = load("stores", CASES[case]["store"]).roles
+    (role,) = SPECS[case].roles
     return role
 
 

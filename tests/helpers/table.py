@@ -6,8 +6,10 @@ import itertools
 import random
 from typing import NamedTuple
 
+from helpers.tiny import FAMILIES
+
 FACTORS = {
-    "family": ("llama", "mistral", "qwen2", "qwen3"),
+    "family": FAMILIES,
     "group": (1, 4, 7),  # query heads per KV head
     "roles": ("retrieval", "streaming", "mixed", "by layer"),
     "length": (1, 63, 64, 65, 257, "window + 1", "10 windows"),  # tokens of the longest row

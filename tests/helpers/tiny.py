@@ -1,4 +1,4 @@
-"""Tiny random models of the four families, and the dense-mask reference that patched models are held to."""
+"""Tiny random models of the families, and the dense-mask reference that patched models are held to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import hf_longctx.model.attention
 from hf_longctx import LongCtxCache, LongCtxConfig
 from hf_longctx.cache.layer import LayerKV
 from hf_longctx.kernels import reference
+from hf_longctx.model.family import families, find_family
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = tuple(families())
+SLIDING = tuple(one for one in FAMILIES if find_family(one).sliding != "none")  # may have windows of their own
 DENSE_MASK = "dense_mask_reference"
 
 
@@ -24,8 +26,8 @@ def tiny_config(
     head_dim: int = 8,
     **extra,
 ):
-    """A config of 3 small layers; ``sliding`` gives every layer (Mistral) or every second one (Qwen) a window."""
-    if family == "mistral":
+    """A config of 3 small layers; ``sliding`` gives every layer (as in Mistral) or every second one (Qwen) a window."""
+    if family in FAMILIES and find_family(family).sliding == "all":
         extra["sliding_window"] = sliding
     elif sliding is not None:
         types = ["sliding_attention" if i % 2 else "full_attention" for i in range(layers)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import config_for, tiny_model
+from helpers.tiny import FAMILIES, config_for, tiny_model
 from helpers.tiny_tokenizer import byte_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,8 +21,6 @@ from hf_longctx.identification.methods.retrieval_score import RetrievalScore, co
 from hf_longctx.identification.methods.two_needle import TwoNeedle
 from hf_longctx.tasks.documents import Document, documents_for
 from hf_longctx.tasks.haystack import TextHaystack
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Noise:

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import config_for, tiny_model
+from helpers.tiny import SLIDING, config_for, tiny_model
 from helpers.tiny_tokenizer import byte_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -169,7 +169,7 @@ def test_the_table_survives_a_file_and_runs(tmp_path):
     assert state_of(model).config == found and report(model).sparse == 3
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", SLIDING)
 def test_every_family_is_searched_and_left_as_it_was(family):
     model, tokenizer, config = made(family, layers=2)
     model.train()

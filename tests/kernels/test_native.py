@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.block_lists import random_masks
+from helpers.native_builds import other_build  # noqa: F401 - a fixture
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_longctx.errors import UnsupportedModeError
@@ -139,7 +140,7 @@ def test_every_shape(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_other_instruction_sets(other_build, dtype):
+def test_other_instruction_sets(other_build, dtype):  # noqa: F811 - the fixture
     for shape in SHAPES[:3]:
         check_every_function(shape, dtype)
 

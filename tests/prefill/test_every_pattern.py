@@ -34,8 +34,7 @@ def same(a, b) -> bool:
 
 
 def test_the_files_are_found():
-    assert sorted(RETRIEVAL) == ["antidiagonal", "block_topk", "dense", "flexprefill", "vertical_slash"]
-    assert set(CLASSES) - set(RETRIEVAL) == {"sink_recent"}
+    assert {"dense", "block_topk"} < set(RETRIEVAL) < set(CLASSES)
     assert all(issubclass(cls, PatternSpec) for cls in CLASSES.values())
 
 

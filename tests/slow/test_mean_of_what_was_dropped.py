@@ -1,4 +1,4 @@
-"""The direction of the table in docs/choosing.md: the mean of dropped tokens helps heads that need no single one."""
+"""What docs/results/2026-11-21-compensated.md found: the mean of dropped tokens helps heads that need no single one."""
 
 from __future__ import annotations
 

@@ -10,20 +10,22 @@ import torch
 from helpers.caches import read
 from helpers.device_reads import CountReads
 from helpers.generation import MODES, NEW, prompt, run
-from helpers.store_cases import CASES, ROUNDED, WORDS, case_config, patched_case, role_of
+from helpers.store_cases import CASES, ROUNDED, SPECS, case_config, patched_case, role_of
 from helpers.tiny import left_padded, tiny_model
 from transformers import DynamicCache
 
 from hf_longctx import CacheError, LongCtxCache, patch_model
+from hf_longctx.config.words import words
 
-EXACT = [case for case in CASES if CASES[case]["store"] not in ROUNDED]
+EXACT = [case for case in CASES if case not in ROUNDED]
 WITH_CACHE = [mode for mode in MODES if mode != "no cache"]
 SAME_AS_GREEDY = {"prompt lookup", "chunks"}
 
 
 def test_every_store_is_here():
-    assert {given["store"] for given in CASES.values()} == set(WORDS)
-    assert len(WORDS) == 6
+    assert {given["store"] for given in CASES.values()} == set(words("stores"))
+    assert {"full", "sink_recent"} < set(CASES), "a store with one case is called by its word"
+    assert {role_of(case) for case in CASES} == {"retrieval", "streaming"} and EXACT and ROUNDED
 
 
 @pytest.mark.parametrize("mode", WITH_CACHE)
@@ -52,7 +54,7 @@ def test_a_padded_batch_equals_its_rows_alone(case, family, mode):
     together = model.generate(**batch, **asked)
     for row, mask in enumerate(batch["attention_mask"].bool()):
         # Chunks are cut at slots, so the rows alone are given their pads; rounded keys depend on the cuts.
-        own = slice(None) if mode == "chunks" and CASES[case]["store"] in ROUNDED else mask
+        own = slice(None) if mode == "chunks" and case in ROUNDED else mask
         alone = {name: x[row][own][None] for name, x in batch.items()}
         assert torch.equal(together[row][-NEW:], model.generate(**alone, **asked)[0, -NEW:])
 
@@ -190,7 +192,7 @@ def _places(cache) -> set[int]:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("case", [case for case in CASES if case != "offloaded_disk"])  # it reads files
+@pytest.mark.parametrize("case", [case for case in CASES if not SPECS[case].places])  # those read files
 def test_device_reads_of_a_decode_step_do_not_grow_with_the_layers(case, padded):
     counts = []
     for layers in (2, 6):

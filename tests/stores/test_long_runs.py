@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_longctx import LongCtxCache
 from hf_longctx.cache.bytes import storage_bytes
 from hf_longctx.layout.streamed import Streamed
+from hf_longctx.stores.base import Reserve
 
 PROMPT, TOKENS = 500, 50_000
 LARGER = {"page": 8192, "recent": 512}  # every step reads every page, so few of them
@@ -54,11 +55,12 @@ def test_a_long_run_keeps_its_bytes_its_work_and_its_answer(case):
         out = read(model, cache, token)
         if at % 997 == 0:
             held = storage_bytes(store.tensors())
-            held -= n * spec.host_bytes(at + 1, 8, 4)
-            assert n * spec.kept_bytes(at + 1, 8, 4) <= held <= n * spec.head_bytes(at + 1, 8, 4)
+            held -= n * spec.nbytes(at + 1, 8, 4).host
+            least, most = (spec.nbytes(at + 1, 8, 4, reserve).device for reserve in (None, Reserve()))
+            assert n * least <= held <= n * most
             bytes_seen.append(held)
     assert cache.seen == PROMPT + TOKENS
-    if role_of(case) == "streaming" and spec.kept(10**6) == spec.kept(10**7):
+    if role_of(case) == "streaming" and spec.cached_tokens(10**6) == spec.cached_tokens(10**7):
         assert len(set(bytes_seen[3:])) == 1
     streamed = any(isinstance(segment, Streamed) for segment in store.segments.values())
     if any(pages):  # a few operations for each of them
@@ -68,7 +70,7 @@ def test_a_long_run_keeps_its_bytes_its_work_and_its_answer(case):
         assert work[2] - work[1] <= 1.1 * (work[1] - work[0]) * (LOOKS[2] - LOOKS[1]) / (LOOKS[1] - LOOKS[0])
     else:
         assert work[0] == work[1] == work[2]
-    if CASES[case]["store"] not in ROUNDED:
+    if case not in ROUNDED:
         want = read(model, LongCtxCache(model), ids)
         torch.testing.assert_close(out, want, rtol=0, atol=1e-3)
         assert (out - read(model, LongCtxCache(model), ids[:, :-1])).abs().max() > 0.1

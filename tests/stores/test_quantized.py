@@ -20,7 +20,7 @@ from hf_longctx.layout.rows import Rows
 from hf_longctx.layout.scores import Scores
 from hf_longctx.model.layer_call import LayerCall
 from hf_longctx.model.modules import state_of
-from hf_longctx.stores.base import SLACK, room, spare
+from hf_longctx.stores.base import SLACK, Reserve, room, spare
 from hf_longctx.stores.quantized import Quantized
 
 SCALE = 0.3
@@ -425,7 +425,7 @@ def test_bytes_are_calculated_and_already_there_at_prefill(fields, max_tokens):
         run = Driver(max_tokens=max_tokens, dtype=torch.float32, dim=16, **fields)
         store = run.cache.layers[0].stores[0]
         run.step(tokens)
-        wanted = KV_HEADS * run.spec.head_bytes(tokens, 16, 4, max_tokens)
+        wanted = KV_HEADS * run.spec.nbytes(tokens, 16, 4, Reserve(max_tokens)).device
         assert allocated(store) == run.cache.nbytes == wanted
         for _ in range(40 if max_tokens else spare(min(tokens, run.spec.window()))):
             run.step(1)
@@ -437,17 +437,17 @@ def test_bytes_are_calculated_and_already_there_at_prefill(fields, max_tokens):
 
 
 @pytest.mark.quick
-def test_kept_bytes_are_codes_scales_and_the_newest_tokens():
+def test_bytes_are_codes_scales_and_the_newest_tokens():
     tokens, dim = 32768, 128
     packed = (tokens - 128) // 64 * 64
     for bits in (8, 4):
         spec = Quantized(bits=bits)
         codes = 2 * packed * dim * bits // 8
         scales = 2 * 2 * (packed // 64 * dim + packed)
-        assert spec.kept_bytes(tokens, dim, 2) == codes + scales + 2 * (tokens - packed) * dim * 2
-        share = spec.kept_bytes(tokens, dim, 2) / (2 * tokens * dim * 2)
+        assert spec.nbytes(tokens, dim, 2).device == codes + scales + 2 * (tokens - packed) * dim * 2
+        share = spec.nbytes(tokens, dim, 2).device / (2 * tokens * dim * 2)
         assert share == pytest.approx({8: 0.526, 4: 0.277}[bits], abs=2e-3)
-    assert Quantized().kept_bytes(100, dim, 2) == 2 * 100 * dim * 2
+    assert Quantized().nbytes(100, dim, 2).device == 2 * 100 * dim * 2
 
 
 def test_max_tokens_never_allocates_the_cache_again():
@@ -476,7 +476,7 @@ def test_a_rollback_gives_memory_back():
     run.cache.crop(900)
     run.k, run.v = run.k[:, :, :900], run.v[:, :, :900]
     run.step(1)
-    assert run.cache.nbytes == KV_HEADS * run.spec.head_bytes(901, DIM, 8)
+    assert run.cache.nbytes == KV_HEADS * run.spec.nbytes(901, DIM, 8, Reserve()).device
 
 
 # Models.

@@ -326,7 +326,7 @@ def test_memory_is_bounded_and_already_there_at_prefill(prompt, sink, recent):
     read(model, cache, torch.randint(3, 97, (1, prompt)))
     before, store = cache.nbytes, cache.layers[0].stores[0]
     for step in range(40):
-        tokens = store.spec.kept(prompt + step) + SLACK
+        tokens = store.spec.cached_tokens(prompt + step) + SLACK
         assert slots_of(store) <= tokens + 2 * max(16, tokens // 8)
         sums = 2 * 8 * 8 * 4
         assert cache.nbytes == 2 * slots_of(store) * 8 * 8 * 4 + sums
@@ -524,8 +524,8 @@ def test_the_window_grows_by_one_at_most_and_the_number_of_kept_tokens_is_the_ru
             assert 0 <= spec.edge(i + 1) - spec.edge(i) <= 1
             plain = recent if isinstance(recent, int) else vars(recent)
             sees = sum(j < 3 or i - j < window(plain, i) for j in range(i + 1))
-            assert spec.kept(i + 1) == sees and spec.held(i + 1) >= spec.kept(i + 1) - 3
-    assert spec.kept(100_000) == 3 + 20_000
+            assert spec.cached_tokens(i + 1) == sees and spec.held(i + 1) >= spec.cached_tokens(i + 1) - 3
+    assert spec.cached_tokens(100_000) == 3 + 20_000
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from hf_longctx.errors import ConfigError
 from hf_longctx.tasks import task_from, tasks_from
 from hf_longctx.tasks.answer import score
 from hf_longctx.tasks.metrics import METRICS
-from hf_longctx.tasks.needle import Needle
-from hf_longctx.tasks.passkey import Passkey
+from hf_longctx.tasks.synthetic.needle import Needle
+from hf_longctx.tasks.synthetic.passkey import Passkey
 
 pytestmark = pytest.mark.quick
 
@@ -42,7 +42,7 @@ def test_a_task_and_its_fields_by_name():
         ("needle:needles", "got 'needles', expected NAME=VALUE"),
         ("passkey:task=needle", "not a field"),
         ("needle:variant=multi_key:needles=4:needles=8", "needles is given twice"),
-        (["needle"], "tasks: got .*expected text"),
+        ([["needle"]], "tasks: got .*expected text"),
         ("threading:hops=0", "tasks.hops: got 0"),
         ("frequent_words:alpha=1", "tasks.alpha: got 1"),
         ("common_words:count=3", "tasks.others: got 3, expected less than count"),

@@ -48,8 +48,9 @@ BLOCKS = {
 }
 
 
-def test_every_task_has_an_example():
-    assert set(BLOCKS) == {*EXAMPLES, "needle"} and {one.partition(":")[0] for one in EXAMPLES} == set(words("tasks"))
+def test_every_example_is_on_the_page():
+    assert set(BLOCKS) == {*EXAMPLES, "needle"}
+    assert {one.partition(":")[0] for one in EXAMPLES} <= set(words("tasks.synthetic"))
 
 
 @pytest.mark.parametrize("case", BLOCKS)
@@ -59,7 +60,7 @@ def test_an_example_is_what_the_task_makes(case):
 
 
 def test_every_field_metric_and_haystack_is_named():
-    for word in words("tasks"):
+    for word in {one.partition(":")[0] for one in BLOCKS}:
         row = next(line for line in DOC.splitlines() if line.startswith(f"| `{word}`"))
         named = {field.name for field in dataclasses.fields(task_from(word))} - {"metric"}
         assert set(re.findall(r"`(\w+)`", row.split("|")[3])) >= named

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,12 +106,15 @@ class Method(ABC):
         reads_documents: whether its texts are the probe's documents, so that the user's own text has a use.
         saves: whether it saves its state in the probe's work folder.
         needs_tokenizer: whether it writes documents; otherwise random token ids are all it reads.
+        cases: small settings, fields by name, for the tests: the first finds the heads of an embedded model, the last
+            is the quickest.
     """
 
     paper: ClassVar[str]
     reads_documents: ClassVar[bool] = True
     saves: ClassVar[bool] = False
     needs_tokenizer: ClassVar[bool] = True
+    cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     @abstractmethod
     def scores(self, probe: HeadProbe) -> Tensor:

@@ -49,6 +49,10 @@ class DuoGates(Method):
     """
 
     paper = "arXiv:2410.10819"
+    cases = (
+        {"steps": 40, "length": 256, "gradient_checkpointing": False},
+        {"steps": 3, "length": 256},
+    )
     saves = True
 
     steps: int = field(default=2000, metadata={"min": 1, "max": 10**6, "unit": "steps"})

@@ -27,6 +27,7 @@ class EchoInduction(Method):
     """
 
     paper = "arXiv:2407.15891"
+    cases = ({"tokens": 256},)
     reads_documents = needs_tokenizer = False
 
     tokens: int | None = field(default=None, metadata={"min": 8, "max": 2**24, "unit": "tokens"})

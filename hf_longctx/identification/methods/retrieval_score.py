@@ -36,6 +36,7 @@ class RetrievalScore(Method):
     """
 
     paper = "arXiv:2404.15574"
+    cases = ({"shortest": 256, "longest": 512, "lengths": 2, "depths": 2},)
 
     shortest: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
     longest: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})

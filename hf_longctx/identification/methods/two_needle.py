@@ -27,6 +27,7 @@ class TwoNeedle(Method):
     """
 
     paper = "arXiv:2605.16928"
+    cases = ({"length": 512},)
 
     length: int | None = field(default=None, metadata={"min": 64, "max": 2**24, "unit": "tokens"})
     facts: int = field(default=8, metadata={"min": 1, "max": 1024, "unit": "facts"})

@@ -10,12 +10,13 @@
 // An entry point takes a Call and what its function reads, packed as int64; it returns how many threads worked, 0 where
 // memory ran out, -1 where query heads are not shared out evenly among KV heads.
 #define ENTRY(name)                                                                                  \
-    extern "C" int hf_longctx_##name(int bf16, double scale, const int64_t* packed) {                \
+    extern "C" int hf_longctx_##name(int bf16, double scale, double softcap, const int64_t* packed) { \
         try {                                                                                        \
             const Call& call = *(const Call*)packed;                                                 \
             if (call.shape.kv_heads < 1 || call.shape.heads % call.shape.kv_heads) return -1;        \
             const int64_t* rest = packed + sizeof(Call) / 8;                                         \
-            return bf16 ? name<true>(call, float(scale), rest) : name<false>(call, float(scale), rest); \
+            const Formula formula{float(scale), float(softcap)};                                     \
+            return bf16 ? name<true>(call, formula, rest) : name<false>(call, formula, rest);        \
         } catch (const std::exception&) {                                                            \
             return 0;                                                                                \
         }                                                                                            \

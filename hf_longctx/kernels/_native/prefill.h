@@ -54,25 +54,31 @@ template <bool BF16> class Queries {
     static constexpr bool Pair = BF16 && PAIRS;
     static constexpr bool Convert = BF16 && !PAIRS;
     const int dim, units;
-    const Unit unit;  // of a score, in powers of two; a scaled q would be rounded once more
+    const float scale, softcap;  // softcap: of scores before they are scaled, 0: none
+    const Unit unit;             // of a score, in powers of two; a scaled q would be rounded once more
     Room room;
     float *const q, *const out, *const score, *const keys, *const vals, *const top, *const sum, *const decay;
     alignas(64) int32_t position[TILE];
     const char *k_row[TILE], *v_row[TILE], *v_unit[TILE];
     int32_t from[TILE], until[TILE];  // positions of the queries that see a row
-    int queries = 0, count = 0;
+    int queries = 0, count = 0, first = -1;  // first: the row of the first token
     bool edge = false;
+    const char* origin = nullptr;  // where its key lies
+    float first_bias = 0;          // of its scores, before they are scaled
 
   public:
-    Queries(const Shape& shape, double scale)
-        : dim(shape.dim), units(Pair ? dim / 2 : dim), unit(scale * LOG2E),
+    Queries(const Shape& shape, const Formula& formula)
+        : dim(shape.dim), units(Pair ? dim / 2 : dim), scale(formula.scale), softcap(formula.softcap / formula.scale),
+          unit(double(formula.scale) * LOG2E),
           room(TILE * (4 * dim + TILE + 3)), q(room.take(TILE * dim)), out(room.take(TILE * dim)),
           score(room.take(TILE * TILE)), keys(room.take(TILE * dim)), vals(room.take(TILE * dim)),
           top(room.take(TILE)), sum(room.take(TILE)), decay(room.take(TILE)) {}
 
-    void begin(const char* from_q, int64_t stride, int how_many, int32_t first) {
+    // ``key``: that of the first token, whose scores get ``bias``; null: it is not there, or gets none.
+    void begin(const char* from_q, int64_t stride, int how_many, int32_t position_of_first, const char* key, float bias) {
         queries = how_many;
-        count = 0, edge = false;
+        count = 0, first = -1, edge = false;
+        origin = key, first_bias = bias / scale;
         if (how_many < TILE) memset(q, 0, sizeof(float) * TILE * dim);
         for (int i = 0; i < how_many; ++i)
             for (int u = 0; u < units; ++u) {
@@ -81,7 +87,7 @@ template <bool BF16> class Queries {
                 else q[u * TILE + i] = number<BF16>(p, u);
             }
         memset(out, 0, sizeof(float) * TILE * dim);
-        for (int i = 0; i < TILE; ++i) top[i] = LOWEST, sum[i] = 0, position[i] = first + std::min(i, how_many - 1);
+        for (int i = 0; i < TILE; ++i) top[i] = LOWEST, sum[i] = 0, position[i] = position_of_first + std::min(i, how_many - 1);
     }
 
     // Rows ``pos .. pos + n`` with keys from k on; a query sees those at most ``window - 1`` before itself.
@@ -91,13 +97,17 @@ template <bool BF16> class Queries {
             k_row[count] = k + j * k_stride, v_row[count] = v + j * v_stride;
             from[count] = int32_t(pos + j);
             until[count] = int32_t(std::min<int64_t>(INT_MAX, pos + j + window - 1));
+            if (origin && k_row[count] == origin) first = count;
             edge |= from[count] > position[0] || until[count] < position[TILE - 1];
             if (++count == TILE) flush();
         }
     }
 
-    void end(char* into, int64_t stride) {
+    // ``lse``: of each query; null: not wanted.
+    void end(char* into, int64_t stride, float* lse) {
         flush();
+        for (int i = 0; lse && i < queries; ++i)
+            lse[i] = sum[i] < 0.5f ? -__builtin_inff() : float(double(top[i]) * scale + std::log(double(sum[i])));
         for (int i = 0; i < TILE; ++i)
             if (sum[i] < 0.5f) sum[i] = __builtin_inff();  // it saw no key (what does has a sum of 1 or more): zeros
         for (int d = 0; d < dim; ++d)
@@ -120,6 +130,10 @@ template <bool BF16> class Queries {
             widen_rows(v_row, vals, whole);
         }
         scores<Pair>(k_row, whole, q, units, queries < FEW ? TILE / 4 : TILE, score);
+        if (softcap)
+            for (float* s = score; s < score + count * TILE; s += W) store(s, capped(load(s), softcap));
+        if (first >= 0)
+            for (float* s = score + first * TILE; s < score + (first + 1) * TILE; s += W) store(s, load(s) + first_bias);
         if (edge) hide();
         soften(whole);
         if constexpr (Pair) {
@@ -128,7 +142,7 @@ template <bool BF16> class Queries {
         } else {
             values<false>(v_row, count, score, decay, dim, out);
         }
-        count = 0, edge = false;
+        count = 0, first = -1, edge = false;
     }
 
     void widen_rows(const char** rows, float* into, int n) {
@@ -197,88 +211,160 @@ template <bool BF16> class Queries {
 // A tile of queries per item, the last and longest ones first; items that follow one another share a KV head. ``keys``
 // is about how many a query reads.
 template <bool BF16, class Tile>
-static int prefill(const Shape& s, float scale, int64_t tiles, int64_t keys, Tile tile) {
+static int prefill(const Shape& s, const Formula& formula, int64_t tiles, int64_t keys, Tile tile) {
     int64_t group = s.heads / s.kv_heads, items = s.batch * s.heads * tiles;
     int64_t worth = int64_t(double(items) * keys * std::min<int64_t>(s.q_len, TILE) * s.dim / WORK);
     std::deque<Queries<BF16>> team;
-    for (int64_t i = 0; i < std::max<int64_t>(1, std::min({s.threads, items, worth})); ++i) team.emplace_back(s, scale);
+    for (int64_t i = 0; i < std::max<int64_t>(1, std::min({s.threads, items, worth})); ++i) team.emplace_back(s, formula);
     return parallel(items, int64_t(team.size()), [&](int64_t item, int64_t worker) {
         int64_t t = tiles - 1 - item / group % tiles, head = item / group / tiles;
         tile(team[worker], head / s.kv_heads, head % s.kv_heads, head % s.kv_heads * group + item % group, t);
     });
 }
 
-template <bool BF16> static int dense(const Call& call, float scale, const int64_t* packed) {
+// What a tile of queries begins and ends with: queries low .. high of head h, the first at ``position``.
+template <bool BF16>
+static void begin(Queries<BF16>& tile, const Call& call, int64_t b, int64_t h, int64_t low, int64_t high, int64_t position,
+                  const char* key) {
+    tile.begin(call.q.at(b, h, low), call.q.token, int(high - low), int32_t(position), call.first_bias ? key : nullptr,
+               call.first_bias ? call.first_bias[h] : 0);
+}
+template <bool BF16> static void end(Queries<BF16>& tile, const Call& call, int64_t b, int64_t h, int64_t low) {
     const Shape& s = call.shape;
+    tile.end(call.out.at(b, h, low), call.out.token, call.lse ? call.lse + (b * s.heads + h) * s.q_len + low : nullptr);
+}
+
+// Every key of all segments but the last; of the last one, where ``packed[0]`` says so, up to each query.
+template <bool BF16> static int dense(const Call& call, const Formula& formula, const int64_t* packed) {
+    const Shape& s = call.shape;
+    const bool causal = *packed++;
     const Segment *segments = (const Segment*)(packed + 1), &own = segments[packed[0] - 1];
+    auto origin = [&](int64_t b, int64_t n) { return first_key(segments, packed[0], b, n); };
     if (s.q_len <= FEW_TOKENS) {
         std::vector<Part> parts = parts_of(packed);
-        parts.back().place.base = 0;
-        return few<BF16, 8>(call, scale, parts, {}, [&](int64_t b) { return own.of(b) - s.q_len; });
+        if (causal) parts.back().base = 0;
+        return few<BF16, 8>(call, formula, parts, {}, [&](int64_t b) { return own.of(b) - s.q_len; }, origin);
     }
     int64_t tiles = (s.q_len + TILE - 1) / TILE, keys = 0;
     for (const Segment* segment = segments; segment <= &own; ++segment) keys += segment->length;
-    return prefill<BF16>(s, scale, tiles, keys, [&](Queries<BF16>& tile, int64_t b, int64_t n, int64_t h, int64_t t) {
+    return prefill<BF16>(s, formula, tiles, keys, [&](Queries<BF16>& tile, int64_t b, int64_t n, int64_t h, int64_t t) {
         int64_t low = t * TILE, high = std::min(low + TILE, s.q_len);
         int64_t first = own.of(b) - s.q_len;  // slot of the first query; negative where a row is shorter
-        tile.begin(call.q.at(b, h, low), call.q.token, int(high - low), int32_t(first + low));
+        begin(tile, call, b, h, low, high, first + low, origin(b, n));
         for (const Segment* past = segments; past != &own; ++past)
             tile.add(past->k.at(b, n), past->k.token, past->v.at(b, n), past->v.token, EARLIER, past->of(b));
-        tile.add(own.k.at(b, n), own.k.token, own.v.at(b, n), own.v.token, 0, first + high);
-        tile.end(call.out.at(b, h, low), call.out.token);
+        tile.add(own.k.at(b, n), own.k.token, own.v.at(b, n), own.v.token, causal ? 0 : EARLIER,
+                 causal ? first + high : own.of(b));
+        end(tile, call, b, h, low);
     });
 }
 
-template <bool BF16> static int streaming(const Call& call, float scale, const int64_t* packed) {
+template <bool BF16> static int streaming(const Call& call, const Formula& formula, const int64_t* packed) {
     const Shape& s = call.shape;
     const int64_t first = packed[0], recent = packed[1];
     const Segment &sinks = *(const Segment*)(packed + 2), &band = *(&sinks + 1);
     int64_t start = first + band.length - s.q_len;  // position of the first query
+    auto origin = [&](int64_t b, int64_t n) -> const char* {
+        return sinks.length || !first ? first_key(&sinks, 2, b, n) : nullptr;
+    };
     if (s.q_len <= FEW_TOKENS) {
         int64_t oldest = std::max(first, start - recent + 1);
-        std::vector<Part> parts{{&sinks, {0}}, {&band, {first, recent}, oldest - first}};
-        return few<BF16, 8>(call, scale, parts, {}, [&](int64_t) { return start; });
+        std::vector<Part> parts{{&sinks, 0}, {&band, first, recent, oldest - first}};
+        return few<BF16, 8>(call, formula, parts, {}, [&](int64_t) { return start; }, origin);
     }
     int64_t tiles = (s.q_len + TILE - 1) / TILE, keys = sinks.length + std::min(recent + TILE, band.length);
-    return prefill<BF16>(s, scale, tiles, keys, [&](Queries<BF16>& tile, int64_t b, int64_t n, int64_t h, int64_t t) {
+    return prefill<BF16>(s, formula, tiles, keys, [&](Queries<BF16>& tile, int64_t b, int64_t n, int64_t h, int64_t t) {
         int64_t low = t * TILE, high = std::min(low + TILE, s.q_len);
-        tile.begin(call.q.at(b, h, low), call.q.token, int(high - low), int32_t(start + low));
+        begin(tile, call, b, h, low, high, start + low, origin(b, n));
         tile.add(sinks.k.at(b, n), sinks.k.token, sinks.v.at(b, n), sinks.v.token, 0,
                  std::min(sinks.length, start + high));
         int64_t oldest = std::max(first, start + low - recent + 1), skip = oldest - first;
         tile.add(band.k.at(b, n, skip), band.k.token, band.v.at(b, n, skip), band.v.token, oldest,
                  start + high - oldest, recent);
-        tile.end(call.out.at(b, h, low), call.out.token);
+        end(tile, call, b, h, low);
     });
 }
 
-template <bool BF16> static int sparse(const Call& call, float scale, const int64_t* packed) {
+// Ranges of row positions as ranges of slots, in segments that follow one another.
+class Places {
+    const Segment* segments;
+    std::vector<int64_t> starts{0};  // of each segment, and the end of the last
+
+  public:
+    Places(const Segment* segments, int64_t count) : segments(segments) {
+        for (int64_t i = 0; i < count; ++i) starts.push_back(starts.back() + segments[i].length);
+    }
+
+    // Calls each(range) with the parts of the positions low .. high, in their order.
+    template <class Each> void visit(int64_t low, int64_t high, Each each) const {
+        for (size_t i = std::upper_bound(starts.begin(), starts.end(), low) - starts.begin() - 1; low < high; ++i) {
+            int64_t stop = std::min(high, starts[i + 1]);
+            if (low < stop) each(Range{segments + i, starts[i], low - starts[i], stop - starts[i]});
+            low = stop;
+        }
+    }
+};
+
+// What one query block of a list reads: columns that lie before it in no listed block, then blocks, up to ``high``.
+template <class Each>
+static void listed(const Lists& list, int64_t b, int64_t nth, int64_t row, int64_t high, Each each) {
+    const int64_t at = b * list.heads + nth, line = at * list.query_blocks + row;
+    const int64_t begin = (list.first / list.block + row) * list.block;
+    const int32_t *blocks = list.indices + line * list.width, *last = blocks + list.counts[line];
+    const int32_t *column = list.columns + at * list.columns_width, *end = column + list.column_counts[at];
+    const int32_t* block = blocks;
+    for (; column < end && *column < begin; ++column) {
+        while (block < last && *block < *column / list.block) ++block;
+        if (block == last || *block != *column / list.block) each(*column, *column + 1);
+    }
+    for (; blocks < last; ++blocks) {
+        int64_t pos = *blocks * list.block;
+        each(pos, std::max(pos, std::min(pos + list.block, high)));
+    }
+}
+
+// Few queries of one query block: no tile of 64 is filled with them. Lists by query head make each a KV head of its own.
+template <bool BF16>
+static int sparse_few(const Call& call, const Formula& formula, const Lists& list, const Places& places,
+                      const Segment* segments, int64_t count) {
+    Shape s = call.shape;
+    const int64_t each = list.heads / s.kv_heads;
+    s.kv_heads = list.heads;
+    Work<BF16, 8> work(call, formula, s);
+    for (int64_t b = 0; b < s.batch; ++b)
+        for (int64_t n = 0; n < s.kv_heads; ++n) {
+            work.next_head();
+            listed(list, b, n, 0, list.kv_len, [&](int64_t low, int64_t high) {
+                places.visit(low, high, [&](Range range) { work.add(b, n, n / each, range, INT_MAX, true); });
+            });
+        }
+    return work.run([&](int64_t) { return list.first; },
+                    [&](int64_t b, int64_t n) { return first_key(segments, count, b, n); });
+}
+
+template <bool BF16> static int sparse(const Call& call, const Formula& formula, const int64_t* packed) {
     const Shape& s = call.shape;
-    const Heads &k = *(const Heads*)packed, &v = *(&k + 1);
-    const Lists& list = *(const Lists*)(&v + 1);
+    const Lists& list = *(const Lists*)packed;
+    const int64_t* rest = (const int64_t*)(&list + 1);
+    const Segment* segments = (const Segment*)(rest + 1);
+    const Places places(segments, rest[0]);
+    if (list.query_blocks == 1 && s.q_len <= FEW_TOKENS)
+        return sparse_few<BF16>(call, formula, list, places, segments, rest[0]);
     int64_t cuts = (list.block + TILE - 1) / TILE;  // tiles of a query block
     int64_t tiles = list.query_blocks * cuts, keys = std::min(list.kv_len, list.width * list.block + list.columns_width);
-    return prefill<BF16>(s, scale, tiles, keys, [&](Queries<BF16>& tile, int64_t b, int64_t n, int64_t h, int64_t t) {
-        int64_t row = t / cuts, own = list.first / list.block + row, begin = own * list.block;
-        int64_t low = std::max(list.first, begin + t % cuts * TILE);
-        int64_t high = std::min({list.kv_len, begin + list.block, begin + (t % cuts + 1) * TILE});
+    return prefill<BF16>(s, formula, tiles, keys, [&](Queries<BF16>& tile, int64_t b, int64_t n, int64_t h, int64_t t) {
+        int64_t row = t / cuts, begin_at = (list.first / list.block + row) * list.block;
+        int64_t low = std::max(list.first, begin_at + t % cuts * TILE);
+        int64_t high = std::min({list.kv_len, begin_at + list.block, begin_at + (t % cuts + 1) * TILE});
         if (low >= high) return;
-        int64_t at = b * list.heads + h * list.heads / s.heads, line = at * list.query_blocks + row;
-        const int32_t *blocks = list.indices + line * list.width, *last = blocks + list.counts[line];
-        const int32_t *column = list.columns + at * list.columns_width, *end = column + list.column_counts[at];
-        auto add = [&](int64_t pos, int64_t count) {
-            tile.add(k.at(b, n, pos), k.token, v.at(b, n, pos), v.token, pos, count);
-        };
-        tile.begin(call.q.at(b, h, low - list.first), call.q.token, int(high - low), int32_t(low));
-        const int32_t* listed = blocks;
-        for (; column < end && *column < begin; ++column) {
-            while (listed < last && *listed < *column / list.block) ++listed;
-            if (listed == last || *listed != *column / list.block) add(*column, 1);
-        }
-        for (; blocks < last; ++blocks) {
-            int64_t pos = *blocks * list.block;
-            add(pos, std::max<int64_t>(0, std::min(pos + list.block, high) - pos));
-        }
-        tile.end(call.out.at(b, h, low - list.first), call.out.token);
+        begin(tile, call, b, h, low - list.first, high - list.first, low, first_key(segments, rest[0], b, n));
+        listed(list, b, h * list.heads / s.heads, row, high, [&](int64_t from, int64_t until) {
+            places.visit(from, until, [&](Range range) {
+                const Heads &k = range.segment->k, &v = range.segment->v;
+                tile.add(k.at(b, n, range.low), k.token, v.at(b, n, range.low), v.token, range.base + range.low,
+                         range.high - range.low);
+            });
+        });
+        end(tile, call, b, h, low - list.first);
     });
 }

@@ -55,6 +55,11 @@ struct Shape {  // of the queries; threads: at most
 struct Call {  // what every entry point begins with
     Shape shape;
     Heads q, out;
+    float* lse;               // [B, H, T]; null: not wanted
+    const float* first_bias;  // [H], added to the score of the first token; null: none
+};
+struct Formula {  // of a score: softcap * tanh(scale * q . k / softcap); softcap 0: none
+    float scale, softcap;
 };
 struct Segment {  // as in layout.py; ``lengths`` [B] overrides ``length``; strides of the bias in numbers
     Heads k, v;
@@ -68,7 +73,7 @@ struct Lists {  // a BlockList of layout.py, contiguous
     int64_t block, first, kv_len, heads, query_blocks, width, columns_width;
     const int32_t *indices, *counts, *columns, *column_counts;
 };
-static_assert(sizeof(Call) == 14 * 8 && sizeof(Segment) == 14 * 8 && sizeof(Lists) == 11 * 8, "native.py packs int64");
+static_assert(sizeof(Call) == 16 * 8 && sizeof(Segment) == 14 * 8 && sizeof(Lists) == 11 * 8, "native.py packs int64");
 
 static inline vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
 static inline void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
@@ -125,6 +130,21 @@ static inline vf power(vf x, const Unit& unit) {
     vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
     return y * (vf)exponent;
 #endif
+}
+
+// softcap * tanh(x / softcap), relative error 2e-7: a polynomial near 0, where 1 - e^-2x cancels.
+static const Unit TWICE{2 * LOG2E};
+static inline vf capped(vf x, float softcap) {
+    const vf y = x * (1 / softcap), size = larger(y, -y), square = y * y;
+    vf near = square * 2.059580997e-3f - 8.085626621e-3f;
+    near = near * square + 2.166340315e-2f;
+    near = near * square - 5.393994256e-2f;
+    near = near * square + 0.1333315218f;
+    near = near * square - 0.3333332944f;
+    near = y + y * square * near;
+    const vf fade = power(-size, TWICE), far = (1.0f - fade) / (1.0f + fade);
+    const vf signed_far = y < splat(0.0f) ? -far : far;
+    return softcap * (size < splat(0.65f) ? near : signed_far);
 }
 
 // sum + a * b, where a is the number at p in all lanes; ``Pair``: a pair of bfloat16 with those in the lanes of b.

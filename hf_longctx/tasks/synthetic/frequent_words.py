@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .._words import coded
+from ..base import Draft, Task
+from ..language import Wording
 from ._counting import counting
-from ._words import coded
-from .base import Draft, Task
-from .language import Wording
 
 WORDING = Wording(
     intro="Below is a text in code. The dots mean nothing, the words are counted.\n\nText:",
@@ -34,6 +34,7 @@ class FrequentWords(Task):
     """
 
     paper = "arXiv:2404.06654"
+    cases = ({}, {"words": 2, "alpha": 1.5})
     deep = False
 
     alpha: float = field(default=2.0, metadata={"min": 1.1, "max": 8.0})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ._fit import largest
-from .base import Draft, Rng, Task
-from .language import TextLanguage, Wording
+from .._fit import largest
+from ..base import Draft, Rng, Task
+from ..language import TextLanguage, Wording
 
 # n -> (words in the order of the list, the most frequent ones, how often each of them stands in it)
 Build = Callable[[int], tuple[Sequence[str], Sequence[str], Sequence[int]]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ._fit import largest
-from .base import Draft, Question, Rng, Task
-from .language import Language, Wording
+from .._fit import largest
+from ..base import Draft, Question, Rng, Task
+from ..language import Language, Wording
 
 Pairs = Sequence[tuple[str, str]]
 # n -> (n pairs, their questions, which pairs are asked for)

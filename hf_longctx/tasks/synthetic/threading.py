@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ..base import Draft, Question, Task
+from ..language import Wording
 from ._pairs import Pairs, listing
-from .base import Draft, Question, Task
 from .key_value import WORDING
-from .language import Wording
 
 START = replace(
     WORDING,
@@ -38,6 +38,7 @@ class Threading(Task):
     """
 
     paper = "arXiv:2411.05000"
+    cases = ({}, {"threads": 2, "hops": 3})
 
     hops: int = field(default=4, metadata={"min": 1, "max": 256, "unit": "pairs"})
     threads: int = field(default=1, metadata={"min": 1, "max": 64, "unit": "threads"})

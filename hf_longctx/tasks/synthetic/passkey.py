@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ._words import passkeys
-from .base import Draft, Task
-from .documents import place
-from .language import Wording
+from .._words import passkeys
+from ..base import Draft, Task
+from ..documents import place
+from ..language import Wording
 
 WORDING = Wording(
     intro="A pass key is hidden in the text below. Remember it, you will be asked for it.\n\nText:",

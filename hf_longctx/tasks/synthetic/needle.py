@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..errors import ConfigError
-from ._words import numbers
-from .base import Draft, Task
-from .documents import place
-from .language import Wording
+from ...errors import ConfigError
+from .._words import numbers
+from ..base import Draft, Task
+from ..documents import place
+from ..language import Wording
 
 VARIANTS = ("single", "multi_key", "multi_value", "multi_query")
 ONE = Wording(
@@ -40,6 +40,12 @@ class Needle(Task):
     """
 
     paper = "arXiv:2404.06654"
+    cases = (
+        {},
+        {"variant": "multi_key", "needles": 5, "questions": 3},
+        {"variant": "multi_value"},
+        {"variant": "multi_query", "needles": 3},
+    )
     text_only = False
 
     variant: str = field(default="single", metadata={"choices": VARIANTS})

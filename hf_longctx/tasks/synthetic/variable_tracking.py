@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ._words import coded, passkeys
-from .base import Draft, Task, chain
-from .language import Wording
+from .._words import coded, passkeys
+from ..base import Draft, Task, chain
+from ..language import Wording
 
 WORDING = Wording(
     intro="Variables are assigned in the text below. Keep track of their values.\n\nText:",
@@ -33,6 +33,7 @@ class VariableTracking(Task):
     """
 
     paper = "arXiv:2404.06654"
+    cases = ({}, {"chains": 3, "hops": 2})
 
     chains: int = field(default=1, metadata={"min": 1, "max": 64, "unit": "chains"})
     hops: int = field(default=4, metadata={"min": 1, "max": 256, "unit": "assignments"})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .._words import ids
+from ..base import Draft, Question, Task
+from ..language import Wording
 from ._pairs import Pairs, listing
-from ._words import ids
-from .base import Draft, Question, Task
-from .language import Wording
 
 WORDING = Wording(
     intro="Below is a JSON object with many keys and their values.\n\n",
@@ -32,6 +32,7 @@ class KeyValue(Task):
     """
 
     paper = "arXiv:2307.03172"
+    cases = ({}, {"questions": 4})
     text_only = False
 
     questions: int = field(default=1, metadata={"min": 1, "max": 512, "unit": "questions"})

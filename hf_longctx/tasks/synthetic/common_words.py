@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..errors import ConfigError
+from ...errors import ConfigError
+from .._words import coded
+from ..base import Draft, Task
+from ..language import Wording
 from ._counting import counting
-from ._words import coded
-from .base import Draft, Task
-from .language import Wording
 
 WORDING = Wording(
     intro="Below is a list of words. Some of them appear more often than the others.\n\nList:",
@@ -28,6 +28,7 @@ class CommonWords(Task):
     """
 
     paper = "arXiv:2404.06654"
+    cases = ({"words": 4, "count": 6, "others": 2},)
     deep = False
 
     words: int = field(default=10, metadata={"min": 1, "max": 1024, "unit": "words"})

@@ -1,0 +1,1 @@
+"""The tasks: one file and one word each."""
