@@ -21,7 +21,7 @@ from hf_longctx.config.words import FOLDERS
 ROOT = Path(__file__).parents[1]
 NEW = Path(__file__).parent / "new_files"
 FILES = sorted(path.relative_to(NEW) for path in NEW.rglob("*.py"))
-NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.so")
+NOT_COPIED = shutil.ignore_patterns("*.so")  # what Python compiled is copied, which saves seconds
 # Tests of the copy that must take the new words up by themselves: file -> an expression of pytest's -k.
 CHECKS = {
     "test_imports.py": " or ".join(["every_package_has_its_row", "circle", *(f"/{file.name}" for file in FILES)]),
@@ -29,6 +29,7 @@ CHECKS = {
     "config/test_bounds.py": "Rounded or LocalBlocks or FewPages or WeightNorm or Pin",
     "stores/test_every_store.py": "rounded and (reset or copies or user_give or bad_input)",
     "prefill/test_every_pattern.py": "local_blocks",
+    "kernels/test_every_kernel.py": "textbook",
     "tasks/test_every_task.py": "pin and (bytes or tiny)",
 }
 
@@ -108,7 +109,7 @@ RUN = """
     told = {"file": hf_longctx.__file__, "dense": apart(logits(model, **whole), dense)}
     told |= {"store": [apart(logits(model, **one), dense) for one in (fine, coarse)]}
     told |= {"pattern": [apart(logits(model, **one), dense) for one in (all_, some)]}
-    told["kernel"] = [apart(logits(model, **whole, kernel="plain"), dense), *report(model).kernels]
+    told["kernel"] = [apart(logits(model, **whole, kernel="textbook"), dense), *report(model).kernels]
     try:
         logits(model, **whole, decode={"retrieval": {"select": "few_pages"}})
     except ConfigError as error:
@@ -137,7 +138,7 @@ def test_models_run_with_the_words(copy, told):
     assert told["dense"] < 1e-9 and told["family"][0] and told["family"][1] < 1e-9
     for same, other in (told["store"], told["pattern"]):
         assert same < 0.1 * other, "what the limit changes is small, what the word does is not"
-    assert told["kernel"][0] < 1e-9 and told["kernel"][1:] == ["plain"] and told["persisted"] == "plain"
+    assert told["kernel"][0] < 1e-9 and told["kernel"][1:] == ["textbook"] and told["persisted"] == "textbook"
     assert "got select 'few_pages'" in told["select"] and "What works: select 'dense'" in told["select"]
     assert told["method"] == ["weight_norm", 4] and told["task"] == ["pin", 200]
 
@@ -149,7 +150,7 @@ def test_the_reference_has_a_row_of_every_field(told):
         "`pattern: local_blocks` in prefill (retrieval heads)",
         "| `near` | whole number, >= 1, <= 1048576 (blocks) | `2` | latest blocks, the query's own among them. |",
         "`select: few_pages` in decode (retrieval heads)",
-        "| `plain` | `kernel: plain`: the definition of attention. |",
+        "| `textbook` | `kernel: textbook`: the definition of attention. |",
     ):
         assert row in told["reference"], row
 
@@ -172,4 +173,8 @@ def test_the_tests_of_the_copy_hold_for_the_new_files(copy):
     chosen = " or ".join(f"({file.rpartition('/')[2]} and ({some}))" for file, some in CHECKS.items())
     files = [f"tests/{file}" for file in CHECKS]
     told = run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen, "-rA")
-    assert not [some for some in ("rounded", "local_blocks", "few_pages", "Pin", "-pin", "olmo2") if some not in told]
+    assert not [
+        some
+        for some in ("rounded", "local_blocks", "few_pages", "Pin", "-pin", "olmo2", "textbook")
+        if some not in told
+    ]

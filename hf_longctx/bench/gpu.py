@@ -5,12 +5,11 @@ Shapes: ``B`` batch (1), ``H`` query heads, ``n`` KV heads, ``T`` query tokens, 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from types import FrameType, ModuleType
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,9 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..cache.cache import LongCtxCache
 from ..errors import LongCtxError, UnsupportedModeError
 from ..kernels import base as dispatch
-from ..kernels import cpu, flash, reference
+from ..kernels import cpu, reference
 from ..layout.blocks import BlockList
-from ..layout.reads import ALL, Reads, Window
+from ..layout.reads import ALL, CAUSAL, All, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 from ..model.patch import patch_model
@@ -105,19 +104,18 @@ def _prefill(settings: GpuSettings, word: str, tokens: int, device: torch.device
         keys = torch.arange(tokens)
     ways, missing, age = _dense(q, k, v, scale), {}, at[:, None] - keys
     visible = {DENSE: age >= 0, STREAMING: (age >= 0) & ((keys < sink) | (age < settings.recent))}
-    whole = [Segment(k, v, tokens)]
-    parts = [Segment(k[:, :, part], v[:, :, part], len(keys[part])) for part in (slice(sink), slice(sink, None))]
+    parts = [_segment(k[:, :, some], v[:, :, some]) for some in (slice(sink), slice(sink, None))]
     window = Window(settings.recent, min(sink, tokens))
     full = min(tokens, sink + settings.recent)
     density = (full * (full + 1) // 2 + (tokens - full) * full) / (tokens * (tokens + 1) // 2)
-    for name, kernel in _kernels(settings, q, parts, window, "streaming_prefill", missing):
-        work = partial(_attention, kernel, q, parts, window, scale)
+    for name, kernel in _kernels(settings, q, STREAMING, Window, missing):
+        work = partial(_out, kernel, q, parts, window, scale)
         ways[f"{name} {STREAMING}"] = Way(work, STREAMING, density, name)
     for percent in settings.densities:
         made = _on(device, random_list(tokens, settings.heads, percent / 100, settings.seed))
         visible[name_of(percent)] = torch.cat([made.visible(i, i + 1) for i in at.tolist()], 2)
-        for name, kernel in _kernels(settings, q, whole, made, "sparse_prefill", missing):
-            work = partial(_attention, kernel, q, whole, made, scale)
+        for name, kernel in _kernels(settings, q, "blocks", BlockList, missing):
+            work = partial(_out, kernel, q, [_segment(k, v)], made, scale)
             ways[f"{name} {name_of(percent)}"] = Way(work, name_of(percent), made.density, name)
     want = {reads: _answer(q[:, :, at], k, v, mask, scale) for reads, mask in visible.items()}
     del visible
@@ -145,7 +143,7 @@ def _decode(settings: GpuSettings, word: str, tokens: int, device: torch.device,
     k, v = kept_buffers(kept[100])
     scale, missing, sizes = settings.head_dim**-0.5, {}, {percent: _bytes(one) for percent, one in kept.items()}
     ways = {name: replace(way, kept_bytes=sizes[100]) for name, way in _dense(q, k, v, scale).items()}
-    for name, _ in _kernels(settings, q, [Segment(k, v, k.shape[2])], ALL, "decode", missing):
+    for name, _ in _kernels(settings, q, "decode", All, missing):
         for percent in kept:
             work = partial(_attend, _column(settings, dtype, percent, name), q, kept[percent])
             way = Way(work, str(percent), sizes[percent] / sizes[100], name, sizes[percent])
@@ -176,13 +174,11 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict[str, Way]:
 
     def folded() -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if q.is_cuda else nullcontext():
-            return _attention(cpu, q, [Segment(k, v, k.shape[2])], ALL, scale)
+            return _out(cpu, q, [_segment(k, v)], ALL, scale)
 
     def flash_attn() -> Tensor:
-        reason = flash.supports(dispatch.Case(q.device, q.dtype, q.shape[3]))
-        if reason is not None:
-            raise RuntimeError(reason)
-        return flash._call(q, k, v, scale, causal=True)[0]  # `attend` leaves one query to kernel cpu
+        kernel = dispatch.pick("flash", dispatch.case_of(q, [_segment(k, v)], CAUSAL, Scores(scale)))
+        return _out(kernel, q, [_segment(k, v)], CAUSAL, scale)
 
     works = {
         "SDPA flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
@@ -194,42 +190,25 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict[str, Way]:
     return {name: Way(work) for name, work in works.items()}
 
 
-def _attention(kernel: ModuleType, q: Tensor, segments: Sequence[Segment], reads: Reads, scale: float) -> Tensor:
-    return kernel.attend(q, segments, reads, Scores(scale), False)[0]
-
-
 def _kernels(
-    settings: GpuSettings, q: Tensor, segments: Sequence[Segment], reads: Reads, what: str, missing: dict[str, str]
+    settings: GpuSettings, q: Tensor, name: str, reads: type, missing: dict[str, str]
 ) -> Iterator[tuple[str, ModuleType]]:
-    """The kernels to measure that compute this here; why the others do not goes to ``missing``, under ``what``."""
-    scale = settings.head_dim**-0.5
+    """The kernels asked for that compute these reads here; why the others do not goes to ``missing``."""
+    case = dispatch.Case(q.device, q.dtype, q.shape[3], reads=reads, one_query=q.shape[2] == 1)
     for word in settings.kernels:
         try:
-            kernel = dispatch.pick(word, dispatch.case_of(q, segments, reads, Scores(scale)))
+            yield word, dispatch.pick(word, case)
         except UnsupportedModeError as error:
-            missing[f"{word} {what}"] = str(error).partition(" Use kernel")[0]
-            continue
-        if kernel is not cpu and _hands_on(partial(_attention, kernel, q, segments, reads, scale), q):
-            missing[f"{word} {what}"] = "it is that of kernel cpu"
-        else:
-            yield word, kernel
+            missing[f"{word} {name}"] = str(error).partition(" Use kernel")[0]
 
 
-def _hands_on(work: Callable[[], Tensor], q: Tensor) -> bool:
-    """Whether a kernel's work hands its queries as they are to kernel cpu: its time would be cpu's."""
-    calls = []
+def _segment(k: Tensor, v: Tensor) -> Segment:
+    return Segment(k, v, k.shape[2])
 
-    def note(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_code is cpu.attend.__code__:
-            calls.append(frame.f_locals["q"] is q)
 
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        work()
-    finally:
-        sys.setprofile(before)
-    return any(calls)
+def _out(kernel: ModuleType, q: Tensor, segments: list[Segment], reads: Reads, scale: float) -> Tensor:
+    """Attention ``[B, H, T, D]`` by a kernel."""
+    return kernel.attend(q, segments, reads, Scores(scale), want_lse=False)[0]
 
 
 def _column(settings: GpuSettings, dtype: torch.dtype, percent: int, kernel: str) -> Column:

@@ -40,8 +40,9 @@ def reference() -> str:
         for word in words(folder):
             cls = load(folder, word)
             serves = " and ".join(cls.roles)
-            parts.append(_section(f"`{key}: {word}` in {folder} ({serves} heads)", cls))
-            parts += [_section(f"`{name}` of `{key}: {word}`", inner) for name, inner in _nested(cls)]
+            own = word in registered[folder]
+            parts.append(_section(f"`{key}: {word}` in {folder} ({serves} heads)", cls, own))
+            parts += [_section(f"`{name}` of `{key}: {word}`", inner, own) for name, inner in _nested(cls)]
     return "\n".join([*parts, _kernels()])
 
 
@@ -70,11 +71,13 @@ def _nested(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
             yield from _nested(one, where)
 
 
-def _section(title: str, cls: type) -> str:
+def _section(title: str, cls: type, registered_class: bool = False) -> str:
     said, hints = meanings(cls), typing.get_type_hints(cls)
+    if registered_class:  # the package's own classes say what every key means
+        said = dict.fromkeys((field.name for field in dataclasses.fields(cls)), "") | said
     lines = [f"## {title}", "", _first_paragraph(cls.__doc__), ""]
     rows = [
-        f"| `{f.name}` | {_type(hints[f.name], f.metadata)} | {_default(f)} | {said.get(f.name, '')} |"
+        f"| `{f.name}` | {_type(hints[f.name], f.metadata)} | {_default(f)} | {said[f.name]} |"
         for f in dataclasses.fields(cls)
         if f.init
     ]

@@ -104,7 +104,8 @@ class LongCtxLM(HFLM):
         HFLM pads on the right and passes no mask: a pattern would take the pads for the row's last tokens.
         """
         state = self._state()
-        plans = () if state is None else [plan.prefill for plan in state.plans if plan.prefill is not None]
+        roles = () if state is None else [plan.role("retrieval") for plan in state.plans]
+        plans = [role.prefill for role in roles if role.prefill is not None]
         if not plans or len(requests) == 1 or self.batch_size == 1:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         shortest = min(plan.min_tokens for plan in plans)

@@ -65,7 +65,7 @@ def identify(
         measure_tokens: tokens of a document, or of a piece of the text, that ``target_drop`` is measured on; default:
             what the model was made for, at most 4096.
         sink, recent: tokens a streaming head keeps, in the measurement and in the config.
-        seed: of everything drawn.
+        seed: random seed.
         work: a folder where a method that trains saves its state, and goes on from.
         progress: show how far it is on stderr: a bar, or where that is no terminal a line now and then.
         options: fields of the method.

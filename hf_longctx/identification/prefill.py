@@ -80,7 +80,7 @@ def identify_prefill(
         cost: the largest density of a head: key blocks read over causal key blocks.
         candidates: patterns, as mappings with their fields or as objects; default: 20 splits of ``vertical_slash`` and
             4 sizes of ``block_topk``, in proportion to ``cost`` and ``length``.
-        seed: of everything drawn.
+        seed: random seed.
         work: a folder where every finished layer is saved, and which an interrupted search goes on from.
         progress: show how far it is on stderr: a bar, or where that is no terminal a line now and then.
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..errors import UnsupportedModeError
 from ..layout.blocks import BlockList
-from ..layout.reads import Averaged, Reads, Window
+from ..layout.reads import All, Causal, Reads
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 
+ANY_LENGTHS = (All, Causal)  # reads that no row position is counted for; a tuple: a union is made anew at each use
 PLAIN = "reads plain segments alone"  # why a case is refused whose segments are not
 
 
@@ -27,7 +28,7 @@ def check(kernel: str, q: Tensor, segments: Sequence[Segment], reads: Reads, sco
     """
     if scores.sinks is not None:
         raise ValueError(f"kernel {kernel} adds no sinks: call hf_longctx.kernels.base.attend, which does.")
-    if not isinstance(reads, Window | Averaged | BlockList):
+    if isinstance(reads, ANY_LENGTHS):
         return
     name = type(reads).__name__
     if any(segment.bias is not None or not isinstance(segment.length, int) for segment in segments):

@@ -6,8 +6,7 @@ Plain torch, any device, differentiable. Shapes: ``B`` batch, ``H`` query heads,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,30 +23,6 @@ FEWEST = 16  # queries of a block where windows are long
 TEMPORARY = 1 << 22  # numbers per temporary: scores, or keys that are summed
 
 Pair = tuple[Tensor, Tensor]  # keys and values
-
-
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """The visibility rule, for the queries of one call.
-
-    Attributes:
-        sink: first tokens, which every later query sees.
-        edge: first row position of a query's window, by the query's; nondecreasing, and never below ``sink``.
-        edges: the same of every query of the call, int64 ``[T]``.
-        end: row position after the last query.
-    """
-
-    sink: int
-    edge: Callable[[int], int]
-    edges: Tensor
-    end: int
-
-
-def prefill(
-    q: Tensor, sinks: Pair, band: Pair, dropped: Pair | None, windows: Windows, *, first: int, scale: float
-) -> Tensor:
-    reads = Averaged(windows.sink, first, windows.end, windows.edge, windows.edges, dropped)
-    return attend(q, sinks, band, reads, Scores(scale), False)[0]
 
 
 def attend(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..layout.blocks import BlockList
 from ._triton_tiles import LN2, LOG2E, load_tile, rank, scores_of, settings, softmax_step
 
-ROWS = KEYS = 64  # tile of `streaming_prefill`
+ROWS = KEYS = 64  # tile of a window
 
 
 @triton.jit

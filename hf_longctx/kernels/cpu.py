@@ -38,8 +38,8 @@ PREFERENCE = 10
 READS = frozenset({All, Causal, Window, Averaged, BlockList})
 
 MASK_ROWS = 512  # rows of the largest mask, group fold included
-TILE_KEYS = 4096  # keys per step of `attend`
-TEMPORARY = 1 << 20  # numbers per temporary: scores of `attend`, gathered keys of `streaming_prefill`
+TILE_KEYS = 4096  # keys per step of `_tiled`
+TEMPORARY = 1 << 20  # numbers per temporary: scores of `_tiled`, gathered keys of a window
 
 # SDPA's own CPU kernel, called by its aten name because only there it also returns the logsumexp.
 _flash_for_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -205,29 +205,6 @@ def _tiled(
         blocks.append((_unfold(out, heads), _unfold(lse, heads)))
     outs, lses = zip(*blocks, strict=True)
     return torch.cat(outs, 2).to(q.dtype), torch.cat(lses, 2)
-
-
-def dense_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return attend(q, [Segment(k, v, k.shape[2])], Causal(), Scores(scale), False)[0]
-
-
-def streaming_prefill(
-    q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
-) -> Tensor:
-    sinks, band = Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])
-    return attend(q, [sinks, band], Window(recent, first), Scores(scale), False)[0]
-
-
-def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    return attend(q, segments, All(), Scores(scale), False)[0]
-
-
-def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    return attend(q, segments, Causal(), Scores(scale), False)[0]
-
-
-def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
-    return attend(q, [Segment(k, v, k.shape[2])], blocks, Scores(scale), False)[0]
 
 
 def _fold(x: Tensor, kv_heads: int) -> Tensor:

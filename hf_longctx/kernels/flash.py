@@ -15,26 +15,23 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..layout.blocks import BlockList
-from ..layout.reads import All, Causal, Reads, Window
+from ..errors import UnsupportedModeError
+from ..layout.reads import Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 from . import _nvidia, cpu
 from ._arguments import PLAIN, check
+from .base import Case, case_of
 from .reference import merge
-
-if TYPE_CHECKING:
-    from .base import Case
 
 NAME = "flash"
 # Below cpu's, whose SDPA is flash attention on CUDA as well: until both have been timed on a device, by name alone.
 PREFERENCE = 2
-READS = frozenset({All, Causal, Window})
+READS = frozenset({Causal, Window})
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,6 @@ VERSIONS = (  # preferred ones first
 
 def supports(case: Case) -> str | None:
     """None when this kernel computes the case, otherwise why it does not."""
-    if case.reads is BlockList:
-        return "reads no block lists"
     if case.kinds:
         return PLAIN
     if case.softcap or case.first_bias:
@@ -70,12 +65,14 @@ def attend(
     q: Tensor, segments: Sequence[Segment], reads: Reads, scores: Scores, want_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as `base` says: out ``[B, H, T, D_v]``, lse ``[B, H, T]``."""
+    if (reason := supports(case_of(q, segments, reads, scores))) is not None:
+        raise UnsupportedModeError(f"kernel flash {reason}. Use kernel: auto or cpu.")
     check(NAME, q, segments, reads, scores)
     own = segments[-1]
     plain = len(segments) == 1 and own.bias is None and isinstance(own.length, int)
     if isinstance(reads, Window) and q.numel():
         return _streaming(q, segments, reads, scores.scale)
-    if isinstance(reads, Causal) and plain and q.numel() and q.shape[2] > 1:
+    if isinstance(reads, Causal) and plain and q.numel():
         return _call(q, *own.kept(), scores.scale, causal=True)
     return cpu.attend(q, segments, reads, scores, want_lse)
 
@@ -146,21 +143,3 @@ def _streaming(q: Tensor, segments: Sequence[Segment], reads: Window, scale: flo
         found.append(merge(parts))
     outs, lses = zip(*found, strict=True)
     return (outs[0], lses[0]) if len(found) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
-
-
-def dense_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return attend(q, [Segment(k, v, k.shape[2])], Causal(), Scores(scale), False)[0]
-
-
-def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    return attend(q, segments, Causal(), Scores(scale), False)[0]
-
-
-decode = dense_prefill_segments
-
-
-def streaming_prefill(
-    q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
-) -> Tensor:
-    sinks, band = Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])
-    return attend(q, [sinks, band], Window(recent, first), Scores(scale), False)[0]

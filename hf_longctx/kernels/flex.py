@@ -1,7 +1,7 @@
 """Block lists by FlexAttention (arXiv:2412.05496): one compiled kernel for every list and every length.
 
 The first call of a group size, dtype, head_dim, block size or scale compiles for seconds to a minute; new lists and new
-lengths then run what was compiled. All that no list speeds up is `cpu.py`'s. Written for the CPU; it takes CUDA devices
+lengths then run what was compiled. Written for the CPU; it takes CUDA devices
 too, for which `triton.py` is the kernel made for lists.
 
 A KV head of a row is one call. Its keys are padded to whole blocks, and behind them stand, list by list, copies of the
@@ -20,29 +20,24 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..errors import UnsupportedModeError
 from ..layout.blocks import BlockList
-from ..layout.reads import All, Causal, Reads, Window
+from ..layout.reads import Reads
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 from . import _nvidia, cpu, reference
 from ._arguments import PLAIN, check, joined
-from .cpu import decode, dense_prefill, dense_prefill_segments, streaming_prefill
-
-if TYPE_CHECKING:
-    from .base import Case
-
-__all__ = ["decode", "dense_prefill", "dense_prefill_segments", "sparse_prefill", "streaming_prefill", "supports"]
+from .base import Case, case_of
 
 NAME = "flex"
 # Below the definition, which needs no compiler: `auto` never takes it.
 PREFERENCE = -1
-READS = frozenset({All, Causal, Window, BlockList})
+READS = frozenset({BlockList})
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VARIANTS = 64  # compiled kernels of a process; beyond that torch raises, where without fullgraph it would run densely
@@ -60,7 +55,7 @@ def supports(case: Case) -> str | None:
         return "computes no gradients"
     if case.kinds:
         return PLAIN
-    if case.reads is BlockList and (case.softcap or case.first_bias):
+    if case.softcap or case.first_bias:
         return "computes neither a softcap nor a bias of the first token"
     return _missing(case.device)
 
@@ -77,9 +72,9 @@ def _missing(device: torch.device) -> str | None:
 def attend(
     q: Tensor, segments: Sequence[Segment], reads: Reads, scores: Scores, want_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as `base` says: out ``[B, H, T, D_v]``; of a block list there is no lse, where it is not wanted."""
-    if not isinstance(reads, BlockList):
-        return cpu.attend(q, segments, reads, scores, want_lse)
+    """Attention over a block list, as `base` says: out ``[B, H, T, D_v]``; there is no lse where it is not wanted."""
+    if (reason := supports(case_of(q, segments, reads, scores))) is not None:
+        raise UnsupportedModeError(f"kernel flex {reason}. Use kernel: cpu or reference.")
     if want_lse:
         return (cpu if q.device.type == "cpu" else reference).attend(q, segments, reads, scores)
     check(NAME, q, segments, reads, scores)
@@ -105,10 +100,6 @@ def _torch_has_it() -> bool:
     return "compute_q_blocks" in inspect.signature(BlockMask.from_kv_blocks).parameters
 
 
-def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
-    return attend(q, [Segment(k, v, k.shape[2])], blocks, Scores(scale), False)[0]
-
-
 def _listed(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
     """Attention ``[B, H, T, D]`` over k, v ``[B, n, S, D]``."""
     (batch, heads, q_len, _), kv_heads = q.shape, k.shape[1]
@@ -129,7 +120,7 @@ def _listed(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) ->
 
 
 def _read(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
-    """`sparse_prefill` of one KV head, ``[1, G, >= NQ * block, D]``: with the queries that whole blocks add."""
+    """`attend` of one KV head, ``[1, G, >= NQ * block, D]``: with the queries that whole blocks add."""
     size, group, query_blocks = blocks.block, q.shape[1], blocks.counts.shape[2]
     # Sizes of one would be compiled for themselves.
     query_rows, key_rows = (max(2, count) * size for count in (query_blocks, blocks.key_blocks))

@@ -31,7 +31,7 @@ from ..layout.reads import All, Averaged, Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 from . import _native_build, cpu, reference
-from ._arguments import check
+from ._arguments import ANY_LENGTHS, check
 from ._quantized import Packed, packed_reason
 from .base import Case
 
@@ -79,27 +79,31 @@ def attend(
     """
     check(NAME, q, segments, reads, scores)
     plain = [segment for segment in segments if isinstance(segment, Segment)]
-    one = q.shape[2] == 1 and isinstance(reads, All | Causal)
-    ours = _computes(scores, q, *_of(plain)) and not needs_grad(*(segment.bias for segment in plain))
-    if len(plain) < len(segments):
-        if not (ours and one):
-            raise UnsupportedModeError(
-                "kernel native unpacks keys and values for one query that reads all of them, without gradients. Call "
-                "hf_longctx.kernels.base.attend, which reads them block by block otherwise."
-            )
-        return _decode(q, segments, scores, want_lse)
-    if not ours or isinstance(reads, Averaged) or (not one and any(segment.bias is not None for segment in plain)):
-        other = reference if isinstance(reads, BlockList) and needs_grad(q, *_of(plain)) else cpu
+    kv = [x for segment in plain for x in (segment.k, segment.v)]
+    biases = [segment.bias for segment in plain if segment.bias is not None]
+    one = q.shape[2] == 1 and isinstance(reads, ANY_LENGTHS)
+    packed = [segment for segment in segments if isinstance(segment, Packed)] if len(plain) < len(segments) else []
+    case = Case(q.device, q.dtype, q.shape[3], needs_grad(q, *kv, *biases), type(reads), one)
+    if packed:
+        case = case._replace(kinds=frozenset(piece.kind for piece in packed))
+    ours = supports(case) is None and _computes(scores, q, kv)
+    if packed and not ours:
+        why = supports(case) or "it takes no such shapes, dtypes or scale"
+        raise UnsupportedModeError(
+            f"kernel native does not unpack these keys and values: {why}. Call hf_longctx.kernels.base.attend, which "
+            "reads them block by block."
+        )
+    if not ours or isinstance(reads, Averaged) or (biases and not one):
+        other = reference if isinstance(reads, BlockList) and needs_grad(q, *kv) else cpu
         return other.attend(q, segments, reads, scores, want_lse)
-    if one:
-        return _decode(q, segments, scores, want_lse)
-    if isinstance(reads, BlockList):
-        return _listed(q, segments, reads, scores, want_lse)
-    if isinstance(reads, Window):
-        return _streaming(q, segments, reads, scores, want_lse)
     call = _Call(scores, want_lse)
-    numbers = [int(isinstance(reads, Causal)), *call.segments(segments)]
-    return call.run("dense", q, segments[0].k.shape[1], numbers)
+    if one:
+        return _decode(call, q, plain, packed, isinstance(segments[0], Packed))
+    if isinstance(reads, BlockList):
+        return _listed(call, q, segments, reads)
+    if isinstance(reads, Window):
+        return _streaming(call, q, segments, reads)
+    return call.run("dense", q, kv[0].shape[1], [int(isinstance(reads, Causal)), *call.segments(segments)])
 
 
 @cache
@@ -234,10 +238,8 @@ def _check_lists(blocks: BlockList, q: Tensor) -> None:
             _refuse(f"lists with {int(low)} to {int(high)} where {end} ends")
 
 
-def _computes(scores: Scores, q: Tensor, *kv: Tensor) -> bool:
-    """Whether the library takes the call; whoever was refused by `supports` may still ask for the answer."""
-    if supports(Case(q.device, q.dtype, q.shape[3], needs_grad(q, *kv))) is not None:
-        return False
+def _computes(scores: Scores, q: Tensor, kv: Sequence[Tensor]) -> bool:
+    """Whether the library takes these tensors and numbers."""
     batch, kv_heads, dim = q.shape[0], kv[0].shape[1] if kv else 0, q.shape[3]
     if kv and (not kv_heads or q.shape[1] % kv_heads):
         _refuse(f"{q.shape[1]} query heads for {kv_heads} KV heads")
@@ -247,27 +249,21 @@ def _computes(scores: Scores, q: Tensor, *kv: Tensor) -> bool:
     return q.numel() > 0 and 1e-30 < scores.scale < 1e30 and (scores.softcap is None or scores.softcap > 0)
 
 
-def _of(segments: Sequence[Segment]) -> list[Tensor]:
-    return [x for segment in segments for x in (segment.k, segment.v)]
-
-
 def _decode(
-    q: Tensor, segments: Sequence[Segment | Packed], scores: Scores, want_lse: bool
+    call: _Call, q: Tensor, plain: Sequence[Segment], packed: Sequence[Packed], begins_packed: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """One query over segments some of which may be packed, unpacked tile by tile."""
-    plain = [segment for segment in segments if isinstance(segment, Segment)]
-    pieces = [segment for segment in segments if isinstance(segment, Packed)]
-    call = _Call(scores, want_lse)
-    kv_heads = {segment.k.shape[1] for segment in segments}
+    """One query over plain segments, and over packed ones, unpacked tile by tile."""
+    numbers = [*call.segments(plain), len(packed)]
+    if not packed:
+        return call.run("decode", q, plain[0].k.shape[1], [*numbers, 0])
+    kv_heads = {segment.k.shape[1] for segment in (*plain, *packed)}
     if len(kv_heads) != 1:
         _refuse(f"segments of {sorted(kv_heads)} KV heads")
-    numbers = [*call.segments(plain), len(pieces), *(number for piece in pieces for number in call.piece(piece, q))]
-    return call.run("decode", q, *kv_heads, [*numbers, int(isinstance(segments[0], Packed))])
+    numbers += [number for piece in packed for number in call.piece(piece, q)]
+    return call.run("decode", q, *kv_heads, [*numbers, int(begins_packed)])
 
 
-def _streaming(
-    q: Tensor, segments: Sequence[Segment], reads: Window, scores: Scores, want_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+def _streaming(call: _Call, q: Tensor, segments: Sequence[Segment], reads: Window) -> tuple[Tensor, Tensor | None]:
     """Without temporaries."""
     sinks, band = segments
     seen = reads.first + band.longest
@@ -276,52 +272,15 @@ def _streaming(
             f"a window of {reads.recent}, {sinks.longest} sinks and a band from {reads.first} to {seen} for "
             f"{q.shape[2]} queries"
         )
-    call = _Call(scores, want_lse)
     numbers = (number for segment in segments for number in call.segment(segment))
     return call.run("streaming", q, band.k.shape[1], (reads.first, reads.recent, *numbers))
 
 
-def _listed(
-    q: Tensor, segments: Sequence[Segment], blocks: BlockList, scores: Scores, want_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+def _listed(call: _Call, q: Tensor, segments: Sequence[Segment], blocks: BlockList) -> tuple[Tensor, Tensor | None]:
     """The segments are read where they lie."""
     _check_lists(blocks, q)
-    call = _Call(scores, want_lse)
     tensors = (blocks.indices, blocks.counts, blocks.columns, blocks.column_counts)
     sizes = (blocks.counts.shape[1], blocks.indices.shape[2], blocks.indices.shape[3], blocks.columns.shape[2])
     pointers = (call.pointer(x.to(torch.int32).contiguous()) for x in tensors)
     made = (blocks.block, blocks.first, blocks.kv_len, *sizes, *pointers)
     return call.run("sparse", q, segments[0].k.shape[1], (*made, *call.segments(segments)))
-
-
-def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    return attend(q, segments, All(), Scores(scale), False)[0]
-
-
-def decode_packed(q: Tensor, segments: list[Segment | Packed], scale: float) -> Tensor | None:
-    kinds = frozenset(piece.kind for piece in segments if isinstance(piece, Packed))
-    plain = [segment for segment in segments if isinstance(segment, Segment)]
-    grads = needs_grad(*_of(plain), *(segment.bias for segment in plain))
-    case = Case(q.device, q.dtype, q.shape[3], grads, All, True, kinds)
-    if supports(case) is not None or any(segment.dtype != q.dtype for segment in segments):
-        return None
-    return attend(q, segments, All(), Scores(scale), False)[0]
-
-
-def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    return attend(q, segments, Causal(), Scores(scale), False)[0]
-
-
-def dense_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return attend(q, [Segment(k, v, k.shape[2])], Causal(), Scores(scale), False)[0]
-
-
-def streaming_prefill(
-    q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
-) -> Tensor:
-    sinks, band = Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])
-    return attend(q, [sinks, band], Window(recent, first), Scores(scale), False)[0]
-
-
-def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
-    return attend(q, [Segment(k, v, k.shape[2])], blocks, Scores(scale), False)[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layout.blocks import BlockList
 from ..layout.pieces import pieces
-from ..layout.reads import ALL, CAUSAL, All, Averaged, Causal, Reads, Window
+from ..layout.reads import All, Averaged, Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 
@@ -158,9 +158,8 @@ def _reads_first(segments: Sequence[Segment], reads: Reads) -> bool:
 def _bias(segment: Segment, q: Tensor) -> Tensor:
     """Of a segment's scores, ``[B, H, 1, longest]``."""
     batch, heads = segment.k.shape[:2]
-    bias = segment.bias
-    if bias is None:
-        bias = torch.zeros((), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    bias = torch.zeros((), dtype=dtype, device=q.device) if segment.bias is None else segment.bias.to(dtype)
     return bias.broadcast_to(batch, heads, 1, segment.longest).repeat_interleave(q.shape[1] // max(heads, 1), 1)
 
 
@@ -249,26 +248,3 @@ def _listed(
         outs.append(torch.cat(out, 2))
         lses.append(torch.cat(lse, 2))
     return torch.cat(outs, 1), torch.cat(lses, 1)
-
-
-def dense_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return attend(q, [Segment(k, v, k.shape[2])], CAUSAL, Scores(scale))[0]
-
-
-def streaming_prefill(
-    q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
-) -> Tensor:
-    sinks, band = Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])
-    return attend(q, [sinks, band], Window(recent, first), Scores(scale))[0]
-
-
-def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    return attend(q, segments, CAUSAL, Scores(scale))[0]
-
-
-def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    return attend(q, segments, ALL, Scores(scale))[0]
-
-
-def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
-    return attend(q, [Segment(k, v, k.shape[2])], blocks, Scores(scale))[0]

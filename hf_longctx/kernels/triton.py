@@ -18,7 +18,7 @@ from ..errors import UnsupportedModeError
 from ..layout.blocks import BlockList
 from ..layout.reads import All, Causal, Reads, Window
 from ..layout.scores import Scores
-from ..layout.segments import HeadKV, Segment
+from ..layout.segments import Segment
 from . import _nvidia, cpu
 from ._arguments import check, joined
 from ._quantized import Packed, packed_reason
@@ -31,7 +31,7 @@ Part = tuple[tuple[int, ...], Sequence[Segment | Packed]]  # KV heads of the lay
 NAME = "triton"
 # Below cpu's: until it has been timed on a device, `auto` takes it for block lists alone, where it beats a definition.
 PREFERENCE = 5
-READS = frozenset({All, Causal, Window, BlockList})
+READS = frozenset({All, Window, BlockList})
 
 HEAD_DIM = 256  # at most; wider tiles do not fit the shared memory
 BLOCKS = (16, 32, 64, 128)  # tokens of a block
@@ -125,41 +125,6 @@ def _nothing(q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(q), q.new_full(
         q.shape[:3], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32)
     )
-
-
-def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
-    return attend(q, [Segment(k, v, k.shape[2])], blocks, Scores(scale), False)[0]
-
-
-def streaming_prefill(
-    q: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor, *, recent: int, first: int, scale: float
-) -> Tensor:
-    sinks, band = Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])
-    return attend(q, [sinks, band], Window(recent, first), Scores(scale), False)[0]
-
-
-def dense_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return attend(q, [Segment(k, v, k.shape[2])], Causal(), Scores(scale), False)[0]
-
-
-def dense_prefill_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    return attend(q, segments, Causal(), Scores(scale), False)[0]
-
-
-def decode(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
-    return _decode(q, [(tuple(range(segments[0].k.shape[1])), segments)], scale)[0]
-
-
-def decode_packed(q: Tensor, segments: list[Segment | Packed], scale: float) -> Tensor | None:
-    pieces = [segment for segment in segments if isinstance(segment, Packed)]
-    for piece in pieces:
-        if piece.dtype != q.dtype or piece.kind[2] != q.shape[3] or piece.k_scale.shape[4] != q.shape[3]:
-            return None
-    return decode(q, segments, scale)
-
-
-def decode_layer(q: Tensor, parts: list[HeadKV], scale: float) -> Tensor:
-    return attend_layer(q, [(part.heads.kv_heads, part.segments) for part in parts], Scores(scale))[0]
 
 
 def _decode(q: Tensor, parts: Sequence[Part], scale: float) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ def _meta(dense: Any, settings: MemorySettings) -> Any:
 
 
 def _checked(memory_model: MemoryModel) -> MemoryModel:
-    """The memory_model, once its model was patched: what cannot be patched is refused before anything is counted."""
+    """The model, once its model was patched: what cannot be patched is refused before anything is counted."""
     memory_model.patch()
     return memory_model
 

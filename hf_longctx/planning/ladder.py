@@ -101,7 +101,7 @@ LADDER: tuple[Callable[[LongCtxConfig], Iterator[Overrides]], ...] = (quantised,
 
 
 def offloaded(memory_model: MemoryModel) -> MemoryModel | None:
-    """The memory_model with its older tokens in host memory; None where its store is another than those of the ladder.
+    """The model with its older tokens in host memory; None where its store is another than those of the ladder.
 
     No rung of the ladder: it is slow, and where the model runs on a CPU it is the same memory.
     """

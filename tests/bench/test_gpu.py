@@ -9,8 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import bench_goals
-from helpers.kernel_faults import change_attend
 from typer.testing import CliRunner
 
 from hf_longctx import ConfigError, LongCtxError
@@ -70,7 +68,7 @@ def test_every_way_is_checked_and_timed_as_often_as_told(word):
             assert len(column["ms"]["raw_ms"]) == TINY.rounds and min(column["ms"]["raw_ms"]) > 0
         assert "needs a CUDA device, not cpu" in result["not_measured"]["flash-attn"]
         assert {"SDPA cuDNN"} <= set(result["not_measured"])
-    assert "flash: computes no BlockList" in prefill["not_measured"]["flash sparse_prefill"]
+    assert "flash: computes no BlockList" in prefill["not_measured"]["flash blocks"]
 
 
 def test_the_work_of_a_column_is_what_its_name_says():
@@ -93,42 +91,45 @@ def test_the_work_of_a_column_is_what_its_name_says():
 
 def test_a_patched_model_decodes_by_the_kernel_of_its_column(monkeypatch):
     ran = []
+    for module in (cpu, reference):
+        attend = module.attend
 
-    def note(q, segments, reads):
-        ran.append(len(segments))
-        return q, segments, reads
+        def noted(q, segments, reads, *args, attend=attend, name=module.NAME, **kwargs):
+            if isinstance(reads, All):
+                ran.append(name)
+            return attend(q, segments, reads, *args, **kwargs)
 
-    change_attend(monkeypatch, reference, All, note)
-    _, decode = gpu.run(replace(TINY, kernels=("reference",), rounds=1), CPU, stopwatch)
-    assert {f"reference {percent}% retrieval" for percent in (100, 25, 50)} <= set(decode["columns"])
-    # Once to see whether it is cpu's; for the check and for the clock, one role at 100 %, two at 25 % and at 50 %.
-    assert len(ran) == 1 + 2 * (1 + 2 + 2)
+        monkeypatch.setattr(module, "attend", noted)
+    gpu.run(replace(TINY, kernels=("reference",), rounds=1), CPU, stopwatch)
+    assert set(ran) == {"reference", "cpu"}  # cpu: the folded dense way
+    # Once for the check and once for the clock: one role at 100 %, two at 25 % and at 50 %.
+    assert ran.count("reference") == 2 * (1 + 2 + 2)
 
 
-def test_what_a_kernel_leaves_to_cpu_is_not_measured_twice():
+def test_what_a_kernel_leaves_to_others_is_not_measured_twice():
     prefill, decode = gpu.run(replace(TINY, kernels=("cpu", "flex"), densities=()), CPU, stopwatch)
-    assert prefill["not_measured"]["flex streaming_prefill"] == "it is that of kernel cpu"
-    assert decode["not_measured"]["flex decode"] == "it is that of kernel cpu"
+    assert "flex: computes no Window" in prefill["not_measured"]["flex streaming"]
+    assert "flex: computes no All" in decode["not_measured"]["flex decode"]
     assert [*prefill["columns"], *decode["columns"]] == [*PREFILL[:2], *DECODE]
 
 
 @pytest.mark.parametrize(
-    ("reads_class", "message"),
+    ("kind", "message"),
     [(BlockList, "cpu blocks 40% differs"), (Window, "cpu streaming differs"), (All, "group folded differs")],
 )
-def test_a_wrong_kernel_is_caught_before_it_is_timed(reads_class, message, monkeypatch):
+def test_a_wrong_kernel_is_caught_before_it_is_timed(kind, message, monkeypatch):
     right = cpu.attend
 
-    def late_queries_off(q, segments, reads, scores, want_lse=True):
-        out, lse = right(q, segments, reads, scores, want_lse)
-        if isinstance(reads, reads_class):
+    def late_queries_off(q, segments, reads, *args, **kwargs):
+        out, lse = right(q, segments, reads, *args, **kwargs)
+        if isinstance(reads, kind):
             out = out.clone()
             out[:, :, -1] *= 1.2  # of the largest value of a prompt, which is that of its first query, this is nothing
         return out, lse
 
     monkeypatch.setattr(cpu, "attend", late_queries_off)
     with pytest.raises(LongCtxError, match=message):
-        gpu.run(replace(TINY, tokens=(600,), dtypes=("fp32",)), CPU, stopwatch if reads_class is All else never)
+        gpu.run(replace(TINY, tokens=(600,), dtypes=("fp32",)), CPU, never if kind is not All else stopwatch)
 
 
 def test_without_any_dense_attention_nothing_is_compared(monkeypatch):
@@ -141,10 +142,10 @@ def test_without_any_dense_attention_nothing_is_compared(monkeypatch):
 
 
 def test_what_does_not_fit_is_named(monkeypatch):
-    def full(*args):
+    def full(*args, **kwargs):
         raise torch.OutOfMemoryError("tried to allocate")
 
-    change_attend(monkeypatch, cpu, Window, full)
+    monkeypatch.setattr(cpu, "attend", full)
     with pytest.raises(LongCtxError, match="600 tokens do not fit on the device .*--tokens and --decode-tokens"):
         gpu.run(TINY, CPU, stopwatch)
 
@@ -155,31 +156,32 @@ def test_the_goals_are_shares_of_what_is_possible(monkeypatch):
     settings = replace(TINY, rounds=1)
     prefill, decode = gpu.run(settings, CPU, lambda work: work() is not None and 2.0 ** -next(numbers))
     assert [column["ms"]["median_ms"] for column in prefill["columns"].values()] == [1, 0.5, 0.25, 0.125]
-    assert not list(bench_goals.goals_on_gpu(prefill, "cpu", 1.0)), "too short a prompt"
-    monkeypatch.setattr(bench_goals, "LONG_ON_GPU", 600)
-    made = list(bench_goals.goals_on_gpu(prefill, "cpu", 1.0))
+    assert not list(gpu_show.goals_of(prefill, "cpu", 1.0)), "too short a prompt"
+    monkeypatch.setattr(gpu_show, "LONG", 600)
+    made = list(gpu_show.goals_of(prefill, "cpu", 1.0))
     assert [goal.text for goal in made] == [
         f"prefill bf16 at 600: cpu blocks {n}% faster than SDPA flash" for n in (40, 80)
     ]
     for goal, faster in zip(made, (4, 8), strict=True):
         density = prefill["columns"][goal.text.split(": ")[1].split(" faster")[0]]["density"]
         assert (goal.measured, goal.goal, goal.reached) == (100 * density * faster, 80, 100 * density * faster >= 80)
-    made = list(bench_goals.goals_on_gpu(decode, "cpu", 1.0))
+    made = list(gpu_show.goals_of(decode, "cpu", 1.0))
     column, dense = decode["columns"]["cpu 25% retrieval"], decode["columns"]["SDPA flash, group folded"]["ms"]
     assert [(goal.unit, goal.goal) for goal in made] == [("% of the ratio of bytes", 80), ("%", 60)] * 2
     assert made[0].measured == 100 * column["density"] * dense["median_ms"] / column["ms"]["median_ms"]
     assert made[1].measured == 100 * column["gb_per_s"]
-    assert not list(bench_goals.goals_on_gpu(decode, "flash", 1.0)), "another kernel's"
+    assert not list(gpu_show.goals_of(decode, "flash", 1.0)), "another kernel's"
 
 
 def test_goals_belong_to_the_default_shape():
     results = gpu.run(TINY, CPU, stopwatch)
     own = {name: getattr(GpuSettings(), name) for name in SHAPE}
-    assert bench_goals.goals(gpu_show.as_json(TINY, results, 1.0)) == []
+    assert gpu_show.goals(TINY, results, 1.0) == []
     stated = replace(TINY, **own)
-    assert len(bench_goals.goals(gpu_show.as_json(stated, results, 1.0))) == 4
+    assert len(gpu_show.goals(stated, results, 1.0)) == 4
     for change in ({"heads": 64}, {"kv_heads": 16}, {"head_dim": 64}, {"sink": 0}, {"recent": 128}):
-        assert bench_goals.goals(gpu_show.as_json(replace(stated, **change), results, 1.0)) == []
+        assert not replace(stated, **change).stated
+    assert GpuSettings().stated
     assert GpuSettings().tokens == (16384, 32768, 65536, 131072)
     assert GpuSettings().decode_tokens == (32768, 131072, 524288, 1048576)
     assert GpuSettings().roles(25) == ["RSSSRSSS"]
@@ -200,8 +202,8 @@ def test_command_prints_a_table_and_writes_every_raw_time(tmp_path, monkeypatch)
     done = invoke(*flags, "--seed", "3", "--json", path)
     assert done.exit_code == 0, done.output
     data = json.loads(path.read_text())
-    assert list(data) == ["benchmark", "environment", "settings", "results"]
-    assert data["benchmark"] == "gpu"
+    assert list(data) == ["benchmark", "environment", "settings", "results", "goals"]
+    assert data["benchmark"] == "gpu" and data["goals"] == []
     assert data["settings"] == json.loads(json.dumps(replace(TINY, seed=3).as_dict()))
     assert data["environment"]["gb_per_s"] > 0 and data["environment"]["torch"] == torch.__version__
     assert [list(result["columns"]) for result in data["results"]] == [PREFILL, DECODE]
@@ -225,6 +227,6 @@ def test_wrong_settings_are_refused(change, message):
         replace(TINY, **change)
 
 
-@pytest.mark.parametrize("args", [["--tokens", "8x"], ["--json", "x.txt"]])
+@pytest.mark.parametrize("args", [["--tokens", "8x"], ["--json", "/no/such/folder/x.json"]])
 def test_bad_options_are_refused(args):
     assert invoke(*args).exit_code == 2

@@ -364,7 +364,9 @@ def test_a_family_is_patched():
 def test_the_reference_of_this_process_has_the_words():
     for kind in WORDS:
         own(kind)
+    register("store", "every", Every)
     text = reference()
+    assert "| `b` | number | none |  |" in text and "`d.NAME` of `store: every`" in text, "no meaning was given"
     assert "| `steps` | whole number, >= 1, <= 4096 (steps) | `4` | grid steps per unit. |" in text
     assert "`pattern: strided` in prefill" in text and "| `every` |" in text
     assert "| `plain` | The definition of attention, as a kernel of one's own. |" in text

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.calls import causal, decode, dense, sparse, streaming
 from helpers.triton_cases import LOW, SCALE, check, cut, masks, random_qkv, wrong
 
 from hf_longctx.errors import UnsupportedModeError
 from hf_longctx.kernels import base as dispatch
 from hf_longctx.kernels import reference
 from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.forward import Forward
 from hf_longctx.layout.heads import RoleHeads
+from hf_longctx.layout.reads import All, Causal, Window
+from hf_longctx.layout.rows import Rows
+from hf_longctx.layout.scores import Scores
 from hf_longctx.layout.segments import HeadKV, Segment
 
 DEVICE = torch.device("cuda")
@@ -23,8 +28,9 @@ every_kernel = pytest.mark.parametrize("word", WORDS)
 both_dtypes = pytest.mark.parametrize("dtype", LOW, ids=str)
 
 
-def kernel_for(word, dtype, function=None):
-    return dispatch.pick(word, device=DEVICE, dtype=dtype, head_dim=SHAPE[3], needs_grad=False, function=function)
+def kernel_for(word, dtype, reads=Causal):
+    """The kernel of the word, or the one that runs in its place where it computes no such reads."""
+    return dispatch.choose(word, dispatch.Case(DEVICE, dtype, SHAPE[3], reads=reads), Forward(Rows(1, 0, 1)))
 
 
 def test_all_other_kernels_refuse_a_gpu():
@@ -39,7 +45,7 @@ def test_all_other_kernels_refuse_a_gpu():
 @pytest.mark.parametrize(("q_len", "kv_len"), [(700, 700), (200, 700), (1, 700)])
 def test_dense_prefill(word, dtype, q_len, kv_len):
     q, k, v = random_qkv(SHAPE, q_len, kv_len, DEVICE, dtype)
-    got = kernel_for(word, dtype).dense_prefill(q, k, v, SCALE)
+    got = dense(kernel_for(word, dtype), q, k, v, SCALE)
     visible = reference.causal_visible(q_len, kv_len, DEVICE)
     check(got, q, k, v, visible)
     wrong(got, q, k, v.flip(1), visible)
@@ -51,7 +57,7 @@ def test_dense_prefill(word, dtype, q_len, kv_len):
 def test_streaming_prefill(word, dtype, q_len, total, first):
     q, k, v = random_qkv(SHAPE, q_len, total, DEVICE, dtype)
     parts = [t[:, :, piece] for piece in (slice(0, 16), slice(first, total)) for t in (k, v)]
-    got = kernel_for(word, dtype).streaming_prefill(q, *parts, recent=100, first=first, scale=SCALE)
+    got = streaming(kernel_for(word, dtype, Window), q, *parts, recent=100, first=first, scale=SCALE)
     check(got, q, k, v, reference.streaming_visible(q_len, total, 16, 100, DEVICE))
     wrong(got, q, k, v, reference.streaming_visible(q_len, total, 8, 30, DEVICE))
 
@@ -63,12 +69,12 @@ def test_streaming_prefill(word, dtype, q_len, total, first):
 def test_segments(word, dtype, cuts, q_len):
     q, k, v = random_qkv(SHAPE, q_len, 700, DEVICE, dtype)
     segments, kernel = cut(k, v, cuts), kernel_for(word, dtype)
-    got = kernel.dense_prefill_segments(q, segments, SCALE)
+    got = causal(kernel, q, segments, SCALE)
     visible = reference.causal_visible(q_len, 700, DEVICE)
     check(got, q, k, v, visible)
     wrong(got, q, k, v.flip(1), visible)
     if q_len == 1:
-        check(kernel.decode(q, segments, SCALE), q, k, v, None)
+        check(decode(kernel_for(word, dtype, All), q, segments, SCALE), q, k, v, None)
 
 
 @both_dtypes
@@ -77,7 +83,7 @@ def test_decode_of_rows_that_differ_in_length(word, dtype):
     q, k, v = random_qkv(SHAPE, 1, 300, DEVICE, dtype)
     length = torch.tensor([120, 300], device=DEVICE)
     bias = torch.randn(300, device=DEVICE)
-    got = kernel_for(word, dtype).decode(q, [Segment(k, v, length, bias)], SCALE)
+    got = decode(kernel_for(word, dtype, All), q, [Segment(k, v, length, bias)], SCALE)
     visible = torch.arange(300, device=DEVICE) < length[:, None, None, None]
     check(got, q, k, v, visible, bias)
     wrong(got, q, k, v, None, bias)
@@ -96,22 +102,23 @@ def test_sparse_prefill(word, dtype, first, kv_len, shared):
         kv_len=kv_len,
     )
     q, k, v = random_qkv(SHAPE, kv_len - first, kv_len, DEVICE, dtype)
-    got = kernel_for(word, dtype, "sparse_prefill").sparse_prefill(q, k, v, made, SCALE)
+    got = sparse(kernel_for(word, dtype, BlockList), q, k, v, made, SCALE)
     visible = made.visible().repeat_interleave(group if shared else 1, 1)
     check(got, q, k, v, visible)
     wrong(got, q, k, v, reference.causal_visible(kv_len - first, kv_len, DEVICE))
 
 
 @both_dtypes
-def test_decode_layer(dtype):
+def test_attend_layer(dtype):
     batch, group, parts = 2, 4, []
     q = torch.randn(batch, 5 * group, 1, 64, device=DEVICE).to(dtype)
-    kernel = kernel_for("triton", dtype, "decode_layer")
+    kernel = kernel_for("triton", dtype, All)
     kept = {}
     for role, kv_heads, kv_len, cuts in (("retrieval", (0, 3), 7000, ()), ("streaming", (1, 2, 4), 320, (64,))):
         _, *kept[role] = random_qkv((batch, len(kv_heads), group, 64), 1, kv_len, DEVICE, dtype)
         parts.append(HeadKV(RoleHeads(role, kv_heads, 5), cut(*kept[role], cuts), None))
-    got = kernel.decode_layer(q, parts, SCALE)
+    given = [(part.heads.kv_heads, part.segments) for part in parts]
+    got = kernel.attend_layer(q, given, Scores(SCALE))[0]
     for part in parts:
         mine = part.heads.take(got, group), part.heads.take(q, group)
         check(*mine, *kept[part.heads.role], None)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_longctx import Family
 from hf_longctx.decode.base import SelectSpec
-from hf_longctx.identification.methods.base import HeadProbe, Method
+from hf_longctx.identification.methods.base import Method
 from hf_longctx.kernels import reference
 from hf_longctx.layout.blocks import BlockList
 from hf_longctx.prefill.base import BLOCK, PatternSpec
@@ -71,7 +71,7 @@ class WeightNorm(Method):
 
     power: float = field(default=1.0, metadata={"above": 0.0, "max": 8.0})
 
-    def scores(self, probe: HeadProbe) -> Tensor:
+    def scores(self, probe) -> Tensor:
         projections = [layer.self_attn.k_proj.weight for layer in probe.model.base_model.layers]
         norms = [weight.detach().unflatten(0, (probe.kv_heads, -1)).flatten(1).norm(dim=1) for weight in projections]
         return torch.stack(norms).double().cpu() ** self.power

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from helpers.calls import decode, sparse, streaming
 from hf_longctx.kernels import _triton_tiles, triton
 from hf_longctx.kernels._quantized import Packed
 from hf_longctx.layout.blocks import BlockList
@@ -47,14 +48,14 @@ def launch_everything(head_dim, dtype, q_len, kv_len, batch):
     query_blocks, key_blocks = -(-kv_len // 64) - first // 64, -(-kv_len // 64)
     every = torch.ones(batch, 8, query_blocks, key_blocks, dtype=torch.bool)
     columns = torch.rand(batch, 8, kv_len) < 0.2
-    triton.sparse_prefill(q, k, k, BlockList.from_mask(every, columns, block=64, first=first, kv_len=kv_len), 0.1)
+    sparse(triton, q, k, k, BlockList.from_mask(every, columns, block=64, first=first, kv_len=kv_len), 0.1)
     sinks, band = k[:, :, :4], k[:, :, 4:]
-    triton.streaming_prefill(q, sinks, sinks, band, band, recent=kv_len // 2 + 1, first=sinks.shape[2], scale=0.1)
+    streaming(triton, q, sinks, sinks, band, band, recent=kv_len // 2 + 1, first=sinks.shape[2], scale=0.1)
     ragged = Segment(k, k, torch.full([batch], kv_len), torch.zeros(kv_len))
-    triton.decode(q[:, :, :1], [Segment(k, k, kv_len), ragged], 0.1)
+    decode(triton, q[:, :, :1], [Segment(k, k, kv_len), ragged], 0.1)
     slots = -(-kv_len // 64) * 64
     packed = Packed.empty(k, k, 2, slots, 4, 64, 0).seen([slots], None)
-    triton.decode_packed(q[:, :, :1], [packed, Segment(k, k, kv_len), ragged], 0.1)
+    decode(triton, q[:, :, :1], [packed, Segment(k, k, kv_len), ragged], 0.1)
 
 
 def built(capability, head_dim, dtype, lengths):

@@ -13,12 +13,16 @@ import traceback
 import pytest
 import torch
 
+from helpers import calls
+from helpers.calls import causal
 from helpers.packed_cases import cases as packed_cases
 from helpers.packed_cases import packed, random_numbers, truth
 from helpers.triton_models import benchmark, forks, one_launch_per_layer
 from hf_longctx.kernels import reference, triton
 from hf_longctx.layout.blocks import BlockList
 from hf_longctx.layout.heads import RoleHeads
+from hf_longctx.layout.reads import ALL, Window
+from hf_longctx.layout.scores import Scores
 from hf_longctx.layout.segments import HeadKV, Segment
 
 SCALE = 0.3
@@ -100,7 +104,7 @@ def sparse(shape, first, kv_len, device, dtype, block=64, shared=False):
     batch, kv_heads, group, _ = shape
     blocks, columns = masks(first, kv_len, block, batch, kv_heads * (1 if shared else group), device)
     q, k, v = random_qkv(shape, kv_len - first, kv_len, device, dtype)
-    got = triton.sparse_prefill(q, k, v, listed(blocks, columns, block, first, kv_len), SCALE)
+    got = calls.sparse(triton, q, k, v, listed(blocks, columns, block, first, kv_len), SCALE)
     clean = BlockList.from_mask(blocks, columns, block=block, first=first, kv_len=kv_len)
     visible = clean.visible().repeat_interleave(group if shared else 1, 1)
     check(got, q, k, v, visible)
@@ -119,7 +123,7 @@ def sparse_control(device, dtype):
     columns[:, 0] |= blocks[:, 0, 3].repeat_interleave(64, -1)[..., :200]  # columns in blocks that are listed too
     made = BlockList.from_mask(blocks, columns, block=64, first=0, kv_len=200)
     assert (made.column_mask() & made.block_mask()[:, :, 3].repeat_interleave(64, -1)[..., :200]).any()
-    check(triton.sparse_prefill(q, k, v, made, SCALE), q, k, v, made.visible())
+    check(calls.sparse(triton, q, k, v, made, SCALE), q, k, v, made.visible())
 
 
 def sparse_rows_alone(device, dtype):
@@ -131,7 +135,7 @@ def sparse_rows_alone(device, dtype):
     blocks, columns = masks(0, 107, 64, 1, 4, device)
     made = listed(blocks, columns, 64, 0, 107)
     check(
-        triton.sparse_prefill(*alone, made, SCALE),
+        calls.sparse(triton, *alone, made, SCALE),
         *alone,
         BlockList.from_mask(blocks, columns, block=64, first=0, kv_len=107).visible(),
     )
@@ -141,7 +145,7 @@ def streaming(shape, q_len, total, sink, recent, device, dtype, dropped=0):
     q, k, v = random_qkv(shape, q_len, total, device, dtype)
     first = min(sink, total) + dropped
     parts = (k[:, :, :sink], v[:, :, :sink], k[:, :, first:], v[:, :, first:])
-    got = triton.streaming_prefill(q, *parts, recent=recent, first=first, scale=SCALE)
+    got = calls.streaming(triton, q, *parts, recent=recent, first=first, scale=SCALE)
     check(got, q, k, v, reference.streaming_visible(q_len, total, sink, recent, device))
     return got, q, k, v
 
@@ -159,9 +163,9 @@ def cut(k, v, cuts):
 
 def decode(shape, kv_len, cuts, device, dtype):
     q, k, v = random_qkv(shape, 1, kv_len, device, dtype)
-    got = triton.decode(q, cut(k, v, cuts), SCALE)
+    got = calls.decode(triton, q, cut(k, v, cuts), SCALE)
     check(got, q, k, v, None)
-    assert torch.equal(triton.dense_prefill_segments(q, cut(k, v, cuts), SCALE), got)
+    assert torch.equal(causal(triton, q, cut(k, v, cuts), SCALE), got), "one query is a decode"
     return got, q, k, v
 
 
@@ -191,15 +195,15 @@ def decode_lengths(device, dtype):
         added[..., 9:] = 0 if bias is None else bias
         added = added.repeat_interleave(4, 1)
         visible = torch.arange(-9, 330, device=device) < length[:, None, None, None]
-        check(triton.decode(q, [plain, ragged], SCALE), q, keys, values, visible, added)
-        alone = triton.decode(q, [ragged], SCALE)
+        check(calls.decode(triton, q, [plain, ragged], SCALE), q, keys, values, visible, added)
+        alone = calls.decode(triton, q, [ragged], SCALE)
         check(alone, q, keys[:, :, 9:], values[:, :, 9:], visible[..., 9:], added[..., 9:])
         assert (alone[2] == 0).all()
         if bias is not None and bias.numel() > 1:  # one number for all keys changes nothing
             wrong(alone, q, keys[:, :, 9:], values[:, :, 9:], visible[..., 9:])
 
 
-def decode_layer(device, dtype):
+def attend_layer(device, dtype):
     """Both roles in one launch: interleaved heads, one role long and one short, in two segments."""
     batch, group, dim = 2, 7, 64
     q = random_tensor(batch, 5 * group, 1, dim, device=device, dtype=dtype)
@@ -210,23 +214,26 @@ def decode_layer(device, dtype):
         parts.append(HeadKV(heads, cut(k, v, cuts), None))
         checks.append((heads, k, v))
     for order in (parts, parts[::-1]):
-        got = triton.decode_layer(q, order, SCALE)
+        given = [(part.heads.kv_heads, part.segments) for part in order]
+        got, lse = triton.attend_layer(q, given, Scores(SCALE))
         for heads, k, v in checks:
             check(heads.take(got, group), heads.take(q, group), k, v, None)
+            exact = reference.attention(heads.take(q, group).double(), k.double(), v.double(), None, SCALE)[1]
+            assert (heads.take(lse, group) - exact).abs().max() < 1e-4
     wrong(heads.take(got.roll(group, 1), group), heads.take(q, group), k, v, None)
-    with pytest.raises(triton.UnsupportedModeError, match=r"KV heads \[0, 3\] of a layer that has 5"):
-        triton.decode_layer(q, parts[:1], SCALE)
+    with pytest.raises(triton.UnsupportedModeError, match=r"the KV heads \[0, 3\] for 35 query heads"):
+        triton.attend_layer(q, given[1:], Scores(SCALE))
 
 
 def empties(device, dtype):
     """Nothing to do gives empty or zero."""
     q, k, v = random_qkv((1, 2, 4, 64), 1, 8, device, dtype)
     none = Segment(k[:, :, :0], v[:, :, :0], 0)
-    assert (triton.decode(q, [none], SCALE) == 0).all()
-    check(triton.decode(q, [none, Segment(k, v, 8)], SCALE), q, k, v, None)
-    assert triton.decode(q[:0], [Segment(k[:0], v[:0], 8)], SCALE).shape == (0, 8, 1, 64)
-    assert triton.decode(q[:, :0], [Segment(k[:, :0], v[:, :0], 8)], SCALE).shape == (1, 0, 1, 64)
-    got = triton.streaming_prefill(q[:, :, :0], k[:, :, :2], v[:, :, :2], k, v, recent=4, first=2, scale=SCALE)
+    assert (calls.decode(triton, q, [none], SCALE) == 0).all()
+    check(calls.decode(triton, q, [none, Segment(k, v, 8)], SCALE), q, k, v, None)
+    assert calls.decode(triton, q[:0], [Segment(k[:0], v[:0], 8)], SCALE).shape == (0, 8, 1, 64)
+    assert calls.decode(triton, q[:, :0], [Segment(k[:, :0], v[:, :0], 8)], SCALE).shape == (1, 0, 1, 64)
+    got = calls.streaming(triton, q[:, :, :0], k[:, :, :2], v[:, :, :2], k, v, recent=4, first=2, scale=SCALE)
     assert got.shape == (1, 8, 0, 64)
 
 
@@ -238,40 +245,61 @@ def refusals(device, dtype):
     for change, match in (
         ((q, k.double(), v, made), "float64"),
         ((q, k[..., :32], v[..., :32], made), "head_dim"),
-        ((q[:, :7], k, v, made), "not"),
-        ((q, k[:, :, :69], v[:, :, :69], made), "tokens 0 to 70"),
-        ((q[:, :, 1:], k, v, made), "tokens 1 to 70"),
+        ((q[:, :7], k, v, made), "7 heads of 70 queries"),
+        ((q, k[:, :, :69], v[:, :, :69], made), "of 69 keys, with 8 lists for 70 queries"),
+        ((q[:, :, 1:], k, v, made), "of 69 queries, 2 of 70 keys"),
         ((q, k, v, small), "not of 4"),
         ((q, k, v, listed(*masks(0, 70, 64, 2, 8, device), 64, 0, 70)), "list of 2 rows"),
-        ((q, k, v, listed(*masks(0, 70, 64, 1, 4, device), 64, 0, 70)), "4 heads"),
+        ((q, k, v, listed(*masks(0, 70, 64, 1, 4, device), 64, 0, 70)), "with 4 lists"),
     ):
         with pytest.raises(triton.UnsupportedModeError, match=match):
-            triton.sparse_prefill(*change, SCALE)
-    with pytest.raises(triton.UnsupportedModeError, match="one query token"):
-        triton.decode(q, [Segment(k, v, 70)], SCALE)
+            calls.sparse(triton, *change, SCALE)
+    dense = triton.attend(q, [Segment(k, v, 70)], ALL, Scores(SCALE), want_lse=False)[0]
+    check(dense, q, k, v, None)  # by the cpu kernel
 
 
-def decode_packed(nth, device, dtype):
+def logsumexp(device, dtype):
+    """Of each kernel, with queries that read nothing."""
+    q, k, v = random_qkv((2, 2, 2, 64), 70, 200, device, dtype)
+    whole = [Segment(k, v, 200)]
+    made = listed(*masks(130, 200, 64, 2, 4, device), 64, 130, 200)
+    window = [Segment(k[:, :, :5], v[:, :, :5], 5), Segment(k[:, :, 9:], v[:, :, 9:], 191)]
+    ragged = [Segment(k, v, torch.tensor([200, 0], device=device))]
+    for asked, segments, reads in (
+        (q, whole, made), (q, window, Window(40, 9)), (q[:, :, :1], whole, ALL), (q[:, :, :1], ragged, ALL),
+    ):  # fmt: skip
+        got = triton.attend(asked, segments, reads, Scores(SCALE))[1]
+        exact = [Segment(one.k.double(), one.v.double(), one.length) for one in segments]
+        want = reference.attend(asked.double(), exact, reads, Scores(SCALE))[1]
+        nothing = want == -math.inf
+        assert torch.equal(got == -math.inf, nothing)
+        assert (got - want).masked_fill(nothing, 0).abs().max() < 1e-4
+        assert (got - 1.01 * want).masked_fill(nothing, 0).abs().max() > 1e-3, "a control"
+    assert nothing.any() and not nothing.all()
+
+
+def decode_quantised(nth, device, dtype):
     shape, segments = list(packed_cases(dtype, device))[nth]
     q = random_numbers(shape[0], shape[1] * shape[2], 1, shape[3], dtype=dtype, seed=3).to(device)
-    got, want = triton.decode_packed(q, segments, SCALE), truth(q, segments)
+    got, want = calls.decode(triton, q, segments, SCALE), truth(q, segments)
     allowed = (4 * torch.finfo(dtype).eps if dtype in LOW else TOLERANCE) * float(want.abs().max())
     assert got.dtype == dtype and error_of(got, want) <= allowed
     assert error_of(got, truth(q, segments, turn=1)) > allowed
 
 
-def decode_packed_nan(device, dtype):
+def decode_quantised_nan(device, dtype):
     """A NaN comes through, and what the kernel does not compute is left to others."""
     shape = (1, 2, 2, 64)
     piece, q = (
         packed(shape, 128, 4, 64, dtype=dtype, device=device),
         random_tensor(1, 4, 1, 64, device=device, dtype=dtype),
     )
-    assert triton.decode_packed(q, [piece], SCALE).isfinite().all()
-    assert triton.decode_packed(q.double(), [piece], SCALE) is None
-    assert triton.decode_packed(q[..., :32], [piece], SCALE) is None
+    assert calls.decode(triton, q, [piece], SCALE).isfinite().all()
+    for other in (q.double(), q[..., :32]):
+        with pytest.raises(triton.UnsupportedModeError, match="packed keys of the dtype, device and head_dim"):
+            calls.decode(triton, other, [piece], SCALE)
     piece.k_scale[0, 1, 1, 0, 5] = math.nan
-    got = triton.decode_packed(q, [piece], SCALE)
+    got = calls.decode(triton, q, [piece], SCALE)
     assert got[:, 2:].isnan().all() and got[:, :2].isfinite().all()
 
 
@@ -321,13 +349,13 @@ def cases(dtypes):
     ):
         add(decode, shape, kv_len, cuts, dtype=wide)
     for nth in range(PACKED):
-        add(decode_packed, nth, dtype=wide)
+        add(decode_quantised, nth, dtype=wide)
     for dtype in dtypes[1:]:
-        add(decode_packed, 1, dtype=dtype)
-    add(decode_packed_nan, dtype=wide)
+        add(decode_quantised, 1, dtype=dtype)
+    add(decode_quantised_nan, dtype=wide)
     for function in (sparse_control, sparse_rows_alone, streaming_control, decode_control, decode_lengths):
         add(function, dtype=wide)
-    for function in (decode_layer, empties, refusals, one_launch_per_layer, forks, benchmark):
+    for function in (attend_layer, logsumexp, empties, refusals, one_launch_per_layer, forks, benchmark):
         add(function, dtype=wide)
     return found
 

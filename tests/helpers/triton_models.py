@@ -77,7 +77,7 @@ def one_launch_per_layer(device, dtype):
         assert (got - want).abs().max() <= allowed
         assert (run(exact, "reference", recent=7)[0] - want).abs().max() > 2 * allowed, "a control"
         with pytest.MonkeyPatch.context() as patch:
-            patch.delattr(triton, "decode_layer")
+            patch.delattr(triton, "attend_layer")
             by_role, counts = run(model, "triton")
         assert counts == dict.fromkeys(KERNELS, 2 * LAYERS * STEPS), "a control: role by role"
         assert (by_role - want).abs().max() <= allowed
@@ -135,8 +135,8 @@ def benchmark(device, dtype):
     assert ours | {"SDPA flash, group folded"} <= set(decode["columns"])
     assert counts == dict.fromkeys(KERNELS, 2 * len(ours)), "one launch for the check and one for the clock"
     with pytest.MonkeyPatch.context() as patch:
-        right = triton.decode_layer
-        patch.setattr(triton, "decode_layer", lambda *args: right(*args).roll(1, 1))
+        right = triton.attend_layer
+        patch.setattr(triton, "attend_layer", lambda *args: (right(*args)[0].roll(1, 1), None))
         with pytest.raises(LongCtxError, match="triton 100% retrieval differs"):
             gpu._decode(settings, word, 70, device, clock, quiet)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,10 @@ import torch
 from hf_longctx import errors
 from hf_longctx.kernels import base as dispatch
 from hf_longctx.kernels import cpu, reference
+from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.forward import Forward
+from hf_longctx.layout.reads import All, Averaged, Causal, Window
+from hf_longctx.layout.rows import Rows
 
 CASE = {"device": torch.device("cpu"), "dtype": torch.float64, "head_dim": 64, "needs_grad": False}
 
@@ -23,9 +28,8 @@ def extra_kernel(monkeypatch):
     def add(name, preference):
         module = ModuleType(f"hf_longctx.kernels.{name}")
         module.NAME, module.PREFERENCE = name, preference
-        module.supports = lambda device, dtype, head_dim, needs_grad: (
-            None if dtype == torch.bfloat16 else "only bfloat16"
-        )
+        module.READS = frozenset({Causal})
+        module.supports = lambda case: None if case.dtype == torch.bfloat16 else "only bfloat16"
         monkeypatch.setitem(sys.modules, module.__name__, module)
         listed = (*dispatch.names(), name)
         monkeypatch.setattr(dispatch, "names", lambda: listed)
@@ -41,65 +45,70 @@ def test_names_are_the_files():
     assert {"cpu", "reference"} <= files
 
 
-def test_every_kernel_has_the_same_functions():
-    for word in ("cpu", "reference"):
-        kernel = dispatch.pick(word, **CASE)
-        assert word == kernel.NAME
-        for function in ("dense_prefill", "streaming_prefill", "decode", "dense_prefill_segments"):
-            assert callable(getattr(kernel, function))
+def test_every_kernel_keeps_the_contract():
+    for name, kernel, failure in dispatch._candidates(dispatch.names()):
+        assert failure is None and name == kernel.NAME
+        assert {All, Causal, Window, Averaged, BlockList} >= kernel.READS and kernel.READS
+        assert list(inspect.signature(kernel.supports).parameters) == ["case"]
+        parameters = inspect.signature(kernel.attend).parameters
+        assert list(parameters) == ["q", "segments", "reads", "scores", "want_lse"]
+        assert parameters["want_lse"].default is True
+    assert {All, Causal, Window, Averaged, BlockList} == reference.READS
 
 
 def test_auto_takes_the_fast_kernel_and_a_word_the_one_it_names():
-    assert dispatch.pick("auto", **CASE) is cpu
-    assert dispatch.pick("auto", **{**CASE, "needs_grad": True, "dtype": torch.float64}) is cpu
-    assert dispatch.pick("reference", **CASE) is reference
+    assert dispatch.pick("auto", dispatch.Case(**CASE)) is cpu
+    assert dispatch.pick("auto", dispatch.Case(**{**CASE, "needs_grad": True, "dtype": torch.float64})) is cpu
+    assert dispatch.pick("reference", dispatch.Case(**CASE)) is reference
     assert cpu.PREFERENCE > reference.PREFERENCE
 
 
 def test_auto_prefers_by_number_among_those_that_support_the_case(extra_kernel):
     fast = extra_kernel("zz_fast", 50)
-    assert dispatch.pick("auto", **{**CASE, "dtype": torch.bfloat16}) is fast
-    assert dispatch.pick("auto", **CASE) is cpu
+    assert dispatch.pick("auto", dispatch.Case(**{**CASE, "dtype": torch.bfloat16})) is fast
+    assert dispatch.pick("auto", dispatch.Case(**CASE)) is cpu
 
 
 def test_a_named_kernel_that_cannot_is_an_error_that_says_what_works(extra_kernel):
     extra_kernel("zz_fast", 50)
     with pytest.raises(errors.UnsupportedModeError, match=r"zz_fast.*float64.*only bfloat16.*auto or one of: cpu"):
-        dispatch.pick("zz_fast", **CASE)
+        dispatch.pick("zz_fast", dispatch.Case(**CASE))
 
 
-def test_a_kernel_without_the_function_is_passed_over(extra_kernel):
+def test_a_kernel_that_computes_no_such_reads_is_passed_over(extra_kernel):
     fast = extra_kernel("zz_fast", 50)
-    case = {**CASE, "dtype": torch.bfloat16, "function": "sparse_prefill"}
-    assert hasattr(reference, "sparse_prefill")
-    assert dispatch.pick("auto", **case) is not fast
-    with pytest.raises(errors.UnsupportedModeError, match=r"zz_fast: has no sparse_prefill.*one of:.*reference"):
-        dispatch.pick("zz_fast", **case)
-    fast.sparse_prefill = reference.sparse_prefill
-    assert dispatch.pick("auto", **case) is fast
+    case = dispatch.Case(CASE["device"], torch.bfloat16, 64, reads=BlockList)
+    assert dispatch.pick("auto", case) is not fast
+    with pytest.raises(errors.UnsupportedModeError, match=r"zz_fast: computes no BlockList.*one of:.*reference"):
+        dispatch.pick("zz_fast", case)
+    forward = Forward(Rows(1, 0, 1))
+    assert dispatch.choose("zz_fast", case, forward) is dispatch.pick("auto", case), "in a model another one runs"
+    assert "zz_fast" not in forward.log.used
+    fast.READS = frozenset({Causal, BlockList})
+    assert dispatch.pick("auto", case) is dispatch.choose("zz_fast", case, Forward(Rows(1, 0, 1))) is fast
 
 
-def test_a_kernel_that_lacks_a_function_is_refused_early(extra_kernel):
+def test_a_kernel_that_lacks_reads_is_refused_early(extra_kernel):
     fast = extra_kernel("zz_fast", 50)
     for word in ("auto", "stock", "reference", "zz_unknown"):
-        dispatch.require(word, "sparse_prefill", "it")
-    with pytest.raises(errors.UnsupportedModeError, match=r"it needs.*'sparse_prefill'.*'zz_fast'.*one of:.*reference"):
-        dispatch.require("zz_fast", "sparse_prefill", "it")
-    fast.sparse_prefill = reference.sparse_prefill
-    dispatch.require("zz_fast", "sparse_prefill", "it")
+        dispatch.require(word, BlockList, "it")
+    with pytest.raises(errors.UnsupportedModeError, match=r"it needs.*BlockList.*'zz_fast'.*one of:.*reference"):
+        dispatch.require("zz_fast", BlockList, "it")
+    fast.READS = frozenset({BlockList})
+    dispatch.require("zz_fast", BlockList, "it")
 
 
 def test_a_kernel_that_cannot_be_imported_is_skipped_by_auto_and_named_in_the_error(monkeypatch):
     listed = (*dispatch.names(), "zz_missing")
     monkeypatch.setattr(dispatch, "names", lambda: listed)
-    assert dispatch.pick("auto", **CASE) is cpu
+    assert dispatch.pick("auto", dispatch.Case(**CASE)) is cpu
     with pytest.raises(errors.UnsupportedModeError, match="cannot be imported"):
-        dispatch.pick("zz_missing", **CASE)
+        dispatch.pick("zz_missing", dispatch.Case(**CASE))
 
 
 def test_no_kernel_for_integers():
     with pytest.raises(errors.UnsupportedModeError, match="floating point"):
-        dispatch.pick("auto", **{**CASE, "dtype": torch.int32})
+        dispatch.pick("auto", dispatch.Case(**{**CASE, "dtype": torch.int32}))
 
 
 @pytest.mark.parametrize(
@@ -107,4 +116,4 @@ def test_no_kernel_for_integers():
 )
 def test_an_unknown_word_is_a_config_error(word, near):
     with pytest.raises(errors.ConfigError, match=near):
-        dispatch.pick(word, **CASE)
+        dispatch.pick(word, dispatch.Case(**CASE))

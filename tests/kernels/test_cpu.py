@@ -6,8 +6,12 @@ import math
 
 import pytest
 import torch
+from helpers import calls
+from helpers.calls import decode, dense, streaming
 
 from hf_longctx.kernels import cpu, reference
+from hf_longctx.layout.reads import ALL
+from hf_longctx.layout.scores import Scores
 from hf_longctx.layout.segments import Segment
 
 TOLERANCE = 1e-12
@@ -74,16 +78,16 @@ LENGTHS = [1, 63, 64, 65, 257]
 def test_dense_prefill(q_len, past, any_lse):
     shape = SHAPES[(q_len + past) % len(SHAPES)]
     q, k, v = random_qkv(shape, q_len, q_len + past)
-    got = cpu.dense_prefill(q, in_nan_buffer(k), in_nan_buffer(v), 0.3)
-    assert error(got, reference.dense_prefill(q, k, v, 0.3)) <= TOLERANCE
+    got = dense(cpu, q, in_nan_buffer(k), in_nan_buffer(v), 0.3)
+    assert error(got, dense(reference, q, k, v, 0.3)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dense_prefill_of_every_shape(shape, any_lse):
     q, k, v = random_qkv(shape, 70, 95)
-    assert error(cpu.dense_prefill(q, k, v, 0.3), reference.dense_prefill(q, k, v, 0.3)) <= TOLERANCE
-    shifted = cpu.dense_prefill(q, k.roll(1, 2), v.roll(1, 2), 0.3)
-    assert error(shifted, reference.dense_prefill(q, k, v, 0.3)) > 1e-3
+    assert error(dense(cpu, q, k, v, 0.3), dense(reference, q, k, v, 0.3)) <= TOLERANCE
+    shifted = dense(cpu, q, k.roll(1, 2), v.roll(1, 2), 0.3)
+    assert error(shifted, dense(reference, q, k, v, 0.3)) > 1e-3
 
 
 def check_streaming(shape, q_len, total, sink, recent, dropped=0):
@@ -91,13 +95,13 @@ def check_streaming(shape, q_len, total, sink, recent, dropped=0):
     q, k, v = random_qkv(shape, q_len, total)
     first = min(sink, total) + dropped
     parts = [in_nan_buffer(x) for x in (k[:, :, :sink], v[:, :, :sink], k[:, :, first:], v[:, :, first:])]
-    got = cpu.streaming_prefill(q, *parts, recent=recent, first=first, scale=0.3)
+    got = streaming(cpu, q, *parts, recent=recent, first=first, scale=0.3)
     visible = reference.streaming_visible(q_len, total, sink, recent)
     want = reference.attention(q, k, v, visible, 0.3)[0]
     assert error(got, want) <= TOLERANCE
-    assert error(
-        reference.streaming_prefill(q, *parts[:2], *parts[2:], recent=recent, first=first, scale=0.3), want
-    ) <= (TOLERANCE)
+    assert error(streaming(reference, q, *parts[:2], *parts[2:], recent=recent, first=first, scale=0.3), want) <= (
+        TOLERANCE
+    )
     return q, parts, first, want
 
 
@@ -129,7 +133,7 @@ def test_streaming_prefill_of_every_shape(shape):
 def test_streaming_window_off_by_one_fails():
     q, parts, first, want = check_streaming((1, 2, 4, 16), 300, 300, SINK, RECENT)
     for recent in (RECENT - 1, RECENT + 1):
-        got = cpu.streaming_prefill(q, *parts, recent=recent, first=first, scale=0.3)
+        got = streaming(cpu, q, *parts, recent=recent, first=first, scale=0.3)
         assert error(got, want) > 1e-3
     unlike = reference.attention(q, *random_qkv((1, 2, 4, 16), 300, 300)[1:], reference.causal_visible(300, 300), 0.3)[
         0
@@ -154,7 +158,7 @@ def segments_of(k, v, cuts, lengths=None):
 )
 def test_decode(shape, kv_len, cuts, any_lse):
     q, k, v = random_qkv(shape, 1, kv_len)
-    got = cpu.decode(q, segments_of(k, v, cuts), 0.3)
+    got = decode(cpu, q, segments_of(k, v, cuts), 0.3)
     assert error(got, reference.attention(q, k, v, None, 0.3)[0]) <= TOLERANCE
 
 
@@ -169,19 +173,19 @@ def test_decode_with_bias_and_lengths_per_row(shape, any_lse):
     for bias in (None, random_tensor(50), random_tensor(batch, heads, 1, 50), random_tensor(1, 1, 1, 1)):
         ragged = Segment(k, v, length, bias)
         for segments in ([ragged], [plain, ragged], [ragged, plain], [ragged, ragged]):
-            want = reference.decode(q, segments, 0.3)
+            want = decode(reference, q, segments, 0.3)
             assert not want.isnan().any()
-            assert error(cpu.decode(q, segments, 0.3), want) <= TOLERANCE
-    unbiased = cpu.decode(q, [Segment(k, v, length)], 0.3)
-    assert error(unbiased, cpu.decode(q, [Segment(k, v, length, random_tensor(50))], 0.3)) > 1e-3
+            assert error(decode(cpu, q, segments, 0.3), want) <= TOLERANCE
+    unbiased = decode(cpu, q, [Segment(k, v, length)], 0.3)
+    assert error(unbiased, decode(cpu, q, [Segment(k, v, length, random_tensor(50))], 0.3)) > 1e-3
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("q_len", "cuts"), [(2, ()), (16, (30,)), (65, (10, 20)), (65, (0, 35)), (1, (50,))])
 def test_dense_prefill_segments(shape, q_len, cuts, any_lse):
     q, k, v = random_qkv(shape, q_len, 100)
-    got = cpu.dense_prefill_segments(q, segments_of(k, v, cuts), 0.3)
-    assert error(got, reference.dense_prefill(q, k, v, 0.3)) <= TOLERANCE
+    got = calls.causal(cpu, q, segments_of(k, v, cuts), 0.3)
+    assert error(got, dense(reference, q, k, v, 0.3)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -192,8 +196,8 @@ def test_dense_prefill_segments_with_bias_and_lengths_per_row(shape, any_lse):
     for bias in (None, random_tensor(batch, heads, 1, 50)):
         segments = [Segment(k[:, :, :9], v[:, :, :9], short), Segment(k, v, length, bias)]
         for used in (segments, segments[1:], [segments[1], Segment(k, v, 50, bias)]):
-            want = reference.dense_prefill_segments(q, used, 0.3)
-            assert error(cpu.dense_prefill_segments(q, used, 0.3), want) <= TOLERANCE
+            want = calls.causal(reference, q, used, 0.3)
+            assert error(calls.causal(cpu, q, used, 0.3), want) <= TOLERANCE
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -203,7 +207,7 @@ def test_attend_in_small_tiles(causal, monkeypatch):
     q, k, v = random_qkv((2, 2, 3, 16), 37, 70)
     bias = random_tensor(2, 2, 1, 70)
     bias[..., :33] = -math.inf
-    out, lse = cpu.attend(q, k, v, 0.3, bias, causal)
+    out, lse = cpu._tiled(q, k, v, Scores(0.3), bias, causal)
     visible = reference.causal_visible(37, 70) if causal else None
     want, want_lse = reference.attention(q, k, v, visible, 0.3, bias.repeat_interleave(3, 1))
     assert error(out, want) <= TOLERANCE
@@ -214,15 +218,15 @@ def test_nothing_to_do_gives_empty_or_zero():
     q, k, v = random_qkv((1, 2, 4, 16), 3, 8)
     none = k[:, :, :0]
     for run in (
-        lambda q, k, v: cpu.dense_prefill(q, k, v, 0.3),
-        lambda q, k, v: cpu.streaming_prefill(q, k[:, :, :0], v[:, :, :0], k, v, recent=4, first=0, scale=0.3),
-        lambda q, k, v: cpu.dense_prefill_segments(q, segments_of(k, v, (2,)), 0.3),
-        lambda q, k, v: cpu.decode(q[:, :, :1], segments_of(k, v, ()), 0.3),
+        lambda q, k, v: dense(cpu, q, k, v, 0.3),
+        lambda q, k, v: streaming(cpu, q, k[:, :, :0], v[:, :, :0], k, v, recent=4, first=0, scale=0.3),
+        lambda q, k, v: calls.causal(cpu, q, segments_of(k, v, (2,)), 0.3),
+        lambda q, k, v: decode(cpu, q[:, :, :1], segments_of(k, v, ()), 0.3),
     ):
         assert run(q[:, :, :0], k, v).shape[2] == 0
         assert run(q[:, :0], k[:, :0], v[:, :0]).shape[1] == 0
-    assert (cpu.decode(q[:, :, :1], [Segment(none, none, 0)], 0.3) == 0).all()
-    out, lse = cpu.attend(q, none, none, 0.3)
+    assert (decode(cpu, q[:, :, :1], [Segment(none, none, 0)], 0.3) == 0).all()
+    out, lse = cpu.attend(q, [Segment(none, none, 0)], ALL, Scores(0.3))
     assert (out == 0).all()
     assert (lse == -math.inf).all()
 
@@ -231,10 +235,11 @@ def low_precision_cases(q, k, v, dtype):
     """(kernel output, plain torch output in the same precision, float64 truth)."""
     total, truth_of = q.shape[2], [x.double() for x in (q, k, v)]
     for visible, run in (
-        (reference.causal_visible(total, total), lambda: cpu.dense_prefill(q, k, v, 0.25)),
+        (reference.causal_visible(total, total), lambda: dense(cpu, q, k, v, 0.25)),
         (
             reference.streaming_visible(total, total, SINK, RECENT),
-            lambda: cpu.streaming_prefill(
+            lambda: streaming(
+                cpu,
                 q,
                 *(x[:, :, a] for a in (slice(SINK), slice(SINK, None)) for x in (k, v)),
                 recent=RECENT,
@@ -242,13 +247,13 @@ def low_precision_cases(q, k, v, dtype):
                 scale=0.25,
             ),
         ),
-        (reference.causal_visible(100, total), lambda: cpu.dense_prefill(q[:, :, -100:], k, v, 0.25)),
+        (reference.causal_visible(100, total), lambda: dense(cpu, q[:, :, -100:], k, v, 0.25)),
         (
             reference.causal_visible(100, total),
-            lambda: cpu.dense_prefill_segments(q[:, :, -100:], segments_of(k, v, (99, 200)), 0.25),
+            lambda: calls.causal(cpu, q[:, :, -100:], segments_of(k, v, (99, 200)), 0.25),
         ),
-        (reference.causal_visible(1, total), lambda: cpu.decode(q[:, :, -1:], segments_of(k, v, ()), 0.25)),
-        (reference.causal_visible(1, total), lambda: cpu.decode(q[:, :, -1:], segments_of(k, v, (7, 100)), 0.25)),
+        (reference.causal_visible(1, total), lambda: decode(cpu, q[:, :, -1:], segments_of(k, v, ()), 0.25)),
+        (reference.causal_visible(1, total), lambda: decode(cpu, q[:, :, -1:], segments_of(k, v, (7, 100)), 0.25)),
     ):
         rows = q[:, :, -visible.shape[0] :]
         wide = [x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v)]
@@ -271,7 +276,7 @@ def test_bias_is_not_rounded_to_half_precision(dtype, any_lse):
     q, k, v = random_qkv((1, 2, 4, 16), 1, 40, dtype)
     bias = torch.linspace(8, 10, 40)
     for length in (40, torch.tensor([40])):
-        got = cpu.decode(q, [Segment(k, v, length, bias)], 0.25)
+        got = decode(cpu, q, [Segment(k, v, length, bias)], 0.25)
         truth = reference.attention(q.double(), k.double(), v.double(), None, 0.25, bias.double())[0]
         rounded = reference.attention(q.double(), k.double(), v.double(), None, 0.25, bias.to(dtype).double())[0]
         assert float((got.double() - truth).abs().max()) < 0.5 * float((rounded - truth).abs().max()) + 2e-3
@@ -283,20 +288,18 @@ def test_gradients(group):
     late = q[:, :, 4:].detach().requires_grad_()
     one = q[:, :, :1].detach().requires_grad_()
     check = torch.autograd.gradcheck
-    assert check(lambda q, k, v: cpu.dense_prefill(q, k, v, 0.5), (q, k, v))
-    assert check(lambda q, k, v: cpu.dense_prefill(q, k, v, 0.5), (late, k, v))
+    assert check(lambda q, k, v: dense(cpu, q, k, v, 0.5), (q, k, v))
+    assert check(lambda q, k, v: dense(cpu, q, k, v, 0.5), (late, k, v))
     assert check(
-        lambda q, k, v: cpu.streaming_prefill(
-            q, k[:, :, :2], v[:, :, :2], k[:, :, 2:], v[:, :, 2:], recent=3, first=2, scale=0.5
+        lambda q, k, v: streaming(
+            cpu, q, k[:, :, :2], v[:, :, :2], k[:, :, 2:], v[:, :, 2:], recent=3, first=2, scale=0.5
         ),
         (q, k, v),
     )
-    assert check(lambda q, k, v: cpu.decode(q, [Segment(k, v, torch.tensor([6]))], 0.5), (one, k, v))
+    assert check(lambda q, k, v: decode(cpu, q, [Segment(k, v, torch.tensor([6]))], 0.5), (one, k, v))
 
     def two(q, k, v):
-        return cpu.dense_prefill_segments(
-            q, [Segment(k[:, :, :3], v[:, :, :3], 3), Segment(k[:, :, 3:], v[:, :, 3:], 6)], 0.5
-        )
+        return calls.causal(cpu, q, [Segment(k[:, :, :3], v[:, :, :3], 3), Segment(k[:, :, 3:], v[:, :, 3:], 6)], 0.5)
 
     assert check(two, (late, k, v))
     assert check(two, (one, k, v))
@@ -307,7 +310,7 @@ def test_streaming_gradients_through_uniform_blocks():
     parts = [x.clone().requires_grad_() for x in (q, k[:, :, :3], v[:, :, :3], k[:, :, 3:], v[:, :, 3:])]
     weight = random_tensor(2, 2, 200, 4, seed=9)
     grads = [
-        torch.autograd.grad((kernel.streaming_prefill(*parts, recent=20, first=3, scale=0.5) * weight).sum(), parts)
+        torch.autograd.grad((streaming(kernel, *parts, recent=20, first=3, scale=0.5) * weight).sum(), parts)
         for kernel in (cpu, reference)
     ]
     assert max(error(a, b) for a, b in zip(*grads, strict=True)) <= 1e-11
@@ -324,10 +327,10 @@ def test_any_strides_and_a_backward_pass(dtype):
         streamed = [q, k[:, :, :5], v[:, :, :5], k[:, :, 5:], v[:, :, 5:]]
         segments = [Segment(k[:, :, :70], v[:, :, :70], 70), Segment(k[:, :, 70:], v[:, :, 70:], 80)]
         for run in (
-            lambda kernel, s=streamed: kernel.streaming_prefill(*s, recent=40, first=5, scale=0.3),
-            lambda kernel, q=q, k=k, v=v: kernel.dense_prefill(q[:, :, 50:], k, v, 0.3),
-            lambda kernel, q=q, s=segments: kernel.dense_prefill_segments(q[:, :, 90:], s, 0.3),
-            lambda kernel, q=q, s=segments: kernel.decode(q[:, :, 149:], s, 0.3),
+            lambda kernel, s=streamed: streaming(kernel, *s, recent=40, first=5, scale=0.3),
+            lambda kernel, q=q, k=k, v=v: dense(kernel, q[:, :, 50:], k, v, 0.3),
+            lambda kernel, q=q, s=segments: calls.causal(kernel, q[:, :, 90:], s, 0.3),
+            lambda kernel, q=q, s=segments: decode(kernel, q[:, :, 149:], s, 0.3),
         ):
             got = run(cpu)
             assert error(got, run(reference)) <= tolerance
@@ -340,13 +343,13 @@ def test_any_strides_and_a_backward_pass(dtype):
 @pytest.mark.parametrize("grad", [False, True])
 def test_masks_stay_small(group, grad, masks):
     q, k, v = (x.requires_grad_(grad) for x in random_qkv((1, 1, group, 16), 1100, 1400, torch.float32))
-    cpu.dense_prefill(q, k, v, 0.25)
-    cpu.dense_prefill(q, k[:, :, :1100], v[:, :, :1100], 0.25)
+    dense(cpu, q, k, v, 0.25)
+    dense(cpu, q, k[:, :, :1100], v[:, :, :1100], 0.25)
     streamed = (q, k[:, :, :5], v[:, :, :5], k[:, :, 5:1100], v[:, :, 5:1100])
-    cpu.streaming_prefill(*streamed, recent=40, first=5, scale=0.25)
+    streaming(cpu, *streamed, recent=40, first=5, scale=0.25)
     segments = [Segment(k[:, :, :200], v[:, :, :200], 200), Segment(k[:, :, 200:], v[:, :, 200:], 1200)]
-    cpu.dense_prefill_segments(q, segments, 0.25)
-    cpu.decode(q[:, :, :1], segments[:1], 0.25)
+    calls.causal(cpu, q, segments, 0.25)
+    decode(cpu, q[:, :, :1], segments[:1], 0.25)
     assert masks
     assert all(entries <= 512 * keys for entries, keys in masks)
     assert masks[-1][0] == 0  # plain decode needs none
@@ -356,12 +359,12 @@ def test_streaming_prefill_reads_a_number_of_keys_linear_in_the_prompt(masks):
     def keys_read(q_len):
         masks.clear()
         q, k, v = random_qkv((1, 1, 4, 16), q_len, q_len, torch.float32)
-        cpu.streaming_prefill(q, k[:, :, :5], v[:, :, :5], k[:, :, 5:], v[:, :, 5:], recent=40, first=5, scale=0.25)
+        streaming(cpu, q, k[:, :, :5], v[:, :, :5], k[:, :, 5:], v[:, :, 5:], recent=40, first=5, scale=0.25)
         return len(masks), max(keys for _, keys in masks)
 
     assert keys_read(1000)[1] == keys_read(4000)[1] <= 5 + 40 + BLOCK
     # A verification step with a past costs one call over what its queries see.
     q, k, v = random_qkv((1, 1, 4, 16), 3, 500, torch.float32)
     masks.clear()
-    cpu.streaming_prefill(q, k[:, :, :5], v[:, :, :5], k[:, :, 5:], v[:, :, 5:], recent=40, first=5, scale=0.25)
+    streaming(cpu, q, k[:, :, :5], v[:, :, :5], k[:, :, 5:], v[:, :, 5:], recent=40, first=5, scale=0.25)
     assert [keys for _, keys in masks] == [5 + 40 + 2]

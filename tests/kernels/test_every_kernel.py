@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gpt_oss import modeling_gpt_oss
 
 from hf_longctx.kernels import base
 from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.forward import Forward
 from hf_longctx.layout.reads import ALL, CAUSAL, Averaged, Window
+from hf_longctx.layout.rows import Rows
 from hf_longctx.layout.scores import Scores
 from hf_longctx.layout.segments import Segment
 
@@ -120,10 +126,10 @@ class Call:
         other.q, other.k, other.v = (x.to(dtype).double() for x in (self.q, self.k, self.v))
         return other
 
-    def truth(self, scores: Scores):
-        """(out, lse) by the formula."""
+    def truth(self, scores: Scores, bias=0):
+        """(out, lse) by the formula; ``bias`` is added to the capped scores."""
         k, v = (x.repeat_interleave(self.group, 1) for x in (self.k, self.v))
-        found = cap(self.q @ k.transpose(2, 3) * scores.scale, scores.softcap)
+        found = cap(self.q @ k.transpose(2, 3) * scores.scale, scores.softcap) + bias
         if scores.first_bias is not None:
             found[..., 0] += scores.first_bias[:, None]
         found = found.masked_fill(~self.visible, -math.inf)
@@ -221,3 +227,125 @@ def test_out_and_lse_are_those_of_the_rule(word, kind, name):
             assert not same(got, own.truth(replace(scores, softcap=1.4)), allowed)
         if scores.first_bias is not None and call.visible[..., 0].any():
             assert not same(got, own.truth(replace(scores, first_bias=None)), allowed)
+
+
+@pytest.mark.parametrize("kind", ["all", "causal"])
+@pytest.mark.parametrize("word", WORDS)
+def test_lengths_by_sequence_and_biases(word, kind):
+    """The slots past a sequence's length are NaN; one sequence has no token in the last segment."""
+    for new, group in ((1, 4), (9, 7), (30, 1)):
+        call = Call(kind, new, 40, group, (13,))
+        lengths = torch.tensor([call.total - 13, new - 1 if kind == "causal" else 0])
+        scores = scores_of("softcap first", call.heads)
+        dtype = taken(word, call, scores)
+        if dtype is None:
+            continue
+        q, (past, last) = call.given(dtype)
+        last.length = lengths
+        last.bias, past.bias = randoms(2, 2, 1, call.total - 13, seed=3).float(), randoms(1, 1, 1, 13, seed=4).float()
+        for x in (last.k, last.v):
+            x[1, :, int(lengths[1]) :] = math.nan
+        own = call.rounded(dtype)
+        slots = torch.arange(call.total) - 13
+        end = lengths[:, None, None, None]
+        inside = slots < end
+        if kind == "causal":
+            inside = slots <= end - new + torch.arange(new)[:, None]
+        own.visible = (inside | (slots < 0)).expand(2, call.heads, new, -1)
+        added = torch.cat([past.bias.expand(2, 2, 1, 13), last.bias], 3).double().repeat_interleave(group, 1)
+        given = cast(scores, torch.promote_types(dtype, torch.float32))
+        got = MODULES[word].attend(q, [past, last], call.reads, given)
+        assert same(got, own.truth(scores, added), tolerance(dtype))
+        assert not same(got, own.truth(scores, added.roll(1, 3)), tolerance(dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sinks_are_a_logit_without_a_value(kind):
+    """By the reference itself, and added by `base.attend` to what any kernel gives; a model's kernels in one place."""
+    call = Call(kind, 9, 119, 4)
+    scores = scores_of("softcap first sinks", call.heads)
+    q, segments = call.given(torch.float64)
+    want = call.truth(scores)
+    for got in (
+        MODULES["reference"].attend(q, segments, call.reads, scores),
+        base.attend("auto", q, segments, call.reads, scores, Forward(Rows(2, 119, 9)), want_lse=True),
+        (base.attend("auto", q, segments, call.reads, scores, Forward(Rows(2, 119, 9)))[0], want[1]),
+    ):
+        assert same(got, want, 1e-12)
+        assert not same(got, call.truth(replace(scores, sinks=scores.sinks + 0.1)), 1e-3)
+    for name, module in MODULES.items():
+        if name != "reference" and module.supports(base.case_of(q, segments, call.reads, scores)) is None:
+            with pytest.raises(ValueError, match="adds no sinks"):
+                module.attend(q, segments, call.reads, scores)
+
+
+def test_the_formulas_are_those_of_transformers():
+    """Gemma 2's softcap and gpt-oss's sinks, by their own eager functions; Gemma's softmax is in float32."""
+    call = Call("causal", 33, 40, 4)
+    q, segments = call.given(torch.float64)
+    mask = torch.zeros(33, 73, dtype=torch.float64).masked_fill(~call.visible[0, 0], -math.inf)[None, None]
+    module = SimpleNamespace(num_key_value_groups=4, training=False, head_dim=DIM)
+    eager = modeling_gemma2.eager_attention_forward
+    want = eager(module, call.q, call.k, call.v, mask, scaling=SCALE, softcap=1.5)[0].transpose(1, 2)
+    for word in ("reference", "auto"):
+        scores = Scores(SCALE, softcap=1.5)
+        got, _ = base.attend(word, q, segments, call.reads, scores, Forward(Rows(2, 40, 33)))
+        assert (got - want).abs().max() < 1e-6
+        plain, _ = base.attend(word, q, segments, call.reads, Scores(SCALE), Forward(Rows(2, 40, 33)))
+        assert (plain - want).abs().max() > 1e-2
+    sinks = randoms(call.heads, seed=6)
+    module.sinks = sinks
+    want = modeling_gpt_oss.eager_attention_forward(module, call.q, call.k, call.v, mask, scaling=SCALE)[0]
+    for word in ("reference", "auto"):
+        got, _ = base.attend(word, q, segments, call.reads, Scores(SCALE, sinks=sinks), Forward(Rows(2, 40, 33)))
+        assert (got - want.transpose(1, 2)).abs().max() < 1e-12
+        assert (plain - want.transpose(1, 2)).abs().max() > 1e-2
+
+
+class Bytes(TorchDispatchMode):
+    """The largest tensor that is made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(one, torch.Tensor) and not any(one is x for x in args):
+                views = one._is_view() or one.untyped_storage().data_ptr() in self.known
+                self.most = max(self.most, 0 if views else one.numel() * one.element_size())
+        return out
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("word", [word.values[0] for word in WORDS if not word.marks])
+def test_a_selection_of_decode_is_a_list_with_one_query_block(word, by_head):
+    """All blocks are dense attention; some are read where they lie, over several segments, and no others copied."""
+    heads, group, total = 2, 4, 4097
+    call = Call("all", 1, total - 1, group, (1000, 1030))
+    lists = heads * group if by_head else heads
+    scores = Scores(SCALE)
+    every = torch.ones(2, lists, 1, -(-total // 16), dtype=torch.bool)
+    some = torch.rand(every.shape, generator=torch.Generator().manual_seed(0)) < 0.03
+    some[..., 0], some[..., -1], some[..., 62] = True, True, True  # block 62 lies in two segments
+    made = BlockList.from_mask(some, block=16, first=total - 1, kv_len=total)
+    call.reads = made
+    dtype = taken(word, call, scores)
+    if dtype is None:
+        assert word not in ("cpu", "native", "reference")
+        return
+    q, segments = call.given(dtype)
+    module, dense = MODULES[word], BlockList.from_mask(every, block=16, first=total - 1, kv_len=total)
+    allowed = tolerance(dtype)
+    whole = module.attend(q, segments, ALL, scores)
+    assert same(module.attend(q, segments, dense, scores), tuple(x.double() for x in whole), allowed)
+    if word != "reference":
+        with Bytes() as made_bytes:
+            made_bytes.known = {x.untyped_storage().data_ptr() for one in segments for x in (one.k, one.v)}
+            got = module.attend(q, segments, made, scores)
+        assert 0 < made_bytes.most < segments[-1].k.nbytes / 2, "not even one of k and v is joined"
+    else:
+        got = module.attend(q, segments, made, scores)
+    own = call.rounded(dtype)
+    own.visible = made.visible().repeat_interleave(call.heads // lists, 1)
+    assert same(got, own.truth(scores), allowed)
+    assert not same(got, tuple(x.double() for x in whole), 100 * allowed)

@@ -13,10 +13,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers.calls import causal, decode, dense, streaming
 
 from hf_longctx.errors import UnsupportedModeError
 from hf_longctx.kernels import base as dispatch
 from hf_longctx.kernels import cpu, flash, reference
+from hf_longctx.layout.blocks import BlockList
 from hf_longctx.layout.segments import Segment
 
 CUDA = torch.device("cuda")
@@ -171,11 +173,11 @@ def random_qkv(q_len, kv_len, group=2, kv_heads=2, batch=2, dim=8):
 def test_dense_prefill(installed, q_len, kv_len, group):
     module, calls = installed
     q, k, v = random_qkv(q_len, kv_len, group)
-    want = reference.dense_prefill(q, k, v, SCALE)
-    assert (flash.dense_prefill(q, k, v, SCALE) - want).abs().max() <= 1e-12
+    want = dense(reference, q, k, v, SCALE)
+    assert (dense(flash, q, k, v, SCALE) - want).abs().max() <= 1e-12
     assert [(name, causal) for name, causal, _ in calls] == [(module, True)]
     if kv_len > 1:
-        assert (flash.dense_prefill(q, k, v, 2 * SCALE) - want).abs().max() > 1e-4, "a control"
+        assert (dense(flash, q, k, v, 2 * SCALE) - want).abs().max() > 1e-4, "a control"
 
 
 @pytest.mark.parametrize(
@@ -199,10 +201,10 @@ def test_streaming_prefill(installed, q_len, total, dropped, sink):
     q, k, v = random_qkv(q_len, total)
     sink, first = min(sink, total), min(sink, total) + dropped
     parts = [t[:, :, piece] for piece in (slice(0, sink), slice(first, total)) for t in (k, v)]
-    got = flash.streaming_prefill(q, *parts, recent=RECENT, first=first, scale=SCALE)
+    got = streaming(flash, q, *parts, recent=RECENT, first=first, scale=SCALE)
     visible = reference.streaming_visible(q_len, total, sink, RECENT)
     assert (got - reference.attention(q, k, v, visible, SCALE)[0]).abs().max() <= 1e-12
-    other = flash.streaming_prefill(q, *parts, recent=RECENT + 1, first=first, scale=SCALE)
+    other = streaming(flash, q, *parts, recent=RECENT + 1, first=first, scale=SCALE)
     assert total <= sink + RECENT or (other - got).abs().max() > 1e-4, "a control"
     assert {name for name, _, _ in calls} == {module}
     assert total <= sink + RECENT or (module, True, (RECENT - 1, 0)) in calls
@@ -212,20 +214,13 @@ def test_segments_that_are_not_plain_are_those_of_cpu(installed):
     _, calls = installed
     q, k, v = random_qkv(3, 9)
     plain = Segment(k, v, 7)
-    assert (
-        flash.dense_prefill_segments(q, [plain], SCALE) - cpu.dense_prefill_segments(q, [plain], SCALE)
-    ).abs().max() < 1e-12
+    assert (causal(flash, q, [plain], SCALE) - causal(cpu, q, [plain], SCALE)).abs().max() < 1e-12
     assert len(calls) == 1
     biased = Segment(k, v, 7, bias=torch.randn(7, dtype=torch.float64))
     ragged = Segment(k, v, torch.tensor([7, 5]))
     for segments in ([plain, plain], [biased], [ragged]):
-        assert torch.equal(
-            flash.dense_prefill_segments(q, segments, SCALE), cpu.dense_prefill_segments(q, segments, SCALE)
-        )
-    assert torch.equal(
-        flash.dense_prefill_segments(q[:, :, :1], [plain], SCALE), cpu.decode(q[:, :, :1], [plain], SCALE)
-    )
-    assert flash.decode is cpu.decode
+        assert torch.equal(causal(flash, q, segments, SCALE), causal(cpu, q, segments, SCALE))
+    assert torch.equal(decode(flash, q[:, :, :1], [plain], SCALE), decode(cpu, q[:, :, :1], [plain], SCALE))
     assert len(calls) == 1
 
 
@@ -236,7 +231,7 @@ def test_the_version_for_the_device_is_taken(install):
     install("2", "4", capability=(10, 0))
     assert flash._version(CUDA, 256).module == "flash_attn", "wider than what version 4 takes"
     install("3", capability=(8, 0))
-    assert "found flash_attn_interface, not for compute capability (8, 0)" in flash.supports(**CASE)
+    assert "found flash_attn_interface, not for compute capability (8, 0)" in flash.supports(dispatch.Case(**CASE))
 
 
 @pytest.mark.parametrize(
@@ -251,25 +246,25 @@ def test_the_version_for_the_device_is_taken(install):
 )
 def test_what_it_does_not_compute(install, change, reason):
     install("2")
-    assert flash.supports(**CASE) is None
-    assert dispatch.pick("flash", **CASE) is flash
-    assert reason in flash.supports(**{**CASE, **change})
+    assert flash.supports(dispatch.Case(**CASE)) is None
+    assert dispatch.pick("flash", dispatch.Case(**CASE)) is flash
+    assert reason in flash.supports(dispatch.Case(**{**CASE, **change}))
 
 
 def test_it_is_never_required(install):
     install(capability=(9, 0))
     assert "none of the modules flash_attn_interface, flash_attn.cute, flash_attn can be imported" in flash.supports(
-        **CASE
+        dispatch.Case(**CASE)
     )
     with pytest.raises(UnsupportedModeError, match="flash: none of the modules.*auto or one of: .*cpu"):
-        dispatch.pick("flash", **CASE)
+        dispatch.pick("flash", dispatch.Case(**CASE))
     install("2", capability=(9, 0))
-    assert dispatch.pick("auto", **CASE) is not flash, "not before it was timed on a device"
-    with pytest.raises(UnsupportedModeError, match="it needs.*'sparse_prefill'.*'flash'"):
-        dispatch.require("flash", "sparse_prefill", "it")
+    assert dispatch.pick("auto", dispatch.Case(**CASE)) is not flash, "not before it was timed on a device"
+    with pytest.raises(UnsupportedModeError, match="it needs.*BlockList.*'flash'"):
+        dispatch.require("flash", BlockList, "it")
     q, k, v = random_qkv(3, 9)
     with pytest.raises(UnsupportedModeError, match="needs a CUDA device, not cpu.*auto or cpu"):
-        flash.dense_prefill(q, k, v, SCALE)
+        dense(flash, q, k, v, SCALE)
 
 
 def test_importing_the_word_imports_no_flash_attn():

@@ -7,15 +7,17 @@ import math
 import pytest
 import torch
 from helpers.block_lists import block_list, random_masks, random_qkv, rebuilt, toggled
+from helpers.calls import sparse
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_longctx.errors import UnsupportedModeError
 from hf_longctx.kernels import base as dispatch
 from hf_longctx.kernels import cpu, flex, reference
 from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.reads import Causal
 
 GROUP, SCALE = 2, 0.25
-CASE = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 16, "needs_grad": False}
+CASE = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 16, "reads": BlockList}
 
 
 def graphs() -> int:
@@ -25,16 +27,16 @@ def graphs() -> int:
 def check(made: BlockList, dtype=torch.float32) -> None:
     """At most twice torch's own error, and far from what a list gives that differs in one block."""
     q, k, v = random_qkv(made, GROUP, dtype=dtype)
-    exact = reference.sparse_prefill(q.double(), k.double(), v.double(), made, SCALE)
+    exact = sparse(reference, q.double(), k.double(), v.double(), made, SCALE)
     visible = made.visible().repeat_interleave(q.shape[1] // made.counts.shape[1], 1)
     mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -math.inf)
     torch_own = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=SCALE, enable_gqa=True)
     torch_own = torch_own.masked_fill(~visible.any(-1, keepdim=True), 0)
-    got = flex.sparse_prefill(q, k, v, made, SCALE)
+    got = sparse(flex, q, k, v, made, SCALE)
     assert (got.dtype, got.shape) == (dtype, q.shape)
     allowed = max(2 * (torch_own.double() - exact).abs().max(), torch.finfo(dtype).eps)
     assert (got.double() - exact).abs().max() <= allowed
-    other = reference.sparse_prefill(q.double(), k.double(), v.double(), toggled(made), SCALE)
+    other = sparse(reference, q.double(), k.double(), v.double(), toggled(made), SCALE)
     assert (got.double() - other).abs().max() > 100 * allowed or dtype != torch.float32
     assert (got.double() - other).abs().max() > 2 * allowed
 
@@ -63,12 +65,12 @@ def test_columns_are_read_and_a_query_that_reads_nothing_gives_zero():
     columns[:, 0] = False
     made = BlockList.from_mask(nothing, columns, block=64, first=0, kv_len=400)
     q, k, v = random_qkv(made, GROUP, dtype=torch.float32)
-    got = flex.sparse_prefill(q, k, v, made, SCALE)
-    assert (got - reference.sparse_prefill(q, k, v, made, SCALE)).abs().max() < 1e-5
+    got = sparse(flex, q, k, v, made, SCALE)
+    assert (got - sparse(reference, q, k, v, made, SCALE)).abs().max() < 1e-5
     assert (got[:, 0] == 0).all()
     assert (got[:, 1:, 128:] != 0).all()
     bare = rebuilt(made, nothing, None)
-    assert (flex.sparse_prefill(q, k, v, bare, SCALE) == 0).all()
+    assert (sparse(flex, q, k, v, bare, SCALE) == 0).all()
 
 
 def test_low_precision_and_autocast():
@@ -78,18 +80,22 @@ def test_low_precision_and_autocast():
     compiled = graphs()
     assert compiled == before + 1, "a control: another dtype is compiled anew"
     qkv = random_qkv(made, GROUP, dtype=torch.float32)
-    want = flex.sparse_prefill(*qkv, made, SCALE)
+    want = sparse(flex, *qkv, made, SCALE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(flex.sparse_prefill(*qkv, made, SCALE), want)
+        assert torch.equal(sparse(flex, *qkv, made, SCALE), want)
     assert graphs() <= compiled + 1, "float32 may run here first"
 
 
 def test_auto_never_takes_it():
-    assert dispatch.pick("flex", **CASE, function="sparse_prefill") is flex
-    chosen = [dispatch.pick("auto", **CASE), dispatch.pick("auto", **CASE, function="sparse_prefill")]
+    assert dispatch.pick("flex", dispatch.Case(**CASE)) is flex
+    chosen = [
+        dispatch.pick("auto", dispatch.Case(**CASE)),
+        dispatch.pick("auto", dispatch.Case(**CASE)),
+    ]
     assert flex not in chosen
     assert flex.PREFERENCE < reference.PREFERENCE < cpu.PREFERENCE
-    assert (flex.decode, flex.dense_prefill) == (cpu.decode, cpu.dense_prefill)
+    with pytest.raises(UnsupportedModeError, match="flex: computes no Causal"):
+        dispatch.pick("flex", dispatch.Case(**{**CASE, "reads": Causal}))
 
 
 @pytest.mark.parametrize(
@@ -103,33 +109,33 @@ def test_auto_never_takes_it():
     ],
 )
 def test_what_it_does_not_compute(change, reason):
-    assert flex.supports(**CASE) is None
-    assert reason in flex.supports(**{**CASE, **change})
+    assert flex.supports(dispatch.Case(**CASE)) is None
+    assert reason in flex.supports(dispatch.Case(**{**CASE, **change}))
     with pytest.raises(UnsupportedModeError, match="auto or one of: .*reference"):
-        dispatch.pick("flex", **{**CASE, **change})
+        dispatch.pick("flex", dispatch.Case(**{**CASE, **change}))
 
 
 def test_on_a_gpu_it_needs_triton_and_auto_takes_what_needs_no_compiler(monkeypatch):
     case = {**CASE, "device": torch.device("cuda")}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "needs a CUDA device, and there is none" in flex.supports(**case)
+    assert "needs a CUDA device, and there is none" in flex.supports(dispatch.Case(**case))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert "needs compute capability (8, 0)" in flex.supports(**case)
+    assert "needs compute capability (8, 0)" in flex.supports(dispatch.Case(**case))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert flex.supports(**case) is None
-    assert dispatch.pick("auto", **case, function="sparse_prefill") is reference
+    assert flex.supports(dispatch.Case(**case)) is None
+    assert dispatch.pick("auto", dispatch.Case(**case)) is reference
 
 
 def test_without_a_compiler_it_says_so(monkeypatch):
     made = block_list(0, 130, 64, heads=2, batch=1)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UnsupportedModeError, match=r"C\+\+ compiler, and no-such-compiler.*cpu or reference"):
-        flex.sparse_prefill(*random_qkv(made, 1, dtype=torch.float32), made, SCALE)
+        sparse(flex, *random_qkv(made, 1, dtype=torch.float32), made, SCALE)
 
 
 def test_a_gradient_is_refused():
     made = block_list(0, 130, 64, heads=2, batch=1)
     q, k, v = random_qkv(made, 1, dtype=torch.float32)
     with pytest.raises(UnsupportedModeError, match="no gradients"):
-        flex.sparse_prefill(q.requires_grad_(), k, v, made, SCALE)
+        sparse(flex, q.requires_grad_(), k, v, made, SCALE)

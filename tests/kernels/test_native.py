@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.block_lists import random_masks
+from helpers.calls import causal, decode, dense, sparse, streaming
 from helpers.native_builds import other_build  # noqa: F401 - a fixture
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -21,6 +23,8 @@ from hf_longctx.errors import UnsupportedModeError
 from hf_longctx.kernels import base as dispatch
 from hf_longctx.kernels import cpu, native, reference
 from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.reads import ALL, CAUSAL, Window
+from hf_longctx.layout.scores import Scores
 from hf_longctx.layout.segments import Segment
 
 # (B, n, G, D): every value of each next to several of the others.
@@ -85,7 +89,7 @@ def segments_of(k, v, cuts):
 def check_dense(shape, q_len, past, dtype, cuts=()):
     q, k, v = random_qkv(enough(shape, q_len), q_len, q_len + past, dtype)
     visible = reference.causal_visible(q_len, q_len + past)
-    got = native.dense_prefill_segments(q, segments_of(k, v, cuts), SCALE)
+    got = causal(native, q, segments_of(k, v, cuts), SCALE)
     assert holds(got, q, k, v, visible)
     return got, (q, k, v), visible
 
@@ -95,7 +99,7 @@ def check_streaming(shape, q_len, past, dtype, sink=SINK, dropped=0):
     q, k, v = random_qkv(enough(shape, q_len), q_len, total, dtype)
     first = min(sink, total) + dropped
     parts = (k[:, :, :sink], v[:, :, :sink], k[:, :, first:], v[:, :, first:])
-    got = native.streaming_prefill(q, *parts, recent=RECENT, first=first, scale=SCALE)
+    got = streaming(native, q, *parts, recent=RECENT, first=first, scale=SCALE)
     visible = reference.streaming_visible(q_len, total, sink, RECENT)
     assert holds(got, q, k, v, visible)
     return got, (q, k, v), visible
@@ -107,7 +111,7 @@ def check_sparse(shape, first, kv_len, dtype, block=64, share=0.4, columns=True,
     masks = random_masks(first, kv_len, block, batch=batch, heads=kv_heads if shared else kv_heads * group, share=share)
     made = BlockList.from_mask(masks[0], masks[1] if columns else None, block=block, first=first, kv_len=kv_len)
     visible = made.visible().repeat_interleave(group if shared else 1, 1)
-    got = native.sparse_prefill(q, k, v, made, SCALE)
+    got = sparse(native, q, k, v, made, SCALE)
     assert holds(got, q, k, v, visible)
     return got, (q, k, v), visible
 
@@ -140,7 +144,8 @@ def test_every_shape(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_other_instruction_sets(other_build, dtype):  # noqa: F811 - the fixture
+@pytest.mark.usefixtures("other_build")
+def test_other_instruction_sets(dtype):
     for shape in SHAPES[:3]:
         check_every_function(shape, dtype)
 
@@ -158,14 +163,14 @@ def test_a_query_block_that_lists_nothing_gives_zeros(dtype):
     (q, k, v), (blocks, _) = random_qkv(SHAPES[0], 200, 200, dtype), random_masks(0, 200, 64, heads=8)
     blocks[:, 3, 2] = False
     made = BlockList.from_mask(blocks, block=64, first=0, kv_len=200)
-    got = native.sparse_prefill(q, k, v, made, SCALE)
+    got = sparse(native, q, k, v, made, SCALE)
     assert (got[:, 3, 128:192] == 0).all()
     assert holds(got, q, k, v, made.visible())
 
 
 def check_decode(shape, kv_len, cuts, dtype):
     q, k, v = random_qkv(enough(shape, 1), 1, kv_len, dtype)
-    got = native.decode(q, segments_of(k, v, cuts), SCALE)
+    got = decode(native, q, segments_of(k, v, cuts), SCALE)
     visible = torch.ones(1, kv_len, dtype=torch.bool)
     assert holds(got, q, k, v, visible)
     return got, (q, k, v), visible
@@ -200,7 +205,7 @@ def test_lengths_by_row_and_bias(shape, dtype):
 
     for queries in (12, 1):
         late = q[:, :, -queries:]
-        got = native.dense_prefill_segments(late, [past, Segment(k, v, length)], SCALE)
+        got = causal(native, late, [past, Segment(k, v, length)], SCALE)
         assert holds(got, late, keys, values, visible(queries))
         assert not holds(got, late, keys, values, visible(queries, longer=-1))
     hiding = random_tensor(batch, 1, 1, 50, dtype=torch.float32)
@@ -208,10 +213,10 @@ def test_lengths_by_row_and_bias(shape, dtype):
     for bias in (hiding, random_tensor(50), random_tensor(batch, kv_heads, 1, 50), random_tensor(1, 1, 1, 1)):
         added = torch.cat([torch.zeros(batch, kv_heads, 1, 9), bias.expand(batch, kv_heads, 1, 50)], 3).float()
         added = added.repeat_interleave(group, 1)
-        got = native.decode(late, [past, Segment(k, v, length, bias)], SCALE)
+        got = decode(native, late, [past, Segment(k, v, length, bias)], SCALE)
         assert holds(got, late, keys, values, visible(1), bias=added)
         assert not holds(got, late, keys, values, visible(1), bias=added.roll(1, -1))
-    nothing = native.decode(late, [Segment(k, v, torch.zeros(batch, dtype=torch.int64))], SCALE)
+    nothing = decode(native, late, [Segment(k, v, torch.zeros(batch, dtype=torch.int64))], SCALE)
     assert (nothing == 0).all()
 
 
@@ -249,8 +254,8 @@ def test_the_rule_fails_what_is_wrong_in_decode(dtype):
         other = visible.clone()
         other[0, key] = False
         assert not holds(got, q, k, v, other)
-        few = native.decode(
-            q, segments_of(*(torch.cat([x[:, :, :key], x[:, :, key + 1 :]], 2) for x in (k, v)), ()), SCALE
+        few = decode(
+            native, q, segments_of(*(torch.cat([x[:, :, :key], x[:, :, key + 1 :]], 2) for x in (k, v)), ()), SCALE
         )
         assert holds(few, q, k, v, other)
         assert not holds(few, q, k, v, visible), "a key too few; got is one too many of few"
@@ -261,7 +266,7 @@ def test_the_rule_fails_what_is_wrong_in_decode(dtype):
 def test_any_strides(dtype):
     """Tokens before heads, every second token, and a last dimension that is not dense."""
     q, k, v = (x.contiguous() for x in random_qkv(SHAPES[0], 200, 200, dtype))
-    want = native.dense_prefill(q, k, v, SCALE)
+    want = dense(native, q, k, v, SCALE)
     spread = [torch.stack([x, torch.full_like(x, math.nan)], 3).flatten(2, 3)[:, :, ::2] for x in (k, v)]
     for other in (
         [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)],
@@ -269,10 +274,10 @@ def test_any_strides(dtype):
         [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)],
     ):
         assert not all(x.is_contiguous() for x in other)
-        assert torch.equal(native.dense_prefill(*other, SCALE), want)
+        assert torch.equal(dense(native, *other, SCALE), want)
         assert torch.equal(
-            native.decode(other[0][:, :, -1:], segments_of(*other[1:], ()), SCALE),
-            native.decode(q[:, :, -1:], segments_of(k, v, ()), SCALE),
+            decode(native, other[0][:, :, -1:], segments_of(*other[1:], ()), SCALE),
+            decode(native, q[:, :, -1:], segments_of(k, v, ()), SCALE),
         )
 
 
@@ -296,10 +301,10 @@ def answers(q, k, v):
     made = BlockList.from_mask(*random_masks(3700, 4000, 64, heads=8), block=64, first=3700, kv_len=4000)
     sinks, band = (k[:, :, :5], v[:, :, :5]), (k[:, :, 5:], v[:, :, 5:])
     return [
-        native.dense_prefill(q, k, v, SCALE),
-        native.streaming_prefill(q, *sinks, *band, recent=900, first=5, scale=SCALE),
-        native.sparse_prefill(q, k, v, made, SCALE),
-        native.decode(q[:, :, -1:], segments_of(k, v, (7,)), SCALE),
+        dense(native, q, k, v, SCALE),
+        streaming(native, q, *sinks, *band, recent=900, first=5, scale=SCALE),
+        sparse(native, q, k, v, made, SCALE),
+        decode(native, q[:, :, -1:], segments_of(k, v, (7,)), SCALE),
     ]
 
 
@@ -318,8 +323,8 @@ def test_the_answer_does_not_depend_on_the_threads(dtype, used):
 def test_little_work_takes_no_thread(used):
     torch.set_num_threads(3)
     q, k, v = random_qkv((1, 4, 4, 64), 5, 320, torch.float32)
-    native.decode(q[:, :, -1:], segments_of(k, v, ()), SCALE)
-    native.dense_prefill(q, k, v, SCALE)
+    decode(native, q[:, :, -1:], segments_of(k, v, ()), SCALE)
+    dense(native, q, k, v, SCALE)
     assert used == [1, 1]
 
 
@@ -342,12 +347,12 @@ def test_a_forked_child_computes_after_the_parent_did():
     q, k, v = random_qkv((2, 2, 4, 64), 1, 4000, torch.float32)
     torch.set_num_threads(2)
     try:
-        want = native.decode(q, segments_of(k, v, ()), SCALE)
+        want = decode(native, q, segments_of(k, v, ()), SCALE)
         child = os.fork()
         if not child:
             same = False
             try:
-                same = torch.equal(native.decode(q, segments_of(k, v, ()), SCALE), want)
+                same = torch.equal(decode(native, q, segments_of(k, v, ()), SCALE), want)
             finally:
                 os._exit(0 if same else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -359,11 +364,11 @@ def test_a_nan_comes_through():
     for dtype in DTYPES:
         q, k, v = random_qkv(SHAPES[0], 100, 100, dtype)
         k[0, 0, 40] = math.nan
-        out = native.dense_prefill(q, k, v, SCALE)
+        out = dense(native, q, k, v, SCALE)
         assert out[0, :4, 40:].isnan().all()
         assert not out[0, :4, :40].isnan().any()
         assert not out[1].isnan().any()
-        assert native.decode(q[:, :, :1], segments_of(k, v, ()), SCALE)[0, :4].isnan().all()
+        assert decode(native, q[:, :, :1], segments_of(k, v, ()), SCALE)[0, :4].isnan().all()
 
 
 def test_what_it_supports():
@@ -378,15 +383,15 @@ def test_what_it_supports():
     ):
         assert reason in native.supports(dispatch.Case(*case))
     case = {"device": device, "dtype": torch.bfloat16, "head_dim": 80, "needs_grad": False}
-    assert dispatch.pick("auto", **case) is dispatch.pick("native", **case) is native
-    assert dispatch.pick("auto", **case, function="sparse_prefill") is native
+    assert dispatch.pick("auto", dispatch.Case(**case)) is dispatch.pick("native", dispatch.Case(**case)) is native
+    assert dispatch.pick("auto", dispatch.Case(**case, reads=BlockList)) is native
 
 
 def test_a_list_of_other_sizes_is_refused():
     q, k, v = random_qkv(SHAPES[0], 129, 129, torch.float32)
     made = BlockList.from_mask(*random_masks(0, 130, 64, heads=8), block=64, first=0, kv_len=130)
     with pytest.raises(UnsupportedModeError, match="129 queries.*for 130 queries"):
-        native.sparse_prefill(q, k, v, made, SCALE)
+        sparse(native, q, k, v, made, SCALE)
 
 
 def test_what_it_does_not_compute_goes_to_the_other_kernels(monkeypatch):
@@ -396,16 +401,54 @@ def test_what_it_does_not_compute_goes_to_the_other_kernels(monkeypatch):
     bias = random_tensor(70, dtype=torch.float32)
     v.requires_grad_()  # as where only the value projection is trained
     for out in (
-        native.dense_prefill(q, k, v, SCALE),
-        native.decode(q[:, :, -1:], segments_of(k, v, ()), SCALE),
-        native.streaming_prefill(q, k[:, :, :5], v[:, :, :5], k[:, :, 5:], v[:, :, 5:], recent=9, first=5, scale=SCALE),
-        native.sparse_prefill(q, k, v, made, SCALE),
+        dense(native, q, k, v, SCALE),
+        decode(native, q[:, :, -1:], segments_of(k, v, ()), SCALE),
+        streaming(native, q, k[:, :, :5], v[:, :, :5], k[:, :, 5:], v[:, :, 5:], recent=9, first=5, scale=SCALE),
+        sparse(native, q, k, v, made, SCALE),
     ):
         assert torch.autograd.grad(out.sum(), v)[0].abs().sum() > 0
     k, v = k.detach(), v.detach()
-    biased = native.dense_prefill_segments(q, [Segment(k, v, 70, bias)], SCALE)
-    assert torch.equal(biased, cpu.dense_prefill_segments(q, [Segment(k, v, 70, bias)], SCALE))
+    biased = causal(native, q, [Segment(k, v, 70, bias)], SCALE)
+    assert torch.equal(biased, causal(cpu, q, [Segment(k, v, 70, bias)], SCALE))
     double = [x.double() for x in (q, k, v)]
-    assert torch.equal(native.dense_prefill(*double, SCALE), cpu.dense_prefill(*double, SCALE))
-    assert native.dense_prefill(q[:, :, :0], k, v, SCALE).shape[2] == 0
-    assert (native.decode(q[:, :, :1], [Segment(k[:, :, :0], v[:, :, :0], 0)], SCALE) == 0).all()
+    assert torch.equal(dense(native, *double, SCALE), dense(cpu, *double, SCALE))
+    assert dense(native, q[:, :, :0], k, v, SCALE).shape[2] == 0
+    assert (decode(native, q[:, :, :1], [Segment(k[:, :, :0], v[:, :, :0], 0)], SCALE) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q_len", [1, 9, 70])
+def test_logsumexp_softcap_and_the_first_bias_are_its_own(q_len, dtype):
+    """The cpu kernel answers nothing here; in both loops, few queries and tiles of 64, all reads but a mean."""
+    batch, kv_heads, group, dim = 2, 2, 4, 64
+    q, k, v = random_qkv((batch, kv_heads, group, dim), q_len, 200, dtype)
+    made = BlockList.from_mask(*random_masks(200 - q_len, 200, 64, heads=8), block=64, first=200 - q_len, kv_len=200)
+    cut = segments_of(k, v, (3, 90))
+    window = [Segment(k[:, :, :5], v[:, :, :5], 5), Segment(k[:, :, 5:], v[:, :, 5:], 195)]
+    bias = random_tensor(8, dtype=torch.float32)
+    for scores in (Scores(SCALE), Scores(SCALE, 2.0), Scores(SCALE, None, None, bias), Scores(SCALE, 2.0, None, bias)):
+        for reads, segments in ((ALL, cut), (CAUSAL, cut), (Window(40, 5), window), (made, cut)):
+            got, lse = native.attend(q, segments, reads, scores)
+            exact = [Segment(one.k.double(), one.v.double(), one.length) for one in segments]
+            want, want_lse = reference.attend(q.double(), exact, reads, scores)
+            allowed = 2e-5 if dtype == torch.float32 else 0.02
+            assert (got - want).abs().max() <= allowed
+            nothing = want_lse == -math.inf
+            assert torch.equal(lse == -math.inf, nothing) and lse.dtype == torch.float32
+            assert (lse - want_lse).masked_fill(nothing, 0).abs().max() <= allowed
+            other = replace(scores, softcap=1.5, first_bias=bias + 1)
+            assert (lse - reference.attend(q.double(), exact, reads, other)[1]).nan_to_num(0).abs().max() > allowed
+
+
+def test_tanh_of_the_softcap_over_its_range():
+    """One key per query, of which the logsumexp is its score."""
+    x = torch.cat([torch.linspace(-40, 40, 4001), torch.linspace(-1e-3, 1e-3, 95)])
+    q = torch.zeros(1, 1, len(x), 16)
+    q[0, 0, :, 0] = x
+    k = torch.zeros(1, 1, 1, 16)
+    k[..., 0] = 1
+    for queries in (q, q[:, :, :20], q[:, :, -20:]):
+        _, lse = native.attend(queries, [Segment(k, k, 1)], ALL, Scores(1.0, softcap=2.0))
+        want = 2 * torch.tanh(queries[..., 0].double() / 2)
+        assert (lse - want).abs().max() <= 5e-7
+        assert ((lse - want).abs() <= 1e-6 * want.abs()).all()

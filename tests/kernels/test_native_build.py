@@ -12,11 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.calls import dense
 
 from hf_longctx.errors import ConfigError, UnsupportedModeError
 from hf_longctx.kernels import _native_build as build
 from hf_longctx.kernels import base as dispatch
 from hf_longctx.kernels import cpu, native
+from hf_longctx.layout.blocks import BlockList
 
 CASE = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 64, "needs_grad": False}
 # In another process, by its path: it needs nothing but the standard library, and torch takes seconds to import.
@@ -230,8 +232,8 @@ def test_a_compiler_that_hangs_is_given_up_with_all_it_started(tiny, tmp_path, m
 def test_windows_declines_with_a_reason(fresh, monkeypatch):
     monkeypatch.setattr(build, "fcntl", None)
     monkeypatch.delattr(os, "getuid")
-    assert "Linux and macOS only" in native.supports(*CASE.values())
-    assert dispatch.pick("auto", **CASE) is cpu
+    assert "Linux and macOS only" in native.supports(dispatch.Case(**CASE))
+    assert dispatch.pick("auto", dispatch.Case(**CASE)) is cpu
     code = "sys.modules['fcntl'] = None; del os.getuid; spec.loader.exec_module(build); assert build.fcntl is None"
     subprocess.run([sys.executable, "-c", ALONE + code], check=True)
 
@@ -255,19 +257,19 @@ def test_two_processes_at_once_make_one_library(tiny, tmp_path):
 def test_without_a_compiler_one_line_and_the_cpu_kernel(tiny, fresh, compiler, why, monkeypatch, caplog):
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level(logging.INFO, logger="hf_longctx"):
-        assert dispatch.pick("auto", **CASE) is dispatch.pick("auto", **CASE) is cpu
-        assert dispatch.pick("auto", **CASE, function="sparse_prefill") is cpu
+        assert dispatch.pick("auto", dispatch.Case(**CASE)) is dispatch.pick("auto", dispatch.Case(**CASE)) is cpu
+        assert dispatch.pick("auto", dispatch.Case(**CASE, reads=BlockList)) is cpu
         with pytest.raises(UnsupportedModeError, match=f"native: could not be built.*{why}.*auto or one of: cpu"):
-            dispatch.pick("native", **CASE)
+            dispatch.pick("native", dispatch.Case(**CASE))
         q = torch.randn(1, 2, 1, 64)
-        assert torch.equal(native.dense_prefill(q, q, q, 0.3), cpu.dense_prefill(q, q, q, 0.3))
+        assert torch.equal(dense(native, q, q, q, 0.3), dense(cpu, q, q, q, 0.3))
     assert len(caplog.records) == 1
     assert caplog.records[0].levelno == logging.WARNING
 
 
 def test_a_source_that_does_not_compile_is_a_reason_not_a_crash(tiny, fresh):
     (tiny / "native.cpp").write_text("nonsense")
-    assert "error" in native.supports(*CASE.values())
+    assert "error" in native.supports(dispatch.Case(**CASE))
     assert libraries() == []
     assert [path.name for path in build.cache_folder().iterdir()] == ["lock"]
 
@@ -275,14 +277,14 @@ def test_a_source_that_does_not_compile_is_a_reason_not_a_crash(tiny, fresh):
 def test_the_switch(fresh, monkeypatch, caplog):
     monkeypatch.setenv(native.SWITCH, "0")
     monkeypatch.setattr(build, "library", None)  # must not even be looked for
-    assert dispatch.pick("auto", **CASE) is cpu
+    assert dispatch.pick("auto", dispatch.Case(**CASE)) is cpu
     with pytest.raises(UnsupportedModeError, match="turned off by HF_LONGCTX_NATIVE=0"):
-        dispatch.pick("native", **CASE)
+        dispatch.pick("native", dispatch.Case(**CASE))
     assert not caplog.records
     native._load.cache_clear()
     monkeypatch.setenv(native.SWITCH, "off")
     with pytest.raises(ConfigError, match="HF_LONGCTX_NATIVE is 0 .* given 'off'"):
-        dispatch.pick("auto", **CASE)
+        dispatch.pick("auto", dispatch.Case(**CASE))
 
 
 def test_importing_compiles_nothing(tmp_path):

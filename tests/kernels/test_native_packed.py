@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
+from helpers.calls import decode
 from helpers.native_builds import (
     BUILDS,  # noqa: F401 - a fixture
     other_build,  # noqa: F401 - a fixture
 )
 from helpers.packed_cases import SCALE, cases, packed, random_numbers, truth
 
+from hf_longctx.errors import UnsupportedModeError
 from hf_longctx.kernels import base, native
 from hf_longctx.kernels import base as dispatch
 from hf_longctx.layout.forward import Forward
@@ -37,7 +39,7 @@ def check(dtype):
     count, half = 0, torch.finfo(dtype).eps / 2
     for shape, segments in cases(dtype):
         q = query(shape, dtype)
-        got, want = native.decode_packed(q, segments, SCALE), truth(q, segments)
+        got, want = decode(native, q, segments, SCALE), truth(q, segments)
         assert got.dtype == dtype and got.shape == q.shape
         allowed = (half + 1e-5) * want.abs().max()
         assert error_of(got, want) <= allowed, shape
@@ -70,7 +72,7 @@ def test_threads_do_not_change_the_answer():
         outs = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            outs.append(native.decode_packed(q, segments, SCALE))
+            outs.append(decode(native, q, segments, SCALE))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
@@ -82,23 +84,34 @@ def test_nan_comes_through(dtype, bits):
     shape = (1, 2, 2, 64)
     piece = packed(shape, 128, bits, 64, dtype=dtype)
     q = query(shape, dtype)
-    assert native.decode_packed(q, [piece], SCALE).isfinite().all()
+    assert decode(native, q, [piece], SCALE).isfinite().all()
     piece.k_scale[0, 1, 1, 0, 5] = math.nan
-    got = native.decode_packed(q, [piece], SCALE)
+    got = decode(native, q, [piece], SCALE)
     assert got[:, 2:].isnan().all() and got[:, :2].isfinite().all()
+
+
+def refused(q, segments):
+    """`auto` and `native` go on block by block."""
+    case = dispatch.case_of(q, segments, ALL, Scores(SCALE))
+    assert native.supports(case) is not None
+    with pytest.raises(UnsupportedModeError):
+        native.attend(q, segments, ALL, Scores(SCALE))
 
 
 def test_what_it_does_not_compute_it_leaves_to_others():
     width = native._load()[0].hf_longctx_width()
     shape = (1, 1, 2, width)
     odd = [packed(shape, 64, 4, 64, dtype=torch.float32)]
-    assert native.decode_packed(query(shape, torch.float32), odd, SCALE) is None
+    refused(query(shape, torch.float32), odd)
     wide = (1, 1, 2, 64)
     q, piece = query(wide, torch.float32), packed(wide, 64, 8, 64, dtype=torch.float32)
-    assert native.decode_packed(q, [piece], SCALE) is not None
-    assert native.decode_packed(q.double(), [packed(wide, 64, 8, 64, dtype=torch.float64)], SCALE) is None
-    assert native.decode_packed(q.bfloat16(), [piece], SCALE) is None
+    assert decode(native, q, [piece], SCALE) is not None
+    refused(q.double(), [packed(wide, 64, 8, 64, dtype=torch.float64)])
+    with pytest.raises(ValueError, match="do not belong together"):
+        decode(native, q.bfloat16(), [piece], SCALE)
+    with pytest.raises(UnsupportedModeError, match="one query over all of them"):
+        native.attend(q.expand(-1, -1, 2, -1), [piece], ALL, Scores(SCALE))
     tail = Segment(*torch.randn(2, 1, 1, 5, 64), 5)
-    assert native.decode_packed(q, [piece, tail], SCALE) is not None
+    assert decode(native, q, [piece, tail], SCALE) is not None
     tail.k.requires_grad_()
-    assert native.decode_packed(q, [piece, tail], SCALE) is None
+    refused(q, [piece, tail])

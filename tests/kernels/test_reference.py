@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from helpers import calls
+from helpers.calls import decode
 
 from hf_longctx.kernels import reference
 from hf_longctx.layout.segments import Segment
@@ -74,7 +76,7 @@ def test_streaming_prefill_is_the_double_loop(sink, first, band, q_len):
         return j <= i and (j < sink or i - j < 4)
 
     sinks, bands = [x[:, :, :sink] for x in (k, v)], [x[:, :, sink:] for x in (k, v)]
-    out = reference.streaming_prefill(q, *sinks, *bands, recent=4, first=first, scale=0.5)
+    out = calls.streaming(reference, q, *sinks, *bands, recent=4, first=first, scale=0.5)
     torch.testing.assert_close(out, loop_attention(q, k, v, sees, 0.5)[0], atol=1e-13, rtol=0)
 
 
@@ -99,13 +101,13 @@ def test_segments_are_the_double_loop_with_lengths_bias_and_nan():
     k[0, :, 7:] = v[0, :, 7:] = math.nan
     segments = [Segment(k[:, :, :5], v[:, :, :5], 5), Segment(k[:, :, 5:], v[:, :, 5:], length, bias)]
     full_bias = torch.cat([torch.zeros(2, 4, 2, 5), bias.repeat_interleave(2, 1).expand(-1, -1, 2, -1)], 3)
-    out = reference.dense_prefill_segments(q, segments, 0.6)
+    out = calls.causal(reference, q, segments, 0.6)
     for b in range(2):
         sees = lambda t, j, b=b: j < 5 or j - 5 <= int(length[b]) - 2 + t  # noqa: E731
         row = [x[b : b + 1] for x in (q, k, v)]
         want = loop_attention(*row, sees, 0.6, full_bias[b : b + 1])[0]
         torch.testing.assert_close(out[b : b + 1], want, atol=1e-13, rtol=0)
-    last = reference.decode(q[:, :, 1:], segments, 0.6)
+    last = decode(reference, q[:, :, 1:], segments, 0.6)
     torch.testing.assert_close(last, out[:, :, 1:], atol=1e-13, rtol=0)
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers.block_lists import block_list, random_masks, random_qkv, rebuilt, toggled
+from helpers.calls import sparse
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +23,7 @@ GROUPS = [1, 4, 7, 8]
 
 
 def error(made: BlockList, qkv, scale=0.7) -> float:
-    got, want = cpu.sparse_prefill(*qkv, made, scale), reference.sparse_prefill(*qkv, made, scale)
+    got, want = sparse(cpu, *qkv, made, scale), sparse(reference, *qkv, made, scale)
     assert got.shape == want.shape
     assert got.dtype == want.dtype
     return float((got - want).abs().max())
@@ -32,8 +33,8 @@ def check(made: BlockList, group: int, **kwargs) -> None:
     """Equal to the definition, and not to that of a list that differs in one block."""
     qkv = random_qkv(made, group, **kwargs)
     assert error(made, qkv) <= TOLERANCE
-    want = reference.sparse_prefill(*qkv, toggled(made), 0.7)
-    assert (cpu.sparse_prefill(*qkv, made, 0.7) - want).abs().max() > 1e-4
+    want = sparse(reference, *qkv, toggled(made), 0.7)
+    assert (sparse(cpu, *qkv, made, 0.7) - want).abs().max() > 1e-4
 
 
 @pytest.fixture(params=[True, False], ids=["flash_lse", "attend"])
@@ -64,7 +65,7 @@ def test_columns(first, kv_len, columns, batch, any_lse):
     check(made.share_groups(4), 4)
     if columns != "none":
         qkv, bare = random_qkv(made, 4), rebuilt(made, blocks, None)
-        assert (cpu.sparse_prefill(*qkv, made, 0.7) - cpu.sparse_prefill(*qkv, bare, 0.7)).abs().max() > 1e-4
+        assert (sparse(cpu, *qkv, made, 0.7) - sparse(cpu, *qkv, bare, 0.7)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.9, 1.0])
@@ -83,7 +84,7 @@ def test_empty_sparse_and_full_lists(first, kv_len, share, any_lse):
     made = BlockList.from_mask(nothing, columns, block=64, first=first, kv_len=kv_len)
     qkv = random_qkv(made, 4)
     assert error(made, qkv) <= TOLERANCE
-    assert (cpu.sparse_prefill(*qkv, made, 0.7)[:, 0] == 0).all()
+    assert (sparse(cpu, *qkv, made, 0.7)[:, 0] == 0).all()
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1 << 13, 1 << 12, 2), (1 << 22, 1 << 22, 1 << 22)])
@@ -113,14 +114,14 @@ def test_nothing_that_is_not_listed_is_read():
     columns[..., 128:192] = columns[..., 256:320] = False
     made = BlockList.from_mask(blocks, columns, block=64, first=0, kv_len=513)
     q, k, v = random_qkv(made, 4)
-    want = cpu.sparse_prefill(q, k, v, made, 0.7)
+    want = sparse(cpu, q, k, v, made, 0.7)
     rest = [i for i in range(513) if i // 64 not in (2, 4)]
     for lost in (k, v):
         lost[:, :, 256:320] = math.nan
-    got = cpu.sparse_prefill(q, k, v, made, 0.7)
+    got = sparse(cpu, q, k, v, made, 0.7)
     assert torch.equal(got[:, :, rest], want[:, :, rest])
     k[:, :, 5] = math.nan
-    assert not torch.equal(cpu.sparse_prefill(q, k, v, made, 0.7)[:, :, rest], want[:, :, rest])
+    assert not torch.equal(sparse(cpu, q, k, v, made, 0.7)[:, :, rest], want[:, :, rest])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -128,15 +129,15 @@ def test_nothing_that_is_not_listed_is_read():
 def test_low_precision_is_as_good_as_torch(dtype, group):
     made = block_list(70, 513, 64, heads=2 * group)
     q, k, v = random_qkv(made, group, dtype=dtype)
-    exact = reference.sparse_prefill(q.double(), k.double(), v.double(), made, 0.25)
+    exact = sparse(reference, q.double(), k.double(), v.double(), made, 0.25)
     mask = torch.zeros(made.visible().shape, dtype=dtype).masked_fill_(~made.visible(), -math.inf)
     torch_own = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.25, enable_gqa=True)
-    got = cpu.sparse_prefill(q, k, v, made, 0.25)
+    got = sparse(cpu, q, k, v, made, 0.25)
     assert got.dtype == dtype
     assert (got.double() - exact).abs().max() <= 2 * (torch_own.double() - exact).abs().max()
     assert not torch.equal(got.double(), exact), "a control: it rounds"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(cpu.sparse_prefill(q, k, v, made, 0.25), got)
+        assert torch.equal(sparse(cpu, q, k, v, made, 0.25), got)
 
 
 class Memory(TorchDispatchMode):
@@ -168,10 +169,10 @@ def test_memory_is_bounded(temporary, columns, monkeypatch):
     qkv = random_qkv(made, 2, kv_heads=4, dim=dim, dtype=torch.float32)
     bound = max(temporary, size * dim)
     with Memory(out=qkv[0].numel()) as fast:
-        cpu.sparse_prefill(*qkv, made, 0.7)
+        sparse(cpu, *qkv, made, 0.7)
     assert temporary <= fast.largest <= bound
     with Memory() as slow:
-        reference.sparse_prefill(*qkv, made, 0.7)
+        sparse(reference, *qkv, made, 0.7)
     assert slow.largest > bound, "a control: the mode sees what the definition makes"
 
 
@@ -181,17 +182,16 @@ def test_gradients_and_other_devices_are_refused():
     for wants in (q, k, v):
         wants.requires_grad_()
         with pytest.raises(UnsupportedModeError, match="no gradient.*no_grad.*reference computes it"):
-            cpu.sparse_prefill(q, k, v, made, 0.7)
+            sparse(cpu, q, k, v, made, 0.7)
         with torch.no_grad():
             assert error(made, (q, k, v)) <= TOLERANCE
         wants.requires_grad_(False)
     case = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 64, "needs_grad": False}
-    asked = {"function": "sparse_prefill"}
-    assert dispatch.pick("cpu", **case, **asked) is cpu
-    assert dispatch.pick("auto", **{**case, "dtype": torch.float64}, **asked) is cpu
+    assert dispatch.pick("cpu", dispatch.Case(**case, reads=BlockList)) is cpu
+    assert dispatch.pick("auto", dispatch.Case(**{**case, "dtype": torch.float64}, reads=BlockList)) is cpu
     for change in ({"needs_grad": True}, {"device": torch.device("meta")}):
         other = {**case, **change}
-        assert dispatch.pick("auto", **other, **asked) is reference
-        assert dispatch.pick("cpu", **other) is cpu, "a control: its other functions are for all of these"
-        with pytest.raises(UnsupportedModeError, match=r"cpu: its sparse_prefill.*auto or one of: reference"):
-            dispatch.pick("cpu", **other, **asked)
+        assert dispatch.pick("auto", dispatch.Case(**other, reads=BlockList)) is reference
+        assert dispatch.pick("cpu", dispatch.Case(**other)) is cpu, "a control: other reads are computed there"
+        with pytest.raises(UnsupportedModeError, match=r"cpu: .*block lists.*auto or one of: reference"):
+            dispatch.pick("cpu", dispatch.Case(**other, reads=BlockList))

@@ -15,14 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.calls import dense
 
 import hf_longctx
 from hf_longctx.kernels import _nvidia, cpu, triton
 from hf_longctx.kernels import base as dispatch
+from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.reads import All
 
 TESTS = Path(__file__).parents[1]
 CUDA = torch.device("cuda")
-CASES = 50
+CASES = 51
 
 
 def run_script(name: str, folder: Path, **environment: str) -> dict:
@@ -80,11 +83,11 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_auto_picks_it_on_a_gpu_for_block_lists_alone(hopper, dtype, head_dim):
     case = {"device": CUDA, "dtype": dtype, "head_dim": head_dim, "needs_grad": False}
-    assert dispatch.pick("triton", **case) is triton
-    assert dispatch.pick("auto", **case, function="sparse_prefill") is triton
-    assert dispatch.pick("auto", **case) is not triton, "until it has been timed on a device"
+    assert dispatch.pick("triton", dispatch.Case(**case, reads=All)) is triton
+    assert dispatch.pick("auto", dispatch.Case(**case, reads=BlockList)) is triton
+    assert dispatch.pick("auto", dispatch.Case(**case, reads=All)) is not triton, "until it has been timed on a device"
     on_cpu = {**case, "device": torch.device("cpu")}
-    assert dispatch.pick("auto", **on_cpu, function="sparse_prefill") is not triton
+    assert dispatch.pick("auto", dispatch.Case(**on_cpu, reads=BlockList)) is not triton
 
 
 @pytest.mark.parametrize(
@@ -95,29 +98,34 @@ def test_auto_picks_it_on_a_gpu_for_block_lists_alone(hopper, dtype, head_dim):
         ({"dtype": torch.float64}, "not torch.float64"),
         ({"head_dim": 257}, "up to 256, not 257"),
         ({"needs_grad": True}, "no gradients"),
+        ({"softcap": True}, "neither a softcap nor a bias"),
+        ({"first_bias": True}, "neither a softcap nor a bias"),
+        ({"kinds": frozenset({"pages"})}, "packed ones of one kind alone"),
+        ({"kinds": frozenset({("packed", 4, 64)}), "reads": All, "one_query": True}, "head_dim 64 with queries of 128"),
+        ({"kinds": frozenset({("packed", 4, 128)}), "reads": All}, "with one query over all of them alone"),
     ],
 )
 def test_what_it_does_not_compute(hopper, change, reason):
     case = {"device": CUDA, "dtype": torch.bfloat16, "head_dim": 128, "needs_grad": False}
-    assert triton.supports(**case) is None
-    assert reason in triton.supports(**{**case, **change})
+    assert triton.supports(dispatch.Case(**case)) is None
+    assert reason in triton.supports(dispatch.Case(**{**case, **change}))
 
 
 def test_older_and_other_devices_are_refused_by_what_they_can_do(hopper, monkeypatch):
     case = (CUDA, torch.float16, 64, False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert "compute capability (8, 0), the device has (7, 5)" in triton.supports(*case)
+    assert "compute capability (8, 0), the device has (7, 5)" in triton.supports(dispatch.Case(*case))
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "NVIDIA" in triton.supports(*case)
+    assert "NVIDIA" in triton.supports(dispatch.Case(*case))
 
 
 def test_without_triton_it_says_so_and_another_kernel_runs(hopper, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     _nvidia._not_imported.cache_clear()
     try:
-        assert "Triton cannot be imported" in triton.supports(CUDA, torch.bfloat16, 64, False)
+        assert "Triton cannot be imported" in triton.supports(dispatch.Case(CUDA, torch.bfloat16, 64))
         case = {"device": CUDA, "dtype": torch.bfloat16, "head_dim": 64, "needs_grad": False}
-        assert dispatch.pick("auto", **case) is not triton
+        assert dispatch.pick("auto", dispatch.Case(**case)) is not triton
     finally:
         _nvidia._not_imported.cache_clear()
 
@@ -131,4 +139,4 @@ def test_importing_the_word_imports_neither_triton_nor_the_kernels():
 
 def test_dense_prefill_is_sdpa():
     q, k = torch.randn(1, 4, 70, 16), torch.randn(1, 2, 90, 16)
-    assert torch.equal(triton.dense_prefill(q, k, k, 0.3), cpu.dense_prefill(q, k, k, 0.3))
+    assert torch.equal(dense(triton, q, k, k, 0.3), dense(cpu, q, k, k, 0.3))

@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 from helpers.block_lists import SIZES, block_list, random_masks
+from helpers.calls import dense, sparse
 from helpers.device_reads import CountReads
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -79,9 +80,9 @@ def test_density_counts_what_is_read(first, kv_len, block):
 
 def test_density_of_everything_is_one_and_of_a_column_a_share_of_a_block():
     every = torch.ones(1, 1, 3, 3, dtype=torch.bool)
-    dense = BlockList.from_mask(every, block=4, first=0, kv_len=12)
-    assert dense.density == 1.0
-    assert dense.columns.shape == (1, 1, 0)
+    full = BlockList.from_mask(every, block=4, first=0, kv_len=12)
+    assert full.density == 1.0
+    assert full.columns.shape == (1, 1, 0)
     diagonal, column = torch.eye(3, dtype=torch.bool)[None, None], torch.zeros(1, 1, 12, dtype=torch.bool)
     column[..., [1, 9]] = True  # 9 lies in the last block, before which no query block begins after it
     one = BlockList.from_mask(diagonal, column, block=4, first=0, kv_len=12)
@@ -129,11 +130,11 @@ def test_sparse_prefill_is_attention_with_the_mask(first, kv_len, block, group):
     made = block_list(first, kv_len, block, heads=2 * group)
     q, k, v = random_qkv(kv_len - first, kv_len, 2, group)
     want = reference.attention(q, k, v, made.visible(), 0.7)[0]
-    got = reference.sparse_prefill(q, k, v, made, 0.7)
+    got = sparse(reference, q, k, v, made, 0.7)
     assert (got - want).abs().max() <= 1e-12
     shared = made.share_groups(group)
     want = reference.attention(q, k, v, shared.visible().repeat_interleave(group, 1), 0.7)[0]
-    assert (reference.sparse_prefill(q, k, v, shared, 0.7) - want).abs().max() <= 1e-12
+    assert (sparse(reference, q, k, v, shared, 0.7) - want).abs().max() <= 1e-12
 
 
 @pytest.mark.quick
@@ -145,20 +146,20 @@ def test_a_dropped_block_or_column_is_seen():
     fewer = blocks.clone()
     fewer[0, 1, 4, 4] = False
     less = BlockList.from_mask(fewer, columns, block=64, first=0, kv_len=300)
-    assert (reference.sparse_prefill(q, k, v, less, 0.7) - want).abs().max() > 1e-3
+    assert (sparse(reference, q, k, v, less, 0.7) - want).abs().max() > 1e-3
     blocks[0, 1, :, 0] = False
     made = BlockList.from_mask(blocks, columns, block=64, first=0, kv_len=300)
     want = reference.attention(q, k, v, made.visible(), 0.7)[0]
     columns[0, 1, columns[0, 1].nonzero()[0]] = False
     less = BlockList.from_mask(blocks, columns, block=64, first=0, kv_len=300)
-    assert (reference.sparse_prefill(q, k, v, less, 0.7) - want).abs().max() > 1e-3
+    assert (sparse(reference, q, k, v, less, 0.7) - want).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sparse_prefill_in_low_precision(dtype):
     made = block_list(70, 200, 64)
     q, k, v = random_qkv(130, 200, 2, 2, dtype)
-    got = reference.sparse_prefill(q, k, v, made, 0.7)
+    got = sparse(reference, q, k, v, made, 0.7)
     want = reference.attention(q, k, v, made.visible(), 0.7)[0]
     assert got.dtype == dtype
     torch.testing.assert_close(got, want)
@@ -168,7 +169,7 @@ def test_sparse_prefill_in_low_precision(dtype):
 def test_gradients_are_right():
     made = block_list(3, 9, 4, batch=1, heads=2)
     q, k, v = (x[:1].clone().requires_grad_() for x in random_qkv(6, 9, 1, 2, dim=3))
-    assert torch.autograd.gradcheck(lambda *qkv: reference.sparse_prefill(*qkv, made, 0.7), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *qkv: sparse(reference, *qkv, made, 0.7), (q, k, v))
 
 
 class Largest(TorchDispatchMode):
@@ -188,9 +189,9 @@ def test_no_mask_is_as_large_as_the_prompt_squared():
     size = 1500
     made = block_list(0, size, 64, batch=1)
     q, k, v = (x[:1] for x in random_qkv(size, size, 2, 2))
-    with Largest() as sparse:
-        reference.sparse_prefill(q, k, v, made, 0.7)
-    assert size <= sparse.entries <= reference.PIECE * size
-    with Largest() as dense:
-        reference.dense_prefill(q, k, v, 0.7)
-    assert dense.entries >= size * size, "a control: the mode must see a whole matrix"
+    with Largest() as listed:
+        sparse(reference, q, k, v, made, 0.7)
+    assert size <= listed.entries <= reference.PIECE * size
+    with Largest() as whole:
+        dense(reference, q, k, v, 0.7)
+    assert whole.entries >= size * size, "a control: the mode must see a whole matrix"

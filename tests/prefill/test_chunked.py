@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.calls import sparse
 from helpers.recall import attention as weights_of
 from helpers.slow_blocks import random_qk
 from transformers import AutoModelForCausalLM
@@ -13,7 +14,7 @@ from hf_longctx import patched
 from hf_longctx.assets import asset
 from hf_longctx.config.words import dump, load, words
 from hf_longctx.kernels import cpu
-from hf_longctx.model import attention
+from hf_longctx.model import layer_call
 from hf_longctx.prefill.antidiagonal import Antidiagonal
 from hf_longctx.prefill.base import BLOCK, select
 from hf_longctx.prefill.block_topk import BlockTopk
@@ -60,7 +61,7 @@ def chunks_of(spec, step: int, monkeypatch) -> list[list[tuple]]:
         calls.append(((q.clone(), k.clone(), scale), select(heads, q, k, scale)))
         return calls[-1][1]
 
-    monkeypatch.setattr(attention, "select", look)
+    monkeypatch.setattr(layer_call, "select", look)
     ids = torch.from_numpy(TinyDocuments(TinyFiller()).draw(np.random.default_rng(0), TOKENS).ids)[None]
     with patched(model, prefill={"min_tokens": 0, "retrieval": dump(spec, "pattern")}):
         model.generate(ids, max_new_tokens=1, do_sample=False, prefill_chunk_size=step, cache_implementation="dynamic")
@@ -104,7 +105,7 @@ def test_a_budget_of_everything_is_the_same_in_chunks(step, spec):
         for low in range(0, 400, step):
             part, seen = q[:, :, low : low + step], slice(0, min(400, low + step))
             lists = select((spec,) * 4, part, k[:, :, seen], 0.9)
-            outs.append(cpu.sparse_prefill(part, k[:, :, seen], v[:, :, seen], lists, 0.9))
+            outs.append(sparse(cpu, part, k[:, :, seen], v[:, :, seen], lists, 0.9))
         return torch.cat(outs, 2)
 
     assert (run(spec, step) - run(spec, 400)).abs().max() <= 1e-12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.calls import sparse
 from helpers.slow_patterns import mask_of, pattern_mask, vertical_slash
 
 from hf_longctx.kernels import reference
@@ -99,8 +100,8 @@ def test_the_loops_see_a_wrong_selection():
 def test_autocast_rounds_no_scores():
     q, k = random_qk(300, 700, 2, 2, dtype=torch.bfloat16)
     lists = select((VerticalSlash(9, 3),) * 4, q, k, 0.9)
-    want, exact = reference.sparse_prefill(q, k, k, lists, 0.9), module.line_sums(q[:, :, -64:], k, 0.9)[0]
+    want, exact = sparse(reference, q, k, k, lists, 0.9), module.line_sums(q[:, :, -64:], k, 0.9)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(select((VerticalSlash(9, 3),) * 4, q, k, 0.9).visible(), lists.visible())
-        assert torch.equal(reference.sparse_prefill(q, k, k, lists, 0.9), want)
+        assert torch.equal(sparse(reference, q, k, k, lists, 0.9), want)
         assert not torch.equal(module.line_sums(q[:, :, -64:], k, 0.9)[0], exact), "a control: here it rounds"

@@ -392,7 +392,7 @@ def test_blocks_unpack_a_bounded_number_of_tokens_into_the_same_memory(bits, mon
     packed = Packed.empty(k, v, 3, 1024, bits, 32, 0)
     packed.write(slice(None), 0, k, v)
     monkeypatch.setattr(_quantized, "BLOCK", 2 * 3 * 16 * 100)
-    reader = packed.seen([1024, 512], lambda values, device: torch.tensor(values), set())
+    reader = packed.seen([1024, 512], lambda values, device: torch.tensor(values))
     at, places = 0, set()
     want = packed.unpack(0, 1024)
     with Allocations() as made:
@@ -407,8 +407,8 @@ def test_blocks_unpack_a_bounded_number_of_tokens_into_the_same_memory(bits, mon
             at += width
     assert at == 1024 and len(places) == 1
     assert made.largest <= 2 * 3 * 16 * 100
-    kept = reader.seen([1024], reader.ints, notes := set()).kept()
-    assert torch.equal(kept[0], want[0]) and notes == {PREFILL_NOTE}
+    kept = reader.seen([1024], None).kept()
+    assert torch.equal(kept[0], want[0]) and reader.joined_note == PREFILL_NOTE
 
 
 # Memory.

@@ -30,7 +30,8 @@ struct Rows {
     const char *k[TILE], *v[TILE];
     int64_t at[TILE];
     float bias[TILE];
-    int count, first;  // ``first``: the place of the first token; -1: it is not among them
+    int count, ahead;  // ahead: keys that it is worth to ask the memory for, more than ``count`` where an item ends
+    int first;         // the place of the first token; -1: it is not among them
     bool biased;
 };
 
@@ -49,6 +50,7 @@ template <bool BF16, int BITS> class Few {
     std::vector<Scores<BF16, BITS ? BITS : 8>> packed;     // of each party
     float value_steps[TILE], value_leasts[TILE], rest[W];  // of packed values; sums of weight * least, by head
     Rows tiles[2];
+    bool watched = false;  // whether some query of an item does not see some key: then positions are noted
 
     const Rows* next = nullptr;  // whose keys are asked for before they are needed
 
@@ -74,6 +76,10 @@ template <bool BF16, int BITS> class Few {
             memset(part + g * (dim + 2), 0, sizeof(float) * (dim + 2));
             part[g * (dim + 2) + dim] = LOWEST;
         }
+        const int64_t last = first + queries / group - 1;
+        watched = false;
+        for (const Range* one = item.range; one != item.end; ++one)
+            watched |= one->base + one->high - 1 > first || one->base + one->low + item.window <= last;
         const Range* range = item.range;
         int64_t pos = PLAIN && range != item.end ? range->low : item.low;
         Rows *rows = &tiles[0], *following = &tiles[1];
@@ -84,7 +90,7 @@ template <bool BF16, int BITS> class Few {
             if constexpr (!PLAIN) unpack(item, low, *rows);
             if constexpr (HALF && !Pair) widen_keys(*rows);
             if (rows->biased) spread_bias(*rows);
-            const bool edge = hides(*rows, first, item.window);
+            const bool edge = watched && hides(*rows, first, item.window);
             for (int party = 0; party < parties; ++party) {
                 int heads = std::min(HEADS, queries - party * HEADS);
                 float* own = part + party * HEADS * (dim + 2);
@@ -139,18 +145,29 @@ template <bool BF16, int BITS> class Few {
                 if (pos == range->high && ++range != item.end) pos = range->low;
             }
         }
+        rows.ahead = rows.count;
+        if (PLAIN && !rows.count && item.range != item.end) expect(item, rows);
         if (first_bias)
             for (int j = 0; j < rows.count; ++j)
                 if (rows.k[j] == origin) rows.first = j;
     }
 
+    // After an item, the keys behind it: most often those of the next one.
+    void expect(const Item& item, Rows& rows) {
+        const Range& last = item.end[-1];
+        const Heads& k = last.segment->k;
+        for (int j = 0; j < TILE; ++j) rows.k[j] = k.at(item.b, item.kv_head, last.high + j);
+        rows.ahead = TILE;
+    }
+
     void place(const Heads& k, const Heads& v, const Item& item, int64_t pos, int some, int64_t base, Rows& rows) {
         const char *key = k.at(item.b, item.kv_head, pos), *value = v.at(item.b, item.kv_head, pos);
-        for (int j = 0; j < some; ++j) {
-            rows.k[rows.count + j] = key + j * k.token;
-            rows.v[rows.count + j] = value + j * v.token;
-            rows.at[rows.count + j] = base + pos + j;
-        }
+        const char **keys_at = rows.k + rows.count, **values_at = rows.v + rows.count;
+        int64_t* at = rows.at + rows.count;
+        const int64_t k_stride = k.token, v_stride = v.token;
+        for (int j = 0; j < some; ++j) keys_at[j] = key + j * k_stride;
+        for (int j = 0; j < some; ++j) values_at[j] = value + j * v_stride;
+        for (int j = 0; watched && j < some; ++j) at[j] = base + pos + j;
         rows.count += some;
     }
 
@@ -321,7 +338,7 @@ template <bool BF16, int BITS> class Few {
                     for (int e = 0; e < V; ++e) sum[g][e] += rest[g];
             }
             for (int j = 0; j < rows.count; ++j) {
-                if (d == 0 && next && j < next->count) fetch(next->k[j]);
+                if (d == 0 && next && j < next->ahead) fetch(next->k[j]);
                 const char* p = rows.v[j];
                 const float* x = score + j / 4 * W + j % 4;
                 vf y[V];

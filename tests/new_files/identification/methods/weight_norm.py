@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import HeadProbe, Method
+from .base import Method
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class WeightNorm(Method):
     power: float = field(default=1.0, metadata={"above": 0.0, "max": 8.0})
 
     @torch.no_grad()
-    def scores(self, probe: HeadProbe) -> Tensor:
+    def scores(self, probe) -> Tensor:
         weights = [layer.self_attn.k_proj.weight for layer in probe.model.base_model.layers]
         heads = [weight.unflatten(0, (probe.kv_heads, -1)).flatten(1) for weight in weights]
         return torch.stack([one.norm(dim=1) for one in heads]).double().cpu() ** self.power

@@ -1,10 +1,10 @@
-"""``kernel: plain``: the definition of attention."""
+"""``kernel: textbook``: the definition of attention."""
 
 from __future__ import annotations
 
 from . import reference
 
-NAME, PREFERENCE, READS = "plain", -1, reference.READS
+NAME, PREFERENCE, READS = "textbook", 1, reference.READS
 
 
 def supports(case) -> str | None:
