@@ -67,7 +67,8 @@ def random_list(tokens: int, heads: int, density: float, seed: int) -> BlockList
     Where block 0 and the own blocks are more than that already, nothing else: ask the list for its density.
     """
     count = -(-tokens // BLOCK)
-    causal, always = count * (count + 1) // 2, 2 * count - 1
+    causal = count * (count + 1) // 2
+    always = 2 * count - 1
     share = max(0.0, density * causal - always) / max(1, causal - always)
     mask = torch.rand(1, heads, count, count, generator=torch.Generator().manual_seed(seed)) < share
     mask[..., 0] = True
@@ -82,5 +83,7 @@ def list_answer(q: Tensor, k: Tensor, v: Tensor, at: Tensor, blocks: BlockList) 
     """
     mask = torch.cat([blocks.visible(i, i + 1) for i in at.tolist()], 2)
     mask = mask.repeat_interleave(q.shape[1] // mask.shape[1], 1)
-    q, k, v = q.float(), k.float(), v.float()
+    q = q.float()
+    k = k.float()
+    v = v.float()
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)

@@ -17,8 +17,11 @@ from ..model.patch import patch_model
 from ..planning.sizes import dtype_of as dtype_of
 from .settings import VOCABULARY, Settings
 
-STOCK, STATIC = "stock", "stock static"
-RETRIEVAL, HALF, STREAMING = "all retrieval", "half streaming", "all streaming"
+STOCK = "stock"
+STATIC = "stock static"
+RETRIEVAL = "all retrieval"
+HALF = "half streaming"
+STREAMING = "all streaming"
 SDPA = "sdpa"  # what the stock column calls
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # largest error, relative to the largest value
 
@@ -109,7 +112,7 @@ def kept_buffers(kept: tuple[Any, Any]) -> list[Tensor]:
     """Views of the keys and values that a column's attention reads in one layer."""
     if isinstance(kept[0], Tensor):
         return list(kept)
-    return [part for heads in kept[0].parts for segment in heads.segments for part in segment.kept()]
+    return [part for heads in kept[0].parts for segment in heads.segments for part in segment.contents()]
 
 
 def random_heads(heads: int, tokens: int, settings: Settings, dtype: torch.dtype) -> Tensor:
@@ -122,7 +125,9 @@ def streaming_answer(q: Tensor, k: Tensor, v: Tensor, at: Tensor, settings: Sett
     keys = torch.arange(k.shape[2])
     age = at[:, None] - keys
     mask = (age >= 0) & ((keys < settings.sink) | (age < settings.recent))
-    q, k, v = q.float(), k.float(), v.float()
+    q = q.float()
+    k = k.float()
+    v = v.float()
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
@@ -132,7 +137,8 @@ def check_same(what: str, got: Tensor, want: Tensor, word: str) -> float:
     Raises:
         LongCtxError: the error is above the tolerance of the dtype.
     """
-    got, want = got.float(), want.float()
+    got = got.float()
+    want = want.float()
     error = ((got - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
     if not error <= TOLERANCE[word]:
         raise LongCtxError(

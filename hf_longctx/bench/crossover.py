@@ -23,7 +23,8 @@ from .patterns import choosers, local_heads, parse
 from .prefill import QKV, WARM, attend, check_kernel, spread
 from .settings import Settings
 
-DENSE, SPARSE = "dense", "sparse"
+DENSE = "dense"
+SPARSE = "sparse"
 PATTERN = "vertical_slash"  # where neither a pattern nor a config is given
 CLEAR = 1.5  # times faster in the worst round, after a length that won already: longer prompts need no measuring
 
@@ -107,7 +108,8 @@ def _drawn(config: LongCtxConfig, seed: int, name: str) -> tuple[int, dict]:
     Drawn from all layers, because a table's patterns differ from layer to layer.
     """
     places = [(i, j) for i, row in enumerate(config.roles()) for j, letter in enumerate(row) if letter == "R"]
-    section, table = config.to_dict()["prefill"], config.prefill.table
+    section = config.to_dict()["prefill"]
+    table = config.prefill.table
     if not places:
         raise ConfigError(f"{name}: every KV head is streaming, so no head reads a prompt by a pattern.")
     count = max(1, round(len(places) / config.model.num_hidden_layers))
@@ -142,7 +144,8 @@ def run(case: CrossoverCase, told: Told = quiet) -> list[dict]:
 
 
 def _measured(case: CrossoverCase, word: str, tokens: int, told: Told) -> dict:
-    settings, dtype = case.settings, dtype_of(word)
+    settings = case.settings
+    dtype = dtype_of(word)
     roles = settings.all_heads("R")
     prefills = {DENSE: None, SPARSE: case.prefill}
     columns = {name: Column.of(settings, dtype, roles, prefill) for name, prefill in prefills.items()}
@@ -169,7 +172,8 @@ def _measured(case: CrossoverCase, word: str, tokens: int, told: Told) -> dict:
 def _check(column: Column, name: str, qkv: QKV, out: Tensor, word: str) -> float:
     """The error of ``out [1, T, H, D]`` at some queries, against the mask of the lists that its patterns choose."""
     q, k, v = qkv
-    at, module = spread(q.shape[2]), column.model.model.layers[0].self_attn
+    at = spread(q.shape[2])
+    module = column.model.model.layers[0].self_attn
     plan = module.longctx_plan.role("retrieval").prefill
     k, v = kept_buffers(
         column.update(0, k, v)

@@ -92,10 +92,13 @@ def _read(kept: list) -> None:
 
 def _first_token(settings: Settings, columns: dict[str, Column], half: list[str], word: str) -> tuple[dict, float]:
     """Decode one token in every column, and check that all of them give the right answer."""
-    token, outs, kept = _token(settings, dtype_of(word)), {name: [] for name in columns}, {}
+    token = _token(settings, dtype_of(word))
+    outs = {name: [] for name in columns}
+    kept = {}
     for name, column in columns.items():
         kept[name] = _step(column, token, outs[name])
-    error, group = 0.0, settings.heads // settings.kv_heads
+    error = 0.0
+    group = settings.heads // settings.kv_heads
     for layer, (q, _, _) in enumerate(token):
         k, v = kept[STOCK][layer]
         last = torch.tensor([k.shape[2] - 1])

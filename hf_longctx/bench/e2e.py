@@ -110,7 +110,8 @@ def _columns(settings: Settings, tokens: int, press: Press | None) -> dict[str, 
 
 def _refused(settings: Settings, model: Any, columns: dict[str, How], tokens: int) -> dict[str, str]:
     """The columns of other people's code that do not run here, and why."""
-    ids, found = torch.randint(VOCABULARY, (1, tokens + 1)), {}
+    ids = torch.randint(VOCABULARY, (1, tokens + 1))
+    found = {}
     for name, how in columns.items():
         if how.static or how.press is not None:
             found[name] = refusal(lambda: _turn(settings, model, how, ids, Samples(), Samples()))  # noqa: B023
@@ -121,7 +122,8 @@ def _case(settings: Settings, word: str, model: Any, tokens: int, columns: dict[
     ids = torch.randint(VOCABULARY, (1, tokens + 1))
     error = _check(settings, word, model, columns, ids)
     prefill, decode = ({name: Samples() for name in columns} for _ in range(2))
-    first, ran = {}, {}
+    first = {}
+    ran = {}
     for number, name in turns(columns, settings.rounds, tokens, told):
         logits, ran[name] = _turn(settings, model, columns[name], ids, prefill[name], decode[name])
         if number == 0 and name in (STOCK, STATIC, RETRIEVAL):
@@ -157,7 +159,8 @@ def _turn(
 
     The prompt is ``ids[:, :-1]``.
     """
-    ran, tokens = {"kernel": SDPA}, ids.shape[1] - 1
+    ran = {"kernel": SDPA}
+    tokens = ids.shape[1] - 1
     if how.patch is not None:
         patch(model, settings, **how.patch)
     given = {CACHE: new_cache(model, tokens + 1)} if how.static else {}
@@ -185,7 +188,9 @@ def _check(settings: Settings, word: str, model: Any, columns: dict[str, How], i
     the sparse column lists every block, so it equals half streaming; lists with gaps are compared with their mask. A
     press answers something else and is not compared.
     """
-    ids, columns, sparse = ids[:, : WARM + 1], dict(columns), None
+    ids = ids[:, : WARM + 1]
+    columns = dict(columns)
+    sparse = None
     if settings.density is not None:
         sparse = sparse_name(settings.density)
         every = {"pattern": "block_topk", "top_k": ids.shape[1] // BLOCK + 1}

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GREY, BLUE, ORANGE = "#8a8a8a", "#3b76af", "#d95f02"
+GREY = "#8a8a8a"
+BLUE = "#3b76af"
+ORANGE = "#d95f02"
 PARTS = {  # benchmark -> the times of a column, and what they are called
     "decode": {"ms_per_layer": "one token, ms per layer"},
     "prefill": {"ms": "attention over the prompt, ms"},
@@ -47,14 +49,16 @@ def draw(data: dict) -> Figure:
 
 def _times(data: dict) -> Figure:
     """A panel of bars per dtype, length and kind of time."""
-    parts, results = PARTS[data["benchmark"]], data["results"]
+    parts = PARTS[data["benchmark"]]
+    results = data["results"]
     panels = [
         (f"{result['dtype']}, {result['tokens']} tokens", label, list(_bars(result, part)))
         for result in results
         for part, label in parts.items()
     ]
     wide = len(parts) if len(parts) > 1 else min(3, len({result["tokens"] for result in results}))
-    high, most = -(-len(panels) // wide), max(len(bars) for _, _, bars in panels)
+    high = -(-len(panels) // wide)
+    most = max(len(bars) for _, _, bars in panels)
     figure = new_figure(max(6.5, 5.0 * wide), 1.3 + high * (1.0 + 0.26 * most))
     every = figure.subplots(high, wide, squeeze=False).ravel().tolist()
     for axes, (title, label, bars) in zip(every, panels, strict=False):
@@ -135,7 +139,9 @@ def _crossover(data: dict) -> Figure:
 
 def _memory(data: dict) -> Figure:
     """The longest context by way of keeping K/V."""
-    results, settings, bars = data["results"], data["settings"], []
+    results = data["results"]
+    settings = data["settings"]
+    bars = []
     dense = results[0]["longest"]
     for number, result in enumerate(results):
         tokens = result["longest"]
@@ -164,7 +170,8 @@ def _plain(axes: Axes, axis: str) -> None:
 
 def _head(figure: Figure, data: dict, note: str) -> None:
     """Sizes and versions over the picture, so that it can be read without its table."""
-    e, s = data["environment"], data["settings"]
+    e = data["environment"]
+    s = data["settings"]
     if data["benchmark"] == "prefill":  # of which one layer's streaming heads are measured
         s = {**s, "layers": 1, **{name: data["results"][0][name] for name in ("heads", "kv_heads")}}
     lines = [

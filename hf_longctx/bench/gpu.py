@@ -32,7 +32,8 @@ from .gpu_settings import GpuSettings
 from .measure import Samples, Told, quiet, turns
 
 CHECKED = 64  # queries, spread over the prompt, whose answer is checked
-DENSE, STREAMING = "dense", "streaming"
+DENSE = "dense"
+STREAMING = "streaming"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def run(settings: GpuSettings, device: torch.device, clock: Clock, told: Told = 
 
 def _prefill(settings: GpuSettings, word: str, tokens: int, device: torch.device, clock: Clock, told: Told) -> dict:
     """A whole prompt at once: dense, by block lists, and over sinks and a window."""
-    scale, sink = settings.head_dim**-0.5, settings.sink
+    scale = settings.head_dim**-0.5
+    sink = settings.sink
     with torch.device(device):
         torch.manual_seed(settings.seed)
         q, k, v = (
@@ -102,7 +104,9 @@ def _prefill(settings: GpuSettings, word: str, tokens: int, device: torch.device
         )
         at = torch.linspace(0, tokens - 1, min(CHECKED, tokens)).long()
         keys = torch.arange(tokens)
-    ways, missing, age = _dense(q, k, v, scale), {}, at[:, None] - keys
+    ways = _dense(q, k, v, scale)
+    missing = {}
+    age = at[:, None] - keys
     visible = {DENSE: age >= 0, STREAMING: (age >= 0) & ((keys < sink) | (age < settings.recent))}
     whole = [Segment(k, v, tokens)]
     parts = [Segment(k[:, :, part], v[:, :, part], len(keys[part])) for part in (slice(sink), slice(sink, None))]
@@ -130,7 +134,8 @@ def _prefill(settings: GpuSettings, word: str, tokens: int, device: torch.device
 
 def _decode(settings: GpuSettings, word: str, tokens: int, device: torch.device, clock: Clock, told: Told) -> dict:
     """One token over caches filled with random keys, through the attention that a patched model calls."""
-    dtype, counts = dtype_of(word), (settings.heads, settings.kv_heads, settings.kv_heads)
+    dtype = dtype_of(word)
+    counts = (settings.heads, settings.kv_heads, settings.kv_heads)
     with torch.device(device):
         torch.manual_seed(settings.seed)
         prompt = [random_heads(n, tokens, settings, dtype) for n in counts[1:]]
@@ -142,7 +147,9 @@ def _decode(settings: GpuSettings, word: str, tokens: int, device: torch.device,
         kept[percent] = column.update(0, *token)
     del prompt
     k, v = kept_buffers(kept[100])
-    scale, missing, sizes = settings.head_dim**-0.5, {}, {percent: _bytes(one) for percent, one in kept.items()}
+    scale = settings.head_dim**-0.5
+    missing = {}
+    sizes = {percent: _bytes(one) for percent, one in kept.items()}
     ways = {name: replace(way, kept_bytes=sizes[100]) for name, way in _dense(q, k, v, scale).items()}
     for name, _ in _kernels(settings, q, [Segment(k, v, k.shape[2])], ALL, "decode", missing):
         for percent in kept:
@@ -228,9 +235,11 @@ def _on(device: torch.device, made: BlockList) -> BlockList:
 def _answer(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
     """`reference.attention` in float32, KV head by KV head, so that no copy of all keys is made."""
     group = q.shape[1] // k.shape[1]
-    visible, outs = visible.expand(1, q.shape[1], -1, -1), []
+    visible = visible.expand(1, q.shape[1], -1, -1)
+    outs = []
     for head in range(k.shape[1]):
-        own, one = slice(head * group, (head + 1) * group), slice(head, head + 1)
+        own = slice(head * group, (head + 1) * group)
+        one = slice(head, head + 1)
         outs.append(reference.attention(q[:, own].float(), k[:, one], v[:, one], visible[:, own], scale)[0])
     return torch.cat(outs, 1)
 
@@ -247,7 +256,8 @@ def _measure(
     told: Told,
 ) -> dict:
     """Check every way, then time those that this device has, in turns."""
-    error, found = 0.0, {}
+    error = 0.0
+    found = {}
     for name, way in ways.items():
         try:
             got = way.work()[:, :, at].float()

@@ -38,7 +38,8 @@ class DeviceClock:
 
 def bandwidth(clock: Clock, buffer: Tensor) -> float:
     """GB/s at which the device reads ``buffer`` (a sum) or reads and writes it (a copy), whichever is faster."""
-    other, size = torch.empty_like(buffer), buffer.numel() * buffer.element_size()
+    other = torch.empty_like(buffer)
+    size = buffer.numel() * buffer.element_size()
     rates = []
     for moved, work in ((size, buffer.sum), (2 * size, partial(other.copy_, buffer))):
         work()

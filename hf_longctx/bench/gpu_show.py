@@ -43,8 +43,10 @@ def _device() -> dict:
 
 def show(console: Console, data: dict) -> None:
     """Print `as_json`: a table, what it ran on, and what could not be measured."""
-    e, s = data["environment"], data["settings"]
-    title, rows = "bench gpu: attention of one layer, time on the device", []
+    e = data["environment"]
+    s = data["settings"]
+    title = "bench gpu: attention of one layer, time on the device"
+    rows = []
     for result in data["results"]:
         rows += [*[None] * bool(rows), *_lines(result, e["gb_per_s"])]
     for table in tables(title, HEADER, rows, console.width, left=("case", ""), key=3):
@@ -70,7 +72,8 @@ def show(console: Console, data: dict) -> None:
 def _lines(result: dict, gb_per_s: float) -> Iterator[list[str]]:
     best = result["columns"][result["best_dense"]]["ms"]["median_ms"]
     for name, column in result["columns"].items():
-        faster, rate = best / column["ms"]["median_ms"], column.get("gb_per_s")
+        faster = best / column["ms"]["median_ms"]
+        rate = column.get("gb_per_s")
         ideal = "" if column["density"] == 1 else f"{column['density'] * faster:.0%} ({column['density']:.1%})"
         speed = ["", ""] if rate is None else [f"{rate:.0f}", f"{rate / gb_per_s:.0%}"]
         yield [result["case"], str(result["tokens"]), name, _ms(column["ms"]), f"{faster:.2f}x", ideal, *speed]

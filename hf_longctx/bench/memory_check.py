@@ -22,7 +22,8 @@ def check(memory_model: MemoryModel, way: str, tokens: int) -> int:
     Raises:
         LongCtxError: the machine has less memory free than that, or they are not the bytes that were calculated.
     """
-    wanted, free = memory_model.kv(way, tokens), free_memory()
+    wanted = memory_model.kv(way, tokens)
+    free = free_memory()
     held = wanted + (0 if way == DENSE else memory_model.host(tokens))
     if free is not None and held > (1 - MARGIN) * free:
         raise LongCtxError(
@@ -48,7 +49,8 @@ def fill(memory_model: MemoryModel, way: str, tokens: int) -> int:
     most = 0
     for index, plan in enumerate(memory_model.plans):
         step = memory_model.chunk(tokens) if way == DENSE and plan.window is not None else tokens
-        before, largest = cache_bytes(cache), 0
+        before = cache_bytes(cache)
+        largest = 0
         for past in range(0, tokens, step):
             cache.update(*_zeros(memory_model, plan.kv_heads, min(step, tokens - past)), index)
             largest = max(largest, cache_bytes(cache) - before)

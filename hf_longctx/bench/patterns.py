@@ -17,7 +17,9 @@ from .settings import Settings
 
 NEAREST = 15.0  # score of a key at distance 0, above that of a key of no distance
 NOISE = 0.5  # deviation of what is random in every number of a query or key
-SHORTEST, LONGEST = 2 * BLOCK, 3e6  # tokens: wavelengths by which scores fall off with the distance
+# tokens: wavelengths by which scores fall off with the distance
+SHORTEST = 2 * BLOCK
+LONGEST = 3e6
 
 
 @dataclass(frozen=True)

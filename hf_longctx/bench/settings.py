@@ -92,7 +92,8 @@ class Settings:
         """
         if self.kv_heads < 2:
             raise ConfigError("kv_heads must be at least 2, because half of them are streaming, given 1.")
-        rng, roles = random.Random(self.seed), []
+        rng = random.Random(self.seed)
+        roles = []
         for _ in range(self.layers):
             streaming = rng.sample(range(self.kv_heads), self.kv_heads // 2)
             roles.append("".join("S" if head in streaming else "R" for head in range(self.kv_heads)))

@@ -57,7 +57,9 @@ def as_json(
 
 def show(console: Console, data: dict) -> None:
     """Print one benchmark's ``as_json``: a table, and what it ran on."""
-    benchmark, e, s = data["benchmark"], data["environment"], data["settings"]
+    benchmark = data["benchmark"]
+    e = data["environment"]
+    s = data["settings"]
     for number, rows in enumerate(TABLES[benchmark]):
         header, *lines = rows(data["results"])
         if lines:
@@ -94,7 +96,9 @@ def _print_tables(
     console: Console, title: str | None, header: list[str], lines: list[list[str]], by_case: bool
 ) -> None:
     """The lines, of which the first two columns are dtype and tokens; ``by_case`` makes a heading of those two."""
-    rows, case, skipped = [], None, 2 if by_case else 0
+    rows = []
+    case = None
+    skipped = 2 if by_case else 0
     for line in lines:
         if by_case and line[:2] != case:
             rows += [None] * bool(rows)
@@ -118,7 +122,8 @@ def _asides(results: list[dict]) -> Iterator[str]:
 
 def _show_crossover(console: Console, word: str, verdict: dict) -> None:
     """From which length on sparse prefill wins, and what to write; or that it never did."""
-    tokens, lengths = verdict["min_tokens"], f"{verdict['shortest']} to {verdict['longest']}"
+    tokens = verdict["min_tokens"]
+    lengths = f"{verdict['shortest']} to {verdict['longest']}"
     if tokens is None:
         console.print(
             f"  {word}: sparse prefill did not win at the longest of the prompts measured ({lengths} tokens). Leave "

@@ -32,7 +32,8 @@ class StaticColumn(Column):
 
     def forget(self) -> None:
         """Go on with an empty cache."""
-        self.cache, self.seen = new_cache(self.model, self.capacity), 0
+        self.cache = new_cache(self.model, self.capacity)
+        self.seen = 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if layer == 0:  # a model makes one mask per forward, for all layers

@@ -34,7 +34,8 @@ class Form:
     @classmethod
     def of(cls, cache: LongCtxCache) -> Form:
         """That of a cache that has seen tokens."""
-        stores, layer = [store for layer in cache.layers for store in layer.stores], cache.layers[0]
+        stores = [store for layer in cache.layers for store in layer.stores]
+        layer = cache.layers[0]
         heads: Counter[StoreSpec] = Counter()
         for store in stores:
             heads[store.spec] += len(store.heads.kv_heads)
@@ -56,7 +57,9 @@ class Form:
         most = MOST if self.reserve.max_tokens is None else self.reserve.max_tokens
         if not self.saves(most):
             return None
-        low, high = 0, most  # at low it does not, at high it does
+        # at low it does not, at high it does
+        low = 0
+        high = most
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self.saves(middle) else (middle, high)

@@ -210,14 +210,16 @@ class LongCtxCache(SequenceOperations, RollBack, DenseCacheMembers, Cache):
         Raises:
             CacheError: the keys have other rows or KV heads than the cache, or do not fit into ``max_tokens``.
         """
-        layer, new = self.layers[layer_idx], key_states.shape[2]
+        layer = self.layers[layer_idx]
+        new = key_states.shape[2]
         forward = self.forward
         if forward is None or (forward.rows.past, forward.rows.new) != (layer.seen, new):
             forward = self.forward = Forward(Rows(key_states.shape[0], layer.seen, new, self.starts))
             self._check_room(forward.rows)
             self.token_ids.append(forward.rows.past, None)
         result = layer.update(*as_autocast(key_states, value_states), forward)
-        self.starts, self.ends = forward.rows.starts, forward.rows.ends
+        self.starts = forward.rows.starts
+        self.ends = forward.rows.ends
         if layer_idx == len(self.layers) - 1:
             self.forward = None  # with the tensors its layers shared
         return result, result
@@ -234,7 +236,10 @@ class LongCtxCache(SequenceOperations, RollBack, DenseCacheMembers, Cache):
         for layer in self.layers:
             layer.reset()
         self.token_ids.reset()
-        self.forward, self.starts, self.ends, self.staggered = None, None, None, False
+        self.forward = None
+        self.starts = None
+        self.ends = None
+        self.staggered = False
 
     def fork(self) -> LongCtxCache:
         """A cache that goes on from here independently of this one.
@@ -249,7 +254,8 @@ class LongCtxCache(SequenceOperations, RollBack, DenseCacheMembers, Cache):
         self.check()
         other = type(self).__new__(type(self))
         other.__dict__ |= vars(self) | {"layers": [layer.fork() for layer in self.layers], "forward": None}
-        other.token_ids, other.model = self.token_ids.fork(), self.model
+        other.token_ids = self.token_ids.fork()
+        other.model = self.model
         return other
 
     def save(self, path: str | os.PathLike, *, ids: Tensor | None = None, model: nn.Module | None = None) -> None:

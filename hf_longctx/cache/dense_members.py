@@ -58,9 +58,12 @@ def _moving(name: str):
 class DenseLayerMembers:
     """Of a layer."""
 
-    keys, values = _tensors("keys"), _tensors("values")
-    offload, prefetch = _moving("offload"), _moving("prefetch")
-    crop, reorder_cache = _of_the_cache("crop"), _of_the_cache("reorder_cache")
+    keys = _tensors("keys")
+    values = _tensors("values")
+    offload = _moving("offload")
+    prefetch = _moving("prefetch")
+    crop = _of_the_cache("crop")
+    reorder_cache = _of_the_cache("reorder_cache")
     batch_repeat_interleave = _of_the_cache("batch_repeat_interleave")
     batch_select_indices = _of_the_cache("batch_select_indices")
 
@@ -68,7 +71,8 @@ class DenseLayerMembers:
 class DenseCacheMembers:
     """Of the whole cache."""
 
-    offload, prefetch = _moving("offload"), _moving("prefetch")
+    offload = _moving("offload")
+    prefetch = _moving("prefetch")
 
     def __iter__(self) -> NoReturn:
         _refuse("a LongCtxCache is not a sequence of keys and values", "its layers are cache.layers, without tensors.")

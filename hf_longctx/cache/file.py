@@ -27,7 +27,8 @@ from .layer import SAVED as LAYER_SAVED
 from .plan import LayerPlan
 from .weights import device_of
 
-FORMAT, VERSION = "hf_longctx cache", 2
+FORMAT = "hf_longctx cache"
+VERSION = 2
 READS = ("1", str(VERSION))  # in 1 the history of a ring has all its slots at once
 IDS = "ids"  # the tensor of token ids; those of layers are "layers.0.streaming...."
 SAVED = ("starts", "ends", "staggered")  # attributes of the cache itself
@@ -42,7 +43,8 @@ def save(cache: Any, path: str | os.PathLike, ids: Tensor | None, model: nn.Modu
     cache.check()
     if not cache.seen:
         raise CacheError("this cache is empty: there is nothing to save. Run the model with it first.")
-    path, base = _file_path(path), _filled_by(cache, model)
+    path = _file_path(path)
+    base = _filled_by(cache, model)
     told = {
         "model": fingerprint(base),
         "layers": [describe(plan) for plan in cache.plans],
@@ -81,7 +83,8 @@ def load(path: str | os.PathLike, model: nn.Module, make: type[AnyCache]) -> Any
     if not isinstance(model, nn.Module):
         given = type(model).__name__
         raise CacheError(f"model: got {given}, expected a patched model: LongCtxCache.load(path, model).")
-    base, file = make(model).model(), TensorFile(Path(path), partial(_check_finite, str(path)))
+    base = make(model).model()
+    file = TensorFile(Path(path), partial(_check_finite, str(path)))
     try:
         told = _told(file).fields("model", "layers", "max_tokens", "cache", "kept")
         _check_same(told["model"], "was made with another model", json.loads(json.dumps(fingerprint(base))))
@@ -106,7 +109,8 @@ def _check(cache: Any, told: Mapping[str, Told], file: TensorFile, base: nn.Modu
     Nothing was allocated before, and no tensor was read but ids and indices, whose numbers are checked.
     """
     layers = [layer.fields(*LAYER_SAVED, "dtype", "stores") for layer in told["kept"].items(len(cache.layers))]
-    seen, batch = layers[0]["seen"].number(1, cache.max_tokens or MOST), layers[0]["batch"].number(1)
+    seen = layers[0]["seen"].number(1, cache.max_tokens or MOST)
+    batch = layers[0]["batch"].number(1)
     tensors = SavedTensors(str(file.path), file.shapes, file.__getitem__)
     tensors.check(IDS, torch.int32, batch, seen)
     known = _known_ids(base)
@@ -175,7 +179,8 @@ def _filled_by(cache: Any, model: nn.Module | None) -> nn.Module:
 
 
 def _ids_of(cache: Any, given: Tensor | None, vocabulary: int) -> Tensor:
-    known, shape = cache.ids, (cache.batch_size, cache.seen)
+    known = cache.ids
+    shape = (cache.batch_size, cache.seen)
     if given is None and known is None:
         raise CacheError(
             "the ids of this cache's tokens are not known (inputs_embeds, or keys written by update). Pass "

@@ -70,7 +70,8 @@ def weights_digest(module: nn.Module, complete: bool = True) -> str:
 
 def _adapters(base: nn.Module) -> tuple[list[str], list[str]]:
     """PEFT's active adapters as ``name (scaling)``, and the prefixes of the weights of those that are not active."""
-    active, skipped = set(), []
+    active = set()
+    skipped = []
     for path, module in base.named_modules():
         if not getattr(type(module), "adapter_layer_names", ()):
             continue

@@ -74,7 +74,9 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, plan: LayerPlan, max_tokens: int | None = None, slack: int = SLACK):
-        self.plan, self.max_tokens, self.is_initialized = plan, max_tokens, False
+        self.plan = plan
+        self.max_tokens = max_tokens
+        self.is_initialized = False
         self.seen = 0
         self.whole = True  # False while stores are written, and for good when that was interrupted
         self.stores: list[Store] = [role.store.new(role.heads, max_tokens) for role in plan.filled]
@@ -88,7 +90,8 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         per_head = (
             key_states.shape[-1] * key_states.element_size() + value_states.shape[-1] * value_states.element_size()
         )
-        self.batch, self.head_dim = key_states.shape[0], key_states.shape[3]
+        self.batch = key_states.shape[0]
+        self.head_dim = key_states.shape[3]
         self.dtype, self.device, self.autocast = key_states.dtype, key_states.device, autocast_on(key_states)
         self.dense_bytes_per_token = per_head * key_states.shape[1]
         self.is_initialized = True
@@ -114,7 +117,8 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
             store.prepare(key_states, value_states, rows)
         self.whole = False
         parts = [store.append(key_states, value_states, rows) for store in self.stores]
-        self.seen, self.whole = rows.total, True
+        self.seen = rows.total
+        self.whole = True
         return LayerKV(parts, forward)
 
     def get_seq_length(self) -> int:
@@ -151,13 +155,15 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
             self.whole = False
             for store in self.stores:
                 store.crop(rows, target)
-            self.seen, self.whole = target, True
+            self.seen = target
+            self.whole = True
 
     def map_rows(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
         self.whole = False
         for store in self.stores:
             store.map_rows(change)
-        self.batch, self.whole = batch, True
+        self.batch = batch
+        self.whole = True
 
     def fork(self) -> LongCtxLayer:
         other = copy.copy(self)
@@ -167,7 +173,9 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
     def reset(self) -> None:
         for store in self.stores:
             store.reset()
-        self.seen, self.is_initialized, self.whole = 0, False, True
+        self.seen = 0
+        self.is_initialized = False
+        self.whole = True
 
     def tensors(self) -> Iterable[Tensor]:
         for store in self.stores:
@@ -175,7 +183,9 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
 
     def saved(self, starts: tuple[int, ...] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What ``restore`` needs: tensors by name, and plain data that JSON can hold."""
-        rows, tensors, stores = Rows(self.batch, 0, self.seen, starts), {}, {}
+        rows = Rows(self.batch, 0, self.seen, starts)
+        tensors = {}
+        stores = {}
         for store in self.stores:
             kept, stores[store.heads.role] = store.saved(rows)
             tensors |= {f"{store.heads.role}.{name}": tensor for name, tensor in kept.items()}
@@ -205,7 +215,8 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         plain["autocast"].one_of(False, True)
         stores = plain["stores"].fields(*(store.heads.role for store in self.stores))
         for store in self.stores:
-            told, n = stores[store.heads.role], len(store.heads.kv_heads)
+            told = stores[store.heads.role]
+            n = len(store.heads.kv_heads)
             where = f"{prefix}{store.heads.role}."
             saved = SavedStore(told, tensors, where, rows, n, head_dim, dtype, staggered)
             if staggered and not store.staggers:
@@ -220,7 +231,9 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
             store.restore(lambda name, role=role: read(f"{role}.{name}"), plain["stores"][role], device)
         for name in SAVED:
             setattr(self, name, plain[name])
-        self.dtype, self.device, self.is_initialized = getattr(torch, plain["dtype"]), device, True
+        self.dtype = getattr(torch, plain["dtype"])
+        self.device = device
+        self.is_initialized = True
 
     def offloaded(self) -> Iterable[tuple[str, int]]:
         for store in self.stores:

@@ -22,7 +22,8 @@ class RollBack:
             CacheError: a streaming head has dropped tokens that the shorter sequence needs, and does not remember
                 them; nothing is changed.
         """
-        seen, tokens_to_remove = self.seen, whole(tokens_to_remove, "crop")
+        seen = self.seen
+        tokens_to_remove = whole(tokens_to_remove, "crop")
         target = min(seen, tokens_to_remove) if tokens_to_remove > 0 else max(0, seen + tokens_to_remove)
         if target == 0:
             self.reset()

@@ -62,7 +62,8 @@ def checkpointing_drops_cache(gradients: bool) -> bool:
 
     layer = Layer().train()
     layer._gradient_checkpointing_func = lambda forward, *args: forward(*args)
-    cache, level = object(), transformers.logging.get_verbosity()
+    cache = object()
+    level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # this is a question, not the caller's mistake
     try:
         with torch.set_grad_enabled(gradients):

@@ -44,7 +44,9 @@ class SequenceOperations:
         for layer in self.layers:
             layer.stagger(Rows(self.batch_size, 0, layer.seen), pads)
         self.token_ids.stagger(pads)
-        self.starts, self.forward, self.staggered = tuple(pads), None, True
+        self.starts = tuple(pads)
+        self.forward = None
+        self.staggered = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` was; CacheError for a half-written cache."""

@@ -80,4 +80,5 @@ class TokenIds:
 
     def reset(self) -> None:
         """Forget everything, memory included."""
-        self.buffer, self.length = None, 0
+        self.buffer = None
+        self.length = 0

@@ -26,7 +26,9 @@ from ..tasks.tiny_language import BLOCK, NOTE, Filler, exam
 from ._options import no_bars
 
 MODEL = "tiny-llama"
-ASKED, ANSWER = 4, 4  # tokens of "ask amber falcon is" and of its answer
+# tokens of "ask amber falcon is" and of its answer
+ASKED = 4
+ANSWER = 4
 
 
 @dataclass
@@ -63,10 +65,12 @@ def ways(model: nn.Module) -> list[Way]:
 
 def texts(seed: int, prompts: int, length: int, notes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield (text ``[1, length - 9]``, questions ``[notes, 4]``, answers ``[notes, 4]``)."""
-    filler, rng = Filler(), np.random.default_rng(seed)
+    filler = Filler()
+    rng = np.random.default_rng(seed)
     for _ in range(prompts):
         ids, where = exam(rng, filler, 1, length - BLOCK + BLOCK * notes, notes)
-        ids, where = torch.from_numpy(ids), torch.from_numpy(where[0])
+        ids = torch.from_numpy(ids)
+        where = torch.from_numpy(where[0])
         questions = torch.stack([ids[0, first - ASKED : first] for first in where[:, 0]])
         yield ids[:, : length - BLOCK], questions, ids[0][where]
 

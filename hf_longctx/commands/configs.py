@@ -107,7 +107,8 @@ def find_config(name: str) -> LongCtxConfig:
 
 def _facts(console: Console, name: str, config: LongCtxConfig) -> None:
     """Everything the config says but its numbers, a line of text each."""
-    model, heads = config.model, config.heads
+    model = config.model
+    heads = config.heads
     grid = Table(title=name, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -140,7 +141,8 @@ def _facts(console: Console, name: str, config: LongCtxConfig) -> None:
 
 def _head_map(console: Console, config: LongCtxConfig) -> None:
     """A line per layer, a mark per KV head; a colour per quarter of the scores where there are scores."""
-    scores, roles = config.heads.active.scores, config.roles()
+    scores = config.heads.active.scores
+    roles = config.roles()
     gap = " " if 2 * len(roles[0]) + 12 <= console.width else ""
     shades = _shades(scores) if scores is not None else [[""] * len(row) for row in roles]
     console.print(f"\n{MARKS['R']} retrieval: keeps every token    {MARKS['S']} streaming: keeps a constant number")

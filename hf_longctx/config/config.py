@@ -49,7 +49,8 @@ class LongCtxConfig:
     kernel: str = "auto"
 
     def __post_init__(self) -> None:
-        layers, model = self.model.num_hidden_layers, self.model
+        layers = self.model.num_hidden_layers
+        model = self.model
         check_word(self.kernel, kernel_words(), "kernel", register_first("kernels", self.kernel))
         self.heads.check_shape(layers, model.num_key_value_heads)
         for name, table in self.prefill.tables.items():
@@ -134,7 +135,8 @@ class LongCtxConfig:
     @cached_property
     def _roles(self) -> tuple[str, ...]:
         form = (self.heads.kv_budget_tokens, self.model.head_dim, ITEMSIZE)
-        stores, token = (self.stores.streaming, self.stores.retrieval), 2 * self.model.head_dim * ITEMSIZE
+        stores = (self.stores.streaming, self.stores.retrieval)
+        token = 2 * self.model.head_dim * ITEMSIZE
         return self.heads.roles_for(*(Fraction(store.nbytes(*form).device, token) for store in stores))
 
     def kv_bytes(self, tokens: int, number_bytes: int = ITEMSIZE) -> tuple[int, int]:

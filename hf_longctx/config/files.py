@@ -129,7 +129,8 @@ def _replaced(base: Mapping[str, Any], over: Mapping[str, Any], path: tuple[str,
 
 def _drop_shares_over_roles(merged: dict[str, Any], over: Mapping[str, Any]) -> None:
     """An override that switches to an alternative with roles gives roles, so the old share has nothing to choose."""
-    given, heads = over.get("heads"), merged.get("heads")
+    given = over.get("heads")
+    heads = merged.get("heads")
     if not isinstance(given, Mapping) or not isinstance(given.get("use"), str):
         return
     alternatives = heads.get("alternatives")

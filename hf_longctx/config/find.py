@@ -22,7 +22,9 @@ from .words import make
 log = logging.getLogger(__name__)
 
 YAML = (".yaml", ".yml")  # what the name of a config file ends in
-LISTED, FEW = 3, 2  # candidates that the error of "auto" names, and numbers of their fingerprint that may differ
+# candidates that the error of "auto" names, and numbers of their fingerprint that may differ
+LISTED = 3
+FEW = 2
 
 
 def resolve(

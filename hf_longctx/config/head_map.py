@@ -59,7 +59,8 @@ def assign(
         raise ConfigError("heads: expected exactly one of retrieval_fraction and kv_budget.")
     layers, width = _check(scores, dense_layers, balance)
     units = [unit for layer in range(layers) for unit in _units(scores[layer], layer, balance, granularity)]
-    total, size = layers * width, len(units[0].heads)
+    total = layers * width
+    size = len(units[0].heads)
     always = [unit for unit in units if unit.layer in dense_layers]
     ranked = sorted((u for u in units if u.layer not in dense_layers), key=lambda u: (-u.score, u.layer, u.rank))
     if fraction is not None:
@@ -162,7 +163,8 @@ def _check(rows: Sequence[Sequence], dense_layers: Sequence[int], balance: int) 
         raise ConfigError(f"heads: got rows of {sorted({len(r) for r in rows})} KV heads, expected equal rows.")
     if any(not isinstance(row, str) and not all(-LARGEST <= score <= LARGEST for score in row) for row in rows):
         raise ConfigError(f"heads.scores: got nan or inf, or a number beyond {LARGEST:g}, expected finite numbers.")
-    layers, width = len(rows), len(rows[0])
+    layers = len(rows)
+    width = len(rows[0])
     for i, layer in enumerate(dense_layers):
         if not 0 <= layer < layers:
             raise ConfigError(f"heads.dense_layers[{i}]: got {layer}, expected a layer from 0 to {layers - 1}.")

@@ -9,7 +9,9 @@ from typing import Any
 from .bounds import COUNT, FREE, MOST_HEADS, MOST_LAYERS, TOKENS
 from .words import short, wrong
 
-UNSCALED, SCALINGS = "default", ("linear", "dynamic", "yarn")  # rope_types
+# rope_types
+UNSCALED = "default"
+SCALINGS = ("linear", "dynamic", "yarn")
 ELEMENTS = {**COUNT, "unit": "elements"}
 LAYERS = {"min": 1, "max": MOST_LAYERS, "unit": "layers"}
 HEADS = {"min": 1, "max": MOST_HEADS, "unit": "heads"}
@@ -65,7 +67,8 @@ class ModelSection:
 
     def mismatches(self, hf_config: Any) -> list[str]:
         """What disagrees with a Transformers config, one text per key; empty if it fits."""
-        theirs, scaled = model_facts(hf_config), self.rope_note(hf_config) is not None
+        theirs = model_facts(hf_config)
+        scaled = self.rope_note(hf_config) is not None
         pairs = [(f.name, getattr(self, f.name), theirs[f.name]) for f in fields(self) if f.name in theirs]
         pairs = [pair for pair in pairs if pair[0] != "fingerprint"]
         for f in fields(self.fingerprint):
@@ -86,7 +89,8 @@ class ModelSection:
 
         It is the same checkpoint: Qwen2.5 is to be used with ``yarn`` beyond 32768 tokens.
         """
-        mine, theirs = self.fingerprint.rope_type, model_facts(hf_config)["fingerprint"].get("rope_type")
+        mine = self.fingerprint.rope_type
+        theirs = model_facts(hf_config)["fingerprint"].get("rope_type")
         if mine != UNSCALED or theirs not in SCALINGS:
             return None
         return f"rope_type {theirs}: the heads were measured with rope_type {mine}, before the model's RoPE was scaled"
@@ -99,7 +103,8 @@ def made_for(hf_config: Any) -> int | None:
 
 def model_facts(hf_config: Any) -> dict[str, Any]:
     """The ``model`` section of a Transformers config as plain data. What is absent there is None, or no fingerprint."""
-    heads, hidden = getattr(hf_config, "num_attention_heads", None), getattr(hf_config, "hidden_size", None)
+    heads = getattr(hf_config, "num_attention_heads", None)
+    hidden = getattr(hf_config, "hidden_size", None)
     rope = getattr(hf_config, "rope_parameters", None) or {}
     rope = rope.get("full_attention") or rope
     scaling = getattr(hf_config, "rope_scaling", None) or {}

@@ -72,7 +72,8 @@ def _nested(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
 
 
 def _section(title: str, cls: type, registered_class: bool = False) -> str:
-    said, hints = meanings(cls), typing.get_type_hints(cls)
+    said = meanings(cls)
+    hints = typing.get_type_hints(cls)
     if registered_class:  # the package's own classes say what every key means
         said = dict.fromkeys((field.name for field in dataclasses.fields(cls)), "") | said
     lines = [f"## {title}", "", _first_paragraph(cls.__doc__), ""]
@@ -97,7 +98,8 @@ def _text(doc: str) -> str:
 
 def _type(hint: Any, metadata: typing.Mapping[str, Any]) -> str:
     """What may stand there, with its bounds and unit."""
-    origin, args = typing.get_origin(hint), [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    origin = typing.get_origin(hint)
+    args = [arg for arg in typing.get_args(hint) if arg is not type(None)]
     if metadata.get("folder"):
         given = f"a `{metadata['key']}` for {metadata['role']} heads"
         given = f"a list, each {given}" if origin is tuple else given

@@ -123,7 +123,8 @@ def _check_fields(cls: type, key: str, given: str) -> None:
 
 def _leaves(hint: Any) -> Iterator[Any]:
     """The types inside an annotation that `convert` takes, or the annotation itself where it takes none."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for one in args:
             yield from () if one is type(None) else _leaves(one)

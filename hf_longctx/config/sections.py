@@ -225,7 +225,8 @@ def check_counts(data: Mapping[str, Any]) -> None:
     Only counts: no entry is looked at, so that a map of a million entries is refused at once. What is no list, and
     a model section that says no counts, is left to the conversion of the sections.
     """
-    model, heads = _part(data, "model"), _part(data, "heads")
+    model = _part(data, "model")
+    heads = _part(data, "heads")
     tables = _part(_part(data, "prefill"), "tables")
     layers, queries, width = (
         model.get(key) for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")

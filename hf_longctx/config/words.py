@@ -205,7 +205,8 @@ def word(folder: str, key: str, role: str, default: str | None = None, instead: 
 
 def convert(value: object, hint: Any, where: str, metadata: Mapping[str, Any]) -> Any:
     """``value`` as the annotated type ``hint``, or a ConfigError for the path ``where``."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, args, where, metadata)
     if origin is tuple:
@@ -263,7 +264,8 @@ def _convert_union(value: object, args: tuple, where: str, metadata: Mapping[str
 
 
 def _convert_word(value: object, where: str, metadata: Mapping[str, Any]) -> Any:
-    instead, key = metadata["instead"], metadata["key"]
+    instead = metadata["instead"]
+    key = metadata["key"]
     if instead is not None and isinstance(value, instead):
         return value
     if instead is not None and isinstance(value, Mapping) and key not in value:
@@ -292,7 +294,9 @@ def _fits(value: Any, hint: type, metadata: Mapping[str, Any]) -> bool:
         return True
     if "choices" in metadata and value not in metadata["choices"]:
         return False
-    low, high, above = metadata.get("min"), metadata.get("max"), metadata.get("above")
+    low = metadata.get("min")
+    high = metadata.get("max")
+    above = metadata.get("above")
     too_low = (low is not None and value < low) or (above is not None and value <= above)
     return is_finite(value) and not too_low and not (high is not None and value > high)
 

@@ -80,7 +80,8 @@ class Comparison:
         return asdict(self)
 
     def __str__(self) -> str:
-        a, b = self.dense, self.patched
+        a = self.dense
+        b = self.patched
         lines = [
             f"prompt         {self.prompt_tokens} tokens; patched, {self.retrieval_heads} of {self.kv_heads} KV heads "
             "keep every token",
@@ -157,7 +158,8 @@ def compare(
     if config is None:
         config = "auto" if state is None else state.config
     ids = token_ids(model, prompt, tokenizer)
-    stop, last = stops(model), min(prompt_positions, ids.shape[1] - 1)
+    stop = stops(model)
+    last = min(prompt_positions, ids.shape[1] - 1)
     with modes_kept(model), unpatched(model), torch.no_grad():
         model.eval()
         with patched(model, config, **sections):

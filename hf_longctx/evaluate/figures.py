@@ -50,7 +50,8 @@ def slug(task: str) -> str:
 
 def heat_maps(task: str, rows: list[Row], variants: tuple[str, ...]) -> Figure:
     """Accuracy by length and depth, one map per variant beside each other."""
-    lengths, depths = sorted({row.length for row in rows}), sorted({row.depth for row in rows})
+    lengths = sorted({row.length for row in rows})
+    depths = sorted({row.depth for row in rows})
     cells = {(row.length, row.depth): row.cells for row in rows}
     high = -(-len(variants) // WIDE)
     wide = -(-len(variants) // high)
@@ -90,7 +91,8 @@ def tradeoff(summary: Summary) -> Figure:
     for number, (axes, row, own) in enumerate(zip(every, rows, points, strict=False)):
         axes.set_title(f"{_tokens(row.length)} tokens", fontsize=9)
         style = {"color": _colour(number + 1), "marker": MARKERS[number % len(MARKERS)], "markersize": 5, "capsize": 3}
-        x, y = [point.share for point in own], [point.accuracy for point in own]
+        x = [point.share for point in own]
+        y = [point.accuracy for point in own]
         bars = [[point.accuracy - point.low for point in own], [point.high - point.accuracy for point in own]]
         axes.errorbar(x, y, yerr=bars, linewidth=1.5, elinewidth=1, **style)
         axes.grid(alpha=0.3)
@@ -119,9 +121,11 @@ class Point:
 
 
 def _points(summary: Summary, row: Row) -> list[Point]:
-    dense, found = row.cells[DENSE].accuracy, []
+    dense = row.cells[DENSE].accuracy
+    found = []
     for name, cell in row.cells.items():
-        lost, ends = cell.difference, (cell.accuracy, cell.accuracy)
+        lost = cell.difference
+        ends = (cell.accuracy, cell.accuracy)
         if lost is not None and lost.low is not None and lost.high is not None:
             ends = (min(cell.accuracy, dense + lost.low), max(cell.accuracy, dense + lost.high))
         found.append(Point(_said(summary, name), 100 * cell.cache_share, cell.accuracy, *ends))
@@ -130,7 +134,8 @@ def _points(summary: Summary, row: Row) -> list[Point]:
 
 def _fitted(values: Sequence[float]) -> tuple[float, float]:
     """The ends of an axis for these accuracies: at least a tenth apart, with room for names, but little above 1."""
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     span = max(0.1, high - low)
     return low - 0.3 * span, min(high + 0.3 * span, 1 + 0.1 * span)
 

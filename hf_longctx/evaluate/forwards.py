@@ -49,12 +49,14 @@ def greedy(model: nn.Module, ids: Tensor, most: int, stop: Collection[int] = (),
         stop: tokens that end the answer.
         chunk: tokens of the prompt per forward; None for all of them at once.
     """
-    cache, start = None, now(ids.device)
+    cache = None
+    start = now(ids.device)
     for piece in ids.split(chunk or ids.shape[1], 1):
         out = model(input_ids=piece, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         cache = cache_of(out)
     tokens = [int(out.logits[0, -1].argmax())]
-    read, held = now(ids.device), cache_bytes(cache)
+    read = now(ids.device)
+    held = cache_bytes(cache)
     first = time.perf_counter()
     while len(tokens) < most and tokens[-1] not in stop:
         out = model(input_ids=ids.new_tensor([tokens[-1:]]), **{CACHE: cache}, use_cache=True, logits_to_keep=1)
@@ -69,10 +71,13 @@ def forced(model: nn.Module, ids: Tensor, answer: Tensor, last: int, chunk: int 
 
     The prompt ``ids [1, T]`` (``last < T``) is read as ``greedy`` reads it, and the answer from the cache.
     """
-    base, cache, tail = unwrap(model).base_model, None, None
+    base = unwrap(model).base_model
+    cache = None
+    tail = None
     for piece in ids.split(chunk or ids.shape[1], 1):
         out = base(input_ids=piece, **{CACHE: cache}, use_cache=True)
-        cache, hidden = cache_of(out), out.last_hidden_state[0]
+        cache = cache_of(out)
+        hidden = out.last_hidden_state[0]
         tail = (hidden if tail is None else torch.cat([tail, hidden]))[-last - 1 :].clone()
     return torch.cat([tail, follow(model, cache, answer[:-1])]) if len(answer) > 1 else tail
 
@@ -127,7 +132,8 @@ def perplexity(model: nn.Module, ids: Tensor, *, window: int | None = None, cont
     context = window // 2 if context is None else context
     if not 1 <= context < window:
         raise ConfigError(f"context must be at least 1 and less than window={window} tokens, given {context}.")
-    head, ids = output_head(model), ids.to(input_device(model))
+    head = output_head(model)
+    ids = ids.to(input_device(model))
     nll = sum(window_nll(model, head, ids, *one) for one in windows(len(ids), window, context))
     return Perplexity(nll, len(ids) - 1)
 
@@ -151,11 +157,13 @@ def window_nll(
 
 def windows(tokens: int, window: int, context: int) -> Iterator[tuple[int, int, int]]:
     """(begin, first scored, end) of every window of a text, as token positions."""
-    begin, scored = 0, 1
+    begin = 0
+    scored = 1
     while scored < tokens:
         end = min(begin + window, tokens)
         yield begin, scored, end
-        begin, scored = begin + window - context, end
+        begin = begin + window - context
+        scored = end
 
 
 def now(device: torch.device) -> float:

@@ -121,7 +121,8 @@ class LongCtxLM(HFLM):
 
     @contextlib.contextmanager
     def _one_at_a_time(self):
-        kept, self.batch_size_per_gpu = self.batch_size_per_gpu, 1
+        kept = self.batch_size_per_gpu
+        self.batch_size_per_gpu = 1
         try:
             yield
         finally:
@@ -132,7 +133,8 @@ def _sections(given: Mapping[str, Any] | None, dotted: Mapping[str, Any]) -> dic
     """Both spellings of overrides as keywords of ``patch_model``."""
     found = copy.deepcopy(check_mapping({} if given is None else given, "longctx_overrides"))
     for name, value in dotted.items():
-        within, path = found, name.removeprefix(DOTTED).split(".")
+        within = found
+        path = name.removeprefix(DOTTED).split(".")
         for key in path[:-1]:
             within = within.setdefault(key, {}) if isinstance(within, dict) else within
         if not isinstance(within, dict) or path[-1] in within:

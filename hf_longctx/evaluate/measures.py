@@ -57,11 +57,14 @@ def next_token(dense: Tensor, patched: Tensor, head: Callable[[Tensor], Tensor] 
         )
     head = head if head is not None else lambda states: states
     rows = max(1, LOGITS // head(dense[:1]).shape[-1])
-    same, divergences = 0, []
+    same = 0
+    divergences = []
     for a, b in zip(dense.split(rows), patched.split(rows), strict=True):
-        a, b = head(a), head(b)
+        a = head(a)
+        b = head(b)
         equal = a.argmax(-1) == b.argmax(-1)
-        a, b = log_softmax(a, -1, dtype=torch.float32), log_softmax(b, -1, dtype=torch.float32)
+        a = log_softmax(a, -1, dtype=torch.float32)
+        b = log_softmax(b, -1, dtype=torch.float32)
         divergences.append(kl_div(b, a, reduction="none", log_target=True).sum(-1).clamp_min(0))  # rounding, below 0
         same += int((equal & ~divergences[-1].isnan()).sum())
     kl = torch.cat(divergences).double()
@@ -85,7 +88,8 @@ class SameTokens:
 
 def same_tokens(dense: Sequence[int], patched: Sequence[int]) -> SameTokens:
     """Compare two answers position by position; what only one of them has counts as different."""
-    compared, same = max(len(dense), len(patched)), [a == b for a, b in zip(dense, patched, strict=False)]
+    compared = max(len(dense), len(patched))
+    same = [a == b for a, b in zip(dense, patched, strict=False)]
     prefix = same.index(False) if False in same else len(same)
     return SameTokens(compared, prefix, sum(same) / compared if compared else 1.0)
 
@@ -142,10 +146,12 @@ def paired_bootstrap(
     pairs = np.asarray(patched, np.float64) - np.asarray(dense, np.float64)
     if not np.isfinite(pairs).all():
         raise ConfigError(f"got {int((~np.isfinite(pairs)).sum())} of {len(pairs)} results that are no finite numbers.")
-    n, rng = len(pairs), np.random.default_rng(seed)
+    n = len(pairs)
+    rng = np.random.default_rng(seed)
     if n == 1:
         return Interval(float(pairs[0]), None, None, 1, confidence)
-    means, rows = np.empty(resamples), max(1, DRAWS // n)
+    means = np.empty(resamples)
+    rows = max(1, DRAWS // n)
     for done in range(0, resamples, rows):
         drawn = rng.integers(n, size=(min(rows, resamples - done), n))
         means[done : done + rows] = pairs[drawn].mean(1)

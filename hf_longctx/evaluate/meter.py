@@ -40,7 +40,8 @@ class Meter(Reader):
 
     def read(self, ids: Sequence[int] | np.ndarray) -> int:
         device = input_device(self.model)
-        start, step = now(device), self.chunk or len(ids)
+        start = now(device)
+        step = self.chunk or len(ids)
         for begin in range(0, len(ids), step):
             token = super().read(ids[begin : begin + step])
         self.noted.append((len(ids), now(device) - start))

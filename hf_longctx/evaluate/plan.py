@@ -25,7 +25,8 @@ from ..tasks.haystack import TextHaystack
 from ..tasks.language import Language
 from .forwards import windows
 
-DENSE, PATCHED = "dense", "patched"
+DENSE = "dense"
+PATCHED = "patched"
 FIXED = "model"  # the section that says which model a config fits
 
 
@@ -38,7 +39,7 @@ class Options:
         depths: where in the context the facts stand that are asked for, 0 the beginning; none: anywhere. Tasks that
             count over the whole context have no depth and are run once per length and sample.
         samples: prompts per task, length and depth.
-        seed: of everything drawn.
+        seed: random seed.
         mode: how the questions about one context are asked, "requests" or "turns" as in ``tasks.answer``.
         prefill_chunk_size: tokens of a context per forward; None: all of them at once.
         perplexity_window: tokens that a token of the perplexity text is predicted in; None: the longest of ``lengths``.

@@ -30,7 +30,8 @@ class Records:
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]):
-        self.folder, self.header = folder, {"format": FORMAT, **header}
+        self.folder = folder
+        self.header = {"format": FORMAT, **header}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -43,7 +44,8 @@ class Records:
             ConfigError: a file is of a run with other settings, no such file, cannot be read, or has something twice;
                 or a process is still writing there.
         """
-        headers, records = [], []
+        headers = []
+        records = []
         for path in sorted(self.folder.glob(FILES)):
             try:
                 with path.open("rb") as file:

@@ -86,7 +86,8 @@ def evaluate(
         UnsupportedModelError, UnsupportedModeError: as ``patch_model`` and ``output_head``.
     """
     check_plots()
-    chosen, settings = tasks_from(tasks), make(Options, options)
+    chosen = tasks_from(tasks)
+    settings = make(Options, options)
     language = language_for(tokenizer, haystack, text, chat)
     read = None if perplexity is None else token_ids(model, read_text(perplexity, "perplexity"), tokenizer)[0]
     state = state_of(model)
@@ -122,7 +123,8 @@ def header_of(
     model: nn.Module, language: Language, plan: EvalPlan, sweep: str | None, name: str | None, processes: int
 ) -> dict[str, Any]:
     """Everything the results depend on; what is under ``settings`` must not change when a run goes on."""
-    device, machine = input_device(model), environment()
+    device = input_device(model)
+    machine = environment()
     configs = {variant.name: variant.config and variant.config.to_dict() for variant in plan.variants}
     cases = [case for case in plan.cases if isinstance(case, Case)]
     settings = {
@@ -215,7 +217,9 @@ class Runner:
         if isinstance(case, Window):
             yield from (self.window(case, one) for one in order if one.name in missing)
             return
-        sample, along, base = case.sample(self.language), None, None
+        sample = case.sample(self.language)
+        along = None
+        base = None
         for variant in order:
             if variant is not dense and variant.name not in missing:
                 continue
@@ -223,7 +227,8 @@ class Runner:
                 said, costs, states = self.answers(sample, along)
                 told = None if variant.config is None else report(self.model)
             if variant is dense:
-                along, base = said, states
+                along = said
+                base = states
             if variant.name in missing:
                 yield {
                     "variant": variant.name,

@@ -21,9 +21,11 @@ def sentences(summary: Summary) -> list[str]:
 
 
 def _sentence(summary: Summary, name: str) -> str:
-    lost, longest = summary.overall.cells[name].difference, max(summary.by_length, key=lambda row: row.length)
+    lost = summary.overall.cells[name].difference
+    longest = max(summary.by_length, key=lambda row: row.length)
     memory = f"{_percent(longest.cells[name].cache_share)} % of the KV memory at {longest.length} tokens."
-    named, figures = name if "=" in name else name.capitalize(), _figures(lost)
+    named = name if "=" in name else name.capitalize()
+    figures = _figures(lost)
     if lost.verdict is None:
         first = f"Not enough prompts to tell whether {name} answers as well as dense {figures}; it holds {memory}"
     elif lost.verdict == "as well as":

@@ -34,7 +34,8 @@ def gated(gates: Tensor) -> Callable:
     """
 
     def mix(layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute) -> Tensor:
-        whole, streaming = compute("retrieval"), compute("streaming")
+        whole = compute("retrieval")
+        streaming = compute("streaming")
         gate = gates[layer_idx].repeat_interleave(q.shape[1] // k.shape[1])[:, None, None].to(whole.device)
         # In the gates' float32 where the model is narrower: bfloat16 has 256 steps between 0.5 and 1.
         return (gate * whole + (1 - gate) * streaming).to(whole.dtype)

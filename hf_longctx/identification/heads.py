@@ -65,7 +65,7 @@ def identify(
         measure_tokens: tokens of a document, or of a piece of the text, that ``target_drop`` is measured on; default:
             what the model was made for, at most 4096.
         sink, recent: tokens a streaming head keeps, in the measurement and in the config.
-        seed: of everything drawn.
+        seed: random seed.
         work: a folder where a method that trains saves its state, and goes on from.
         progress: show how far it is on stderr: a bar, or where that is no terminal a line now and then.
         options: fields of the method.
@@ -157,7 +157,8 @@ def _plain_ids(inner: nn.Module) -> list[int]:
 def probe_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int, work: Any, progress: bool) -> HeadProbe:
     """What is measured, of a model patched with ``all_retrieval``; errors as ``identify``."""
     inner = unwrap(model)
-    hf_config, plans = inner.base_model.config, state_of(model).plans
+    hf_config = inner.base_model.config
+    plans = state_of(model).plans
     kv_heads = hf_config.num_key_value_heads
     if inner.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{type(inner).__name__} has no LM head: load it with AutoModelForCausalLM.")

@@ -40,11 +40,14 @@ from .methods.base import HeadProbe, modes_kept
 
 TABLE = "searched"
 FILE = "identify_prefill.json"
-LENGTH, SHORTEST = 32768, 128  # tokens: read by default, and the fewest that a pattern runs on
+# tokens: read by default, and the fewest that a pattern runs on
+LENGTH = 32768
+SHORTEST = 128
 QUERY_BLOCKS = 32  # of the prompt, drawn: the queries whose attention is measured
 # Budgets of the default candidates, as shares of the tokens that a cost stands for. Distances can be dear, each leads
 # into two blocks of every query block: a head that looks for single keys needs as few of them as possible.
-VERTICAL, SLASH = (1 / 16, 1 / 4, 1 / 2, 3 / 4), (1 / 1024, 1 / 256, 1 / 64, 1 / 16, 1 / 4)
+VERTICAL = (1 / 16, 1 / 4, 1 / 2, 3 / 4)
+SLASH = (1 / 1024, 1 / 256, 1 / 64, 1 / 16, 1 / 4)
 TOP_K = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
 
 logger = logging.getLogger(__name__)
@@ -80,7 +83,7 @@ def identify_prefill(
         cost: the largest density of a head: key blocks read over causal key blocks.
         candidates: patterns, as mappings with their fields or as objects; default: 20 splits of ``vertical_slash`` and
             4 sizes of ``block_topk``, in proportion to ``cost`` and ``length``.
-        seed: of everything drawn.
+        seed: random seed.
         work: a folder where every finished layer is saved, and which an interrupted search goes on from.
         progress: show how far it is on stderr: a bar, or where that is no terminal a line now and then.
 
@@ -131,12 +134,15 @@ def measure(
         k: rotated keys ``[1, H_kv, T, D]`` of the same tokens.
         blocks: the query blocks over whose queries the first is a mean; the density is that of all of them.
     """
-    total, mass, queries = q.shape[2], [], 0
+    total = q.shape[2]
+    mass = []
+    queries = 0
     for block in blocks:
         positions = torch.arange(block * BLOCK, min((block + 1) * BLOCK, total), device=q.device)
         mass.append(sum(piece.sum(1) for _, piece in weights(q, k, scaling, positions)))  # [H, T] per key
         queries += len(positions)
-    kept, density = [], []
+    kept = []
+    density = []
     for spec in candidates:
         lists = select((spec,) * q.shape[1], q, k, scaling)
         share = torch.zeros(q.shape[1], dtype=torch.float64)
@@ -186,7 +192,8 @@ class Search:
 
     def run(self) -> None:
         """Measure the layers that no earlier run has left in the work folder, and leave each of them there."""
-        probe, file = self.probe, work_file(self.probe.work, FILE)
+        probe = self.probe
+        file = work_file(self.probe.work, FILE)
         settings = {} if file is None else self.settings()
         if file is not None and file.exists():
             self._go_on_from(file, settings)
@@ -262,7 +269,8 @@ def _given(candidates: Sequence[PatternSpec | Mapping[str, Any]]) -> tuple[Patte
 
 def _prompt(probe: HeadProbe, tokenizer: Any, length: int | None) -> np.ndarray:
     """Token ids ``[T]``: a piece of the user's text, or a document that asks for its facts."""
-    haystack, bos = probe.documents.haystack, tokenizer.bos_token_id
+    haystack = probe.documents.haystack
+    bos = tokenizer.bos_token_id
     if not isinstance(haystack, TextHaystack):
         return probe.documents.draw(probe.rng(10, 0), probe.length(length, LENGTH)).ids
     first = np.asarray([] if bos is None else [bos], dtype=np.int64)
@@ -275,7 +283,8 @@ def _prompt(probe: HeadProbe, tokenizer: Any, length: int | None) -> np.ndarray:
 
 def _config(wanted: LongCtxConfig, search: Search) -> LongCtxConfig:
     """``wanted`` with the table in use, and in its source what was measured."""
-    probe, layers = search.probe, search.layers
+    probe = search.probe
+    layers = search.layers
     used = sorted({choice for one in layers.values() for choice in one["choice"]})
     nothing = [0] * probe.heads  # of a layer with a window of its own, whose heads read no pattern
     rows = [[used.index(c) for c in layers[i]["choice"]] if i in layers else nothing for i in range(probe.layers)]

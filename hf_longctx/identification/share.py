@@ -17,7 +17,9 @@ from ..tasks.haystack import TextHaystack
 from .methods.base import HeadProbe
 
 Quality = dict[str, float]
-QUESTIONS, PIECES = 128, 4  # asked, or pieces of text read, for every share that is measured
+# asked, or pieces of text read, for every share that is measured
+QUESTIONS = 128
+PIECES = 4
 
 
 class Yardstick(ABC):
@@ -44,7 +46,8 @@ class ExactMatch(Yardstick):
     """
 
     def __init__(self, probe: HeadProbe, length: int, questions: int):
-        self.probe, self.texts = probe, []
+        self.probe = probe
+        self.texts = []
         asked = 0
         while asked < questions:
             document = probe.documents.draw(probe.rng(8, len(self.texts)), length)
@@ -53,7 +56,9 @@ class ExactMatch(Yardstick):
 
     @torch.no_grad()
     def measure(self, model: torch.nn.Module) -> Quality:
-        hits, loss, tokens = [], 0.0, 0
+        hits = []
+        loss = 0.0
+        tokens = 0
         for document in self.texts:
             places = torch.from_numpy(document.answers)
             ids = self.probe.ids(document.ids)
@@ -92,7 +97,9 @@ class NextToken(Yardstick):
 
     @torch.no_grad()
     def measure(self, model: torch.nn.Module) -> Quality:
-        best, loss, tokens = [], 0.0, 0
+        best = []
+        loss = 0.0
+        tokens = 0
         for piece in self.pieces:
             ids = self.probe.ids(piece)
             hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
@@ -124,7 +131,8 @@ class ShareSearch:
     """
 
     def __init__(self, probe: HeadProbe, tokens: int | None, target: float):
-        self.probe, self.target = probe, target
+        self.probe = probe
+        self.target = target
         self.tokens = probe.length(tokens, 4096, "measure_tokens")
         haystack = probe.documents.haystack
         self.yardstick: Yardstick = (
@@ -171,7 +179,8 @@ def bisect(
         dense: figures with all heads.
         measure: figures with so many retrieval heads.
     """
-    low, high = -1, len(usable) - 1
+    low = -1
+    high = len(usable) - 1
     rows = [{"retrieval_heads": usable[-1], **dense, "drop": 0.0}]
     while high - low > 1:
         middle = (low + high) // 2

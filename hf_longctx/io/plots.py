@@ -32,7 +32,10 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
-RETRIEVAL, STREAMING, OUTLINE = "#d1350f", "#7f8c9b", "#e6002e"  # the last one stands out from all colours of the map
+# the last one stands out from all colours of the map
+RETRIEVAL = "#d1350f"
+STREAMING = "#7f8c9b"
+OUTLINE = "#e6002e"
 
 
 def head_map(config: LongCtxConfig) -> Figure:
@@ -45,8 +48,11 @@ def head_map(config: LongCtxConfig) -> Figure:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    roles, active, model = config.roles(), config.heads.active, config.model
-    layers, width = model.num_hidden_layers, model.num_key_value_heads
+    roles = config.roles()
+    active = config.heads.active
+    model = config.model
+    layers = model.num_hidden_layers
+    width = model.num_key_value_heads
     across = max(3.6, 1.6 + 0.17 * width)
     figure = new_figure(across + (4.2 if active.scores else 1.2), min(14.0, max(3.4, 1.6 + 0.16 * layers)))
     figure.suptitle(model.ids[0] if model.ids else model.model_type, fontsize=12, fontweight="bold")
@@ -69,7 +75,8 @@ def _map(axes: Axes, values: Sequence[Sequence[float]], roles: Sequence[str]) ->
     """A cell per head, 0 to 1, retrieval heads outlined."""
     from matplotlib.patches import Rectangle
 
-    layers, width = len(roles), len(roles[0])
+    layers = len(roles)
+    width = len(roles[0])
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     line = 1.4 if layers * width <= 512 else 1.1
     for layer, row in enumerate(roles):

@@ -33,11 +33,14 @@ class Processes:
 
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
         launched = torch.distributed.get_world_size() if grouped else get_int_from_env(SIZES, 1)
-        self.rank, self.count, self._state = 0, 1, None
+        self.rank = 0
+        self.count = 1
+        self._state = None
         if launched > 1:
             # Only now, because Accelerate keeps what it is first told, the device too, for the life of the process.
             self._state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
-            self.rank, self.count = self._state.process_index, self._state.num_processes
+            self.rank = self._state.process_index
+            self.count = self._state.num_processes
         if self.count != launched:
             raise UnsupportedModeError(
                 f"{launched} processes were launched, but Accelerate was set up for {self.count} in this one, so they "

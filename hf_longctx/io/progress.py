@@ -12,7 +12,9 @@ if TYPE_CHECKING:  # importing rich takes numbers from Python's random, which im
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-MINUTE, PAUSE = 60, 10  # seconds after which a line is due in any case, and before which none is
+# seconds after which a line is due in any case, and before which none is
+MINUTE = 60
+PAUSE = 10
 STEPS = 20  # into which the work is divided: at each a line is due
 
 
@@ -51,9 +53,14 @@ class Progress:
             to: where to show it; None: stderr.
             clock: seconds.
         """
-        self.label, self.total, self.unit, self.shown = label, total, unit, shown
+        self.label = label
+        self.total = total
+        self.unit = unit
+        self.shown = shown
         self.done = self.saved = done
-        self._weight, self._moved, self._clock = total - done if weight is None else weight, 0.0, clock
+        self._weight = total - done if weight is None else weight
+        self._moved = 0.0
+        self._clock = clock
         self._to = _stderr() if to is None and shown else to
         self._bar: Bar | None = None
 
@@ -84,7 +91,8 @@ class Progress:
 
     def advance(self, weight: float = 1, saved: bool = False) -> None:
         """One more is done; ``saved``: and this and all before it are kept, whatever happens."""
-        self.done, self._moved = self.done + 1, self._moved + weight
+        self.done = self.done + 1
+        self._moved = self._moved + weight
         if saved:
             self.saved = self.done
         if not self.shown:
@@ -92,12 +100,15 @@ class Progress:
         if self._bar is not None:
             self._bar.advance(self._task, weight)
             return
-        now, share = self._clock(), self._moved / self._weight if self._weight else 1.0
-        waited, step = now - self._told, int(share * STEPS + 1e-9)
+        now = self._clock()
+        share = self._moved / self._weight if self._weight else 1.0
+        waited = now - self._told
+        step = int(share * STEPS + 1e-9)
         if self.done < self.total and (waited >= MINUTE or (waited >= PAUSE and step > self._step)):
             left = (now - self._start) * (1 - share) / share if share else 0
             self._line(f"{self._count}, {self._elapsed} elapsed, about {timedelta(seconds=round(left))} left")
-            self._told, self._step = now, step
+            self._told = now
+            self._step = step
 
     @property
     def _count(self) -> str:

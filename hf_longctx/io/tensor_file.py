@@ -20,7 +20,9 @@ from torch import Tensor
 from ..errors import CacheError
 
 PIECE = 4 << 20  # bytes that are checked and written at a time, so that memory is read once; copied where it must be
-TENSORS, REST = "tensors_crc32", "crc32"  # keys of the metadata
+# keys of the metadata
+TENSORS = "tensors_crc32"
+REST = "crc32"
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -95,7 +97,8 @@ class TensorFile:
     """
 
     def __init__(self, path: Path, check: Check = None):
-        self.path, self._check = path, check
+        self.path = path
+        self._check = check
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for whoever writes to it
                 raise ValueError("it is no regular file")
@@ -104,7 +107,8 @@ class TensorFile:
             if not {TENSORS, REST} <= told.keys():
                 raise ValueError("it has no checksums")
             self._sums = {str(name): str(crc) for name, crc in plain(told.pop(TENSORS)).items()}
-            rest, self.metadata = told.pop(REST), told
+            rest = told.pop(REST)
+            self.metadata = told
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
             self.shapes = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
         except FileNotFoundError:
@@ -161,7 +165,8 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], sums: Ma
     crcs = {name: f"{crc:08x}" for name, crc in sums.items()}
     shapes = {name: [DTYPES[tensor.dtype], list(tensor.shape)] for name, tensor in tensors.items()}
     told = {**metadata, TENSORS: _json(crcs), REST: _crc_of_rest(shapes, metadata, crcs)}
-    entries, at = {"__metadata__": told}, 0
+    entries = {"__metadata__": told}
+    at = 0
     for name, (dtype, shape) in shapes.items():
         end = at + tensors[name].nbytes
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}

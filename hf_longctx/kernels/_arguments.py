@@ -48,8 +48,10 @@ def check_list(q: Tensor, segments: Sequence[Segment], blocks: BlockList) -> Non
     Raises:
         UnsupportedModeError: it was.
     """
-    queries, lists = blocks.kv_len - blocks.first, blocks.counts.shape[1]
-    kv_heads, tokens = segments[0].k.shape[1], sum(segment.longest for segment in segments)
+    queries = blocks.kv_len - blocks.first
+    lists = blocks.counts.shape[1]
+    kv_heads = segments[0].k.shape[1]
+    tokens = sum(segment.longest for segment in segments)
     if q.shape[2] != queries or tokens < blocks.kv_len or lists not in (q.shape[1], kv_heads):
         raise UnsupportedModeError(
             f"sparse prefill was given {q.shape[1]} heads of {q.shape[2]} queries, {kv_heads} of {tokens} keys, with "
@@ -60,15 +62,16 @@ def check_list(q: Tensor, segments: Sequence[Segment], blocks: BlockList) -> Non
 def joined(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
     """k, v ``[B, n, S, D]`` of all segments: views of a single one, else copies."""
     if len(segments) == 1:
-        return segments[0].kept()
-    keys, values = zip(*(segment.kept() for segment in segments), strict=True)
+        return segments[0].contents()
+    keys, values = zip(*(segment.contents() for segment in segments), strict=True)
     return torch.cat(keys, 2), torch.cat(values, 2)
 
 
 def part_of(segment: Segment, low: int, high: int | None = None) -> Segment:
     """The slots ``low .. high`` (None: to the end) in the same memory."""
     high = segment.k.shape[2] if high is None else high
-    bias, length = segment.bias, segment.length
+    bias = segment.bias
+    length = segment.length
     if bias is not None and bias.dim() and bias.shape[-1] > 1:
         bias = bias[..., low:high]
     clamped = length.clamp(low, high) - low if isinstance(length, Tensor) else min(max(length, low), high) - low

@@ -41,7 +41,8 @@ def attend(
     dropped = reads.dropped
     if dropped is None:
         dropped = tuple(x.new_zeros(batch, n, 1, x.shape[3], dtype=torch.float64) for x in sinks)
-    group, keys = heads // n, sinks[0].shape[2] + max(0, reads.end - reads.edge(reads.end - 1)) + QUERIES
+    group = heads // n
+    keys = sinks[0].shape[2] + max(0, reads.end - reads.edge(reads.end - 1)) + QUERIES
     rows = max(FEWEST, min(QUERIES, TEMPORARY // (batch * group * keys)))
     parts = []
     with torch.autocast(q.device.type, enabled=False):  # it would round the scores
@@ -57,7 +58,9 @@ def _heads(
     q: Tensor, sinks: Pair, band: Pair, sums: Pair, reads: Averaged, scores: Scores, rows: int, want_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`attend` of a few KV heads, in blocks of ``rows`` queries. ``sums`` is of all positions before ``done``."""
-    begin, first, parts = reads.end - q.shape[2], reads.first, []
+    begin = reads.end - q.shape[2]
+    first = reads.first
+    parts = []
     done = max(first, reads.edge(begin))
     sums = tuple(one + total(x[:, :, : done - first]) for one, x in zip(sums, band, strict=True))
     for low in range(begin, reads.end, rows):
@@ -120,7 +123,8 @@ def _block(
     ``bias [H, 1, S]`` is added to the capped scores of the keys.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    n, group = k.shape[1], q.shape[1] // k.shape[1]
+    n = k.shape[1]
+    group = q.shape[1] // k.shape[1]
     split, (mean_k, mean_v) = (group, q.shape[2]), (x.to(dtype)[:, :, None] for x in means)
     folded = q.unflatten(1, (n, group)).flatten(2, 3).to(dtype) * scores.scale
     of_keys = capped((folded @ k.to(dtype).transpose(2, 3)).unflatten(2, split), scores.softcap)

@@ -24,9 +24,11 @@ Attend = Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, bias) -> (out, lse)
 def attend(q: Tensor, segments: Sequence[Segment], blocks: BlockList, dense: Attend) -> tuple[Tensor, Tensor]:
     """(out ``[B, H, 1, D]``, lse ``[B, H, 1]``) of the query at the position ``blocks.first``, by ``dense``."""
     kv_heads = segments[0].k.shape[1]
-    group, lists = q.shape[1] // kv_heads, blocks.counts.shape[1] // kv_heads
+    group = q.shape[1] // kv_heads
+    lists = blocks.counts.shape[1] // kv_heads
     tokens, named = (x.unflatten(1, (kv_heads, lists)) for x in _tokens(blocks))
-    width, rows = tokens.shape[3] * q.shape[3], []
+    width = tokens.shape[3] * q.shape[3]
+    rows = []
     with torch.autocast(q.device.type, enabled=False):  # it would round the scores
         for row in pieces(q.shape[0], width, TEMPORARY):
             parts = []
@@ -58,15 +60,17 @@ def _tokens(blocks: BlockList) -> tuple[Tensor, Tensor]:
 
 def _gathered(segments: Sequence[Segment], tokens: Tensor, row: slice, heads: slice) -> tuple[Tensor, Tensor]:
     """k, v ``[b, h * L, W, D]`` at ``tokens [b, h, L, W]`` of h KV heads; any filled slot beyond the last segment."""
-    found, begin = None, 0
+    found = None
+    begin = 0
     for segment in segments:
         if not segment.longest:
             continue
         at = (tokens - begin).clamp(0, segment.longest - 1).flatten(2)[..., None]
-        own = [x[row, heads].gather(2, at.expand(-1, -1, -1, x.shape[3])) for x in segment.kept()]
+        own = [x[row, heads].gather(2, at.expand(-1, -1, -1, x.shape[3])) for x in segment.contents()]
         if found is not None:
             here = (tokens >= begin).flatten(2)[..., None]
             own = [torch.where(here, x, before) for x, before in zip(own, found, strict=True)]
-        found, begin = own, begin + segment.longest
+        found = own
+        begin = begin + segment.longest
     k, v = (x.unflatten(2, tokens.shape[2:]).flatten(1, 2) for x in found)
     return k, v

@@ -97,7 +97,8 @@ def _first_block(q: Tensor, segments: Sequence[Segment], blocks: BlockList, scor
 
 
 def _first_tokens(segments: Sequence[Segment], count: int) -> tuple[Tensor, Tensor]:
-    cut, left = [], count
+    cut = []
+    left = count
     for segment in segments:
         cut.append(part_of(segment, 0, min(left, segment.longest)))
         left -= cut[-1].longest

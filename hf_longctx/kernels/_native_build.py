@@ -75,7 +75,8 @@ def cache_folder() -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # A link that somebody else made may lead to any folder of one's own; who can write above can rename. What is
         # checked is the folder that links lead to now, and that is the one to use.
-        mine, folder = folder.lstat().st_uid == os.getuid(), folder.resolve()
+        mine = folder.lstat().st_uid == os.getuid()
+        folder = folder.resolve()
         if not mine or not _own(folder.stat()) or any(_others_can_rename(above.stat()) for above in folder.parents):
             raise BuildError(f"others can write to {folder}: remove it, or set XDG_CACHE_HOME to a folder of your own")
         if stat.S_IMODE(folder.stat().st_mode) != 0o700:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ PREFILL_NOTE = "sparse prefill: what a quantized store kept was unpacked as a wh
 
 
 @dataclass
-class Packed(Streamed):
+class Quantised(Streamed):
     """Consecutive tokens of every row. A slot is a row position less ``first``, so left pads take none.
 
     Attributes:
@@ -50,6 +50,8 @@ class Packed(Streamed):
         room: slots to have again after saving and loading; 0: as many as now.
     """
 
+    saved_as: ClassVar[str] = "Packed"
+
     k: Tensor
     k_scale: Tensor
     v: Tensor
@@ -64,7 +66,7 @@ class Packed(Streamed):
     room: int = 0
 
     @classmethod
-    def empty(cls, k: Tensor, v: Tensor, heads: int, slots: int, bits: int, group: int, first: int) -> Packed:
+    def empty(cls, k: Tensor, v: Tensor, heads: int, slots: int, bits: int, group: int, first: int) -> Quantised:
         """Room for ``slots`` tokens of ``heads`` heads, like ``k`` and ``v`` in batch, head_dim, dtype and device."""
         shapes = cls.shapes((k.shape[0], heads), k.shape[3], v.shape[3], slots, bits, group, k.dtype)
         with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
@@ -150,14 +152,14 @@ class Packed(Streamed):
         else:
             self._set([change(x) for x in self.tensors()])
 
-    def copy(self) -> Packed:
+    def copy(self) -> Quantised:
         return replace(self) if self.shared else self._with(x.clone() for x in self.tensors())
 
     def __getstate__(self) -> dict:
         """Of copies and pickles. A pickle has all the memory behind a tensor: after a fork, that of several pieces."""
         return {**self.__dict__, "by_row": None} | {name: _alone(getattr(self, name)) for name in TENSORS}
 
-    def blanked(self, held: list[tuple[slice, int]]) -> Packed:
+    def blanked(self, held: list[tuple[slice, int]]) -> Quantised:
         """Without the slots that no row fills; those that one row does not are zeros. ``held`` are (rows, slots)."""
         most = max(count for _, count in held)
         other = replace(self.cut(0, most, self.shared), room=self.slots)
@@ -175,8 +177,10 @@ class Packed(Streamed):
         return tensors, {**numbers, "rows": self.k.shape[0], "slots": self.room or self.slots}
 
     @classmethod
-    def restored(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device) -> Packed:
-        slots, group, made = numbers["slots"], numbers["group"], []
+    def restored(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device) -> Quantised:
+        slots = numbers["slots"]
+        group = numbers["group"]
+        made = []
         for name in TENSORS:
             x = tensors[name]
             room = x.new_empty(
@@ -187,24 +191,26 @@ class Packed(Streamed):
         plain = {name: numbers[name] for name in ("bits", "group", "first", "whole")}
         return cls(*made, **plain, shared=bool(numbers["shared"]))
 
-    def cut(self, low: int, high: int, shared: bool = False) -> Packed:
+    def cut(self, low: int, high: int, shared: bool = False) -> Quantised:
         """The slots ``low .. high``, multiples of ``group``, in the same memory."""
         groups = slice(low // self.group, high // self.group)
         ours = (slice(low, high), groups, slice(low, high), slice(low, high))
         other = self._with(x[:, :, part] for x, part in zip(self.tensors(), ours, strict=True))
-        other.first, other.shared = self.first + low, shared
+        other.first = self.first + low
+        other.shared = shared
         other.whole = min(max(0, self.whole - low), high - low)
         return other
 
-    def copy_from(self, other: Packed) -> None:
+    def copy_from(self, other: Quantised) -> None:
         """The tokens that both have room for."""
-        low, high = max(self.first, other.first), min(self.end, other.end)
+        low = max(self.first, other.first)
+        high = min(self.end, other.end)
         if low < high:
             ours, theirs = (one.cut(low - one.first, high - one.first) for one in (self, other))
             for into, x in zip(ours.tensors(), theirs.tensors(), strict=True):
                 into.copy_(x)
 
-    def seen(self, counts: Sequence[int], ints: Callable[[list[int], torch.device], Tensor]) -> Packed:
+    def seen(self, counts: Sequence[int], ints: Callable[[list[int], torch.device], Tensor]) -> Quantised:
         """For a reader of the first ``counts`` tokens of each row (one number for all of them).
 
         ``ints`` makes a tensor on a device, and is asked where rows differ.
@@ -213,13 +219,14 @@ class Packed(Streamed):
         by_row = ints(lengths, self.k.device) if min(lengths) < max(lengths) else None
         return replace(self, lengths=tuple(lengths), by_row=by_row)
 
-    def alone(self, rows: slice, count: int) -> Packed:
+    def alone(self, rows: slice, count: int) -> Quantised:
         """For a reader of the first ``count`` tokens of the rows ``rows``."""
         other = self._with(x[rows] for x in self.tensors())
-        other.lengths, other.by_row = (min(max(0, count - self.first), self.slots),), None
+        other.lengths = (min(max(0, count - self.first), self.slots),)
+        other.by_row = None
         return other
 
-    def _with(self, tensors) -> Packed:
+    def _with(self, tensors) -> Quantised:
         return replace(self, **dict(zip(TENSORS, tensors, strict=True)))
 
     def _set(self, tensors) -> None:
@@ -231,7 +238,7 @@ def _alone(x: Tensor) -> Tensor:
     one = x[:1] if x.stride(0) == 0 else x
     if one.untyped_storage().nbytes() == one.nbytes:
         return x
-    with torch.inference_mode(False):  # as in `Packed.empty`
+    with torch.inference_mode(False):  # as in `Quantised.empty`
         return one.clone(memory_format=torch.contiguous_format).expand(x.shape)
 
 
@@ -253,14 +260,15 @@ def packed_reason(case: Case, lanes: int = 1) -> str | None:
 class _Room:
     """Memory for ``slots`` unpacked keys and values, used again for every block."""
 
-    def __init__(self, packed: Packed, slots: int):
+    def __init__(self, packed: Quantised, slots: int):
         wide = torch.promote_types(packed.dtype, torch.float32)  # in a lower one 255 steps could not be told apart
         dims = (packed.k_scale.shape[4], packed.v.shape[3] * 8 // packed.bits)
-        shape, like = (*packed.k.shape[:2], slots), packed.k_scale
+        shape = (*packed.k.shape[:2], slots)
+        like = packed.k_scale
         self.wide = [like.new_empty(*shape, dim, dtype=wide) for dim in dims]
         self.plain = self.wide if wide == packed.dtype else [like.new_empty(*shape, dim) for dim in dims]
 
-    def fill(self, packed: Packed, low: int, high: int) -> tuple[Tensor, Tensor]:
+    def fill(self, packed: Quantised, low: int, high: int) -> tuple[Tensor, Tensor]:
         """k, v ``[B, n, high - low, D]`` of these slots, until it is called again; whole groups of them."""
         scale = packed.k_scale[:, :, low // packed.group : high // packed.group]
         k, v = (x[:, :, : high - low] for x in self.wide)
@@ -275,9 +283,11 @@ class _Room:
 
 
 def quantise(x: Tensor, dim: int, bits: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Codes of ``x`` as `Packed` keeps them, and step and least number along ``dim`` (of size 1), in the dtype of x."""
-    wide, levels = x.to(torch.promote_types(x.dtype, torch.float32)), 2**bits - 1
-    least, most = wide.amin(dim, keepdim=True), wide.amax(dim, keepdim=True)
+    """Codes of ``x`` as `Quantised` has them; step and least value along ``dim`` (of size 1), in the dtype of x."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    levels = 2**bits - 1
+    least = wide.amin(dim, keepdim=True)
+    most = wide.amax(dim, keepdim=True)
     step = _upwards((most - least) / levels, x.dtype)
     codes = ((wide - least) / step.to(wide.dtype)).round_().nan_to_num_(0).clamp_(0, levels).to(torch.uint8)
     if bits == 4:
@@ -289,7 +299,8 @@ def quantise(x: Tensor, dim: int, bits: int) -> tuple[Tensor, tuple[Tensor, Tens
 def _upwards(step: Tensor, dtype: torch.dtype) -> Tensor:
     """``step``, itself off by a rounding, in ``dtype`` and not less than it was; 0 stays 0, infinity becomes NaN."""
     for kind in dict.fromkeys((step.dtype, dtype)):
-        info, rounded = torch.finfo(kind), step.to(kind)
+        info = torch.finfo(kind)
+        rounded = step.to(kind)
         more = (rounded.to(step.dtype) * (1 + info.eps) + info.smallest_normal * info.eps).to(kind)
         low = rounded < step if kind != step.dtype else step > 0
         step = torch.where(low, more, rounded)

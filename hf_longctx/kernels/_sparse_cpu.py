@@ -34,13 +34,15 @@ Attend = Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, bias=None, causal=Fal
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, dense: Attend) -> tuple[Tensor, Tensor]:
     """(out ``[B, H, T, D]``, lse ``[B, H, T]``) over k, v ``[B, n, S, D]``, by ``dense`` where nothing is sparse."""
     (batch, heads, q_len, dim), kv_heads = q.shape, k.shape[1]
-    group, lists = heads // kv_heads, blocks.counts.shape[1] // kv_heads
+    group = heads // kv_heads
+    lists = blocks.counts.shape[1] // kv_heads
     out = q.new_empty(batch, q_len, heads, v.shape[3]).transpose(1, 2)
     lse = q.new_empty(batch, heads, q_len, dtype=torch.promote_types(q.dtype, torch.float32))
     room = {}
     with torch.autocast(q.device.type, enabled=False):  # it would round the scores
         for row, head in product(range(batch), range(kv_heads)):
-            mine, listed = slice(head * group, (head + 1) * group), slice(head * lists, (head + 1) * lists)
+            mine = slice(head * group, (head + 1) * group)
+            listed = slice(head * lists, (head + 1) * lists)
             names = ("indices", "counts", "columns", "column_counts")
             own = replace(blocks, **{name: getattr(blocks, name)[row : row + 1, listed] for name in names})
             reader = _Reader(k[row, head], v[row, head], own, dense, room)
@@ -108,7 +110,8 @@ class _Reader:
     def _own_blocks(self, q: Tensor, position: int, own: Tensor) -> tuple[Tensor, Tensor]:
         """(out, lse) of every query over its own block, 0 and -inf where ``own [NB, L]`` says it is not listed."""
         count, lists, _, rows, _ = q.shape
-        begin, end = position - position % self.blocks.block, position + count * rows
+        begin = position - position % self.blocks.block
+        end = position + count * rows
         k, v = (t[begin:end].unflatten(0, (count, -1))[:, None] for t in (self.k, self.v))
         out, lse = self.dense(q.flatten(1, 2), k, v, causal=True)
         out, lse = (t.to(lse.dtype).contiguous().unflatten(1, (lists, -1)) for t in (out, lse))
@@ -160,7 +163,8 @@ class _Reader:
 
         ``first`` is the first query block.
         """
-        block, skipped = self.blocks.block, first - self.blocks.first // self.blocks.block
+        block = self.blocks.block
+        skipped = first - self.blocks.first // self.blocks.block
         begins = torch.arange(first, first + q.shape[0], device=q.device) * block
         before = torch.searchsorted(columns, begins).tolist()  # how many lie before each query block
         k, v = (t.index_select(0, columns[: before[-1]]) for t in (self.k, self.v))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..layout.segments import Segment
 from . import _triton_quantized
-from ._quantized import Packed
+from ._quantized import Quantised
 from ._triton_tiles import LN2, LOG2E, load_tile, scores_of, settings, softmax_step, store_part, units
 
 KEYS = 64  # keys of a tile
@@ -103,16 +103,22 @@ def decode_kernel(
     KEYS: tl.constexpr,
 ):
     """One work item. Grid (items, B). ``numbers``: see `_plan`; `_plain` numbers."""
-    item, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    item = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
     for s in tl.static_range(len(segments)):
-        first, splits, heads = numbers[s][0] // 16, numbers[s][1] // 16, numbers[s][2] // 16
+        first = numbers[s][0] // 16
+        splits = numbers[s][1] // 16
+        heads = numbers[s][2] // 16
         if (item >= first) & (item < first + heads * splits):
-            local, split = (item - first) // splits, (item - first) % splits
+            local = (item - first) // splits
+            split = (item - first) % splits
             head = tl.load(order + numbers[s][3] // 16 + local)
             member = tl.arange(0, GROUP_ROWS)
             query_rows = q + row * q_strides[0] + head * GROUP * q_strides[1]
             queries = load_tile(query_rows, member, q_strides[1], q_strides[3], member < GROUP, DIM, COLS)
-            base, width, place = numbers[s][5] // 16, numbers[s][6] // 16, numbers[s][7] // 16
+            base = numbers[s][5] // 16
+            width = numbers[s][6] // 16
+            place = numbers[s][7] // 16
             slot = base + (row * heads + local) * width + place + split
             _item(
                 queries,
@@ -150,12 +156,17 @@ def merge_kernel(
     PARTS: tl.constexpr,
 ):
     """The parts of one query head to its output. Grid (H, B). ``roles``: see `_plan`; `_plain` numbers."""
-    nth, row = tl.program_id(0) // GROUP, tl.program_id(1).to(tl.int64)
+    nth = tl.program_id(0) // GROUP
+    row = tl.program_id(1).to(tl.int64)
     member = tl.program_id(0) % GROUP
-    cols, parts = tl.arange(0, COLS), tl.arange(0, PARTS)
+    cols = tl.arange(0, COLS)
+    parts = tl.arange(0, PARTS)
     head = tl.load(order + nth) * GROUP + member
     for r in tl.static_range(len(roles)):
-        offset, heads, base, width = roles[r][0] // 16, roles[r][1] // 16, roles[r][2] // 16, roles[r][3] // 16
+        offset = roles[r][0] // 16
+        heads = roles[r][1] // 16
+        base = roles[r][2] // 16
+        width = roles[r][3] // 16
         if (nth >= offset) & (nth < offset + heads):
             slot = base + (row * heads + nth - offset) * width
             top = tl.full([1], float("-inf"), tl.float32)
@@ -167,7 +178,8 @@ def merge_kernel(
                 lse = tl.load(lses + where, mask=valid, other=float("-inf"))
                 new = tl.maximum(top, tl.max(lse, 0))
                 finite = tl.where(new == float("-inf"), 0.0, new)
-                weights, keep = tl.exp2(lse - finite), tl.exp2(top - finite)
+                weights = tl.exp2(lse - finite)
+                keep = tl.exp2(top - finite)
                 mask = valid[:, None] & (cols < DIM)[None, :]
                 part = tl.load(outs + where[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
                 total = total * keep + tl.sum(weights, 0)
@@ -190,7 +202,7 @@ def _order(kv_heads: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def decode(
-    q: Tensor, parts: Sequence[tuple[tuple[int, ...], Sequence[Segment | Packed]]], scale: float
+    q: Tensor, parts: Sequence[tuple[tuple[int, ...], Sequence[Segment | Quantised]]], scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out ``[B, H, 1, D]``, lse ``[B, H, 1]``) of one token q ``[B, H, 1, D]`` over all segments of all parts.
 
@@ -249,7 +261,7 @@ def decode(
     return out, lse.mul_(LN2)
 
 
-def _plan(batch: int, parts: Sequence[tuple[tuple[int, ...], Sequence[Segment | Packed]]], processors: int) -> tuple:
+def _plan(batch: int, parts: Sequence[tuple[tuple[int, ...], Sequence[Segment | Quantised]]], processors: int) -> tuple:
     """How a layer's keys are cut into items, from Python numbers alone.
 
     Returns (keys per item, segments, their numbers, roles, items per row, slots). The numbers of a segment are: its
@@ -260,17 +272,25 @@ def _plan(batch: int, parts: Sequence[tuple[tuple[int, ...], Sequence[Segment | 
     kept = [(kv_heads, [one for one in segments if one.longest]) for kv_heads, segments in parts]
     keys = batch * sum(len(kv_heads) * one.longest for kv_heads, segments in kept for one in segments)
     chunk = triton.cdiv(max(LEAST, triton.cdiv(keys, WAVES * processors)), KEYS) * KEYS
-    flat, numbers, roles, items, slots, offset = [], [], [], 0, 0, 0
+    flat = []
+    numbers = []
+    roles = []
+    items = 0
+    slots = 0
+    offset = 0
     for kv_heads, segments in kept:
-        count, place = len(kv_heads), 0
+        count = len(kv_heads)
+        place = 0
         width = sum(triton.cdiv(one.longest, chunk) for one in segments)
         for one in segments:
             splits = triton.cdiv(one.longest, chunk)
             flat.append(one)
             numbers.append((items, splits, count, offset, one.longest, slots, width, place))
-            items, place = items + count * splits, place + splits
+            items = items + count * splits
+            place = place + splits
         roles.append((offset, count, slots, width))
-        slots, offset = slots + batch * count * width, offset + count
+        slots = slots + batch * count * width
+        offset = offset + count
     numbers, roles = (tuple(tuple(map(_plain, one)) for one in told) for told in (numbers, roles))
     return chunk, flat, numbers, roles, items, slots
 

@@ -58,7 +58,8 @@ def sparse_kernel(
     BLOCK: tl.constexpr,
 ):
     """One query block of one head: its columns, its listed blocks, its own block last. Grid (H, NQ, B)."""
-    head, row = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    head = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
     nth = query_blocks - 1 - tl.program_id(1)  # those with the most keys start first
     own = first // BLOCK + nth
     listed = row * lists + head * lists // tl.num_programs(0)
@@ -137,7 +138,8 @@ def streaming_kernel(
     KEYS: tl.constexpr,
 ):
     """``ROWS`` queries of one head over the sinks and their windows. Grid (H, ceil(T / ROWS), B)."""
-    head, row = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    head = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
     begin = tl.program_id(1) * ROWS
     token = begin + tl.arange(0, ROWS)
     real = token < q_len
@@ -182,7 +184,8 @@ def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: fl
     lists = [t.to(torch.int32).contiguous() for t in (blocks.indices, blocks.counts)]
     lists += [t.to(torch.int32).contiguous() for t in (blocks.columns, blocks.column_counts)]
     indices, _, columns, _ = lists
-    width, columns_width = indices.shape[3], columns.shape[2]
+    width = indices.shape[3]
+    columns_width = columns.shape[2]
     with torch.cuda.device_of(q):
         sparse_kernel[heads, indices.shape[2], batch](
             *(q, k, v, out, lse, *lists),

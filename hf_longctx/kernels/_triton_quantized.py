@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._quantized import Packed
+from ._quantized import Quantised
 from ._triton_tiles import LOG2E, load_tile, scores_of, softmax_step, store_part
 
 KEYS = 64  # keys of a tile, at most
@@ -21,7 +21,8 @@ KEYS = 64  # keys of a tile, at most
 def _unpacked(codes, rows, row_stride, valid, DIM: tl.constexpr, COLS: tl.constexpr, BITS: tl.constexpr):
     """The codes of the rows ``rows`` as float32 ``[len(rows), COLS]``; of 4 bits, two channels a byte."""
     cols = tl.arange(0, COLS)
-    places, shift = cols, cols * 0
+    places = cols
+    shift = cols * 0
     if BITS == 4:
         places = tl.where(cols < DIM // 2, cols, cols - DIM // 2)
         shift = tl.where(cols < DIM // 2, 0, 4)
@@ -64,7 +65,8 @@ def _item(
     k_scale += row * k_scale_strides[0] + local * k_scale_strides[1]
     v += row * v_strides[0] + local * v_strides[1]
     v_scale += row * v_scale_strides[0] + local * v_scale_strides[1]
-    slots, cols = tl.arange(0, KEYS), tl.arange(0, COLS)
+    slots = tl.arange(0, KEYS)
+    cols = tl.arange(0, COLS)
     top = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_ROWS], tl.float32)
     acc = tl.zeros([GROUP_ROWS, COLS], tl.float32)
@@ -107,16 +109,22 @@ def packed_kernel(
     TOKENS: tl.constexpr,
 ):
     """One work item. Grid (items, B). ``numbers`` and the slots of the results: as in `_triton_decode`."""
-    item, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    item = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
     for s in tl.static_range(len(pieces)):
-        first, splits, heads = numbers[s][0] // 16, numbers[s][1] // 16, numbers[s][2] // 16
+        first = numbers[s][0] // 16
+        splits = numbers[s][1] // 16
+        heads = numbers[s][2] // 16
         if (item >= first) & (item < first + heads * splits):
-            local, split = (item - first) // splits, (item - first) % splits
+            local = (item - first) // splits
+            split = (item - first) % splits
             head = tl.load(order + numbers[s][3] // 16 + local)
             member = tl.arange(0, GROUP_ROWS)
             query_rows = q + row * q_strides[0] + head * GROUP * q_strides[1]
             queries = load_tile(query_rows, member, q_strides[1], q_strides[3], member < GROUP, DIM, COLS)
-            base, width, place = numbers[s][5] // 16, numbers[s][6] // 16, numbers[s][7] // 16
+            base = numbers[s][5] // 16
+            width = numbers[s][6] // 16
+            place = numbers[s][7] // 16
             slot = base + (row * heads + local) * width + place + split
             _item(
                 queries,
@@ -143,14 +151,16 @@ def packed_kernel(
 def launch(
     grid: tuple[int, int],
     tensors: tuple[Tensor, ...],
-    pieces: list[Packed],
+    pieces: list[Quantised],
     numbers: tuple[tuple[int, ...], ...],
     chunk: int,
     scale: float,
     shape: dict[str, int],
 ) -> None:
     """Write out and lse of every item of ``pieces``; the rest as `_triton_decode.decode` launches its own kernel."""
-    q, bits, group = tensors[0], pieces[0].bits, pieces[0].group
+    q = tensors[0]
+    bits = pieces[0].bits
+    group = pieces[0].group
     lengths = [piece.length(0, piece.longest) for piece in pieces]
     given = tuple(
         (*piece.tensors(), None if isinstance(length, int) else length)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
-CPU_UNITS, CPU_SHARED = 4, 1 << 17  # what the interpreter is told a device has
+# what the interpreter is told a device has
+CPU_UNITS = 4
+CPU_SHARED = 1 << 17
 
 
 @triton.jit
@@ -64,7 +66,8 @@ def store_part(
     """Write the result of a work item of decoding: normalised out ``[GROUP, DIM]``, and lse ``[GROUP]`` in base 2."""
     sees = total > 0
     acc = acc / tl.where(sees, total, 1.0)[:, None]
-    member, cols = tl.arange(0, GROUP_ROWS), tl.arange(0, COLS)
+    member = tl.arange(0, GROUP_ROWS)
+    cols = tl.arange(0, COLS)
     mask = (member < GROUP)[:, None] & (cols < DIM)[None, :]
     tl.store(part_out + member[:, None] * DIM + cols[None, :], acc, mask=mask)
     lse = tl.where(sees, top + tl.log2(tl.where(sees, total, 1.0)), float("-inf"))

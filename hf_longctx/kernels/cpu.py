@@ -72,7 +72,7 @@ def attend(
     """
     check(NAME, q, segments, reads, scores)
     if isinstance(reads, Averaged):
-        sinks, band = (segment.kept() for segment in segments)
+        sinks, band = (segment.contents() for segment in segments)
         return _compensated.attend(q, sinks, band, reads, scores, want_lse)
     if scores.first_bias is not None:
         return _first_token.attend(q, segments, reads, scores, attend)
@@ -92,7 +92,7 @@ def _dense(
     ragged = isinstance(own.length, Tensor)
     if not past and not want_lse and scores.softcap is None and q.numel() and own.longest:
         if causal and not ragged and own.bias is None:
-            return _causal(q, *own.kept(), scores, False)
+            return _causal(q, *own.contents(), scores, False)
         if not causal and _takes_bias(q, own):
             return _folded(q, *_clean(own), scores.scale, _score_bias(own, q)), None
     last = _ragged(q, own, scores) if causal and ragged else with_lse(q, own, scores, causal)
@@ -101,7 +101,8 @@ def _dense(
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scores: Scores, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     """The queries being the last T of the S tokens of k, v ``[B, n, S, D]``."""
-    q_len, kv_len = q.shape[2], k.shape[2]
+    q_len = q.shape[2]
+    kv_len = k.shape[2]
     if want_lse or scores.softcap is not None or not q.numel() or kv_len < q_len:
         return _partial(q, k, v, scores, causal=True)
     if q_len == kv_len:
@@ -130,25 +131,29 @@ def _streaming(
     keys, so blocks of queries differ only in where their band starts: they go to the batch dimension and share one
     small mask.
     """
-    (sink_k, sink_v), (k, v) = (segment.kept() for segment in segments)
+    (sink_k, sink_v), (k, v) = (segment.contents() for segment in segments)
     batch, heads, q_len, dim = q.shape
     if not q.numel():
         return _tiled(q, k, v, scores)
-    first, recent = reads.first, reads.recent
+    first = reads.first
+    recent = reads.recent
     start = first + k.shape[2] - q_len  # row position of the first query
     head = min(max(first + recent - start, 0), q_len)
     parts = []
     if head:
         seen = start + head - first
-        keys, values = k[:, :, :seen], v[:, :, :seen]
+        keys = k[:, :, :seen]
+        values = v[:, :, :seen]
         if sink_k.shape[2]:
-            keys, values = torch.cat([sink_k, keys], 2), torch.cat([sink_v, values], 2)
+            keys = torch.cat([sink_k, keys], 2)
+            values = torch.cat([sink_v, values], 2)
         out, lse = _causal(q[:, :, :head], keys, values, scores, want_lse)
         parts.append((out.transpose(1, 2), lse))
     rows = _block_rows(heads // k.shape[1])
     width = batch * k.shape[1] * (sink_k.shape[2] + recent + rows) * dim
     step = rows * min(64, max(1, TEMPORARY // width))
-    low, room = head, {}
+    low = head
+    room = {}
     while low < q_len:
         left = q_len - low
         high = low + (min(step, left // rows * rows) or left)
@@ -241,7 +246,9 @@ def _square(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     group = q.shape[1] // k.shape[1]
     if group > 1 and q.is_cuda and q.dtype not in (torch.float16, torch.bfloat16):
         # Only CUDA's flash kernel takes enable_gqa; any other dtype would build T x T scores.
-        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+        k = k.repeat_interleave(group, 1)
+        v = v.repeat_interleave(group, 1)
+        group = 1
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
 
 
@@ -265,7 +272,8 @@ def _partial(
     plain = scores.softcap is None and _gives_lse(q, k, v, bias) and not (causal and bias is not None)
     if not q.numel() or not k.shape[2] or not plain:
         return _tiled(q, k, v, scores, bias, causal)
-    heads, parts = q.shape[1], []
+    heads = q.shape[1]
+    parts = []
     if past:
         mask = _per_head(bias, heads // k.shape[1])
         out, lse = _flash(_fold(q, k.shape[1]), k[:, :, :past], v[:, :, :past], scores.scale, mask)
@@ -310,7 +318,8 @@ def _window(
     """
     (batch, heads, q_len, dim), kv_heads, sink = q.shape, band[0].shape[1], sinks[0].shape[2]
     v_dim = band[1].shape[3]
-    group, count = heads // kv_heads, q_len // rows
+    group = heads // kv_heads
+    count = q_len // rows
     age = torch.arange(rows, device=q.device)[:, None] - torch.arange(1 - recent, rows, device=q.device)
     mask = torch.zeros(rows, sink + recent - 1 + rows, dtype=q.dtype, device=q.device)
     mask[:, sink:].masked_fill_((age < 0) | (age >= recent), float("-inf"))
@@ -324,7 +333,8 @@ def _window(
     else:
         keys, values = room[size] = tuple(torch.cat(pair, 3) for pair in zip(spread, windows, strict=True))
     blocks = q.reshape(batch, kv_heads, group, count, rows, dim).permute(0, 3, 1, 2, 4, 5).flatten(0, 1).flatten(2, 3)
-    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    keys = keys.flatten(0, 1)
+    values = values.flatten(0, 1)
     out, lse = _masked(blocks, keys, values, mask.repeat(group, 1), scores, want_lse)
     out = out.unflatten(2, (group, rows)).unflatten(0, (batch, count)).permute(0, 1, 4, 2, 3, 5)
     if lse is not None:
@@ -349,7 +359,7 @@ def _clean(segment: Segment) -> tuple[Tensor, Tensor]:
 
     Those slots are uninitialised memory: hidden by weight 0 they would still give 0 * NaN = NaN.
     """
-    k, v = segment.kept()
+    k, v = segment.contents()
     if isinstance(segment.length, int):
         return k, v
     empty = (torch.arange(segment.longest, device=k.device) >= segment.length[:, None])[:, None, :, None]
@@ -358,7 +368,8 @@ def _clean(segment: Segment) -> tuple[Tensor, Tensor]:
 
 def _score_bias(segment: Segment, q: Tensor) -> Tensor | None:
     """What is added to a segment's scores, ``[B or 1, n or 1, 1, longest]``: its bias, and -inf past each length."""
-    dtype, bias = torch.promote_types(q.dtype, torch.float32), segment.bias
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    bias = segment.bias
     if bias is not None:
         bias = bias.to(dtype)[(None,) * (4 - bias.dim())].expand(-1, -1, -1, segment.longest)
     if isinstance(segment.length, int):

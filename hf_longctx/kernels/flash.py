@@ -73,7 +73,7 @@ def attend(
     if isinstance(reads, Window) and q.numel():
         return _streaming(q, segments, reads, scores.scale)
     if isinstance(reads, Causal) and plain and q.numel():
-        return _call(q, *own.kept(), scores.scale, causal=True)
+        return _call(q, *own.contents(), scores.scale, causal=True)
     return cpu.attend(q, segments, reads, scores, want_lse)
 
 
@@ -126,8 +126,9 @@ def _streaming(q: Tensor, segments: Sequence[Segment], reads: Window, scale: flo
     The queries before position first + recent see all there is, a dense prefill: so no query is left that reads nothing
     of a part, for which the versions give different logsumexps.
     """
-    (sink_k, sink_v), (k, v) = (segment.kept() for segment in segments)
-    q_len, first = q.shape[2], reads.first
+    (sink_k, sink_v), (k, v) = (segment.contents() for segment in segments)
+    q_len = q.shape[2]
+    first = reads.first
     start = first + k.shape[2] - q_len
     head = min(max(first + reads.recent - start, 0), q_len)
     found = []

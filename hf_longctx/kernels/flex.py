@@ -103,7 +103,8 @@ def _torch_has_it() -> bool:
 def _listed(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
     """Attention ``[B, H, T, D]`` over k, v ``[B, n, S, D]``."""
     (batch, heads, q_len, _), kv_heads = q.shape, k.shape[1]
-    group, lists = heads // kv_heads, blocks.counts.shape[1] // kv_heads
+    group = heads // kv_heads
+    lists = blocks.counts.shape[1] // kv_heads
     out = torch.zeros_like(q)
     if not q.numel():
         return out
@@ -111,7 +112,8 @@ def _listed(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) ->
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         for row in range(batch):
             for head in range(kv_heads):
-                mine, listed = slice(head * group, (head + 1) * group), slice(head * lists, (head + 1) * lists)
+                mine = slice(head * group, (head + 1) * group)
+                listed = slice(head * lists, (head + 1) * lists)
                 names = ("indices", "counts", "columns", "column_counts")
                 own = replace(blocks, **{name: getattr(blocks, name)[row : row + 1, listed] for name in names})
                 made = _read(q[row : row + 1, mine], *(t[row : row + 1, head : head + 1] for t in (k, v)), own, scale)
@@ -121,12 +123,15 @@ def _listed(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) ->
 
 def _read(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) -> Tensor:
     """`attend` of one KV head, ``[1, G, >= NQ * block, D]``: with the queries that whole blocks add."""
-    size, group, query_blocks = blocks.block, q.shape[1], blocks.counts.shape[2]
+    size = blocks.block
+    group = q.shape[1]
+    query_blocks = blocks.counts.shape[2]
     # Sizes of one would be compiled for themselves.
     query_rows, key_rows = (max(2, count) * size for count in (query_blocks, blocks.key_blocks))
     before = blocks.first % size
     q = pad(q, (0, 0, before, query_rows - before - q.shape[2])).contiguous()
-    columns, column_blocks = blocks.columns[0].long(), -(-blocks.columns.shape[2] // size)
+    columns = blocks.columns[0].long()
+    column_blocks = -(-blocks.columns.shape[2] // size)
     keys, values = (_extended(t, columns, key_rows, column_blocks * size) for t in (k, v))
     hidden, seen = _columns(blocks, columns, max(1, column_blocks) * size)
     partial, listed, nothing = _partial_and_full(blocks, seen, key_rows // size, column_blocks)
@@ -171,9 +176,11 @@ def _partial_and_full(
 
     W is all blocks there are. Last, bool ``[L, NQ * block]``: the queries that read nothing.
     """
-    indices, counts = blocks.indices[0], blocks.counts[0]
+    indices = blocks.indices[0]
+    counts = blocks.counts[0]
     lists, query_blocks, width = indices.shape
-    first, total = blocks.first // blocks.block, key_blocks + lists * column_blocks
+    first = blocks.first // blocks.block
+    total = key_blocks + lists * column_blocks
     at = torch.arange(first, first + query_blocks, device=counts.device)
     last = indices.gather(2, (counts - 1).clamp(min=0)[..., None].long())[..., 0] if width else counts
     own = (counts > 0) & (last == at)

@@ -32,7 +32,7 @@ from ..layout.scores import Scores
 from ..layout.segments import Segment
 from . import _native_build, cpu, reference
 from ._arguments import ANY_LENGTHS, check
-from ._quantized import Packed, packed_reason
+from ._quantized import Quantised, packed_reason
 from .base import Case
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def supports(case: Case) -> str | None:
 
 
 def attend(
-    q: Tensor, segments: Sequence[Segment | Packed], reads: Reads, scores: Scores, want_lse: bool = True
+    q: Tensor, segments: Sequence[Segment | Quantised], reads: Reads, scores: Scores, want_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as `base` says: out ``[B, H, T, D]``, lse ``[B, H, T]`` where it is wanted.
 
@@ -82,7 +82,7 @@ def attend(
     kv = [x for segment in plain for x in (segment.k, segment.v)]
     biases = [segment.bias for segment in plain if segment.bias is not None]
     one = q.shape[2] == 1 and isinstance(reads, ANY_LENGTHS)
-    packed = [segment for segment in segments if isinstance(segment, Packed)] if len(plain) < len(segments) else []
+    packed = [segment for segment in segments if isinstance(segment, Quantised)] if len(plain) < len(segments) else []
     case = Case(q.device, q.dtype, q.shape[3], needs_grad(q, *kv, *biases), type(reads), one)
     if packed:
         case = case._replace(kinds=frozenset(piece.kind for piece in packed))
@@ -98,7 +98,7 @@ def attend(
         return other.attend(q, segments, reads, scores, want_lse)
     call = _Call(scores, want_lse)
     if one:
-        return _decode(call, q, plain, packed, isinstance(segments[0], Packed))
+        return _decode(call, q, plain, packed, isinstance(segments[0], Quantised))
     if isinstance(reads, BlockList):
         return _listed(call, q, segments, reads)
     if isinstance(reads, Window):
@@ -133,7 +133,8 @@ class _Call:
     """
 
     def __init__(self, scores: Scores, want_lse: bool) -> None:
-        self.scores, self.want_lse = scores, want_lse
+        self.scores = scores
+        self.want_lse = want_lse
         self.held: list[Tensor] = []
 
     def pointer(self, x: Tensor) -> int:
@@ -148,7 +149,10 @@ class _Call:
 
     def segment(self, segment: Segment) -> tuple[int, ...]:
         """``Segment``; where rows differ, the length is the capacity, which bounds what is read."""
-        lengths, bias, strides, length = 0, 0, (0, 0, 0), segment.longest
+        lengths = 0
+        bias = 0
+        strides = (0, 0, 0)
+        length = segment.longest
         if not 0 <= length <= min(segment.k.shape[2], segment.v.shape[2]):
             _refuse(f"{segment.k.shape[2]} keys and {segment.v.shape[2]} values for a length of {length}")
         if isinstance(segment.length, Tensor):
@@ -156,7 +160,8 @@ class _Call:
         if segment.bias is not None:
             added = segment.bias.float()[(None,) * (4 - segment.bias.dim())]
             added = added.expand(segment.k.shape[0], segment.k.shape[1], 1, segment.longest)
-            bias, strides = self.pointer(added), (added.stride(0), added.stride(1), added.stride(3))
+            bias = self.pointer(added)
+            strides = (added.stride(0), added.stride(1), added.stride(3))
         return *self.heads(segment.k), *self.heads(segment.v), length, lengths, bias, *strides
 
     def lengths(self, lengths: Tensor, k: Tensor) -> int:
@@ -164,11 +169,12 @@ class _Call:
             _refuse(f"lengths {list(lengths.shape)} on {lengths.device} for keys {list(k.shape)} on {k.device}")
         return self.pointer(lengths.to(torch.int64).contiguous())
 
-    def piece(self, piece: Packed, q: Tensor) -> tuple[int, ...]:
-        """``Packed``"""
+    def piece(self, piece: Quantised, q: Tensor) -> tuple[int, ...]:
+        """``Quantised``"""
         _check_piece(piece, q)
         tensors = (piece.k, piece.k_scale.flatten(3), piece.v, piece.v_scale)
-        length, lengths = piece.length(0, piece.longest), 0
+        length = piece.length(0, piece.longest)
+        lengths = 0
         if isinstance(length, Tensor):
             length, lengths = piece.longest, self.lengths(length, piece.k)
         return *(number for x in tensors for number in self.heads(x)), length, lengths, piece.bits, piece.group
@@ -208,13 +214,15 @@ def _refuse(what: str) -> NoReturn:
     raise ValueError(f"kernel native was given {what}: they do not belong together. Use what the cache returned.")
 
 
-def _check_piece(piece: Packed, q: Tensor) -> None:
-    slots, dim, heads = piece.slots, q.shape[3], piece.k.shape[1]
+def _check_piece(piece: Quantised, q: Tensor) -> None:
+    slots = piece.slots
+    dim = q.shape[3]
+    heads = piece.k.shape[1]
     if piece.bits not in (4, 8) or piece.group < 1 or slots % piece.group or not 0 <= piece.longest <= slots:
         _refuse(f"{slots} slots of {piece.bits} bits in groups of {piece.group} for a length of {piece.longest}")
     if piece.by_row is None and len(set(piece.lengths)) > 1:
         _refuse(f"lengths {piece.lengths} that are not on the device")
-    expected = Packed.shapes((q.shape[0], heads), dim, dim, slots, piece.bits, piece.group, q.dtype)
+    expected = Quantised.shapes((q.shape[0], heads), dim, dim, slots, piece.bits, piece.group, q.dtype)
     for (name, (dtype, shape)), x in zip(expected.items(), piece.tensors(), strict=True):
         if x.shape != shape or x.dtype != dtype or x.device != q.device:
             _refuse(f"{name} {x.dtype} {list(x.shape)} on {x.device} for {dtype} {list(shape)} on {q.device}")
@@ -240,7 +248,9 @@ def _check_lists(blocks: BlockList, q: Tensor) -> None:
 
 def _computes(scores: Scores, q: Tensor, kv: Sequence[Tensor]) -> bool:
     """Whether the library takes these tensors and numbers."""
-    batch, kv_heads, dim = q.shape[0], kv[0].shape[1] if kv else 0, q.shape[3]
+    batch = q.shape[0]
+    kv_heads = kv[0].shape[1] if kv else 0
+    dim = q.shape[3]
     if kv and (not kv_heads or q.shape[1] % kv_heads):
         _refuse(f"{q.shape[1]} query heads for {kv_heads} KV heads")
     for x in kv:
@@ -250,7 +260,7 @@ def _computes(scores: Scores, q: Tensor, kv: Sequence[Tensor]) -> bool:
 
 
 def _decode(
-    call: _Call, q: Tensor, plain: Sequence[Segment], packed: Sequence[Packed], begins_packed: bool
+    call: _Call, q: Tensor, plain: Sequence[Segment], packed: Sequence[Quantised], begins_packed: bool
 ) -> tuple[Tensor, Tensor | None]:
     """One query over plain segments, and over packed ones, unpacked tile by tile."""
     numbers = [*call.segments(plain), len(packed)]

@@ -134,15 +134,19 @@ def _joined(
     q: Tensor, segments: Sequence[Segment], reads: Reads, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """k, v ``[B, n, S, D]`` of all segments, zeros past each length, and what is added to scores ``[B, H, 1, S]``."""
-    keys, values, biases = [], [], []
+    keys = []
+    values = []
+    biases = []
     for segment in segments:
-        k, v = segment.kept()
+        k, v = segment.contents()
         empty = ~_filled(segment, q.device).transpose(2, 3)
         # Slots past a sequence's length are uninitialised memory, and 0 * NaN is NaN.
         keys.append(k.masked_fill(empty, 0))
         values.append(v.masked_fill(empty, 0))
         biases.append(_bias(segment, q))
-    k, v, bias = torch.cat(keys, 2), torch.cat(values, 2), torch.cat(biases, 3)
+    k = torch.cat(keys, 2)
+    v = torch.cat(values, 2)
+    bias = torch.cat(biases, 3)
     if scores.first_bias is not None and k.shape[2] and _reads_first(segments, reads):
         added = torch.zeros_like(bias)
         added[..., 0] = 1
@@ -174,7 +178,8 @@ def _end(segment: Segment, device: torch.device) -> Tensor:
 
 def _visible(q: Tensor, segments: Sequence[Segment], reads: Reads) -> Tensor:
     """Bool ``[B or 1, 1, T, S]``, of all but block lists."""
-    q_len, device = q.shape[2], q.device
+    q_len = q.shape[2]
+    device = q.device
     if isinstance(reads, Window | Averaged):
         return _visible_window(q, segments, reads)[None, None]
     parts = [_filled(segment, device) for segment in segments]
@@ -208,11 +213,12 @@ def _averaged(
 ) -> tuple[Tensor, Tensor]:
     """Each query's window and sinks, and the mean of what lies between as one more key."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    wide, group = q.to(dtype), q.shape[1] // k.shape[1]
+    wide = q.to(dtype)
+    group = q.shape[1] // k.shape[1]
     parts = [attention(wide, k, v, visible, scores.scale, bias, scores.softcap)]
     counts = reads.edges - reads.sink
     means = []
-    for nth, band in enumerate(segments[1].kept()):
+    for nth, band in enumerate(segments[1].contents()):
         before = band.new_zeros(*band.shape[:2], 1, band.shape[3], dtype=torch.float64)
         before = before if reads.dropped is None else reads.dropped[nth]
         sums = torch.cat([before, before + band.double().cumsum(2)], 2).index_select(2, reads.edges - reads.first)
@@ -228,17 +234,22 @@ def _listed(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scores: Scores, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """KV head by KV head and in pieces of queries, so that no mask holds more than ``PIECE * S`` entries per row."""
-    group, lists = q.shape[1] // k.shape[1], blocks.counts.shape[1]
-    outs, lses = [], []
+    group = q.shape[1] // k.shape[1]
+    lists = blocks.counts.shape[1]
+    outs = []
+    lses = []
     for head in range(k.shape[1]):
-        own, parts = slice(head * group, (head + 1) * group), []
+        own = slice(head * group, (head + 1) * group)
+        parts = []
         listed = slice(head * lists // k.shape[1], (head + 1) * lists // k.shape[1])
         for some in pieces(q.shape[2], group, PIECE):
-            low, high = some.start, some.stop
+            low = some.start
+            high = some.stop
             seen = blocks.first + high
             visible = blocks.visible(low, high, listed)[..., :seen]
             visible = visible.repeat_interleave(group // visible.shape[1], 1)
-            keys, values = k[:, head : head + 1, :seen], v[:, head : head + 1, :seen]
+            keys = k[:, head : head + 1, :seen]
+            values = v[:, head : head + 1, :seen]
             added = bias[:, own, :, :seen]
             sinks = None if scores.sinks is None else scores.sinks[own]
             parts.append(

@@ -21,12 +21,12 @@ from ..layout.scores import Scores
 from ..layout.segments import Segment
 from . import _nvidia, cpu
 from ._arguments import check, joined
-from ._quantized import Packed, packed_reason
+from ._quantized import Quantised, packed_reason
 
 if TYPE_CHECKING:
     from .base import Case
 
-Part = tuple[tuple[int, ...], Sequence[Segment | Packed]]  # KV heads of the layer, what they cached
+Part = tuple[tuple[int, ...], Sequence[Segment | Quantised]]  # KV heads of the layer, what they cached
 
 NAME = "triton"
 # Below cpu's: until it has been timed on a device, `auto` takes it for block lists alone, where it beats a definition.
@@ -51,7 +51,7 @@ def supports(case: Case) -> str | None:
 
 
 def attend(
-    q: Tensor, segments: Sequence[Segment | Packed], reads: Reads, scores: Scores, want_lse: bool = True
+    q: Tensor, segments: Sequence[Segment | Quantised], reads: Reads, scores: Scores, want_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as `base` says: out ``[B, H, T, D]``, lse ``[B, H, T]`` where it is wanted.
 
@@ -111,7 +111,7 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float) ->
 
 def _streaming(q: Tensor, segments: Sequence[Segment], reads: Window, scale: float) -> tuple[Tensor, Tensor]:
     """In O(T * (s + recent)) time, and without copies."""
-    sinks, band = (segment.kept() for segment in segments)
+    sinks, band = (segment.contents() for segment in segments)
     _check(q, *band)
     _check(q, *sinks)
     if not q.numel():

@@ -76,7 +76,8 @@ class BlockList:
         together they hold every head and query block of ``shape (B, H)`` once, in any order. Costs one read of the
         device per part, for its width.
         """
-        found, query_blocks = [], -(-kv_len // block) - first // block
+        found = []
+        query_blocks = -(-kv_len // block) - first // block
         for heads, rows, mask in parts:
             own = torch.arange(rows.start, rows.stop, device=mask.device)[:, None] + first // block
             mask = mask & (torch.arange(mask.shape[3], device=mask.device) <= own)
@@ -97,7 +98,8 @@ class BlockList:
 
     def block_mask(self, heads: slice = slice(None), query_blocks: slice = slice(None)) -> Tensor:
         """Bool ``[B, H, NQ, NK]``: the listed blocks, of these heads and query blocks."""
-        indices, counts = self.indices[:, heads, query_blocks], self.counts[:, heads, query_blocks]
+        indices = self.indices[:, heads, query_blocks]
+        counts = self.counts[:, heads, query_blocks]
         return _mask_of(indices, counts, self.key_blocks)
 
     def column_mask(self, heads: slice = slice(None)) -> Tensor:
@@ -106,10 +108,12 @@ class BlockList:
 
     def visible(self, low: int = 0, high: int | None = None, heads: slice = slice(None)) -> Tensor:
         """Bool ``[B, H, high - low, kv_len]``: the keys that the queries ``low .. high`` of the chunk read. Slow."""
-        high, device = self.kv_len - self.first if high is None else high, self.indices.device
+        high = self.kv_len - self.first if high is None else high
+        device = self.indices.device
         i = torch.arange(self.first + low, self.first + high, device=device)
         j = torch.arange(self.kv_len, device=device)
-        begin, end = (self.first + low) // self.block, (self.first + high - 1) // self.block + 1
+        begin = (self.first + low) // self.block
+        end = (self.first + high - 1) // self.block + 1
         skipped = self.first // self.block
         listed = self.block_mask(heads, slice(begin - skipped, end - skipped))
         before = j < torch.arange(begin, end, device=device)[:, None] * self.block
@@ -170,7 +174,8 @@ def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
     Reads the device once.
     """
     counts = mask.sum(-1, dtype=torch.int32)
-    width, flat = int(counts.max()), mask.flatten(0, -2)
+    width = int(counts.max())
+    flat = mask.flatten(0, -2)
     places = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
     out = torch.zeros(flat.shape[0], width, dtype=torch.int32, device=mask.device)
     for rows in pieces(flat.shape[0], mask.shape[-1], TEMPORARY):

@@ -63,7 +63,8 @@ def holes(real: Tensor, ids: Tensor | None, row: int, known: Known) -> Unsupport
     places = real[row].nonzero().flatten().tolist()
     said = f"attention_mask has holes: row {row} has {len(places)} real tokens between columns {places[0]} and "
     said += f"{places[-1]}. "
-    before, token = _before_pads(real), _one_token(real, ids, row)
+    before = _before_pads(real)
+    token = _one_token(real, ids, row)
     if token is None and before is None and ids is not None and known.cached is not None:
         token = _one_token(real, torch.cat([known.cached.to(ids), ids], 1), row)
     if known.virtual is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Segment:
         bias: added to the scores of these keys before the softmax, broadcastable to ``[B, n, 1, length]``.
         shared: nobody writes to the memory any more, and other caches may read it.
     """
+
+    saved_as: ClassVar[str] = "Segment"  # its word in a cache's file
 
     k: Tensor
     v: Tensor
@@ -68,14 +71,14 @@ class Segment:
         length = self.length.clone() if isinstance(self.length, Tensor) else self.length
         return replace(self, k=self.k.clone(), v=self.v.clone(), length=length)
 
-    def kept(self) -> tuple[Tensor, Tensor]:
+    def contents(self) -> tuple[Tensor, Tensor]:
         """Views of the filled slots: k, v ``[B, n, longest, D]``."""
         return self.k[:, :, : self.longest], self.v[:, :, : self.longest]
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """What `restored` needs, tensors (views of the filled slots) and plain numbers."""
         numbers = {"rows": self.k.shape[0], "capacity": self.k.shape[2], "shared": int(self.shared)}
-        tensors = dict(zip(("k", "v"), self.kept(), strict=True))
+        tensors = dict(zip(("k", "v"), self.contents(), strict=True))
         if self.k.stride(0) == 0:  # rows that share their memory are kept once
             tensors = {name: tensor[:1] for name, tensor in tensors.items()}
         if self.bias is not None:
@@ -152,6 +155,7 @@ class HeadKV:
                 bias = segment.bias
                 if bias is not None:
                     bias = (bias if bias.shape[0] == 1 else bias[rows])[..., cut:]
-                k, v = segment.k[rows, :, cut : segment.length], segment.v[rows, :, cut : segment.length]
+                k = segment.k[rows, :, cut : segment.length]
+                v = segment.v[rows, :, cut : segment.length]
                 left.append(Segment(k, v, segment.length - cut, bias))
         return left

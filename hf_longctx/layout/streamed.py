@@ -17,11 +17,13 @@ class Streamed(ABC):
 
     Attributes:
         dtype: of the plain blocks.
+        saved_as: its word in a cache's file.
         bias: none, as of a segment whose scores get nothing added.
         note: what the report says where it is read; None for nothing.
     """
 
     dtype: torch.dtype
+    saved_as: ClassVar[str]
     bias: ClassVar[None] = None
     note: str | None = None
 
@@ -33,7 +35,7 @@ class Streamed(ABC):
     @property
     @abstractmethod
     def joined_note(self) -> str:
-        """What the report says where a prefill pattern needs all of it at once (`kept`)."""
+        """What the report says where a prefill pattern needs all of it at once (`contents`)."""
 
     @abstractmethod
     def blocks(self) -> Iterator[Segment]:
@@ -65,7 +67,7 @@ class Streamed(ABC):
             device: that of the layer.
         """
 
-    def kept(self) -> tuple[Tensor, Tensor]:
+    def contents(self) -> tuple[Tensor, Tensor]:
         """All of it at once, k, v ``[B, n, S, D]``: what a prefill pattern needs, which chooses among all keys."""
-        keys, values = zip(*([part.clone() for part in block.kept()] for block in self.blocks()), strict=True)
+        keys, values = zip(*([part.clone() for part in block.contents()] for block in self.blocks()), strict=True)
         return torch.cat(keys, 2), torch.cat(values, 2)

@@ -17,7 +17,9 @@ from ..cache.layer import LongCtxLayer
 from ..cache.seam import CACHE
 from ..errors import UnsupportedModelError
 
-OLDEST, NEWEST = "5.0", "5.24"  # versions the tests ran on
+# versions the tests ran on
+OLDEST = "5.0"
+NEWEST = "5.24"
 PREPARE = ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")
 
 logger = logging.getLogger(__name__)

@@ -73,7 +73,8 @@ class BeforeForward:
         if isinstance(cache, LongCtxCache):
             self._check_cache(base, cache)
         past = cache.get_seq_length() if cache is not None else 0
-        mask, ids = given.get("attention_mask"), given.get("input_ids")
+        mask = given.get("attention_mask")
+        ids = given.get("input_ids")
         known = partial(Known.by, self.state.patched, config, cache)
         rows = read_mask(mask, inputs.shape[0], past, inputs.shape[1], ids=ids, known=known)
         refuse_positions(given.get("position_ids"), rows)

@@ -46,7 +46,8 @@ class LayerCall:
         one = self.rows.new == 1
         if one and (out := self._in_one_launch(query, parts)) is not None:
             return out.to(query.dtype)
-        group, outs = query.shape[1] // self.plan.kv_heads, []
+        group = query.shape[1] // self.plan.kv_heads
+        outs = []
         for role, part in zip(self.plan.filled, parts, strict=True):
             # A cache filled in another dtype (autocast, model.to) is read in its own.
             q = role.heads.take(query, group).to(part.dtype)
@@ -58,7 +59,8 @@ class LayerCall:
 
     def plain(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The same attention over the keys and values ``[B, H_kv, S, D]`` of all tokens."""
-        group, outs = query.shape[1] // self.plan.kv_heads, []
+        group = query.shape[1] // self.plan.kv_heads
+        outs = []
         for role in self.plan.filled:
             part = self._all_tokens(role, role.heads, key, value)
             outs.append(self._role(role.heads.take(query, group), role, part, rowwise=True))
@@ -102,7 +104,8 @@ class LayerCall:
             return None
         if any(role.as_stock for role in self.plan.filled) or len({part.dtype for part in parts}) > 1:
             return None  # two dtypes: autocast was on while one of them grew
-        query, scores = query.to(parts[0].dtype), self.scores
+        query = query.to(parts[0].dtype)
+        scores = self.scores
         cases = {kernels.case_of(query, part.segments, ALL, scores) for part in parts}
         if len(cases) > 1 or scores.sinks is not None or (case := cases.pop()).kinds:
             return None
@@ -117,7 +120,7 @@ class LayerCall:
         """Attention ``[B, h, T, D]`` of one role's query heads."""
         patterns = self._runs_patterns(role)
         if role.as_stock and not patterns and not self.rows.padded and _one_plain(part):
-            return self._sdpa(q, *part.segments[0].kept())
+            return self._sdpa(q, *part.segments[0].contents())
         if self.rows.new > 1 or rowwise:
             return self._rowwise(q, role, part, patterns)
         return self._attend(q, part.segments, ALL, part.heads)
@@ -155,13 +158,15 @@ class LayerCall:
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Transformers' own call, in pieces of 512 queries where a cached prefix needs a mask."""
-        total, new = k.shape[2], q.shape[2]
+        total = k.shape[2]
+        new = q.shape[2]
         self.forward.log.used.add(STOCK)
         module = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], is_causal=True)
         scale = self.scores.scale
         if new in (1, total):
             return sdpa_attention_forward(module, q, k, v, None, scaling=scale)[0].transpose(1, 2)
-        slots, outs = torch.arange(total, device=q.device), []
+        slots = torch.arange(total, device=q.device)
+        outs = []
         for piece in range(0, new, MASK_ROWS):
             queries = slots[total - new + piece : min(total, total - new + piece + MASK_ROWS)]
             mask = (slots <= queries[:, None])[None, None]
@@ -174,7 +179,8 @@ class LayerCall:
         outs = []
         for group, start in self.rows.groups(by_end=patterns):
             pads = min(max(0, start - self.rows.past), self.rows.new)
-            alone, real = q[group, :, pads:], self.rows.real(group.start or 0)
+            alone = q[group, :, pads:]
+            real = self.rows.real(group.start or 0)
             if not alone.shape[2]:
                 out = torch.zeros_like(alone)
             elif patterns and role.prefill.runs(*real):
@@ -195,10 +201,15 @@ class LayerCall:
                 "prefill pattern cannot choose. Set prefill.retrieval to {pattern: dense}."
             )
         k, v = self._together(segments)
-        pads, q, k, v = q.shape[2] - new, q[:, :, :new], k[:, :, :processed], v[:, :, :processed]
+        pads = q.shape[2] - new
+        q = q[:, :, :new]
+        k = k[:, :, :processed]
+        v = v[:, :, :processed]
         log = self.forward.log
         blocks = select(role.prefill.patterns, q, k, self.scores.scale)
-        reads, causal, group = blocks.reads, blocks.causal, q.shape[1] // k.shape[1]
+        reads = blocks.reads
+        causal = blocks.causal
+        group = q.shape[1] // k.shape[1]
         if role.prefill.share_groups:
             blocks = blocks.share_groups(group)
             log.prefill.add(blocks.reads * group, reads, causal, q.shape[0])
@@ -215,7 +226,7 @@ class LayerCall:
     def _together(self, segments: list[Segment | Streamed]) -> tuple[Tensor, Tensor]:
         """All keys and values in one piece each, ``[B, n, S, D]``: a pattern chooses among all of them."""
         self.forward.log.notes.update(segment.joined_note for segment in segments if isinstance(segment, Streamed))
-        pairs = [segment.kept() for segment in segments]
+        pairs = [segment.contents() for segment in segments]
         if len(pairs) == 1:
             return pairs[0]
         keys, values = zip(*pairs, strict=True)

@@ -33,10 +33,10 @@ class CachedRole:
         """
         processed = self._rows.real(index)[1]
         if not processed:
-            empty = self._part.segments[0].kept()
+            empty = self._part.segments[0].contents()
             return *(x[0, :, :0] for x in empty), torch.arange(0)
         segments, positions = self._part.spec.shown(self._part, self._rows, index)
-        pairs = [segment.kept() for segment in segments]
+        pairs = [segment.contents() for segment in segments]
         k, v = (torch.cat(parts, 2)[0] for parts in zip(*pairs, strict=True))
         real = positions < processed  # a right-padded sequence ends in pads
         return k[:, real], v[:, real], positions[real]

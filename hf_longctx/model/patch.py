@@ -98,7 +98,8 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     _swap_config(model, original, private)
     for module, plan in zip(modules, plans, strict=True):
         for part in attention_copies(module, family):
-            part.longctx_plan, part.config = plan, private
+            part.longctx_plan = plan
+            part.config = private
     snapshot = copy.deepcopy(vars(private))
     base.longctx_state = PatchState(settings, original, snapshot, tuple(plans), weakref.ref(model))
     if settings.heads.source and settings.heads.confidence == "none" and "S" not in "".join(settings.roles()):
@@ -183,7 +184,8 @@ def unpatched(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def _patch_kept(model: nn.Module) -> Iterator[None]:
     """On exit the model is patched as it was, or not at all, also after an exception."""
-    before, whole = state_of(model), _patched_as(model)
+    before = state_of(model)
+    whole = _patched_as(model)
     attention = None if before is None else unwrap(model).base_model.config._attn_implementation
     try:
         yield

@@ -30,7 +30,8 @@ def make_plan(module: nn.Module, settings: LongCtxConfig, family: Family, hf_con
         prefill = make_prefill(settings, roles, patterns[rank * step : (rank + 1) * step])
         more = {"prefill": prefill, "decode": settings.decode.retrieval}
     else:
-        roles, more = "S" * len(roles), {"window": window}
+        roles = "S" * len(roles)
+        more = {"window": window}
         stores = dict.fromkeys(stores, SinkRecent(sink=0, recent=window))
     return LayerPlan.of(layer, roles, stores, settings.kernel, scores=family.scores, **more)
 

@@ -37,7 +37,8 @@ def refuse_call(base: nn.Module, given: dict[str, Any]) -> None:
 
 
 def _refuse_inputs(given: dict) -> None:
-    cache, mask = given.get(CACHE), given.get("attention_mask")
+    cache = given.get(CACHE)
+    mask = given.get("attention_mask")
     if cache is not None and not isinstance(cache, Cache):
         raise UnsupportedModeError(
             f"{CACHE} is a {type(cache).__name__}, which a patched model cannot read: it takes a LongCtxCache or "
@@ -121,7 +122,8 @@ def refuse_lost_prompt(model: nn.Module, use_cache: bool) -> None:
     """
     if (config := active_config(model)) is None:
         return
-    added, by_cache = virtual_tokens(model), kind_of(config) in BY_CACHE
+    added = virtual_tokens(model)
+    by_cache = kind_of(config) in BY_CACHE
     if not use_cache and by_cache:
         raise UnsupportedModeError(
             f"{added}, as a cache that generate(use_cache=False) reads the whole text over at every step. Set "

@@ -108,7 +108,8 @@ def report(model: nn.Module) -> Report:
     state = state_of(model)
     if state is None:
         raise UnsupportedModelError("report needs a patched model: call patch_model(model) first.")
-    roles, log = "".join(plan.letters for plan in state.plans), state.log
+    roles = "".join(plan.letters for plan in state.plans)
+    log = state.log
     cache = state.last_cache
     alive = isinstance(cache, LongCtxCache)
     kept = Kept.by(cache) if alive else state.kept

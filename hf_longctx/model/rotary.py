@@ -34,7 +34,8 @@ def check_rotary(config: Any, rows: Rows) -> str | None:
         return None
     kind, limit = found
     pads = min(rows.starts or (0,))
-    past, total = rows.past - pads, rows.total - pads
+    past = rows.past - pads
+    total = rows.total - pads
     same = total <= limit or past <= 0 or (kind == "longrope" and past > limit)
     if same:
         return None

@@ -66,7 +66,8 @@ def loaded(model: Any, settings: MemorySettings, config: str | None = None) -> M
         ConfigError: no config fits it.
         UnsupportedModelError: this is no Transformers model, or its family cannot be patched.
     """
-    state, base = state_of(model), unwrap(model).base_model
+    state = state_of(model)
+    base = unwrap(model).base_model
     dense = base.config if state is None else state.original
     name = getattr(dense, "_name_or_path", None) or type(unwrap(model)).__name__
     _check_dense(name, dense)
@@ -112,7 +113,7 @@ def _meta(dense: Any, settings: MemorySettings) -> Any:
 
 
 def _checked(memory_model: MemoryModel) -> MemoryModel:
-    """The memory_model, once its model was patched: what cannot be patched is refused before anything is counted."""
+    """The model, once its model was patched: what cannot be patched is refused before anything is counted."""
     memory_model.patch()
     return memory_model
 
@@ -135,7 +136,8 @@ def _read(name: str, fetch: bool) -> Any:
 
 def _described(name: str, known: str, named: LongCtxConfig, settings: MemorySettings) -> MemoryModel:
     """A model with the sizes of a config of ours, ``known``. Where a token is rotated to costs no memory."""
-    model, finger = named.model, named.model.fingerprint
+    model = named.model
+    finger = named.model.fingerprint
     sizes = {key: getattr(finger, key) for key in ("hidden_size", "intermediate_size", "vocab_size")}
     missing = [key for key, value in sizes.items() if value is None]
     if missing:

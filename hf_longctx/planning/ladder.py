@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 Overrides = dict[str, Any]
 
 BITS = (8, 4)  # of quantised numbers
-SHARES, FEWEST_SHARES = 8, 4  # a config's share of retrieval heads falls by eighths, down to four of them
+# a config's share of retrieval heads falls by eighths, down to four of them
+SHARES = 8
+FEWEST_SHARES = 4
 FEWEST_RECENT = 64  # tokens of a streaming head's window, which is halved down to this
 RULE = (
     "quality first: the first rung that fits, each with what the rungs before it changed; one that saves nothing is "
@@ -64,7 +66,8 @@ def ladder(memory_model: MemoryModel, way: str, tokens: int) -> Iterator[tuple[R
                 logger.info("plan: %s left out: %s", ", ".join(_leaves(change)), error)
                 continue
             if lower.need(way, tokens).total < need.total:
-                sofar, need = overrides, lower.need(way, tokens)
+                sofar = overrides
+                need = lower.need(way, tokens)
                 yield Rung(", ".join(_leaves(change)), overrides, need), lower
 
 
@@ -101,11 +104,12 @@ LADDER: tuple[Callable[[LongCtxConfig], Iterator[Overrides]], ...] = (quantised,
 
 
 def offloaded(memory_model: MemoryModel) -> MemoryModel | None:
-    """The memory_model with its older tokens in host memory; None where its store is another than those of the ladder.
+    """The model with its older tokens in host memory; None where its store is another than those of the ladder.
 
     No rung of the ladder: it is slow, and where the model runs on a CPU it is the same memory.
     """
-    config, store = memory_model.config, memory_model.config.to_dict()["stores"]["retrieval"]["store"]
+    config = memory_model.config
+    store = memory_model.config.to_dict()["stores"]["retrieval"]["store"]
     if config.heads.kv_budget is not None or store not in ("full", "quantized"):
         return None
     return replace(memory_model, config=config.override(stores={"retrieval": {"store": "offloaded"}}))

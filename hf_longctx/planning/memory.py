@@ -35,7 +35,9 @@ MOST = 1 << 40  # tokens: what fits more than this has no limit
 UNKNOWN_LENGTH = (
     "how many tokens the model was made for is not known: model.max_position_embeddings of the config does not say it"
 )
-DENSE, PATCHED, RESERVED = "dense", "patched", "patched, max_tokens"
+DENSE = "dense"
+PATCHED = "patched"
+RESERVED = "patched, max_tokens"
 WAYS = (DENSE, PATCHED, RESERVED)
 
 
@@ -171,18 +173,23 @@ class MemoryModel:
     def _windowed(self, tokens: int, window: int) -> int:
         """Most slots of a dense sliding layer: what it kept before a chunk, and the chunk, of which it keeps a view."""
         chunk = self.chunk(tokens)
-        full, last = max(0, tokens // chunk - 1) * chunk, (tokens - 1) // chunk * chunk
+        full = max(0, tokens // chunk - 1) * chunk
+        last = (tokens - 1) // chunk * chunk
         return max(min(past, window - 1) + min(chunk, tokens - past) for past in (0, full, last))
 
     def _working(self, way: str, tokens: int) -> int:
-        config, chunk = self.dense, self.chunk(tokens)
-        hidden, heads, width = config.hidden_size, config.num_attention_heads, self.head_dim
+        config = self.dense
+        chunk = self.chunk(tokens)
+        hidden = config.hidden_size
+        heads = config.num_attention_heads
+        width = self.head_dim
         mlp = 4 * hidden + 3 * config.intermediate_size + 2 * width
         attention = 3 * hidden + 2 * (heads + self.kv_heads + 1) * width
         mlp, attention = (chunk * part * self.number * self.settings.batch for part in (mlp, attention))
         if way == DENSE and chunk < tokens:
             mask = chunk * tokens
-            mlp, attention = mlp + mask, attention + mask * (1 + self.number * self.settings.batch)
+            mlp = mlp + mask
+            attention = attention + mask * (1 + self.number * self.settings.batch)
             if heads > self.kv_heads:
                 attention += tokens * heads * self._slot
         grown = max(self.layer_bytes(plan, way, tokens) for plan in self.plans) if way == PATCHED else 0
@@ -197,9 +204,12 @@ def longest(memory_model: MemoryModel, way: str) -> int | None:
 
     if fits(MOST):
         return None
-    low, high = 0, 1  # low fits, high does not
+    # low fits, high does not
+    low = 0
+    high = 1
     while fits(high):
-        low, high = high, 2 * high
+        low = high
+        high = 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

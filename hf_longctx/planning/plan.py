@@ -144,14 +144,16 @@ def plan(
     size = None if weights is None else parse_bytes(weights, "weights")
     settings = MemorySettings(parse_bytes(memory, "memory"), word, batch, chunk, size)
     memory_model = find(str(model), settings, config) if named else loaded(model, settings, config)
-    way, tried = RESERVED if reserve else PATCHED, []
+    way = RESERVED if reserve else PATCHED
+    tried = []
     for rung, here in ladder(memory_model, way, context):
         tried.append(rung)
         if rung.need.total <= settings.memory:
             if rung.overrides:
                 here.patch()  # refuses what a patch would refuse later; find and loaded did it for the first rung
             notes = (*_quality(here.config, rung), *here.notes, *_beyond(here, context))
-            dense, reserved = here.need(DENSE, context), here.need(RESERVED, context)
+            dense = here.need(DENSE, context)
+            reserved = here.need(RESERVED, context)
             return Plan(here.name, here.settings, reserve, here.config, tuple(tried), dense, reserved, notes)
     raise LongCtxError(_refusal(here, way, tried))
 

@@ -49,7 +49,8 @@ def to_blocks(x: Tensor, first: int = 0) -> Tensor:
 
 def mean_pool(x: Tensor, first: int = 0) -> Tensor:
     """The mean of the tokens of each block, absent ones left out: ``[B, H, NB, D]``, float32 or wider."""
-    dtype, size = torch.promote_types(x.dtype, torch.float32), x.shape[2]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    size = x.shape[2]
     lead = min(-first % BLOCK, size)
     cuts = (0, lead, size - (size - lead) % BLOCK, size)  # a block that begins earlier, whole ones, one that ends later
     parts = []
@@ -69,7 +70,8 @@ def head_pieces(x: Tensor) -> Iterator[slice]:
 
 def query_pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int]]:
     """(query blocks of the chunk, key blocks up to the last of them), for scores per block of all heads of q."""
-    past, key_blocks = (k.shape[2] - q.shape[2]) // BLOCK, -(-k.shape[2] // BLOCK)
+    past = (k.shape[2] - q.shape[2]) // BLOCK
+    key_blocks = -(-k.shape[2] // BLOCK)
     cut = pieces(key_blocks - past, q.shape[0] * q.shape[1] * key_blocks, TEMPORARY)
     return ((rows, past + rows.stop) for rows in cut)
 
@@ -111,7 +113,8 @@ def best(sums: Tensor, budgets: Sequence[int]) -> Tensor:
 
 def _down_to(sums: Tensor, least: Tensor, count: Tensor) -> Tensor:
     """Bool ``[..., N]``: what is above ``least [..., 1]``, and of its equals the first, ``count`` in all."""
-    above, equal = sums > least, sums == least
+    above = sums > least
+    equal = sums == least
     left = count - above.sum(-1, keepdim=True)
     return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= left))
 

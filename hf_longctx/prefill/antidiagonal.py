@@ -48,7 +48,9 @@ class Antidiagonal(BlockPattern):
 
     @classmethod
     def select(cls, heads: Sequence[Antidiagonal], q: Tensor, k: Tensor, scale: float) -> BlockList:
-        kv_len, first, group = k.shape[2], k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
+        kv_len = k.shape[2]
+        first = k.shape[2] - q.shape[2]
+        group = q.shape[1] // k.shape[1]
 
         def parts() -> Iterator[tuple[slice, slice, Tensor]]:
             runs = groupby(range(len(heads)), lambda h: (h // group, heads[h].stride))
@@ -70,11 +72,15 @@ def block_sums(q: Tensor, k: Tensor, scale: float, stride: int) -> Iterator[tupl
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     (batch, heads, q_len, dim), kv_len = q.shape, k.shape[1]
-    first, cells, key_blocks = kv_len - q_len, BLOCK // stride, -(-kv_len // BLOCK)
+    first = kv_len - q_len
+    cells = BLOCK // stride
+    key_blocks = -(-kv_len // BLOCK)
     k_cells = to_blocks(k[:, None].to(dtype)).view(batch, key_blocks * cells, stride * dim)
-    past, cut = first // BLOCK, batch * heads * cells * cells * key_blocks
+    past = first // BLOCK
+    cut = batch * heads * cells * cells * key_blocks
     for rows in pieces(key_blocks - past, cut, _blocks.TEMPORARY):
-        low, high = past + rows.start, past + rows.stop
+        low = past + rows.start
+        high = past + rows.stop
         own = torch.arange(low * cells, high * cells, device=q.device)
         queries = ((own + 1) * stride).clamp(max=kv_len) - (own * stride).clamp(min=first)  # below 1: there is none
         begin = max(0, low * BLOCK - first)

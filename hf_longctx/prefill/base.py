@@ -58,7 +58,8 @@ def select(heads: Sequence[PatternSpec], q: Tensor, k: Tensor, scale: float) -> 
     Each class of patterns runs once, over the KV heads that have a query head of it. Query heads of another class that
     share such a KV head are computed with it and left out.
     """
-    group, parts = q.shape[1] // k.shape[1], []
+    group = q.shape[1] // k.shape[1]
+    parts = []
     for cls in dict.fromkeys(map(type, heads)):
         mine = [h for h, spec in enumerate(heads) if type(spec) is cls]
         kv_heads = RoleHeads("retrieval", tuple(sorted({h // group for h in mine})), k.shape[1])

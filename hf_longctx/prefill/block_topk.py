@@ -33,8 +33,10 @@ class BlockTopk(BlockPattern):
 
     @classmethod
     def select(cls, heads: Sequence[BlockTopk], q: Tensor, k: Tensor, scale: float) -> BlockList:
-        kv_len, first = k.shape[2], k.shape[2] - q.shape[2]
-        queries, keys = mean_pool(q, first), mean_pool(k)
+        kv_len = k.shape[2]
+        first = k.shape[2] - q.shape[2]
+        queries = mean_pool(q, first)
+        keys = mean_pool(k)
         budgets = [head.top_k for head in heads]
 
         def parts() -> Iterator[tuple[slice, slice, Tensor]]:

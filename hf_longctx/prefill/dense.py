@@ -22,7 +22,8 @@ class Dense(PatternSpec):
 
     @classmethod
     def select(cls, heads: Sequence[Dense], q: Tensor, k: Tensor, scale: float) -> BlockList:
-        shape, device = (q.shape[0], len(heads)), q.device
+        shape = (q.shape[0], len(heads))
+        device = q.device
         parts = (
             (
                 slice(0, len(heads)),

@@ -48,22 +48,28 @@ class Flexprefill(BlockPattern):
 
     @classmethod
     def select(cls, heads: Sequence[Flexprefill], q: Tensor, k: Tensor, scale: float) -> BlockList:
-        kv_len, group = k.shape[2], q.shape[1] // k.shape[1]
-        first, keys, last = kv_len - q.shape[2], mean_pool(k), q[:, :, -LAST_QUERIES:]
+        kv_len = k.shape[2]
+        group = q.shape[1] // k.shape[1]
+        first = kv_len - q.shape[2]
+        keys = mean_pool(k)
+        last = q[:, :, -LAST_QUERIES:]
         by_column, by_offset = line_sums(last, k, scale)
-        gamma, budgets = shares(heads, "gamma", by_column), [head.min_budget for head in heads]
+        gamma = shares(heads, "gamma", by_column)
+        budgets = [head.min_budget for head in heads]
         columns = cover(by_column, gamma) | best(by_column, budgets)
         columns[..., :BLOCK] = False  # every query block lists the sink block
         aware = distance(by_column, last, keys, scale) < shares(heads, "tau", by_column)[:, 0]
         columns &= ~aware[..., None]
         bands = nn.functional.pad(by_offset, (0, -kv_len % BLOCK)).unflatten(2, (-1, BLOCK)).sum(-1)
-        bands_kept, budgets = cover(bands, gamma), [-(-budget // BLOCK) for budget in budgets]
+        bands_kept = cover(bands, gamma)
+        budgets = [-(-budget // BLOCK) for budget in budgets]
 
         def parts() -> Iterator[tuple[slice, slice, Tensor]]:
             for some_aware, mine in _runs(aware.any(0).tolist()):
                 where = aware[:, mine, None, None]
                 if some_aware:
-                    queries, own_keys = mean_pool(q[:, mine], first), keys[:, mine.start // group, None]
+                    queries = mean_pool(q[:, mine], first)
+                    own_keys = keys[:, mine.start // group, None]
                     pairs = best_pairs(pooled_scores(queries, own_keys, scale), gamma[mine], budgets[mine])
                 for rows, seen in query_pieces(q[:, mine], k):
                     listed = on_bands(bands[:, mine, :seen], bands_kept[:, mine, :seen], budgets[mine], rows)

@@ -51,8 +51,10 @@ class VerticalSlash(PatternSpec):
 
     @classmethod
     def select(cls, heads: Sequence[VerticalSlash], q: Tensor, k: Tensor, scale: float) -> BlockList:
-        kv_len, device = k.shape[2], q.device
-        first, key_blocks = kv_len - q.shape[2], -(-kv_len // BLOCK)
+        kv_len = k.shape[2]
+        device = q.device
+        first = kv_len - q.shape[2]
+        key_blocks = -(-kv_len // BLOCK)
         by_column, by_offset = line_sums(q[:, :, -LAST_QUERIES:], k, scale)
         columns = best(by_column, [head.vertical for head in heads])
         columns[..., :BLOCK] = False  # every query block lists the sink block
@@ -80,7 +82,8 @@ def line_sums(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     Both ``[B, H, S]``, float32 or wider.
     """
     (batch, heads, last, dim), (kv_heads, kv_len) = q.shape, k.shape[1:3]
-    group, width = heads // kv_heads, last + kv_len
+    group = heads // kv_heads
+    width = last + kv_len
     queries = q.to(torch.promote_types(q.dtype, torch.float32)) * scale
     late = torch.ones(last, last, dtype=torch.bool, device=q.device).triu(1)  # among the last keys
     columns, offsets = (queries.new_empty(batch, heads, kv_len) for _ in range(2))

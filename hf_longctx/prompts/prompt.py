@@ -44,7 +44,10 @@ class Prompt:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, ids: Tensor, cache: LongCtxCache):
-        self.model, self.tokenizer, self.ids, self.cache = model, tokenizer, ids, cache
+        self.model = model
+        self.tokenizer = tokenizer
+        self.ids = ids
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -91,7 +94,8 @@ class Prompt:
         self._check(kwargs)
         if self._expand(kwargs) > 1:
             raise ConfigError("return_handle: with beams or several sequences there is no single cache to go on from.")
-        ids, cache = self.tokens(text), self.cache.fork()
+        ids = self.tokens(text)
+        cache = self.cache.fork()
         new = self._run([ids], cache, kwargs)[0]
         whole = torch.cat([self.ids, ids, torch.tensor(new, dtype=torch.int64)])
         if cache.seen >= len(whole):
@@ -136,7 +140,8 @@ class Prompt:
     def _run(self, texts: list[Tensor], cache: LongCtxCache, kwargs: dict) -> list[list[int]]:
         """The new tokens of every text and sequence, up to the longest; ``cache`` goes on with them."""
         wholes = [torch.cat([self.ids, text]) for text in texts]
-        width, expand = max(map(len, wholes)), self._expand(kwargs)
+        width = max(map(len, wholes))
+        expand = self._expand(kwargs)
         pads = [width - len(whole) for whole in wholes]
         # Pads are the text's own first token, so that penalties for what was said before find nothing new in them.
         ids = torch.stack([torch.cat([one[:1].expand(pad), one]) for one, pad in zip(wholes, pads, strict=True)])

@@ -52,7 +52,10 @@ class PromptCache:
                 raise ConfigError(f"{name}: got {number!r}, expected a whole number from 1, or None.")
         LongCtxCache(model)  # refuses a model that is not patched
         refuse_prompt_learning(model)
-        self.model, self.tokenizer, self.max_bytes, self.chunk_size = model, tokenizer, max_bytes, chunk_size
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_bytes = max_bytes
+        self.chunk_size = chunk_size
         self.hits = self.misses = self.tokens_read = self.tokens_reused = self.evicted = 0
         self._lock = threading.Lock()  # of the table and the counters; never held while the model runs
         self._table: OrderedDict[bytes, Prompt] = OrderedDict()  # token ids -> prompt, the latest used last
@@ -95,7 +98,8 @@ class PromptCache:
             raise UnsupportedModeError("PromptCache needs the model in eval mode: call model.eval() first.")
         refuse_prompt_learning(self.model)  # such an adapter may have been activated since
         ids = self._ids(prompt, template)
-        key, empty = ids.numpy().tobytes(), LongCtxCache(self.model)
+        key = ids.numpy().tobytes()
+        empty = LongCtxCache(self.model)
         while True:
             with self._lock:
                 self._drop_other_configs(empty.plans)
@@ -127,10 +131,13 @@ class PromptCache:
             if cache.seen > common:
                 cache.crop(common)
             done = Prompt(self.model, self.tokenizer, ids, cache)
-            new, handle = done.catch_up(self.chunk_size), done.fork()
+            new = done.catch_up(self.chunk_size)
+            handle = done.fork()
             with self._lock:
-                self.hits, self.misses = self.hits + (common > 0), self.misses + (common == 0)
-                self.tokens_read, self.tokens_reused = self.tokens_read + new, self.tokens_reused + common
+                self.hits = self.hits + (common > 0)
+                self.misses = self.misses + (common == 0)
+                self.tokens_read = self.tokens_read + new
+                self.tokens_reused = self.tokens_reused + common
                 self._store(key, done)
             ready = done
             return handle
@@ -141,14 +148,18 @@ class PromptCache:
 
     def _nearest(self, ids: Tensor) -> tuple[Prompt | None, int]:
         """The stored prompt of which the most tokens can be reused, and how many; the latest used of equals."""
-        best, key, most = None, None, 0
+        best = None
+        key = None
+        most = 0
         for name, stored in reversed(self._table.items()):
             shorter = min(len(ids), len(stored.ids))
             differs = (ids[:shorter] != stored.ids[:shorter]).nonzero()
             common = min(int(differs[0]) if len(differs) else shorter, len(ids) - 1, stored.cache.seen)
             possible = common == stored.cache.seen or common >= stored.cache.oldest_crop
             if possible and common > most:
-                best, key, most = stored, name, common
+                best = stored
+                key = name
+                most = common
         if key is not None:
             self._table.move_to_end(key)
         return best, most

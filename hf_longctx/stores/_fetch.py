@@ -45,7 +45,8 @@ class Fetcher:
     """
 
     def __init__(self, device: torch.device, streams: Any):
-        self.device, self.streams = device, streams
+        self.device = device
+        self.streams = streams
         self.buffers: list[Tensor | None] = [None, None]
         self.turn = self.asked = self.ahead = 0
         self.coming: tuple | None = None  # what was asked for, its event, its k and v
@@ -82,7 +83,8 @@ class Fetcher:
             with torch.inference_mode(False):
                 buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
             self.buffers[self.turn] = buffer
-        self.turn, self.asked = 1 - self.turn, self.asked + 1
+        self.turn = 1 - self.turn
+        self.asked = self.asked + 1
         flat = buffer[: sum(sizes)].split(sizes)
         k, v = (part.view(x.dtype).view(x.shape) for part, x in zip(flat, sources, strict=True))
         self.coming = ((page, rows), self.streams.copy([(k, sources[0]), (v, sources[1])]), k, v)

@@ -60,8 +60,12 @@ class HostPage(Page):
     """A page in host memory, pinned where it came from a GPU."""
 
     def __init__(self, k: Tensor, v: Tensor, written: torch.cuda.Event | None = None):
-        self.k, self.v, self.written = k, v, written
-        self.rows, self.tokens, self.nbytes = k.shape[0], k.shape[2], k.nbytes + v.nbytes
+        self.k = k
+        self.v = v
+        self.written = written
+        self.rows = k.shape[0]
+        self.tokens = k.shape[2]
+        self.nbytes = k.nbytes + v.nbytes
 
     def read(self) -> tuple[Tensor, Tensor]:
         return self.k, self.v
@@ -102,9 +106,12 @@ class DiskPage(Page):
     """
 
     def __init__(self, path: str, folder: Folder, k: Tensor, v: Tensor):
-        self.path, self.folder = path, folder
+        self.path = path
+        self.folder = folder
         self.written = [_form(x) for x in (k, v)]
-        self.rows, self.tokens, self.nbytes = k.shape[0], k.shape[2], k.nbytes + v.nbytes
+        self.rows = k.shape[0]
+        self.tokens = k.shape[2]
+        self.nbytes = k.nbytes + v.nbytes
         weakref.finalize(self, _delete, path, os.getpid())
 
     def read(self) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,8 @@ class PagedStore(Store):
 
     def prepare(self, k: Tensor, v: Tensor, rows: Rows) -> None:
         k, v = self._as_kept(k, v)
-        size, low = self.spec.page, self.paged
+        size = self.spec.page
+        low = self.paged
         count = max(0, rows.total - low - self.spec.recent) // size
         starts = range(low, low + count * size, size)
         self.leaving = [self.home.write(*self._slots(k, v, rows, at, at + size)) for at in starts]
@@ -93,7 +94,8 @@ class PagedStore(Store):
         if self.leaving is None:
             self.prepare(k, v, rows)
         k, v = self._as_kept(k, v)
-        leaving, self.leaving = self.leaving, None
+        leaving = self.leaving
+        self.leaving = None
         if leaving:
             self._leave(leaving, k)
         paged = self.paged
@@ -111,7 +113,9 @@ class PagedStore(Store):
 
     def _slots(self, k: Tensor, v: Tensor, rows: Rows, low: int, high: int) -> list[Tensor]:
         """k, v ``[B, n, high - low, D]`` of slots that are in the buffer or new."""
-        paged, split, parts = self.paged, min(max(rows.past, low), high), []
+        paged = self.paged
+        split = min(max(rows.past, low), high)
+        parts = []
         if low < split:
             recent = self.segments["recent"]
             parts.append([x[:, :, low - paged : split - paged] for x in (recent.k, recent.v)])
@@ -127,7 +131,8 @@ class PagedStore(Store):
             if old is not None:
                 self.segments["recent"] = old
         self.pages.entries += [Entry(page, 0, page.tokens) for page in leaving]
-        recent, by = self.segments.get("recent"), len(leaving) * self.spec.page
+        recent = self.segments.get("recent")
+        by = len(leaving) * self.spec.page
         if recent is None:
             return
         recent.length = max(0, recent.length - by)
@@ -138,7 +143,8 @@ class PagedStore(Store):
 
     def _view(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
         """Pages of what is older than this forward, and the buffer, or the new tokens where they do not all fit it."""
-        recent, pages = self.segments["recent"], self.pages
+        recent = self.segments["recent"]
+        pages = self.pages
         if self.paged <= rows.past and not (rows.past == 0 and needs_grad(k, v)):
             own = Segment(recent.k, recent.v, recent.length)
         else:
@@ -153,14 +159,16 @@ class PagedStore(Store):
         return PagedKV(self.heads, seen, self.spec, state=self.state)
 
     def crop(self, rows: Rows, target: int) -> None:
-        paged, recent = self.paged, self.segments.get("recent")
+        paged = self.paged
+        recent = self.segments.get("recent")
         if target < paged:
             self.segments["pages"] = self.pages.first(target)
         if recent is not None:
             recent.length = max(0, target - paged)
 
     def check(self, saved: SavedStore) -> None:
-        seen, parts = saved.rows.total, saved.segments()
+        seen = saved.rows.total
+        parts = saved.segments()
         if list(parts) not in (["recent"], ["pages", "recent"]):
             saved.refuse(f"its segments are {short(list(parts))}, expected pages (where there are any) and recent")
         left = seen - (Pages.check(parts["pages"], self.spec.page) if "pages" in parts else 0)
@@ -173,7 +181,7 @@ class PagedStore(Store):
         self, kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device
     ) -> Segment | Pages:
         """One of `segments` from what its `saved` gave."""
-        if kind != Pages.__name__:
+        if kind != Pages.saved_as:
             return super().restored(kind, tensors, numbers, device)
         pages = Pages.restored(tensors, numbers, device, home=self.home, name=self.word, limit=self.limit)
         pages.note = self._note(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,13 +35,15 @@ class Pages(Streamed):
         entries: the parts in order.
         device, dtype: of the blocks.
         name: the store's word.
-        limit: bytes that `kept` may take; None for no limit.
+        limit: bytes that `contents` may take; None for no limit.
         bias: of all slots, added to the scores, ``[B, 1, 1, slots]``; None where no row has pads in them.
         padded: slots before which a row may have pads.
         rows: the rows that are read.
         note: what the report says where it is read.
         fetchers: what keeps the buffers of this device alive between two readings.
     """
+
+    saved_as: ClassVar[str] = "Pages"
 
     entries: list[Entry]
     device: torch.device
@@ -72,7 +74,8 @@ class Pages(Streamed):
         return sum(entry.page.nbytes for entry in self.entries)
 
     def blocks(self) -> Iterator[Segment]:
-        low, plain = 0, self._plain()
+        low = 0
+        plain = self._plain()
         for entry in self.entries:
             high = low + entry.high - entry.low
             k, v = (x[:, :, entry.low : entry.high] for x in next(plain))  # nothing else holds the page from here on
@@ -94,8 +97,9 @@ class Pages(Streamed):
                 following[0].soon()
             yield [x[rows] for x in page.read()]
 
-    def kept(self) -> tuple[Tensor, Tensor]:
-        first, length = next(self.blocks()), self.length
+    def contents(self) -> tuple[Tensor, Tensor]:
+        first = next(self.blocks())
+        length = self.length
         # Twice, because they are joined with the new ones next.
         size = 2 * (first.k.nbytes + first.v.nbytes) // first.length * length
         if self.limit is not None and size > self.limit:
@@ -133,7 +137,9 @@ class Pages(Streamed):
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """What `restored` needs: the pages as they are (views), each index once, and which page is read by which."""
-        tensors, numbers, known = {}, {}, {}
+        tensors = {}
+        numbers = {}
+        known = {}
         for at, entry in enumerate(self.entries):
             entry.page.settle()
             k, v = (x[:, :, entry.low : entry.high] for x in entry.page.read())
@@ -146,20 +152,25 @@ class Pages(Streamed):
     @classmethod
     def check(cls, saved: SavedSegment, page: int) -> int:
         """Slots of all pages; CacheError unless `restored` can take them and each holds up to ``page`` of them."""
-        numbers, batch = saved.told["numbers"].value, saved.store.rows.batch
+        numbers = saved.told["numbers"].value
+        batch = saved.store.rows.batch
         told = saved.of_kind(cls, *(numbers if isinstance(numbers, dict) else ()))
         if "pages" not in told:
             saved.told["numbers"].refuse("it does not say how many pages there are")
         count = told.pop("pages").number(1, len(saved.store.tensors.shapes))
         if more := told.keys() - set(map(str, range(count))):
             saved.told["numbers"].refuse(f"there is no page {short(min(more))}")
-        tensors, rows, slots = {}, [], 0  # rows: fewest of the pages that each index chooses from
+        # rows: fewest of the pages that each index chooses from
+        tensors = {}
+        rows = []
+        slots = 0
         for at in range(count):
             shape = saved.shape(f"{at}.k")
             if len(shape) != 4 or not 1 <= shape[2] <= page:
                 saved.told["tensors"].refuse(f"page {at} is {list(shape)}, expected up to {page} tokens")
             known = told[str(at)].number(0, len(rows)) if str(at) in told else None
-            held, slots = batch if known is None else shape[0], slots + shape[2]
+            held = batch if known is None else shape[0]
+            slots = slots + shape[2]
             form = (saved.store.dtype, (held, saved.store.heads, shape[2], saved.store.head_dim))
             tensors |= {f"{at}.k": form, f"{at}.v": form}
             if known is not None:
@@ -193,7 +204,8 @@ class Pages(Streamed):
 
     def first(self, slots: int) -> Pages:
         """The first ``slots`` of them, of the same pages."""
-        left, low = [], 0
+        left = []
+        low = 0
         for entry in self.entries:
             high = min(entry.high, entry.low + slots - low)
             if high <= entry.low:
@@ -204,7 +216,8 @@ class Pages(Streamed):
 
     def alone(self, rows: slice, start: int) -> Pages:
         """Those of ``rows`` from slot ``start`` on."""
-        left, low = [], 0
+        left = []
+        low = 0
         for entry in self.entries:
             skipped = max(0, start - low)
             low += entry.high - entry.low

@@ -197,7 +197,7 @@ class SavedSegment:
 
     def of_kind(self, kind: type, *numbers: str) -> dict[str, Told]:
         """Its numbers, which are these and no others; it is of the class ``kind``."""
-        self.told["kind"].one_of(kind.__name__)
+        self.told["kind"].one_of(kind.saved_as)
         return self.told["numbers"].fields(*numbers)
 
     def holds(self, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
@@ -232,7 +232,8 @@ class SavedSegment:
                 `Store.restored`.
         """
         told = self.of_kind(Segment, "rows", "capacity", "shared", "length")
-        length, rows = told["length"].number(low, high), self.rows(told, shared)
+        length = told["length"].number(low, high)
+        rows = self.rows(told, shared)
         told["capacity"].number(length, length if capacity is None else capacity)
         shape = (rows, self.store.heads, length, self.store.head_dim)
         self.holds(dict.fromkeys("kv", (self.store.dtype, shape)))

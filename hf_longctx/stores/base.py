@@ -186,11 +186,12 @@ class Store(ABC):
 
     def saved(self, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `restore` needs: tensors by name (views where possible), and plain data that JSON can hold."""
-        tensors, parts = {f"state.{name}": tensor for name, tensor in self.state.items()}, []
+        tensors = {f"state.{name}": tensor for name, tensor in self.state.items()}
+        parts = []
         for name, segment in self.filled(rows).items():
             kept, numbers = segment.saved()
             tensors |= {f"segments.{name}.{key}": tensor for key, tensor in kept.items()}
-            parts.append({"name": name, "kind": type(segment).__name__, "tensors": list(kept), "numbers": numbers})
+            parts.append({"name": name, "kind": segment.saved_as, "tensors": list(kept), "numbers": numbers})
         numbers = {name: getattr(self, name) for name in self.numbers}
         return tensors, {"segments": parts, "state": list(self.state), "numbers": numbers}
 
@@ -221,9 +222,9 @@ class Store(ABC):
         A buffer gets the room it had, but where nothing was reserved at most twice what the store would make for as
         many tokens and those that may have been taken back: a file may ask for any.
         """
-        if kind == Segment.__name__ and self.max_tokens is None:
+        if kind == Segment.saved_as and self.max_tokens is None:
             numbers = {**numbers, "capacity": min(numbers["capacity"], 2 * room(tensors["k"].shape[2] + SLACK, None))}
-        return {known.__name__: known for known in self.kinds}[kind].restored(tensors, numbers, device)
+        return {known.saved_as: known for known in self.kinds}[kind].restored(tensors, numbers, device)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor the store keeps alive."""
@@ -237,7 +238,8 @@ class Store(ABC):
 
     def new_segment(self, k: Tensor, v: Tensor, capacity: int) -> Segment:
         """An empty segment for this store's heads, like ``k`` and ``v`` in batch, head_dim, dtype and device."""
-        batch, n = k.shape[0], len(self.heads.kv_heads)
+        batch = k.shape[0]
+        n = len(self.heads.kv_heads)
         with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
             return Segment(k.new_empty(batch, n, capacity, k.shape[3]), v.new_empty(batch, n, capacity, v.shape[3]), 0)
 

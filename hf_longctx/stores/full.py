@@ -42,9 +42,12 @@ class Staggered(HeadKV):
     aligned: int = 0
 
     def alone(self, rows: slice, start: int) -> list[Segment]:
-        left, low, pads = [], 0, max(0, start - self.aligned)
+        left = []
+        low = 0
+        pads = max(0, start - self.aligned)
         for segment in self.segments:
-            length, skip = segment.length, 0
+            length = segment.length
+            skip = 0
             if low < self.aligned:
                 length = max(0, min(length, self.aligned - start - low))
             else:
@@ -85,7 +88,7 @@ class FullStore(Store):
         if rows.past == 0 and needs_grad(k, v):
             seen = [Segment(*self.incoming(k, v), rows.total)]
         else:
-            seen = [Segment(*segment.kept(), segment.length) for segment in self.segments.values()]
+            seen = [Segment(*segment.contents(), segment.length) for segment in self.segments.values()]
         seen = self._hide_pads(seen, rows) if rows.new == 1 and rows.padded else seen
         if self.aligned:
             return Staggered(self.heads, seen, self.spec, state=self.state, aligned=self.aligned)
@@ -95,9 +98,12 @@ class FullStore(Store):
         """The segments for one query, with a score bias where a slot is not every row's own."""
         own = self.aligned - min(self.aligned, max(rows.starts))  # up to here every row has tokens
         pads = not self.aligned or max(rows.starts) > self.aligned
-        low, parts = 0, []
+        low = 0
+        parts = []
         for segment in segments:
-            high, device, dtype = low + segment.length, segment.k.device, segment.dtype
+            high = low + segment.length
+            device = segment.k.device
+            dtype = segment.dtype
             cuts = [low, own, high] if low < own < high else [low, high]
             for a, b in zip(cuts[:-1], cuts[1:], strict=True):
                 part = Segment(segment.k[:, :, a - low : b - low], segment.v[:, :, a - low : b - low], b - a)
@@ -110,7 +116,9 @@ class FullStore(Store):
         return parts
 
     def check(self, saved: SavedStore) -> None:
-        parts, left, ends = saved.segments(), saved.rows.total, {0}
+        parts = saved.segments()
+        left = saved.rows.total
+        ends = {0}
         names = [f"shared {at}" for at in range(len(parts) - ("kept" in parts))] + ["kept"] * ("kept" in parts)
         if list(parts) != names:
             saved.refuse(f"its segments are {short(list(parts))}, expected those of forks (shared 0, ...), then kept")

@@ -48,7 +48,8 @@ class OffloadedDiskStore(PagedStore):
         return self.spec.resident
 
     def prepare(self, k: Tensor, v: Tensor, rows: Rows) -> None:
-        number, spec = k.element_size(), self.spec
+        number = k.element_size()
+        spec = self.spec
         slot = k.shape[0] * len(self.heads.kv_heads) * (k.shape[3] + v.shape[3]) * number
         if (needed := spec.needed(slot)) > spec.resident:
             fits = min(spec.resident // slot // 2 - spec.page, spec.resident // slot - (1 + READING) * spec.page)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config.bounds import MOST
 from ..errors import ConfigError, UnsupportedModelError
-from ..kernels._quantized import BLOCK, Packed
+from ..kernels._quantized import BLOCK, Quantised
 from ..layout.heads import RoleHeads
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
@@ -82,8 +82,8 @@ class Quantized(StoreSpec):
 
 
 @dataclass
-class PackedKV(HeadKV):
-    """Packed pieces, then plain segments from slot ``low`` on, the last of which ends with the queries.
+class QuantisedKV(HeadKV):
+    """Quantised pieces, then plain segments from slot ``low`` on, the last of which ends with the queries.
 
     Attributes:
         past: slots seen before this forward.
@@ -93,9 +93,9 @@ class PackedKV(HeadKV):
     past: int = 0
     low: int = 0
 
-    def alone(self, rows: slice, start: int) -> list[Segment | Packed]:
+    def alone(self, rows: slice, start: int) -> list[Segment | Quantised]:
         count = self.spec.packed(self.past - start)
-        pieces = [one.alone(rows, count) for one in self.segments if isinstance(one, Packed) and one.first < count]
+        pieces = [one.alone(rows, count) for one in self.segments if isinstance(one, Quantised) and one.first < count]
         plain = replace(self, segments=[one for one in self.segments if isinstance(one, Segment)])
         return [*pieces, *HeadKV.alone(plain, rows, start + count - self.low)]
 
@@ -118,7 +118,7 @@ class QuantizedStore(Store):
     Groups are cut by row position, so a padded sequence equals the sequence alone.
     """
 
-    kinds = (Segment, Packed)
+    kinds = (Segment, Quantised)
     numbers: ClassVar[tuple[str, ...]] = ("base",)
 
     def __init__(self, spec: Quantized, heads: RoleHeads, max_tokens: int | None):
@@ -126,31 +126,34 @@ class QuantizedStore(Store):
         self.base = 0
 
     @property
-    def pieces(self) -> list[Packed]:
+    def pieces(self) -> list[Quantised]:
         """What is packed, in the order of the tokens; all but the last may be shared with forks."""
-        found = (segment for segment in self.segments.values() if isinstance(segment, Packed))
+        found = (segment for segment in self.segments.values() if isinstance(segment, Quantised))
         return sorted(found, key=lambda piece: piece.first)
 
     def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
-        spec, starts = self.spec, rows.starts or (0,)
+        spec = self.spec
+        starts = rows.starts or (0,)
         if spec.bits == 4 and (k.shape[3] | v.shape[3]) % 2:
             raise UnsupportedModelError(
                 f"store quantized was given keys and values of {k.shape[3]} and {v.shape[3]} channels: to 4 bits it "
                 "packs an even number of them. Use bits: 8 for this model."
             )
         if (kept := self.segments.get("exact")) is not None:  # filled in another dtype (autocast), it stays in that
-            k, v = k.to(kept.dtype), v.to(kept.dtype)
+            k = k.to(kept.dtype)
+            v = v.to(kept.dtype)
         self._make_room(k, v, rows)
         self._pack(k, v, rows)
         read = [spec.packed(rows.past - start) for start in starts]
         low = min(rows.past, *(start + count for start, count in zip(starts, read, strict=True)))
         plain = self._write(k, v, rows, low)
         if rows.past == 0:
-            low, plain = 0, [Segment(*self.incoming(k, v), rows.new)]
+            low = 0
+            plain = [Segment(*self.incoming(k, v), rows.new)]
         if rows.new == 1 and rows.padded:
             plain[0].bias = _hidden(rows, low, read, plain[0].k)
         seen = (piece.seen(read, rows.ints) for piece in self.pieces if piece.first < max(read))
-        return PackedKV(self.heads, [*seen, *plain], spec, state=self.state, past=rows.past, low=low)
+        return QuantisedKV(self.heads, [*seen, *plain], spec, state=self.state, past=rows.past, low=low)
 
     def _make_room(self, k: Tensor, v: Tensor, rows: Rows) -> None:
         """Room for what is packed by now, and until the tokens outgrow what a buffer of all of them would have."""
@@ -160,8 +163,9 @@ class QuantizedStore(Store):
         needed, slots = (max(0, self.spec.packed(n) - first) for n in (total, room(total, self.max_tokens)))
         if needed <= (own.slots if own else 0) <= slots and (own or rows.past or not slots):
             return
-        heads, spec = len(self.heads.kv_heads), self.spec
-        grown = Packed.empty(k, v, heads, slots, spec.bits, spec.group, first)
+        heads = len(self.heads.kv_heads)
+        spec = self.spec
+        grown = Quantised.empty(k, v, heads, slots, spec.bits, spec.group, first)
         if own is not None:
             grown.copy_from(own)
         self.segments["packed"] = grown
@@ -172,7 +176,8 @@ class QuantizedStore(Store):
         for group, start in rows.groups():
             done, due = (self.spec.packed(slots - start) for slots in (rows.past, rows.total))
             fewest.append(due)
-            batch, step = 1 if rows.padded else rows.batch, self.spec.group
+            batch = 1 if rows.padded else rows.batch
+            step = self.spec.group
             step *= max(1, BLOCK // (batch * len(self.heads.kv_heads) * k.shape[3] * step))
             for low in range(done, due, step):
                 own = self.segments["packed"]
@@ -183,9 +188,11 @@ class QuantizedStore(Store):
 
     def _span(self, k: Tensor, v: Tensor, rows: Rows, group: slice, low: int, high: int) -> tuple[Tensor, Tensor]:
         """Exact keys and values of the slots ``low .. high``: kept before, or brought by this forward."""
-        parts, past = [], rows.past
+        parts = []
+        past = rows.past
         if low < past:
-            kept, cut = self.segments["exact"], slice(low - self.base, min(high, past) - self.base)
+            kept = self.segments["exact"]
+            cut = slice(low - self.base, min(high, past) - self.base)
             parts.append((kept.k[group, :, cut], kept.v[group, :, cut]))
         if high > past:
             cut = slice(max(low, past) - past, high - past)
@@ -194,10 +201,14 @@ class QuantizedStore(Store):
 
     def _write(self, k: Tensor, v: Tensor, rows: Rows, low: int) -> list[Segment]:
         """Keep the newest tokens; plain segments of the slots from ``low`` on, the last ending with the new ones."""
-        spec, past, total, starts = self.spec, rows.past, rows.total, rows.starts or (0,)
+        spec = self.spec
+        past = rows.past
+        total = rows.total
+        starts = rows.starts or (0,)
         window = spec.window(self.slack)
         kept = self.grow("exact", k, v, min(total, window), window)
-        begin, old = past, None
+        begin = past
+        old = None
         if total - self.base > kept.k.shape[2]:
             base = max(self.base, min(start + spec.packed(total - self.slack - start) for start in starts))
             if rows.new > 1:
@@ -217,7 +228,8 @@ class QuantizedStore(Store):
         return [old, Segment(*self.incoming(k, v), rows.new)]
 
     def crop(self, rows: Rows, target: int) -> None:
-        kept, starts = self.segments.get("exact"), rows.starts or (0,)
+        kept = self.segments.get("exact")
+        starts = rows.starts or (0,)
         if kept is None:
             return
         counts = [self.spec.packed(target - start) for start in starts]
@@ -229,13 +241,15 @@ class QuantizedStore(Store):
 
     def _unpack(self, rows: Rows, kept: Segment, low: int, target: int) -> None:
         """Let the exact buffer begin at slot ``low``, with what was packed where the exact numbers are gone."""
-        end, left = min(self.base, target), max(0, target - self.base)
+        end = min(self.base, target)
+        left = max(0, target - self.base)
         for x in (kept.k, kept.v):
             x[:, :, end - low : end - low + left] = x[:, :, :left].clone()
             x[:, :, : end - low] = 0  # where a row begins later
         for group, start in rows.groups():
             for piece in self.pieces:
-                a, b = max(low - start, piece.first), min(end - start, piece.end)
+                a = max(low - start, piece.first)
+                b = min(end - start, piece.end)
                 if a < b:
                     found = piece.alone(group, b).unpack(a - piece.first, b - piece.first)
                     for into, x in zip((kept.k, kept.v), found, strict=True):
@@ -258,21 +272,24 @@ class QuantizedStore(Store):
                 self.segments[name] = piece.cut(0, fewest - piece.first, shared=True)
         if fewest < most:
             like = self.segments["exact"]
-            heads, spec = len(self.heads.kv_heads), self.spec
-            own = Packed.empty(like.k, like.v, heads, most - fewest, spec.bits, spec.group, fewest)
+            heads = len(self.heads.kv_heads)
+            spec = self.spec
+            own = Quantised.empty(like.k, like.v, heads, most - fewest, spec.bits, spec.group, fewest)
             for piece in pieces:
                 own.copy_from(piece)
             self.segments["packed"] = own
 
     def check(self, saved: SavedStore) -> None:
-        seen, parts = saved.rows.total, saved.segments()
+        seen = saved.rows.total
+        parts = saved.segments()
         counts = [self.spec.packed(seen - start) for start in saved.starts]
         exact = min(seen, *(start + count for start, count in zip(saved.starts, counts, strict=True)))
         base = saved.number("base", max(0, seen - self.spec.window()), exact)
         if "exact" not in parts:
             saved.refuse(f"its segments are {short(list(parts))}, expected exact among them")
         parts.pop("exact").plain(seen - base, seen - base, self.spec.window())
-        own, end = parts.pop("packed", None), 0
+        own = parts.pop("packed", None)
+        end = 0
         if not all(name.startswith("shared ") for name in parts):
             saved.refuse(f"its segments are {short(list(parts))}, expected those of forks (shared ...)")
         for piece in parts.values():  # of what all rows had packed, one after the other
@@ -288,8 +305,10 @@ class QuantizedStore(Store):
 
         ``whole``: most slots that all rows filled, in the piece to which others are added; a shared one is full.
         """
-        told = piece.of_kind(Packed, "bits", "group", "first", "whole", "shared", "rows", "slots")
-        spec, shared, shape = self.spec, whole is None, piece.shape("k")
+        told = piece.of_kind(Quantised, "bits", "group", "first", "whole", "shared", "rows", "slots")
+        spec = self.spec
+        shared = whole is None
+        shape = piece.shape("k")
         for name, value in (("bits", spec.bits), ("group", spec.group), ("first", first)):
             told[name].number(value, value)
         count = shape[2] if len(shape) == 4 else -1
@@ -299,24 +318,25 @@ class QuantizedStore(Store):
         filled = told["whole"].number(count if shared else 0, count if shared else whole)
         if slots % spec.group or filled % spec.group:
             told["slots"].refuse(f"got {slots}, of which {filled} are whole, expected groups of {spec.group} tokens")
-        rows, dim = (piece.rows(told, shared), piece.store.heads), piece.store.head_dim
-        piece.holds(Packed.shapes(rows, dim, dim, count, spec.bits, spec.group, piece.store.dtype))
+        rows = (piece.rows(told, shared), piece.store.heads)
+        dim = piece.store.head_dim
+        piece.holds(Quantised.shapes(rows, dim, dim, count, spec.bits, spec.group, piece.store.dtype))
         return count
 
     def restored(
         self, kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device
-    ) -> Segment | Packed:
-        if kind == Packed.__name__ and self.max_tokens is None:  # as in Store.restored
+    ) -> Segment | Quantised:
+        if kind == Quantised.saved_as and self.max_tokens is None:  # as in Store.restored
             most = 2 * room(tensors["k"].shape[2] + SLACK, None) // self.spec.group * self.spec.group
             numbers = {**numbers, "slots": min(numbers["slots"], most)}
         return super().restored(kind, tensors, numbers, device)
 
-    def filled(self, rows: Rows) -> dict[str, Segment | Packed]:
+    def filled(self, rows: Rows) -> dict[str, Segment | Quantised]:
         """Slots that no token of their row fills are left out, or zeros where another row fills them."""
         counts = [(group, self.spec.packed(rows.total - start)) for group, start in rows.groups()]
         parts = dict(self.segments)
         for name, piece in parts.items():
-            if isinstance(piece, Packed):
+            if isinstance(piece, Quantised):
                 held = [(group, min(max(0, count - piece.first), piece.slots)) for group, count in counts]
                 parts[name] = piece.blanked(held)
         return parts

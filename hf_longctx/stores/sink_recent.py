@@ -64,24 +64,28 @@ class SinkRecent(StoreSpec):
         return room(dropped, reserved, slack) + 1 if slack and max(dropped, reserved or 0) > 0 else 0
 
     def reads(self, part: HeadKV, rows: Rows, group: slice, start: int) -> tuple[list[Segment], Window]:
-        sinks, band = part.sinks, part.segments[0]
+        sinks = part.sinks
+        band = part.segments[0]
         if sinks is None:
             sink_k, sink_v = (t[group, :, start : start + self.sink] for t in (band.k, band.v))
         else:
             count = min(sinks.length, rows.total - start)
-            sink_k, sink_v = sinks.k[group, :, :count], sinks.v[group, :, :count]
+            sink_k = sinks.k[group, :, :count]
+            sink_v = sinks.v[group, :, :count]
         skipped = max(0, start + self.sink - part.first)
         k, v = (t[group, :, skipped : band.length] for t in (band.k, band.v))
         segments = [Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])]
         return segments, Window(self.recent, rows.total - start - k.shape[2])
 
     def shown(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment], Tensor]:
-        group, start = slice(row, row + 1), rows.start(row)
+        group = slice(row, row + 1)
+        start = rows.start(row)
         if rows.new > 1:
             segments, window = self.reads(part, rows, group, start)
             sinks, band = (segment.length for segment in segments)
             return segments, torch.cat([torch.arange(sinks), torch.arange(window.first, window.first + band)])
-        ring, count = part.segments[0], rows.total - start
+        ring = part.segments[0]
+        count = rows.total - start
         filled = min(count, self.window)
         slots = torch.arange(filled)
         latest = count - 1 - (count - 1 - slots) % self.recent  # the newest position that lives in a slot of the ring
@@ -117,7 +121,8 @@ class SinkRecentStore(Store):
 
     def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
         if (kept := self.segments.get("kept")) is not None:  # filled in another dtype (autocast), it stays in that
-            k, v = k.to(kept.dtype), v.to(kept.dtype)
+            k = k.to(kept.dtype)
+            v = v.to(kept.dtype)
         kept = self.grow("kept", k, v, min(rows.total, self.window), self.window)
         self._make_history(k, v, rows)
         if rows.new == 1:
@@ -135,10 +140,12 @@ class SinkRecentStore(Store):
 
     def _make_history(self, k: Tensor, v: Tensor, rows: Rows) -> None:
         """Room for what this forward pushes out of the ring, and for what is remembered."""
-        total, recent = rows.total, self.spec.recent
+        total = rows.total
+        recent = self.spec.recent
         oldest = max(self.oldest, total - recent - self.slack)
         dropped = max(0, total - recent - max(oldest, self.spec.sink))
-        size, past = self.spec.history(dropped, self.max_tokens, self.slack), self.segments.get("history")
+        size = self.spec.history(dropped, self.max_tokens, self.slack)
+        past = self.segments.get("history")
         if size == 0 or (past is not None and dropped < past.k.shape[2] <= size):
             return
         grown = self.new_segment(k, v, size)
@@ -149,15 +156,18 @@ class SinkRecentStore(Store):
 
     def _copy_history(self, past: Segment, into: Segment, rows: Rows, low: int, high: int) -> None:
         """Copy what is remembered of the slots ``low .. high`` into a history of another size."""
-        size, other = past.k.shape[2] - 1, into.k.shape[2] - 1
+        size = past.k.shape[2] - 1
+        other = into.k.shape[2] - 1
         for group, start in rows.groups():
             for a, b in runs(max(self.spec.sink, low - start), high - start, size, 0):
                 for c, d in runs(a, b, other, 0):
-                    to, out = slice(c % other, c % other + d - c), slice(c % size, c % size + d - c)
+                    to = slice(c % other, c % other + d - c)
+                    out = slice(c % size, c % size + d - c)
                     into.k[group, :, to], into.v[group, :, to] = past.k[group, :, out], past.v[group, :, out]
 
     def _slot(self, position: int) -> int:
-        sink, recent = self.spec.sink, self.spec.recent
+        sink = self.spec.sink
+        recent = self.spec.recent
         return position if position < self.window else sink + (position - sink) % recent
 
     def _decode_view(self, rows: Rows) -> HeadKV:
@@ -174,7 +184,8 @@ class SinkRecentStore(Store):
         if len(positions) == 1 or min(positions) < 0:
             self._write(k, v, rows)
             return
-        kept, device = self.segments["kept"], k.device
+        kept = self.segments["kept"]
+        device = k.device
         slots = rows.ints([self._slot(p) for p in positions], device)
         row = rows.memo(("rows", device), lambda: torch.arange(rows.batch, device=device))
         if "history" in self.segments:
@@ -188,10 +199,12 @@ class SinkRecentStore(Store):
 
     def _write(self, k: Tensor, v: Tensor, rows: Rows) -> None:
         """New tokens into sinks and ring, and what they push out into the history, rows with one start at a time."""
-        sink, recent = self.spec.sink, self.spec.recent
+        sink = self.spec.sink
+        recent = self.spec.recent
         kept = self.segments["kept"]
         for group, start in rows.groups():
-            p, end = max(0, rows.past - start), rows.total - start
+            p = max(0, rows.past - start)
+            end = rows.total - start
             shift = start - rows.past  # position + shift = column of k
             oldest = max(sink, end - recent - self.slack)
             for a, b in runs(max(oldest, p - recent), min(p, end - recent), recent, sink):
@@ -208,11 +221,14 @@ class SinkRecentStore(Store):
     def _remember(self, group, position, k, v, column, count, heads: RoleHeads | None = None) -> None:
         """Copy ``count`` positions from columns of k, v into the history (all heads of k, or ``heads`` of them)."""
         past = self.segments["history"]
-        size, done = past.k.shape[2] - 1, 0
+        size = past.k.shape[2] - 1
+        done = 0
         for a, b in runs(position, position + count, size, 0):
-            spot, source = a % size, slice(column + done, column + done + b - a)
+            spot = a % size
+            source = slice(column + done, column + done + b - a)
             for into, out in ((past.k, k), (past.v, v)):
-                into, out = into[group, :, spot : spot + b - a], out[group, :, source]
+                into = into[group, :, spot : spot + b - a]
+                out = out[group, :, source]
                 heads.copy_to(into, out) if heads else into.copy_(out)
             done += b - a
 
@@ -222,7 +238,8 @@ class SinkRecentStore(Store):
         back = min(rows.past, self.spec.recent - 1)
         if back == 0:
             return Segment(k, v, rows.new)
-        kept, old = self.segments["kept"], self.new_segment(k, v, back)
+        kept = self.segments["kept"]
+        old = self.new_segment(k, v, back)
         for group, start in rows.groups():
             low = max(self.spec.sink, rows.past - start - back)
             for a, b in runs(low, rows.past - start, self.spec.recent, self.spec.sink):
@@ -261,8 +278,11 @@ class SinkRecentStore(Store):
             self.oldest = 0
 
     def check(self, saved: SavedStore) -> None:
-        seen, sink, recent = saved.rows.total, self.spec.sink, self.spec.recent
-        parts, most = saved.segments(), min(seen, self.window)
+        seen = saved.rows.total
+        sink = self.spec.sink
+        recent = self.spec.recent
+        parts = saved.segments()
+        most = min(seen, self.window)
         oldest = saved.number("oldest", max(0, seen - recent - SLACK), max(sink, seen - recent))
         dropped = max(0, seen - recent - max(sink, oldest))  # tokens that are remembered
         rings = [["kept", "history"]] if dropped else [["kept"], ["kept", "history"]]
@@ -294,13 +314,17 @@ class SinkRecentStore(Store):
 
     def _take_back(self, group: slice, seen: int, target: int) -> None:
         """Put what rows that go back from ``seen`` to ``target`` tokens need again from the history into the ring."""
-        kept, sink, recent = self.segments["kept"], self.spec.sink, self.spec.recent
+        kept = self.segments["kept"]
+        sink = self.spec.sink
+        recent = self.spec.recent
         gone = min(seen - recent, target)  # up to here the ring has pushed its tokens out
         for a, b in runs(max(sink, target - recent), gone, recent, sink):
-            past, slot = self.segments["history"], self._slot(a)
+            past = self.segments["history"]
+            slot = self._slot(a)
             size = past.k.shape[2] - 1
             for c, d in runs(a, b, size, 0):
-                into, out = slice(slot + c - a, slot + d - a), slice(c % size, c % size + d - c)
+                into = slice(slot + c - a, slot + d - a)
+                out = slice(c % size, c % size + d - c)
                 kept.k[group, :, into] = past.k[group, :, out]
                 kept.v[group, :, into] = past.v[group, :, out]
 

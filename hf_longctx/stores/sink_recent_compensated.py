@@ -93,10 +93,12 @@ class SinkRecentCompensated(StoreSpec):
         return min(max(0, max_tokens - self.sink), room(self.held(max_tokens, slack), None))
 
     def reads(self, part: HeadKV, rows: Rows, group: slice, start: int) -> tuple[list[Segment], Averaged]:
-        band, dropped = part.segments[0], None
+        band = part.segments[0]
+        dropped = None
         end = rows.total - start
         if part.state:
-            first, count = self.edge(rows.past - start - 1), min(self.sink, end)
+            first = self.edge(rows.past - start - 1)
+            count = min(self.sink, end)
             dropped = tuple(part.state[name][group] for name in "kv")
             held = (band.k, band.v) if part.sinks is None else (part.sinks.k, part.sinks.v)
             sinks = tuple(x[group, :, :count] for x in held)
@@ -113,16 +115,21 @@ class SinkRecentCompensated(StoreSpec):
         return segments, Averaged(self.sink, first, end, self.edge, edges, dropped)
 
     def shown(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment], Tensor]:
-        group, start = slice(row, row + 1), rows.start(row)
+        group = slice(row, row + 1)
+        start = rows.start(row)
         count = rows.total - start
         if rows.new > 1:
             segments, averaged = self.reads(part, rows, group, start)
             sinks, band = (segment.length for segment in segments)
             return segments, torch.cat([torch.arange(sinks), torch.arange(averaged.first, averaged.first + band)])
-        sinks, window = min(self.sink, count), max(0, count - self.edge(count - 1))
+        sinks = min(self.sink, count)
+        window = max(0, count - self.edge(count - 1))
         if rows.past == 0:
-            sinks, window = 0, count
-        segments, ends = list(part.segments), []  # sinks where there are any, window, and the mean, which is no token
+            sinks = 0
+            window = count
+        # sinks where there are any, window, and the mean, which is no token
+        segments = list(part.segments)
+        ends = []
         if sinks:
             ends.append(_cut(segments.pop(0), group, 0, sinks))
         if window:
@@ -226,9 +233,11 @@ class SinkRecentCompensatedStore(Store):
     def _make_room(self, k: Tensor, v: Tensor, rows: Rows) -> None:
         """A buffer for all slots that are needed, older ones only where there is room; ``low`` is its first."""
         needed = self.begin + self.spec.edge(rows.total - self.slack - self.begin - 1)
-        low, band = max(self.low, min(rows.total, needed)), self.segments.get("recent")
+        low = max(self.low, min(rows.total, needed))
+        band = self.segments.get("recent")
         capacity = self.spec.band(rows.total - self.begin, self.max_tokens, self.slack)
-        size, keep = 0 if band is None else band.k.shape[2], max(0, rows.past - low)
+        size = 0 if band is None else band.k.shape[2]
+        keep = max(0, rows.past - low)
         if keep == 0:
             self.low = low
         held = rows.total - low
@@ -241,15 +250,18 @@ class SinkRecentCompensatedStore(Store):
                 grown.v[:, :, :keep] = band.v[:, :, low - self.low : rows.past - self.low]
             self.segments["recent"], self.low = grown, low
         elif rows.total - self.low > size:
-            step, self.low = low - self.low, low
+            step = low - self.low
+            self.low = low
             for at in range(0, keep, step):  # no piece overlaps what it is copied from
-                into, out = slice(at, min(at + step, keep)), slice(at + step, min(at + step, keep) + step)
+                into = slice(at, min(at + step, keep))
+                out = slice(at + step, min(at + step, keep) + step)
                 band.k[:, :, into] = band.k[:, :, out]
                 band.v[:, :, into] = band.v[:, :, out]
 
     def _write(self, k: Tensor, v: Tensor, rows: Rows) -> None:
         """The new tokens into buffer and sinks."""
-        sink, fresh = self.spec.sink, max(rows.past, self.low)
+        sink = self.spec.sink
+        fresh = max(rows.past, self.low)
         if (band := self.segments.get("recent")) is not None:
             for into, x in ((band.k, k), (band.v, v)):
                 self.heads.copy_to(into[:, :, fresh - self.low : rows.total - self.low], x[:, :, fresh - rows.past :])
@@ -258,7 +270,8 @@ class SinkRecentCompensatedStore(Store):
             return
         sinks = self.grow("sinks", k, v, min(rows.total - self.begin, sink), sink)
         for group, start in rows.groups() if rows.past - max(rows.starts or (0,)) < sink else ():
-            a, b = max(0, rows.past - start), min(sink, rows.total - start)
+            a = max(0, rows.past - start)
+            b = min(sink, rows.total - start)
             if a < b:
                 column = slice(a + start - rows.past, b + start - rows.past)
                 self.heads.copy_to(sinks.k[group, :, a:b], k[group, :, column])
@@ -267,7 +280,9 @@ class SinkRecentCompensatedStore(Store):
 
     def _view_token(self, view: HeadKV, rows: Rows) -> None:
         """What the one new token of each row reads: sinks, window, mean; a bias or lengths only where rows differ."""
-        starts, sink, device = rows.starts or (0,), self.spec.sink, self.state["k"].device
+        starts = rows.starts or (0,)
+        sink = self.spec.sink
+        device = self.state["k"].device
         edges = [self.spec.edge(rows.total - start - 1) for start in starts]
         counts = [max(0, min(sink if rows.past else 1, rows.total - start)) for start in starts]
         length = counts[0] if min(counts) == max(counts) else rows.ints(counts, device)
@@ -284,11 +299,12 @@ class SinkRecentCompensatedStore(Store):
             found.append(Segment(k, v, rows.total - low, self._hidden(firsts, rows, k)))
         if max(edges) > sink:
             found.append(self._mean([edge - sink for edge in edges], rows, found[0].dtype))
-        view.segments = found or [Segment(*view.segments[0].kept(), 0)]
+        view.segments = found or [Segment(*view.segments[0].contents(), 0)]
 
     def _hidden(self, firsts: list[int], rows: Rows, like: Tensor) -> Tensor | None:
         """Score bias ``[B, 1, 1, N]`` over the slots from the lowest window on: -inf before a row's own window."""
-        low, high = min(firsts), min(max(firsts), rows.total)
+        low = min(firsts)
+        high = min(max(firsts), rows.total)
         if low == high:
             return None
 
@@ -301,7 +317,8 @@ class SinkRecentCompensatedStore(Store):
     def _mean(self, counts: list[int], rows: Rows, dtype: torch.dtype) -> Segment:
         """The entry of the dropped tokens, ``counts`` of them in each row."""
         counts = counts[:1] if min(counts) == max(counts) else counts
-        device, wide = self.state["k"].device, torch.promote_types(dtype, torch.float32)
+        device = self.state["k"].device
+        wide = torch.promote_types(dtype, torch.float32)
         logs = [math.log(count) if count else -math.inf for count in counts]
         bias = rows.memo(("logs", tuple(counts), device, wide), lambda: torch.tensor(logs, dtype=wide, device=device))
         number = rows.ints([max(1, count) for count in counts], device)[:, None, None, None]
@@ -328,7 +345,9 @@ class SinkRecentCompensatedStore(Store):
                 self.segments[name].length = length
 
     def check(self, saved: SavedStore) -> None:
-        seen, sink, parts = saved.rows.total, self.spec.sink, saved.segments()
+        seen = saved.rows.total
+        sink = self.spec.sink
+        parts = saved.segments()
         begin = saved.number("begin", 0, min(saved.starts))  # the row that began there may have left the batch
         low = saved.number("low", 0, min(seen, begin + self.spec.edge(seen - begin - 1)))
         expected = {"sinks"} if sink else set()

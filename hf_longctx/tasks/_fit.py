@@ -13,10 +13,13 @@ def largest(build: Callable[[int], T], cost: Callable[[T], int], least: int, roo
 
     The cost grows with n. ``build(least)`` is returned even where it costs more.
     """
-    low, made = least, build(least)
-    high, over = 2 * least, build(2 * least)
+    low = least
+    made = build(least)
+    high = 2 * least
+    over = build(2 * least)
     while cost(over) <= room:
-        low, made = high, over
+        low = high
+        made = over
         high, over = 2 * high, build(2 * high)
     while room > cost(made):
         guess = low + int((high - low) * (room - cost(made)) / (cost(over) - cost(made)))
@@ -24,7 +27,9 @@ def largest(build: Callable[[int], T], cost: Callable[[T], int], least: int, roo
             break
         tried = build(guess)
         if cost(tried) <= room:
-            low, made = guess, tried
+            low = guess
+            made = tried
         else:
-            high, over = guess, tried
+            high = guess
+            over = tried
     return made

@@ -29,8 +29,10 @@ PLACES = "near,behind,beside,above,below,before,after,across,along,around,beyond
 TIMES = "in spring,at noon,every evening,last week,for an hour,in the rain,all summer,after lunch"
 FORM = "The {} {} {} the {} {} {} the {} {}."
 PARTS = [part.split(",") for part in (ADJECTIVES, NOUNS, VERBS, ADJECTIVES, NOUNS, PLACES, NOUNS, TIMES)]
-FIRST, LAST = FIRST_WORDS.split(), LAST_WORDS.split()
-CONSONANTS, VOWELS = "bdfghjklmnprstvwxyz", "aeiou"
+FIRST = FIRST_WORDS.split()
+LAST = LAST_WORDS.split()
+CONSONANTS = "bdfghjklmnprstvwxyz"
+VOWELS = "aeiou"
 
 
 def names(rng: np.random.Generator, count: int) -> list[str]:

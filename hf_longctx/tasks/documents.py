@@ -104,7 +104,8 @@ class TinyDocuments(Documents):
         asked = rng.permutation(count)
         told = [tiny_language.note(k, v) for k, v in zip(keys, values, strict=True)]
         back = [tiny_language.question(keys[i], values[i]) for i in asked]
-        before, first_question = place(rng, length - 1 - 2 * block * count, count, depth), length - block * count
+        before = place(rng, length - 1 - 2 * block * count, count, depth)
+        first_question = length - block * count
         starts = 1 + before + block * np.arange(count)
         ids = np.empty(length, dtype=np.int64)
         ids[0], ids[1:] = tiny_language.BOS, self.haystack.sample(rng, length - 1)
@@ -116,7 +117,8 @@ class TinyDocuments(Documents):
         return Document(ids, questions[:, None] + inside, starts[asked][:, None] + inside)
 
     def noise(self, rng, length) -> np.ndarray:
-        low, high = tiny_language.FIRST_CODE, len(tiny_language.VOCAB)
+        low = tiny_language.FIRST_CODE
+        high = len(tiny_language.VOCAB)
         return rng.integers(low, high, size=length)
 
 

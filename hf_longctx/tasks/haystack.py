@@ -102,7 +102,9 @@ def weave(filler: Sequence[int], before: Sequence[int], pieces: Sequence[Sequenc
     Args:
         before: filler tokens before each piece, ascending.
     """
-    ids, starts, done = [], [], 0
+    ids = []
+    starts = []
+    done = 0
     for piece, at in zip(pieces, before, strict=True):
         ids.extend(filler[done:at])
         starts.append(len(ids))

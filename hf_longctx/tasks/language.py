@@ -203,7 +203,8 @@ class TextLanguage(Language):
 
     def _begin(self) -> list[int]:
         """What the tokenizer puts before a text by itself."""
-        plain, full = self._plain("a"), self.tokenizer("a")["input_ids"]
+        plain = self._plain("a")
+        full = self.tokenizer("a")["input_ids"]
         starts = (i for i in range(len(full)) if full[i : i + len(plain)] == plain)
         return full[: next(starts, 0)]
 

@@ -25,9 +25,11 @@ FILLER_WORDS = (
     "before go good new write our used me man too any day same right look think also around another came come work "
     "three word must because does part even place well"
 )
-CODES, FILLER = CODE_WORDS.split(), FILLER_WORDS.split()
+CODES = CODE_WORDS.split()
+FILLER = FILLER_WORDS.split()
 VOCAB = MARKS + CODES + FILLER
-FIRST_CODE, FIRST_FILLER = len(MARKS), len(MARKS) + len(CODES)
+FIRST_CODE = len(MARKS)
+FIRST_FILLER = len(MARKS) + len(CODES)
 BLOCK = 9  # tokens of a note, and of a question with its answer
 
 
@@ -78,7 +80,8 @@ def _order(rng: np.random.Generator, length: int, sparse: bool) -> tuple[int, li
     if rng.random() < 0.4:
         notes = blocks // 2
         return notes, [*range(notes), *(-1 - rng.integers(0, notes, size=blocks - notes))], blocks - notes
-    order, notes = [0], 1
+    order = [0]
+    notes = 1
     for _ in range(blocks - 1):
         if rng.random() < 0.5:
             order.append(notes)

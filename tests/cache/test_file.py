@@ -202,6 +202,7 @@ class Halves(Streamed):
     """Reads what it keeps in two blocks."""
 
     kind = "halves"
+    saved_as = "Halves"
     joined_note = "halves were joined"
 
     def __init__(self, k, v):

@@ -219,7 +219,7 @@ class Hidden(torch.Tensor):
         raise NotImplementedError(f"{func} is not for {cls}")
 
 
-class Packed(Hidden):
+class Quantised(Hidden):
     """One that shows what it packs, as torchao's do."""
 
     def __tensor_flatten__(self):
@@ -239,7 +239,7 @@ def packed(kind) -> torch.nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("kind", [Packed, "dynamic"])
+@pytest.mark.parametrize("kind", [Quantised, "dynamic"])
 def test_packed_weights_count_and_their_caches_are_saved(kind, tmp_path):
     model, ids = packed(kind), torch.arange(3, 60)[None]
     cache = LongCtxCache(model)

@@ -46,7 +46,9 @@ def full(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    return *forger_of("4 bits", folder := tmp_path_factory.mktemp("packed")), folder / "false"
+    return *forger_of(
+        "quantized:bits=4:group=16:residual=0", folder := tmp_path_factory.mktemp("packed")
+    ), folder / "false"
 
 
 def refused(forged, edit, said=FALSE):
@@ -237,7 +239,7 @@ def test_pages_and_their_rows(tmp_path):
 
 
 def test_state_and_edges_of_the_compensated_store(tmp_path):
-    forged = *forger_of("compensated", tmp_path, (300, 200)), tmp_path / "false"
+    forged = *forger_of("sink_recent_compensated:sink=4:recent=16", tmp_path, (300, 200)), tmp_path / "false"
     place = ("kept", 0, "stores", "streaming", "numbers")
     for name, wrong in (("low", [-1, 1000, 285, 2**40]), ("begin", [1, -1])):
         for value in wrong:

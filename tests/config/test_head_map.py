@@ -180,7 +180,7 @@ def test_a_budget_counts_the_bytes_of_packed_retrieval_heads(budget):
     assert count(assign(table(32, 8), **made)) == heads
     if budget < 0.5:
         assert heads > heads_in_budget(budget, 256, 1000, 40)
-    # Packed tokens that take less than a window: nothing is cheaper than all of them.
+    # Quantised tokens that take less than a window: nothing is cheaper than all of them.
     assert heads_in_budget(0.2, 256, 1000, 400, 200) == 256
     refused(lambda: heads_in_budget(0.19, 256, 1000, 400, 200), "smallest: 0.2.")
 

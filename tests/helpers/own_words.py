@@ -71,9 +71,9 @@ class WeightNorm(Method):
 
     power: float = field(default=1.0, metadata={"above": 0.0, "max": 8.0})
 
-    def scores(self, subject) -> Tensor:
-        projections = [layer.self_attn.k_proj.weight for layer in subject.model.base_model.layers]
-        norms = [weight.detach().unflatten(0, (subject.kv_heads, -1)).flatten(1).norm(dim=1) for weight in projections]
+    def scores(self, probe) -> Tensor:
+        projections = [layer.self_attn.k_proj.weight for layer in probe.model.base_model.layers]
+        norms = [weight.detach().unflatten(0, (probe.kv_heads, -1)).flatten(1).norm(dim=1) for weight in projections]
         return torch.stack(norms).double().cpu() ** self.power
 
 

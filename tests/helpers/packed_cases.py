@@ -1,4 +1,4 @@
-"""Packed keys and values for the tests of kernels, and what they stand for in float64, written from the codes."""
+"""Quantised keys and values for the tests of kernels, and what they stand for in float64, written from the codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 
 from hf_longctx.kernels import reference
-from hf_longctx.kernels._quantized import Packed
+from hf_longctx.kernels._quantized import Quantised
 from hf_longctx.layout.segments import Segment
 
 SCALE = 0.3
@@ -28,7 +28,7 @@ def packed(shape, tokens, bits, group, lengths=None, first=0, *, dtype, device="
     """Random tokens, read up to ``lengths``; what nobody wrote is NaN."""
     batch, heads, _, dim = shape
     k, v = random_numbers(2, batch, heads, tokens, dim, dtype=dtype, seed=tokens + bits).to(device)
-    made = Packed.empty(k, v, heads, tokens + 2 * group, bits, group, first)
+    made = Quantised.empty(k, v, heads, tokens + 2 * group, bits, group, first)
     for x in (made.k_scale, made.v_scale):
         x.fill_(math.nan)
     made.write(slice(None), 0, k, v)
@@ -53,7 +53,10 @@ def truth(q, segments, turn=0):
     for one in segments:
         batch, heads = q.shape[0], one.k.shape[1]
         if isinstance(one, Segment):
-            k, v, length = *(x.double() for x in one.kept()), torch.as_tensor(one.length, device=q.device).view(-1, 1)
+            k, v, length = (
+                *(x.double() for x in one.contents()),
+                torch.as_tensor(one.length, device=q.device).view(-1, 1),
+            )
             filled = torch.arange(k.shape[2], device=q.device) < length
         else:
             k, v, filled = numbers_of(one)

@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from helpers.calls import decode, sparse, streaming
 from hf_longctx.kernels import _triton_tiles, triton
-from hf_longctx.kernels._quantized import Packed
+from hf_longctx.kernels._quantized import Quantised
 from hf_longctx.layout.blocks import BlockList
 from hf_longctx.layout.segments import Segment
 
@@ -54,7 +54,7 @@ def launch_everything(head_dim, dtype, q_len, kv_len, batch):
     ragged = Segment(k, k, torch.full([batch], kv_len), torch.zeros(kv_len))
     decode(triton, q[:, :, :1], [Segment(k, k, kv_len), ragged], 0.1)
     slots = -(-kv_len // 64) * 64
-    packed = Packed.empty(k, k, 2, slots, 4, 64, 0).seen([slots], None)
+    packed = Quantised.empty(k, k, 2, slots, 4, 64, 0).seen([slots], None)
     decode(triton, q[:, :, :1], [packed, Segment(k, k, kv_len), ragged], 0.1)
 
 

@@ -15,7 +15,7 @@ from helpers.calls import causal, decode, dense
 
 from hf_longctx.kernels import base as dispatch
 from hf_longctx.kernels import native
-from hf_longctx.kernels._quantized import Packed
+from hf_longctx.kernels._quantized import Quantised
 from hf_longctx.layout.blocks import BlockList
 from hf_longctx.layout.scores import Scores
 from hf_longctx.layout.segments import Segment
@@ -46,7 +46,7 @@ def segment(k=None, v=None, length=S, **kwargs):
 
 
 def piece(bits=8, group=16, length=S, **changed):
-    made = Packed.empty(kv(), kv(), N, S, bits, group, 0)
+    made = Quantised.empty(kv(), kv(), N, S, bits, group, 0)
     for low in range(0, S, group):
         made.write(slice(None), low, kv(tokens=group), kv(tokens=group))
     return replace(made, lengths=(length,), **changed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.caches import patched_tiny
-from helpers.store_cases import CASES, ROUNDED, patched_case
+from helpers.store_cases import CASES, ROUNDED, patched_case, role_of
 from helpers.tiny import left_padded
 
 from hf_longctx import LongCtxCache, UnsupportedModeError, observe
@@ -42,7 +42,7 @@ def run(model, watch) -> None:
 def test_every_cached_token_is_shown_with_its_position(case, monkeypatch):
     model = patched_case(case, torch.float64)
     written, shown = Written(monkeypatch), []
-    rounded = CASES[case]["store"] in ROUNDED
+    rounded = case in ROUNDED
 
     def watch(layer_idx, q, k, v, scaling, rows, compute):
         assert k is v and [one.heads.role for one in k] == ["retrieval", "streaming"]
@@ -62,7 +62,7 @@ def test_every_cached_token_is_shown_with_its_position(case, monkeypatch):
         everything = list(range(count))
         if role == "retrieval":
             assert positions == everything
-        elif "sink" in CASES[case] and case != "compensated, growing":
+        elif role_of(case) == "streaming" and isinstance(CASES[case]["recent"], int):
             sink, recent = CASES[case]["sink"], CASES[case]["recent"]
             window = [j for j in everything if j < sink or j >= count - recent - (new - 1)]
             assert positions == window if new == 1 else set(window) <= set(positions)

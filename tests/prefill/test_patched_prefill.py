@@ -394,7 +394,7 @@ def test_keys_in_several_segments(monkeypatch):
     want = model(ids, attention_mask=mask).logits[mask.bool()]
 
     def cut(whole):
-        k, v = whole.kept()
+        k, v = whole.contents()
         return [Segment(k[:, :, :120], v[:, :, :120], 120), Segment(k[:, :, 120:], v[:, :, 120:], k.shape[2] - 120)]
 
     change_segments(monkeypatch, cut)

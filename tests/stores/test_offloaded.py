@@ -102,8 +102,8 @@ def test_a_wrong_page_is_seen(wrong, shadow, monkeypatch):
 def test_pads_are_cut_from_pages_in_a_chunk(shadow, monkeypatch):
     """The control of the padded cases: left in, the pads are read."""
     monkeypatch.setattr(_pages.PagedKV, "alone", lambda self, rows, start: HeadKV.alone(self, rows, 0))
-    monkeypatch.setattr(_pages.Pages, "k", property(lambda self: self.kept()[0]), raising=False)
-    monkeypatch.setattr(_pages.Pages, "v", property(lambda self: self.kept()[1]), raising=False)
+    monkeypatch.setattr(_pages.Pages, "k", property(lambda self: self.contents()[0]), raising=False)
+    monkeypatch.setattr(_pages.Pages, "v", property(lambda self: self.contents()[1]), raising=False)
     watch, _ = shadowed(shadow, "offloaded", LENGTHS["padded"], CHUNKS["odd"])
     assert watch.error > 1e-4
 
@@ -277,7 +277,7 @@ def test_what_is_saved_is_restored(word):
         assert numbers == {"pages": 8, "0": 0, "1": 0, "2": 0, "3": 0} and all(type(n) is int for n in numbers.values())
         assert tensors["0.k"].shape[0] == 2 and tensors["index 0"].tolist() == [1, 0, 0, 1] and len(tensors) == 17
         again = store.restored("Pages", {name: x.clone() for name, x in tensors.items()}, numbers, torch.device("cpu"))
-        for got, want in zip(again.kept(), store.pages.kept(), strict=True):
+        for got, want in zip(again.contents(), store.pages.contents(), strict=True):
             assert got.shape[:3] == (4, 4, 121) and torch.equal(got, want)
         assert again.limit == store.limit and again.name == word
         assert not {id(entry.page) for entry in again.entries} & {id(entry.page) for entry in store.pages.entries}

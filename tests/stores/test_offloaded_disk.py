@@ -114,7 +114,7 @@ ENDS = """
         sys.exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert count() == 4, "the child deleted its parent's files"
-    assert torch.equal(store.pages.kept()[0], k)
+    assert torch.equal(store.pages.contents()[0], k)
     if end == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
 """

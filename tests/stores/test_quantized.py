@@ -14,7 +14,7 @@ from helpers.tiny import config_for, left_padded, tiny_model
 
 from hf_longctx import ConfigError, LongCtxCache, LongCtxConfig, UnsupportedModelError, patch_model, report
 from hf_longctx.kernels import _quantized, reference
-from hf_longctx.kernels._quantized import PREFILL_NOTE, Packed, quantise
+from hf_longctx.kernels._quantized import PREFILL_NOTE, Quantised, quantise
 from hf_longctx.layout.forward import Forward
 from hf_longctx.layout.rows import Rows
 from hf_longctx.layout.scores import Scores
@@ -117,7 +117,7 @@ def test_attention_equals_the_rule(starts, bits, group, residual, monkeypatch):
     run = Driver(starts, bits=bits, group=group, residual=residual)
     for count in (150, 1, 1, 70, 2, 1, 33, 1, 1, 300, 1, 1, 5, *[1] * 20):
         run.check(count)
-    assert any(isinstance(segment, Packed) for segment in run.cache.layers[0].stores[0].segments.values())
+    assert any(isinstance(segment, Quantised) for segment in run.cache.layers[0].stores[0].segments.values())
 
 
 @pytest.mark.quick
@@ -368,7 +368,7 @@ def test_what_is_read_is_at_most_half_a_step_away(dtype, bits):
 def test_what_is_not_finite_reads_as_nan(bad, dtype):
     k, v = torch.randn(2, 1, 2, 32, 16).to(dtype)
     k[0, 1, 20, 3] = v[0, 0, 7, 5] = bad
-    packed = Packed.empty(k, v, 2, 32, 8, 16, 0)
+    packed = Quantised.empty(k, v, 2, 32, 8, 16, 0)
     packed.write(slice(None), 0, k, v)
     got_k, got_v = packed.unpack(0, 32)
     want_k, want_v = torch.zeros_like(k, dtype=torch.bool), torch.zeros_like(k, dtype=torch.bool)
@@ -389,7 +389,7 @@ def test_a_range_beyond_the_dtype_reads_as_nan_and_wide_ones_do_not():
 @pytest.mark.parametrize("bits", [8, 4])
 def test_blocks_unpack_a_bounded_number_of_tokens_into_the_same_memory(bits, monkeypatch):
     k, v = torch.randn(2, 2, 3, 1024, 16, dtype=torch.float64)
-    packed = Packed.empty(k, v, 3, 1024, bits, 32, 0)
+    packed = Quantised.empty(k, v, 3, 1024, bits, 32, 0)
     packed.write(slice(None), 0, k, v)
     monkeypatch.setattr(_quantized, "BLOCK", 2 * 3 * 16 * 100)
     reader = packed.seen([1024, 512], lambda values, device: torch.tensor(values))
@@ -407,7 +407,7 @@ def test_blocks_unpack_a_bounded_number_of_tokens_into_the_same_memory(bits, mon
             at += width
     assert at == 1024 and len(places) == 1
     assert made.largest <= 2 * 3 * 16 * 100
-    kept = reader.seen([1024], None).kept()
+    kept = reader.seen([1024], None).contents()
     assert torch.equal(kept[0], want[0]) and reader.joined_note == PREFILL_NOTE
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import hf_longctx.model.attention
-from hf_longctx import CacheError, ConfigError, LongCtxCache, LongCtxConfig, patch_model, report
+from hf_longctx import CacheError, ConfigError, LongCtxCache, LongCtxConfig, patch_model
 from hf_longctx.kernels import _compensated, cpu
 from hf_longctx.layout.reads import Averaged
 from hf_longctx.layout.rows import Rows
@@ -482,7 +482,6 @@ def test_low_precision_decodes_like_it_prefills(dtype, lengths, recent):
         read(one, cache, ids[:, :100], mask[:, :100])
         steps = [read(one, cache, ids[:, at : at + 1], mask[:, : at + 1]) for at in range(100, 120)]
         logits.append(torch.stack(steps)[4:].double())  # the shortest row begins within these steps
-        assert "compensated" in report(one).kernels
     drift = (logits[0] - logits[1]).abs().mean() / logits[0].abs().mean()
     assert drift < (0.05 if dtype == torch.bfloat16 else 1e-5)
 

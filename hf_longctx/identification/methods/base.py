@@ -32,7 +32,7 @@ class HeadProbe:
         model: patched with all heads retrieval (what ``observe`` needs), in eval mode, without gradients.
         layers, heads, kv_heads: its attention dimensions.
         documents: makes texts with facts in the tokenizer's language.
-        seed: of everything drawn.
+        seed: random seed.
         windowed: layers with a sliding window of the model's own, whose heads are never retrieval heads.
         longest: tokens the model was made for.
         work: a folder for what a long run saves and goes on from, or None.

@@ -119,7 +119,8 @@ class DuoGates(Method):
     ) -> tuple[Tensor, float]:
         """The loss's gradient and the distance to the plain model, averaged over all documents of all processes."""
         (grad,) = torch.autograd.grad(self.reg_weight * gates.mean(), gates)  # |gate| of gates in [0, 1]
-        total, count = 0.0, self.documents_per_step
+        total = 0.0
+        count = self.documents_per_step
         for index in range(ranks.rank * count, (ranks.rank + 1) * count):
             document = self.document(probe, step, index, lengths)
             places = torch.from_numpy(document.answers.ravel() - 1)  # where each token of an answer is predicted

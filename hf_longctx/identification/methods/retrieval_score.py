@@ -54,13 +54,15 @@ class RetrievalScore(Method):
             for depth in np.linspace(0, 1, self.depths)
             for sample in range(self.samples)
         ]
-        total, counted = torch.zeros(probe.layers, probe.heads, dtype=torch.float64), 0
+        total = torch.zeros(probe.layers, probe.heads, dtype=torch.float64)
+        counted = 0
         with probe.track("retrieval score", len(grid), "documents") as bar:
             for run, (length, depth, _) in enumerate(grid):
                 document = probe.documents.draw(probe.rng(3, run), length, self.facts, depth)
                 right, copied = copies(probe, document)
                 if right >= 0.5:
-                    total, counted = total + copied, counted + 1
+                    total = total + copied
+                    counted = counted + 1
                 bar.advance()
         if not counted:
             raise UnsupportedModelError(
@@ -92,7 +94,8 @@ class RetrievalScore(Method):
 
 def copies(probe: HeadProbe, document: Document) -> tuple[float, Tensor]:
     """(share of the answer that is right, share of the needle each head copied ``[layers, H]``) of one question."""
-    needle, first = document.needles[0], document.answers[0, 0]
+    needle = document.needles[0]
+    first = document.answers[0, 0]
     ids = probe.ids(document.ids[:first])
     looked_at = torch.zeros(probe.layers, probe.heads, dtype=torch.long)
 
@@ -105,11 +108,14 @@ def copies(probe: HeadProbe, document: Document) -> tuple[float, Tensor]:
     place_of[torch.from_numpy(needle)] = torch.arange(len(needle))
     tokens = torch.from_numpy(document.ids)
     found = torch.zeros(probe.layers, probe.heads, len(needle), dtype=torch.bool)
-    cache, step, right = None, ids, 0
+    cache = None
+    step = ids
+    right = 0
     with observe(probe.model, look):
         for expected in document.ids[document.answers[0]]:
             out = probe.model(step, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-            cache, step = cache_of(out), out.logits[:, -1:].argmax(-1)
+            cache = cache_of(out)
+            step = out.logits[:, -1:].argmax(-1)
             token = step.item()
             right += token == expected
             place = place_of[looked_at]  # -1 outside the needle, so also where a head looks at its own answer

@@ -42,7 +42,8 @@ class CommonWords(Task):
     def draft(self, language, length, depth, rng) -> Draft:
         def build(n: int) -> tuple[list[str], list[str], list[int]]:
             drawn = coded(rng(0), self.words + n)
-            common, others = drawn[: self.words], drawn[self.words :]
+            common = drawn[: self.words]
+            others = drawn[self.words :]
             listed = common * self.count + others * self.others
             return [listed[i] for i in rng(1).permutation(len(listed))], common, [self.count] * self.words
 

@@ -72,7 +72,8 @@ class Needle(Task):
             raise ConfigError(f"variant: got 'multi_value', the embedded models' language can say: {others}.")
 
     def draft(self, language, length, depth, rng) -> Draft:
-        count, facts = self.count, rng(0)
+        count = self.count
+        facts = rng(0)
         keys, values = language.draw(facts, count, ONE)
         wording = {"multi_value": VALUE, "multi_query": QUERY}.get(self.variant, ONE)
         if self.variant == "multi_value":

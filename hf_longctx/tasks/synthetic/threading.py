@@ -60,7 +60,8 @@ class Threading(Task):
 
     def places(self, n: int, depth: float | None, rng: np.random.Generator) -> list[list[int]]:
         """Where the pairs of each thread stand among ``n`` pairs, ascending."""
-        count, of_all = self.threads, self.threads * self.hops
+        count = self.threads
+        of_all = self.threads * self.hops
         if depth is None:
             drawn = rng.choice(n, of_all, replace=False).reshape(count, self.hops)
             return np.sort(drawn, axis=1).tolist()

@@ -24,7 +24,7 @@ class WeightNorm(Method):
     power: float = field(default=1.0, metadata={"above": 0.0, "max": 8.0})
 
     @torch.no_grad()
-    def scores(self, subject) -> Tensor:
-        weights = [layer.self_attn.k_proj.weight for layer in subject.model.base_model.layers]
-        heads = [weight.unflatten(0, (subject.kv_heads, -1)).flatten(1) for weight in weights]
+    def scores(self, probe) -> Tensor:
+        weights = [layer.self_attn.k_proj.weight for layer in probe.model.base_model.layers]
+        heads = [weight.unflatten(0, (probe.kv_heads, -1)).flatten(1) for weight in weights]
         return torch.stack([one.norm(dim=1) for one in heads]).double().cpu() ** self.power
