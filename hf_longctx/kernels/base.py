@@ -73,7 +73,7 @@ class Case(NamedTuple):
 
 def case_of(q: Tensor, segments: Sequence[Segment | Streamed], reads: Reads, scores: Scores) -> Case:
     """The case of a call."""
-    tensors = [q]
+    tensors = [q, scores.first_bias]  # sinks are added here
     kinds = NO_KINDS
     for one in segments:
         if isinstance(one, Segment):

@@ -17,6 +17,8 @@ from hf_longctx.layout.blocks import BlockList
 from hf_longctx.layout.forward import Forward
 from hf_longctx.layout.reads import All, Averaged, Causal, Window
 from hf_longctx.layout.rows import Rows
+from hf_longctx.layout.scores import Scores
+from hf_longctx.layout.segments import Segment
 
 CASE = {"device": torch.device("cpu"), "dtype": torch.float64, "head_dim": 64, "needs_grad": False}
 
@@ -104,6 +106,18 @@ def test_a_kernel_that_cannot_be_imported_is_skipped_by_auto_and_named_in_the_er
     assert dispatch.pick("auto", dispatch.Case(**CASE)) is cpu
     with pytest.raises(errors.UnsupportedModeError, match="cannot be imported"):
         dispatch.pick("zz_missing", dispatch.Case(**CASE))
+
+
+@pytest.mark.parametrize("name", ["first_bias", "sinks"])
+def test_a_gradient_of_scores_alone_is_not_lost(name):
+    """As where all weights are frozen and only a bias by head is learnt."""
+    q, k = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 5, 16)
+    own, grads = torch.zeros(4, requires_grad=True), []
+    for word in ("auto", "reference"):
+        scores = Scores(0.3, **{name: own})
+        out, _ = dispatch.attend(word, q, [Segment(k, k, 5)], Causal(), scores, Forward(Rows(1, 0, 5)))
+        grads += torch.autograd.grad(out.square().sum(), own)
+    assert torch.allclose(*grads, atol=1e-5) and grads[0].abs().min() > 1e-3
 
 
 def test_no_kernel_for_integers():
