@@ -47,8 +47,9 @@ def register(kind: str, word: str, thing: Any) -> None:
         ConfigError: no such kind, a word that is taken or malformed, or a thing that lacks what its kind needs.
     """
     check_word(kind, FOLDERS, "register: kind")
-    if kind != "family" and not (isinstance(word, str) and re.fullmatch("[a-z][a-z0-9_]*", word)):
-        raise wrong("register: word", word, "small letters, digits and underscores, a letter first")
+    if not isinstance(word, str) or not (word if kind == "family" else re.fullmatch("[a-z][a-z0-9_]*", word)):
+        fits = "the model_type" if kind == "family" else "small letters, digits and underscores, a letter first"
+        raise wrong("register: word", word, fits)
     if keyword.iskeyword(word) or word in ("auto", "stock", "base", "table") or len(word) > LONGEST:
         raise wrong("register: word", word, "a short word that means nothing yet")
     where = f"register({kind!r}, {short(word)}, ...)"
@@ -145,8 +146,12 @@ def _check_kernel(kind: str, word: str, thing: Any, where: str) -> None:
         raise wrong(f"{where}: NAME", thing.NAME, f"the word, {word!r}")
     if type(thing.PREFERENCE) is not int:
         raise wrong(f"{where}: PREFERENCE", thing.PREFERENCE, "a whole number")
-    if not (isinstance(thing.READS, frozenset) and thing.READS):
-        raise wrong(f"{where}: READS", thing.READS, "a frozenset of the classes of reads that it computes")
+    known = typing.get_args(importlib.import_module("hf_longctx.layout.reads").Reads)
+    if not (isinstance(thing.READS, frozenset) and thing.READS and thing.READS.issubset(known)):
+        names = ", ".join(one.__name__ for one in known)
+        raise wrong(
+            f"{where}: READS", thing.READS, f"a frozenset of the classes of reads that it computes, of: {names}"
+        )
 
 
 def _check_family(kind: str, word: str, thing: Any, where: str) -> None:
