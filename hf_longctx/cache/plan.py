@@ -97,7 +97,7 @@ class LayerPlan:
         for role, letter in LETTERS.items():
             heads = RoleHeads(role, tuple(i for i, given in enumerate(letters) if given == letter), len(letters))
             own = {"prefill": prefill, "decode": decode or Dense()} if role == "retrieval" else {}
-            as_stock = kernel == "stock" and stores[role].rule == "all" and not scores
+            as_stock = kernel == "stock" and stores[role].reads_all and not scores
             roles.append(RolePlan(heads, stores[role], as_stock=as_stock, **own))
         return cls(layer_idx, tuple(roles), kernel, window, tuple((scores or {}).items()))
 

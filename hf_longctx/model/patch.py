@@ -14,6 +14,8 @@ from torch import nn
 
 from ..config.config import LongCtxConfig
 from ..config.find import resolve
+from ..config.words import spec_word
+from ..errors import UnsupportedModeError
 from ..kernels import base as kernels
 from ..layout.blocks import BlockList
 from .attention import NAME, register
@@ -59,7 +61,8 @@ def patch_model(
     Raises:
         UnsupportedModelError: the family is not in ``patches/``.
         ConfigError: no config fits, the config was made for another model, or an unknown keyword.
-        UnsupportedModeError: the config names a kernel that cannot run its prefill pattern.
+        UnsupportedModeError: the config names a kernel that cannot run its prefill pattern, or a store of retrieval
+            heads that does not read every token.
 
     Papers: head roles, DuoAttention arXiv:2410.10819; sinks, StreamingLLM arXiv:2309.17453.
     """
@@ -86,7 +89,12 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     modules = attention_modules(base, family)
     check_transformers(inner, base, attention_copies(modules[0], family)[0])
     plans = [make_plan(module, settings, family, base.config) for module in modules]
-    if any(role.prefill is not None for plan in plans for role in plan.roles):
+    for store in {role.store for plan in plans for role in plan.roles if role.prefill is not None}:
+        if not store.reads_all:
+            raise UnsupportedModeError(
+                f"stores.retrieval: with {spec_word(store)!r} a token does not read all before it, and a prefill "
+                "pattern chooses among those. Set prefill.retrieval to {pattern: dense}, or stores.retrieval to {store: full}."
+            )
         kernels.require(settings.kernel, BlockList, "this config's prefill pattern")
 
     unpatch_model(model)

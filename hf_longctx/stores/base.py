@@ -72,6 +72,11 @@ class StoreSpec(ABC):
     def cached_tokens(self, tokens: int) -> int:
         """Tokens of a sequence of ``tokens`` tokens that one head has cached on the device."""
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether a new token reads every token before it, as Transformers' own call and prefill patterns take it."""
+        return self.rule == "all" and type(self).reads is StoreSpec.reads
+
     def capacity(self, tokens: int, reserve: Reserve) -> int:
         """Tokens that the buffers of one head have room for after a forward of ``tokens`` tokens."""
         return room(self.cached_tokens(tokens), reserve.max_tokens)

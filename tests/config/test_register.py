@@ -23,6 +23,7 @@ from hf_longctx import (
     Family,
     LongCtxCache,
     LongCtxConfig,
+    UnsupportedModeError,
     UnsupportedModelError,
     identify,
     patch_model,
@@ -184,6 +185,15 @@ KERNEL = {"NAME": "mine", "PREFERENCE": 1, "READS": frozenset({Causal}), "suppor
         ("kernel", "mine", SimpleNamespace(**KERNEL | {"PREFERENCE": "high"}), ("PREFERENCE: got 'high'",)),
         ("kernel", "mine", SimpleNamespace(**KERNEL | {"attend": None}), ("lacks: attend",)),
         ("kernel", "mine", SimpleNamespace(**KERNEL | {"READS": (Causal,)}), ("READS: got",)),
+        (
+            "kernel",
+            "mine",
+            SimpleNamespace(**KERNEL | {"READS": frozenset({Causal, "All"})}),
+            ("READS: got", "BlockList"),
+        ),
+        ("family", None, FAMILY, ("word: got None, expected the model_type",)),
+        ("family", ["olmo2"], FAMILY, ("word: got [",)),
+        ("family", "", FAMILY, ("word: got ''",)),
         ("family", "olmo2", Rounded, ("expected a hf_longctx.Family",)),
         ("family", "olmo", FAMILY, ("model_type: got 'olmo2', expected the word, 'olmo'",)),
     ],
@@ -211,6 +221,40 @@ def test_words_and_objects_patch_alike():
     assert torch.equal(*found) and not torch.allclose(found[0][:, :80], dense, atol=1e-3)
     patch_model(model, config_for(model, "retrieval", stores={"retrieval": Full()}))
     assert not torch.allclose(found[0], logits(model, torch.arange(3, 403)[None] % 90), atol=1e-3)
+
+
+@dataclass(frozen=True)
+class Windowed(SinkRecent):
+    """A window for any head; says of itself, as a store does that says nothing, that it caches every token."""
+
+    roles = ("retrieval", "streaming")
+    rule = "all"
+
+
+@pytest.mark.parametrize("kernel", ["auto", "stock"])
+@pytest.mark.parametrize("role", ["retrieval", "streaming"])
+def test_the_reads_of_a_store_hold_under_every_kernel(role, kernel):
+    """Transformers' own call reads every token."""
+    model = tiny_model(dtype=torch.float64)
+    register("store", "windowed", Windowed)
+    patch_model(model, config_for(model, "streaming", sink=4, recent=16))
+    want = logits(model)
+    patch_model(model, config_for(model, role, stores={role: Windowed(4, 16)}, kernel=kernel))
+    for more in ({}, {"use_cache": False}):
+        assert torch.allclose(logits(model, **more), want, atol=1e-9, rtol=0)
+    patch_model(model, config_for(model, "retrieval", kernel=kernel))
+    assert not torch.allclose(logits(model), want, atol=1e-3)
+
+
+def test_a_pattern_wants_a_store_whose_tokens_are_all_read():
+    model, prefill = tiny_model(), {"min_tokens": 1, "retrieval": {"pattern": "antidiagonal"}}
+    register("store", "windowed", Windowed)
+    for roles in ("retrieval", "mixed"):
+        config = config_for(model, roles, stores={"retrieval": {"store": "windowed"}}, prefill=prefill)
+        with pytest.raises(UnsupportedModeError, match=r"'windowed'.*pattern: dense.*store: full"):
+            patch_model(model, config)
+        assert not hasattr(model.config, "longctx")
+    patch_model(model, config_for(model, "streaming", stores={"retrieval": {"store": "windowed"}}, prefill=prefill))
 
 
 def test_a_kernel_computes(kernel="plain"):
