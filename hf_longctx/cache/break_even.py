@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -36,11 +35,13 @@ class Form:
         """That of a cache that has seen tokens."""
         stores = [store for layer in cache.layers for store in layer.stores]
         layer = cache.layers[0]
-        heads: Counter[StoreSpec] = Counter()
+        specs: list[StoreSpec] = []
         for store in stores:
-            heads[store.spec] += len(store.heads.kv_heads)
+            if store.spec not in specs:  # one with a mapping among its fields has no hash
+                specs.append(store.spec)
+        heads = [(one, sum(len(store.heads.kv_heads) for store in stores if store.spec == one)) for one in specs]
         slack = max(store.slack for store in stores)
-        return cls(tuple(heads.items()), layer.head_dim, layer.dtype.itemsize, Reserve(cache.max_tokens, slack))
+        return cls(tuple(heads), layer.head_dim, layer.dtype.itemsize, Reserve(cache.max_tokens, slack))
 
     def nbytes(self, tokens: int) -> int:
         """Bytes of a row after a prompt of ``tokens`` tokens, spare room and pages in host memory included."""

@@ -89,11 +89,12 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     modules = attention_modules(base, family)
     check_transformers(inner, base, attention_copies(modules[0], family)[0])
     plans = [make_plan(module, settings, family, base.config) for module in modules]
-    for store in {role.store for plan in plans for role in plan.roles if role.prefill is not None}:
+    for store in [role.store for plan in plans for role in plan.roles if role.prefill is not None]:
         if not store.reads_all:
             raise UnsupportedModeError(
                 f"stores.retrieval: with {spec_word(store)!r} a token does not read all before it, and a prefill "
-                "pattern chooses among those. Set prefill.retrieval to {pattern: dense}, or stores.retrieval to {store: full}."
+                "pattern chooses among those. Set prefill.retrieval to {pattern: dense}, or stores.retrieval to "
+                "{store: full}."
             )
         kernels.require(settings.kernel, BlockList, "this config's prefill pattern")
 

@@ -246,6 +246,24 @@ def test_the_reads_of_a_store_hold_under_every_kernel(role, kernel):
     assert not torch.allclose(logits(model), want, atol=1e-3)
 
 
+@dataclass(frozen=True)
+class Weighted(Full):
+    weights: dict = field(default_factory=dict)
+
+
+def test_a_store_may_have_a_mapping_among_its_fields():
+    model = tiny_model()
+    register("store", "weighted", Weighted)
+    counts = []
+    for store in (Weighted({"a": 1}), Full()):
+        patch_model(model, config_for(model, "mixed", stores={"retrieval": store}))
+        cache = LongCtxCache(model)
+        for _ in range(2):
+            logits(model, IDS, past_key_values=cache)
+        counts.append((report(model).saves_from, report(model).nbytes))
+    assert counts[0] == counts[1] and counts[0][0]
+
+
 def test_a_pattern_wants_a_store_whose_tokens_are_all_read():
     model, prefill = tiny_model(), {"min_tokens": 1, "retrieval": {"pattern": "antidiagonal"}}
     register("store", "windowed", Windowed)
