@@ -6,12 +6,17 @@ Each file of ``patches/`` (installed as ``hf_longctx.patches``) holds one ``FAMI
 from __future__ import annotations
 
 import importlib
+import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from ..config.checks import check_mapping, check_word
 from ..config.words import registered, words
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
+from ..layout.scores import Scores
+
+SLIDING = Literal["none", "all", "layer_types"]
 
 
 @dataclass(frozen=True)
@@ -28,14 +33,26 @@ class Family:
             ``config.layer_types`` names.
         scores: keyword that its attention passes to the attention function -> field of
             `hf_longctx.layout.scores.Scores`: ``{"softcap": "softcap", "s_aux": "sinks"}``. Any other is refused.
+
+    Raises:
+        ConfigError: another word for ``sliding``, or fields that `Scores` has not.
     """
 
     model_type: str
     layers: str = "layers"
     attention: str = "self_attn"
     key_projection: str = "k_proj"
-    sliding: Literal["none", "all", "layer_types"] = "none"
+    sliding: SLIDING = "none"
     scores: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        check_word(self.sliding, typing.get_args(SLIDING), f"Family({self.model_type!r}).sliding")
+        where, fits = f"Family({self.model_type!r}).scores", [one.name for one in fields(Scores) if one.name != "scale"]
+        mapped = list(check_mapping(self.scores, where).values())
+        for one in mapped:
+            check_word(one, fits, where)
+        if len(set(mapped)) < len(mapped):
+            raise ConfigError(f"{where}: got {dict(self.scores)}, expected at most one keyword for each field.")
 
     def window(self, config, layer_idx: int) -> int | None:
         """Tokens of the layer's own sliding window, or None."""

@@ -8,7 +8,7 @@ from helpers.registered import nothing_kept
 from helpers.tiny import config_for, left_padded
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_longctx import Family, LongCtxCache, UnsupportedModelError, patch_model, register
+from hf_longctx import ConfigError, Family, LongCtxCache, UnsupportedModelError, patch_model, register
 from hf_longctx.cache.seam import CACHE
 
 SCORES = {"gemma2": {"softcap": "softcap"}, "gpt_oss": {"s_aux": "sinks"}}
@@ -103,3 +103,18 @@ def test_the_mapped_field_changes_the_answer(kind):
         else:
             layer.self_attn.sinks.data.fill_(-1e6)
     assert (outputs(model, ids, mask, [30]) - want).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"scores": {"softcap": "softcp"}}, r"scores: got 'softcp'.*softcap, sinks, first_bias.*'softcap'\?"),
+        ({"scores": {"scaling": "scale"}}, "scores: got 'scale'"),
+        ({"scores": {"cap": "softcap", "softcap": "softcap"}}, "scores: got .*at most one keyword"),
+        ({"scores": "softcap"}, "scores: got 'softcap', expected a mapping"),
+        ({"sliding": "some"}, "sliding: got 'some'.*none, all, layer_types"),
+    ],
+)
+def test_a_record_that_says_what_there_is_not_is_refused_where_it_is_made(given, parts):
+    with pytest.raises(ConfigError, match=parts):
+        Family("gemma2", **given)
