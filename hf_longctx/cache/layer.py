@@ -119,6 +119,8 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         parts = [store.append(key_states, value_states, rows) for store in self.stores]
         self.seen = rows.total
         self.whole = True
+        if new > 1:  # a prompt that is read in one forward reads no page of its own
+            forward.log.notes.update(store.note for store in self.stores if store.note)
         return LayerKV(parts, forward)
 
     def get_seq_length(self) -> int:

@@ -65,6 +65,10 @@ class PagedStore(Store):
         return self.note_on_cpu if device.type == "cpu" else None
 
     @property
+    def note(self) -> str | None:
+        return None if self.pages is None else self.pages.note
+
+    @property
     def word(self) -> str:
         return spec_word(self.spec)
 

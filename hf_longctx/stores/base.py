@@ -135,6 +135,11 @@ class Store(ABC):
         self.segments: dict[str, Segment | Streamed] = {}
         self.state: dict[str, Tensor] = {}
 
+    @property
+    def note(self) -> str | None:
+        """What the report says of how it keeps its tokens; None for nothing."""
+        return None
+
     def prepare(self, k: Tensor, v: Tensor, rows: Rows) -> None:  # noqa: B027
         """What can fail of the `append` with the same arguments that follows; of what is kept it changes nothing."""
 

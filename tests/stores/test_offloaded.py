@@ -329,6 +329,14 @@ def test_bytes_are_counted_where_they_are(word, place):
     assert torch.equal(got, again)
 
 
+def test_a_prompt_alone_is_noted():
+    model = paged_model("offloaded")
+    read(model, LongCtxCache(model), torch.randint(3, 97, (1, 60)))
+    notes = report(model).notes
+    assert [note for note in notes if note.endswith("no saving")] == list(notes) != []
+    assert "streamed" not in report(model).kernels
+
+
 def test_a_short_prompt_has_no_page_and_no_note():
     model = paged_model("offloaded")
     read(model, cache := LongCtxCache(model), torch.randint(3, 97, (1, 35)))
