@@ -8,15 +8,17 @@ from __future__ import annotations
 import importlib
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..config.checks import check_mapping, check_word
 from ..config.words import registered, words
 from ..errors import ConfigError, UnsupportedModelError
-from ..layout.scores import Scores
 
 SLIDING = Literal["none", "all", "layer_types"]
+# Not ``first_bias``: one decoded token's segments do not say where a padded sequence has its first token, nor whether a
+# window still has it.
+MAPPED = ("softcap", "sinks")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Family:
             `hf_longctx.layout.scores.Scores`: ``{"softcap": "softcap", "s_aux": "sinks"}``. Any other is refused.
 
     Raises:
-        ConfigError: another word for ``sliding``, or fields that `Scores` has not.
+        ConfigError: another word for ``sliding``, or fields other than ``softcap`` and ``sinks``.
     """
 
     model_type: str
@@ -47,10 +49,10 @@ class Family:
 
     def __post_init__(self) -> None:
         check_word(self.sliding, typing.get_args(SLIDING), f"Family({self.model_type!r}).sliding")
-        where, fits = f"Family({self.model_type!r}).scores", [one.name for one in fields(Scores) if one.name != "scale"]
+        where = f"Family({self.model_type!r}).scores"
         mapped = list(check_mapping(self.scores, where).values())
         for one in mapped:
-            check_word(one, fits, where)
+            check_word(one, MAPPED, where)
         if len(set(mapped)) < len(mapped):
             raise ConfigError(f"{where}: got {dict(self.scores)}, expected at most one keyword for each field.")
 

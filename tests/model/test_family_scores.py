@@ -108,7 +108,8 @@ def test_the_mapped_field_changes_the_answer(kind):
 @pytest.mark.parametrize(
     ("given", "parts"),
     [
-        ({"scores": {"softcap": "softcp"}}, r"scores: got 'softcp'.*softcap, sinks, first_bias.*'softcap'\?"),
+        ({"scores": {"softcap": "softcp"}}, r"scores: got 'softcp'.*softcap, sinks.*'softcap'\?"),
+        ({"scores": {"bias": "first_bias"}}, "scores: got 'first_bias', expected one of: softcap, sinks"),
         ({"scores": {"scaling": "scale"}}, "scores: got 'scale'"),
         ({"scores": {"cap": "softcap", "softcap": "softcap"}}, "scores: got .*at most one keyword"),
         ({"scores": "softcap"}, "scores: got 'softcap', expected a mapping"),
