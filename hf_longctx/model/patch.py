@@ -113,6 +113,10 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     base.longctx_state = PatchState(settings, original, snapshot, tuple(plans), weakref.ref(model))
     if settings.heads.source and settings.heads.confidence == "none" and "S" not in "".join(settings.roles()):
         base.longctx_state.note(UNMEASURED)
+    if settings.kernel == "stock" and family.scores:
+        base.longctx_state.note(
+            f"kernel stock: it computes no {', '.join(family.scores.values())}, the default kernel ran"
+        )
     if (scaled := settings.model.rope_note(original)) is not None:
         base.longctx_state.note(scaled)
     base.register_forward_pre_hook(BeforeForward(base.longctx_state), with_kwargs=True)

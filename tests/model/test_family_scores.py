@@ -8,7 +8,7 @@ from helpers.registered import nothing_kept
 from helpers.tiny import config_for, left_padded
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_longctx import ConfigError, Family, LongCtxCache, UnsupportedModelError, patch_model, register
+from hf_longctx import ConfigError, Family, LongCtxCache, UnsupportedModelError, patch_model, register, report
 from hf_longctx.cache.seam import CACHE
 
 SCORES = {"gemma2": {"softcap": "softcap"}, "gpt_oss": {"s_aux": "sinks"}}
@@ -119,3 +119,16 @@ def test_the_mapped_field_changes_the_answer(kind):
 def test_a_record_that_says_what_there_is_not_is_refused_where_it_is_made(given, parts):
     with pytest.raises(ConfigError, match=parts):
         Family("gemma2", **given)
+
+
+@pytest.mark.parametrize("kernel", ["stock", "auto"])
+@pytest.mark.parametrize("kind", SCORES)
+def test_the_report_says_that_stock_computes_no_such_scores(kind, kernel):
+    model, (ids, mask) = model_of(kind), left_padded([30])
+    register("family", kind, Family(kind, sliding="layer_types", scores=SCORES[kind]))
+    patch_model(model, config_for(model, "retrieval"))
+    want = outputs(model, ids, mask, [30])
+    patch_model(model, config_for(model, "retrieval", kernel=kernel))
+    assert torch.allclose(outputs(model, ids, mask, [30]), want, atol=1e-9, rtol=0)
+    said = [note for note in report(model).notes if note.startswith("kernel stock: it computes no")]
+    assert len(said) == (kernel == "stock") and "stock" not in report(model).kernels
