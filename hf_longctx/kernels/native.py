@@ -52,20 +52,25 @@ def supports(case: Case) -> str | None:
     Raises:
         ConfigError: ``HF_LONGCTX_NATIVE`` is neither 0 nor 1.
     """
-    if case.device.type != "cpu":
-        return f"needs tensors on the CPU, not on {case.device.type}"
-    if case.dtype not in (torch.float32, torch.bfloat16):
-        return f"takes float32 and bfloat16, not {case.dtype}"
-    if case.head_dim % 16 or not 0 < case.head_dim <= HEAD_DIM:
-        return f"takes a head_dim that is a multiple of 16 up to {HEAD_DIM}, not {case.head_dim}"
-    if case.needs_grad:
+    reason = _reason(case.device, case.dtype, case.head_dim, case.needs_grad)
+    if reason is None and case.kinds:
+        return packed_reason(case, _load()[0].hf_longctx_width())
+    return reason
+
+
+def _reason(device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool) -> str | None:
+    """Why plain segments are not computed; None where they are."""
+    if device.type != "cpu":
+        return f"needs tensors on the CPU, not on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"takes float32 and bfloat16, not {dtype}"
+    if head_dim % 16 or not 0 < head_dim <= HEAD_DIM:
+        return f"takes a head_dim that is a multiple of 16 up to {HEAD_DIM}, not {head_dim}"
+    if gradients:
         return "computes no gradients"
     if torch.compiler.is_compiling():
         return "cannot be traced by torch.compile"
-    library, missing = _load()
-    if library is not None and case.kinds:
-        return packed_reason(case, library.hf_longctx_width())
-    return missing
+    return _load()[1]
 
 
 def attend(
@@ -83,12 +88,14 @@ def attend(
     biases = [segment.bias for segment in plain if segment.bias is not None]
     one = q.shape[2] == 1 and isinstance(reads, ANY_LENGTHS)
     packed = [segment for segment in segments if isinstance(segment, Quantised)] if len(plain) < len(segments) else []
-    case = Case(q.device, q.dtype, q.shape[3], needs_grad(q, *kv, *biases), type(reads), one)
+    gradients = needs_grad(q, *kv, *biases)
+    reason = _reason(q.device, q.dtype, q.shape[3], gradients)
     if packed:
-        case = case._replace(kinds=frozenset(piece.kind for piece in packed))
-    ours = supports(case) is None and _computes(scores, q, kv)
+        kinds = frozenset(piece.kind for piece in packed)
+        reason = supports(Case(q.device, q.dtype, q.shape[3], gradients, type(reads), one, kinds))
+    ours = reason is None and _computes(scores, q, kv)
     if packed and not ours:
-        why = supports(case) or "it takes no such shapes, dtypes or scale"
+        why = reason or "it takes no such shapes, dtypes or scale"
         raise UnsupportedModeError(
             f"kernel native does not unpack these keys and values: {why}. Call hf_longctx.kernels.base.attend, which "
             "reads them block by block."

@@ -6,7 +6,7 @@ positions they were computed with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -20,6 +20,7 @@ from ..layout.heads import RoleHeads
 from ..layout.reads import Window
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
+from ._history import History, runs
 from ._saved import SavedStore, short
 from .base import SLACK, Reserve, Store, StoreSpec, blanked, room
 
@@ -93,7 +94,7 @@ class SinkRecent(StoreSpec):
         return [Segment(ring.k[group, :, :filled], ring.v[group, :, :filled], filled)], positions
 
 
-class SinkRecentStore(Store):
+class SinkRecentStore(History, Store):
     """Sinks and a ring, sequence by sequence, in one segment: exactly the keys a decoded token reads, without a mask.
 
     Row position ``j`` lives in slot ``j`` while ``j < sink + recent`` and in ``sink + (j - sink) % recent`` later. With
@@ -137,33 +138,6 @@ class SinkRecentStore(Store):
             view.sinks = self._sinks(kept, band, rows, needs_grad(k, v))
         self.oldest = max(self.oldest, rows.total - self.spec.recent - self.slack)
         return view
-
-    def _make_history(self, k: Tensor, v: Tensor, rows: Rows) -> None:
-        """Room for what this forward pushes out of the ring, and for what is remembered."""
-        total = rows.total
-        recent = self.spec.recent
-        oldest = max(self.oldest, total - recent - self.slack)
-        dropped = max(0, total - recent - max(oldest, self.spec.sink))
-        size = self.spec.history(dropped, self.max_tokens, self.slack)
-        past = self.segments.get("history")
-        if size == 0 or (past is not None and dropped < past.k.shape[2] <= size):
-            return
-        grown = self.new_segment(k, v, size)
-        if past is not None:
-            self._copy_history(past, grown, rows, oldest, rows.past - recent)
-        grown.length = size  # a ring: every slot may be filled
-        self.segments["history"] = grown
-
-    def _copy_history(self, past: Segment, into: Segment, rows: Rows, low: int, high: int) -> None:
-        """Copy what is remembered of the slots ``low .. high`` into a history of another size."""
-        size = past.k.shape[2] - 1
-        other = into.k.shape[2] - 1
-        for group, start in rows.groups():
-            for a, b in runs(max(self.spec.sink, low - start), high - start, size, 0):
-                for c, d in runs(a, b, other, 0):
-                    to = slice(c % other, c % other + d - c)
-                    out = slice(c % size, c % size + d - c)
-                    into.k[group, :, to], into.v[group, :, to] = past.k[group, :, out], past.v[group, :, out]
 
     def _slot(self, position: int) -> int:
         sink = self.spec.sink
@@ -217,20 +191,6 @@ class SinkRecentStore(Store):
                     self.heads.copy_to(kept.k[group, :, slot : slot + b - a], k[group, :, a + shift : b + shift])
                     self.heads.copy_to(kept.v[group, :, slot : slot + b - a], v[group, :, a + shift : b + shift])
         kept.length = min(rows.total, self.window)
-
-    def _remember(self, group, position, k, v, column, count, heads: RoleHeads | None = None) -> None:
-        """Copy ``count`` positions from columns of k, v into the history (all heads of k, or ``heads`` of them)."""
-        past = self.segments["history"]
-        size = past.k.shape[2] - 1
-        done = 0
-        for a, b in runs(position, position + count, size, 0):
-            spot = a % size
-            source = slice(column + done, column + done + b - a)
-            for into, out in ((past.k, k), (past.v, v)):
-                into = into[group, :, spot : spot + b - a]
-                out = out[group, :, source]
-                heads.copy_to(into, out) if heads else into.copy_(out)
-            done += b - a
 
     def _band(self, k: Tensor, v: Tensor, rows: Rows) -> Segment:
         """Slots ``total - length .. total``: what is kept of the last ``recent - 1`` old slots, and the new ones."""
@@ -312,30 +272,6 @@ class SinkRecentStore(Store):
         if self.oldest > self.spec.sink:
             self.oldest += max(pads)
 
-    def _take_back(self, group: slice, seen: int, target: int) -> None:
-        """Put what rows that go back from ``seen`` to ``target`` tokens need again from the history into the ring."""
-        kept = self.segments["kept"]
-        sink = self.spec.sink
-        recent = self.spec.recent
-        gone = min(seen - recent, target)  # up to here the ring has pushed its tokens out
-        for a, b in runs(max(sink, target - recent), gone, recent, sink):
-            past = self.segments["history"]
-            slot = self._slot(a)
-            size = past.k.shape[2] - 1
-            for c, d in runs(a, b, size, 0):
-                into = slice(slot + c - a, slot + d - a)
-                out = slice(c % size, c % size + d - c)
-                kept.k[group, :, into] = past.k[group, :, out]
-                kept.v[group, :, into] = past.v[group, :, out]
-
     def reset(self) -> None:
         super().reset()
         self.oldest = 0
-
-
-def runs(low: int, high: int, size: int, offset: int) -> Iterator[tuple[int, int]]:
-    """Cut positions ``low .. high`` where a ring of ``size`` slots that starts at position ``offset`` wraps."""
-    while low < high:
-        stop = min(high, low + size - (low - offset) % size)
-        yield low, stop
-        low = stop
