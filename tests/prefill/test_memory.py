@@ -21,7 +21,7 @@ from hf_longctx.layout.blocks import BlockList
 from hf_longctx.layout.forward import Forward
 from hf_longctx.layout.rows import Rows
 from hf_longctx.layout.scores import Scores
-from hf_longctx.model import attention
+from hf_longctx.model import layer_call
 from hf_longctx.model.layer_call import LayerCall
 from hf_longctx.prefill import _blocks
 from hf_longctx.prefill.base import BLOCK, PatternSpec, select
@@ -129,6 +129,6 @@ def test_a_patched_model_needs_no_more_than_stock(word, tokens, monkeypatch):
         if not RETRIEVAL[word].reads_all and tokens < 32768:  # which takes minutes as it is
             square, held = (tokens, tokens), []
             monkeypatch.setattr(
-                attention, "select", lambda *args: held.append(torch.empty(square, dtype=torch.bool)) or select(*args)
+                layer_call, "select", lambda *args: held.append(torch.empty(square, dtype=torch.bool)) or select(*args)
             )
             assert peak(model, tokens, LongCtxCache(model)) > bound, "a control: one T x T mask would be seen"

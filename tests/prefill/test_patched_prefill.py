@@ -15,7 +15,7 @@ from hf_longctx import LongCtxCache, UnsupportedModeError, observe, patch_model,
 from hf_longctx.layout.reads import All, Causal
 from hf_longctx.layout.rows import Rows
 from hf_longctx.layout.segments import Segment
-from hf_longctx.model import attention, plans
+from hf_longctx.model import layer_call, plans
 from hf_longctx.model.family import find_family
 from hf_longctx.prefill.base import select
 from hf_longctx.prefill.vertical_slash import VerticalSlash
@@ -109,7 +109,7 @@ def test_the_report_says_what_sharing_costs(monkeypatch):
     model = tiny_model("llama", torch.float64, kv_heads=2, group=4, layers=1)
     ids, mask = left_padded([300, 200])
     lists = []
-    monkeypatch.setattr(attention, "select", lambda *args: lists.append(select(*args)) or lists[-1])
+    monkeypatch.setattr(layer_call, "select", lambda *args: lists.append(select(*args)) or lists[-1])
     asked = {"input_ids": ids, "attention_mask": mask}
     with patched(model, settings(model, "retrieval")):
         model(**asked)
