@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from statistics import mean
 
+import pytest
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,6 +15,7 @@ from hf_longctx.commands._demo import run
 from hf_longctx.tasks.tiny_language import VOCAB
 
 
+@pytest.mark.slow
 def test_the_demo_at_its_own_length():
     console = Console(record=True, width=120, quiet=True)
     dense, right, wrong = run(console=console)

@@ -79,6 +79,7 @@ def test_copies_and_pickles_go_on_after_the_kernel_ran():
         assert report(other).kernels == ("native",)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_tokens_and_names_its_kernel():
     """torch.compile does not trace the native kernel: there the cpu kernel runs, and the report says so."""
     model, ids = tiny_model(head_dim=16, layers=1), torch.randint(3, 97, (1, PROMPT))

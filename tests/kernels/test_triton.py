@@ -48,6 +48,7 @@ def run_script(name: str, folder: Path, **environment: str) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_every_case_in_the_interpreter(tmp_path):
     said = run_script("triton_cases.py", tmp_path, TRITON_INTERPRET="1")
     assert len(said) == CASES
@@ -55,6 +56,7 @@ def test_every_case_in_the_interpreter(tmp_path):
     assert not failed, "\n".join(failed.values())
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_fit_and_are_compiled_once(tmp_path):
     """For Ampere and Hopper, without either: shared memory, matrix instructions, and one variant for every length."""
     built = run_script("triton_builds.py", tmp_path)
