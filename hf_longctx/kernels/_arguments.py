@@ -42,6 +42,20 @@ def check(kernel: str, q: Tensor, segments: Sequence[Segment], reads: Reads, sco
         raise ValueError(f"a {name} is read from two segments, the sinks and the band, not from {len(segments)}.")
 
 
+def check_reads(kernel: str, known: frozenset[type], reads: Reads) -> None:
+    """Refuse reads that are not among those that a kernel computes.
+
+    Raises:
+        UnsupportedModeError: they are not; `base.attend` would have taken another kernel.
+    """
+    if type(reads) not in known:
+        names = ", ".join(sorted(one.__name__ for one in known))
+        raise UnsupportedModeError(
+            f"kernel {kernel} was given {type(reads).__name__} to read and computes {names}. Call "
+            "hf_longctx.kernels.base.attend, which takes another kernel for it."
+        )
+
+
 def check_list(q: Tensor, segments: Sequence[Segment], blocks: BlockList) -> None:
     """Refuse a block list made for other queries or keys.
 

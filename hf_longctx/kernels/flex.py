@@ -31,7 +31,7 @@ from ..layout.reads import Reads
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 from . import _nvidia, cpu, reference
-from ._arguments import PLAIN, check, joined
+from ._arguments import PLAIN, check, check_reads, joined
 from .base import Case, case_of
 
 NAME = "flex"
@@ -73,6 +73,7 @@ def attend(
     q: Tensor, segments: Sequence[Segment], reads: Reads, scores: Scores, want_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over a block list, as `base` says: out ``[B, H, T, D_v]``; there is no lse where it is not wanted."""
+    check_reads(NAME, READS, reads)
     if (reason := supports(case_of(q, segments, reads, scores))) is not None:
         raise UnsupportedModeError(f"kernel flex {reason}. Use kernel: cpu or reference.")
     if want_lse:

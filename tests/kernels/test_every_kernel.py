@@ -167,6 +167,8 @@ def cast(scores, dtype):
 
 def taken(word, call, scores):
     """The widest dtype in which the kernel takes the call; None, if it says why it takes none."""
+    if type(call.reads) not in MODULES[word].READS:
+        return None
     for dtype in DTYPES:
         case = base.case_of(*call.given(dtype), call.reads, scores)
         reason = MODULES[word].supports(case)

@@ -14,7 +14,11 @@ from hf_longctx.errors import UnsupportedModeError
 from hf_longctx.kernels import base as dispatch
 from hf_longctx.kernels import cpu, flex, reference
 from hf_longctx.layout.blocks import BlockList
-from hf_longctx.layout.reads import Causal
+from hf_longctx.layout.forward import Forward
+from hf_longctx.layout.reads import CAUSAL, Causal
+from hf_longctx.layout.rows import Rows
+from hf_longctx.layout.scores import Scores
+from hf_longctx.layout.segments import Segment
 
 GROUP, SCALE = 2, 0.25
 CASE = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 16, "reads": BlockList}
@@ -139,3 +143,13 @@ def test_a_gradient_is_refused():
     q, k, v = random_qkv(made, 1, dtype=torch.float32)
     with pytest.raises(UnsupportedModeError, match="no gradients"):
         sparse(flex, q.requires_grad_(), k, v, made, SCALE)
+
+
+def test_reads_that_are_no_list_are_refused_in_words():
+    q = torch.randn(1, 2, 3, 16)
+    segment = Segment(q, q, 3)
+    with pytest.raises(UnsupportedModeError, match="flex was given Causal to read and computes BlockList"):
+        flex.attend(q, [segment], CAUSAL, Scores(SCALE))
+    got, _ = dispatch.attend("flex", q, [segment], CAUSAL, Scores(SCALE), Forward(Rows(1, 0, 3)))
+    want, _ = reference.attend(q, [segment], CAUSAL, Scores(SCALE))
+    assert (got - want).abs().max() < 1e-5, "the dispatcher takes another kernel"
