@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from ..layout.reads import All, Causal
 from . import reference
 
-NAME, PREFERENCE, READS = "textbook", 1, reference.READS
+NAME = "textbook"
+PREFERENCE = 1
+READS = frozenset({All, Causal})
 
 
 def supports(case) -> str | None:
