@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModeError
@@ -71,14 +70,6 @@ def check_list(q: Tensor, segments: Sequence[Segment], blocks: BlockList) -> Non
             f"sparse prefill was given {q.shape[1]} heads of {q.shape[2]} queries, {kv_heads} of {tokens} keys, with "
             f"{lists} lists for {queries} queries and {blocks.kv_len} keys. Make the BlockList for this q and k."
         )
-
-
-def joined(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-    """k, v ``[B, n, S, D]`` of all segments: views of a single one, else copies."""
-    if len(segments) == 1:
-        return segments[0].contents()
-    keys, values = zip(*(segment.contents() for segment in segments), strict=True)
-    return torch.cat(keys, 2), torch.cat(values, 2)
 
 
 def part_of(segment: Segment, low: int, high: int | None = None) -> Segment:

@@ -16,8 +16,6 @@ from ..layout.reads import Averaged
 from ..layout.scores import Scores
 from .reference import capped
 
-NAME = "compensated"  # what the report calls it
-
 QUERIES = 128  # of a block: more would read more keys outside the window, fewer would copy more keys per query
 FEWEST = 16  # queries of a block where windows are long
 TEMPORARY = 1 << 22  # numbers per temporary: scores, or keys that are summed

@@ -17,8 +17,8 @@ from ..layout.blocks import BlockList
 from ..layout.pieces import pieces
 from ..layout.reads import ALL, All, Causal, Reads, Window
 from ..layout.scores import Scores
-from ..layout.segments import Segment
-from ._arguments import joined, part_of
+from ..layout.segments import Segment, joined
+from ._arguments import part_of
 from .reference import attention, merge
 
 TEMPORARY = 1 << 20  # elements of a mask over the first block

@@ -108,11 +108,9 @@ def pick(word: str, case: Case) -> ModuleType:
     known = (AUTO, *names())
     if word not in known:
         raise ConfigError(f"unknown kernel {word!r}; known: {', '.join(known)}.{near(word, known)}")
-    reasons = {}
-    for name, module, failure in _candidates([word] if word != AUTO else names()):
-        reasons[name] = failure if module is None else _refusal(module, case)
-        if reasons[name] is None:
-            return module
+    module, reasons = _first(word, case)
+    if module is not None:
+        return module
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise UnsupportedModeError(f"kernel {word!r} does not compute {case} ({why}). {_advice(word, case)}")
 
@@ -182,8 +180,7 @@ def some_launch_layers(word: str, device: torch.device, forward: Forward) -> boo
     """Whether `choose` may give a kernel with ``attend_layer`` on this device; asked once per forward."""
     key = (word, device)
     if key not in forward.kernels:
-        modules = [module for _, module, _ in _candidates([word] if word != AUTO else names())]
-        able = [one for one in modules if hasattr(one, "attend_layer")]
+        able = [module for _, module, _ in _candidates(_tried(word)) if hasattr(module, "attend_layer")]
         probe = Case(device, torch.bfloat16, 64, one_query=True, reads=All)
         forward.kernels[key] = any(one.supports(probe) is None for one in able)
     return forward.kernels[key]
@@ -193,11 +190,7 @@ def _reads_kinds(word: str, case: Case, forward: Forward) -> bool:
     """Whether the kernel, or with ``auto`` some kernel, reads these segments as they are."""
     key = (word, case)
     if key not in forward.kernels:
-        for _, module, _ in _candidates([word] if word != AUTO else names()):
-            if module is not None and _refusal(module, case) is None:
-                forward.kernels[key] = module
-                return True
-        forward.kernels[key] = None
+        forward.kernels[key], _ = _first(word, case)
     return forward.kernels[key] is not None
 
 
@@ -235,6 +228,21 @@ def _with(merged: Part | None, part: Part) -> Part:
     out, lse = part
     part = (out.to(lse.dtype), lse)  # rounded to a low precision after each block, the error would add up
     return part if merged is None else merge([merged, part])
+
+
+def _tried(word: str) -> Sequence[str]:
+    """The kernels that a config's word may mean."""
+    return names() if word == AUTO else [word]
+
+
+def _first(word: str, case: Case) -> tuple[ModuleType | None, dict[str, str | None]]:
+    """The preferred kernel that computes the case, and why those before it do not; None where none does."""
+    reasons: dict[str, str | None] = {}
+    for name, module, failure in _candidates(_tried(word)):
+        reasons[name] = failure if module is None else _refusal(module, case)
+        if reasons[name] is None:
+            return module, reasons
+    return None, reasons
 
 
 def _module(word: str) -> ModuleType | None:

@@ -25,9 +25,9 @@ from ..layout.blocks import BlockList
 from ..layout.dtypes import needs_grad
 from ..layout.reads import All, Averaged, Causal, Reads, Window
 from ..layout.scores import Scores
-from ..layout.segments import Segment
+from ..layout.segments import Segment, joined
 from . import _compensated, _few_cpu, _first_token, _sparse_cpu
-from ._arguments import PLAIN, check, joined
+from ._arguments import PLAIN, check
 from .reference import attention, merge
 
 if TYPE_CHECKING:

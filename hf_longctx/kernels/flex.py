@@ -29,9 +29,9 @@ from ..errors import UnsupportedModeError
 from ..layout.blocks import BlockList
 from ..layout.reads import Reads
 from ..layout.scores import Scores
-from ..layout.segments import Segment
+from ..layout.segments import Segment, joined
 from . import _nvidia, cpu, reference
-from ._arguments import PLAIN, check, check_reads, joined
+from ._arguments import PLAIN, check, check_reads
 from .base import Case, case_of
 
 NAME = "flex"

@@ -18,9 +18,9 @@ from ..errors import UnsupportedModeError
 from ..layout.blocks import BlockList
 from ..layout.reads import All, Causal, Reads, Window
 from ..layout.scores import Scores
-from ..layout.segments import Segment
+from ..layout.segments import Segment, joined
 from . import _nvidia, cpu
-from ._arguments import check, joined
+from ._arguments import check
 from ._quantized import Quantised, packed_reason
 
 if TYPE_CHECKING:

@@ -73,11 +73,12 @@ class Forward:
         log: filled while it runs.
         observer: see ``hf_longctx.observe``.
         cached: every layer must bring the cache that this forward was given or got, a ``LongCtxCache``.
-        kernels: the kernel of each case that came up, see `hf_longctx.kernels.base.choose`.
+        kernels: what `hf_longctx.kernels.base` asked kernels, once: by (word, case) which one computes it, None where
+            none reads its segments as they are; by (word, device) whether one launches whole layers.
     """
 
     rows: Rows
     log: ForwardLog = field(default_factory=ForwardLog)
     observer: Callable | None = None
     cached: bool = False
-    kernels: dict[tuple, ModuleType] = field(default_factory=dict, repr=False, compare=False)
+    kernels: dict[tuple, ModuleType | bool | None] = field(default_factory=dict, repr=False, compare=False)

@@ -6,9 +6,9 @@ tokens kept, ``D`` head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -159,3 +159,11 @@ class HeadKV:
                 v = segment.v[rows, :, cut : segment.length]
                 left.append(Segment(k, v, segment.length - cut, bias))
         return left
+
+
+def joined(segments: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """k, v ``[B, n, S, D]`` of all segments, streamed ones too: views of a single plain one, else copies."""
+    if len(segments) == 1:
+        return segments[0].contents()
+    keys, values = zip(*(segment.contents() for segment in segments), strict=True)
+    return torch.cat(keys, 2), torch.cat(values, 2)

@@ -65,9 +65,7 @@ def attend(
         return attend_as_stock(module, query, key, value, attention_mask, **more)
     if plan is None or call is None:
         _refuse_place(module, call, kwargs)
-    asks_more = dropout or not (attention_mask is None or isinstance(attention_mask, StockMask))
-    if asks_more or kwargs.get("sliding_window") != plan.window or not kwargs.keys() <= KNOWN:
-        _check_call(module, plan, attention_mask, dropout, kwargs)
+    _check_call(module, plan, attention_mask, dropout, kwargs)
     if call.cached and not isinstance(key, LayerKV):
         raise UnsupportedModeError(
             f"layer {plan.layer_idx} was run without the LongCtxCache that the model was given, so nothing would be "
@@ -108,7 +106,8 @@ def _check_call(module: nn.Module, plan: LayerPlan, attention_mask: object, drop
             f"the model made a mask of shape {tuple(attention_mask.shape)} of its own for layer {plan.layer_idx}: it "
             "asks for more than causal attention over padded rows. Run it dense: model.set_attn_implementation('sdpa')."
         )
-    _refuse_unknown(module, plan, kwargs)
+    if not kwargs.keys() <= KNOWN:
+        _refuse_unknown(module, plan, kwargs)
 
 
 def _refuse_place(module: nn.Module, call: Forward | None, kwargs: dict) -> NoReturn:

@@ -18,7 +18,7 @@ from ..layout.forward import Forward
 from ..layout.heads import RoleHeads
 from ..layout.reads import ALL, Reads
 from ..layout.scores import Scores
-from ..layout.segments import HeadKV, Segment
+from ..layout.segments import HeadKV, Segment, joined
 from ..layout.streamed import Streamed
 from ..prefill.base import select
 from .observed import CachedRole
@@ -43,18 +43,14 @@ class LayerCall:
 
     def cached(self, query: Tensor, parts: list[HeadKV]) -> Tensor:
         """Attention ``[B, H, T, D]`` over what a LongCtxCache holds: ``parts``, one for each role that has heads."""
-        one = self.rows.new == 1
-        if one and (out := self._in_one_launch(query, parts)) is not None:
+        if self.rows.new == 1 and (out := self._in_one_launch(query, parts)) is not None:
             return out.to(query.dtype)
         group = query.shape[1] // self.plan.kv_heads
         outs = []
         for role, part in zip(self.plan.filled, parts, strict=True):
             # A cache filled in another dtype (autocast, model.to) is read in its own.
             q = role.heads.take(query, group).to(part.dtype)
-            if one and not role.as_stock:
-                outs.append(self._attend(q, part.segments, ALL, role.heads))
-            else:
-                outs.append(self._role(q, role, part))
+            outs.append(self._role(q, role, part))
         return join([part.heads for part in parts], outs, group).to(query.dtype)
 
     def plain(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -226,11 +222,7 @@ class LayerCall:
     def _together(self, segments: list[Segment | Streamed]) -> tuple[Tensor, Tensor]:
         """All keys and values in one piece each, ``[B, n, S, D]``: a pattern chooses among all of them."""
         self.forward.log.notes.update(segment.joined_note for segment in segments if isinstance(segment, Streamed))
-        pairs = [segment.contents() for segment in segments]
-        if len(pairs) == 1:
-            return pairs[0]
-        keys, values = zip(*pairs, strict=True)
-        return torch.cat(keys, 2), torch.cat(values, 2)
+        return joined(segments)
 
 
 def join(heads: Sequence[RoleHeads], outs: list[Tensor], group: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layout.heads import RoleHeads
 from ..layout.rows import Rows
-from ..layout.segments import HeadKV
+from ..layout.segments import HeadKV, joined
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +36,7 @@ class CachedRole:
             empty = self._part.segments[0].contents()
             return *(x[0, :, :0] for x in empty), torch.arange(0)
         segments, positions = self._part.spec.shown(self._part, self._rows, index)
-        pairs = [segment.contents() for segment in segments]
-        k, v = (torch.cat(parts, 2)[0] for parts in zip(*pairs, strict=True))
+        k, v = (x[0] for x in joined(segments))
         real = positions < processed  # a right-padded sequence ends in pads
         return k[:, real], v[:, real], positions[real]
 
