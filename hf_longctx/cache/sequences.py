@@ -24,11 +24,11 @@ class SequenceOperations:
         return max(0, self.seen - max(1, self.oldest_crop))
 
     def stagger(self, pads: Sequence[int]) -> None:
-        """Row ``i`` gives back its last ``pads[i]`` tokens and gets as many left pads; what is seen stays the same.
+        """Remove the last ``pads[i]`` tokens of sequence ``i`` and left-pad it by as many; the padded length stays.
 
-        So rows that share one prompt go on by texts of different lengths, still sharing it: as a left-padded batch of
-        whole texts, of which the next forward brings the columns from ``seen`` on. Its positions count real tokens, as
-        ``generate`` has it; a forward without ``position_ids`` gets those.
+        So sequences that share one prompt go on by texts of different lengths and still share it: as a left-padded
+        batch of whole texts, of which the next forward has the columns from ``seen`` on. Its positions count real
+        tokens, as ``generate`` has it; a forward without ``position_ids`` gets those.
 
         Raises:
             CacheError: rows cannot go so far back (`stagger_room`); nothing is changed.

@@ -54,7 +54,7 @@ class Segment:
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Reorder, repeat or select the rows: ``change`` does it to a tensor ``[B, ...]``.
 
-        Rows that share their memory for good, as those that read one prompt do, go on sharing it.
+        Sequences that share one copy of a prompt keep sharing it.
         """
         if self.shared and self._one_row:
             batch = change(self.k[:, :0, :0]).shape[0]

@@ -39,7 +39,7 @@ class Streamed(ABC):
 
     @abstractmethod
     def blocks(self) -> Iterator[Segment]:
-        """Plain segments that together are the kept tokens in their order. Asking for the next may end the last."""
+        """Plain segments, together the cached tokens in order. One is only valid until the next is requested."""
 
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:

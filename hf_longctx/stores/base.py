@@ -277,6 +277,12 @@ class Store(ABC):
         return self.heads.take(k), self.heads.take(v)
 
 
+def window_positions(segments: Sequence[Segment], first: int) -> Tensor:
+    """Row positions of the tokens of sinks, which begin at 0, and of a band that begins at ``first``."""
+    sinks, band = (segment.length for segment in segments)
+    return torch.cat([torch.arange(sinks), torch.arange(first, first + band)])
+
+
 def blanked(segment: Segment, held: list[tuple[slice, int]]) -> Segment:
     """The segment, or a copy with zeros after the filled slots of each row: ``held`` are (rows, how many)."""
     if all(count >= segment.longest for _, count in held):

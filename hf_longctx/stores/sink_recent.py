@@ -22,7 +22,7 @@ from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._history import History, runs
 from ._saved import SavedStore, short
-from .base import SLACK, Reserve, Store, StoreSpec, blanked, room
+from .base import SLACK, Reserve, Store, StoreSpec, blanked, room, window_positions
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ class SinkRecent(StoreSpec):
         start = rows.start(row)
         if rows.new > 1:
             segments, window = self.reads(part, rows, group, start)
-            sinks, band = (segment.length for segment in segments)
-            return segments, torch.cat([torch.arange(sinks), torch.arange(window.first, window.first + band)])
+            return segments, window_positions(segments, window.first)
         ring = part.segments[0]
         count = rows.total - start
         filled = min(count, self.window)

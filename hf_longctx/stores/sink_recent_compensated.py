@@ -22,7 +22,7 @@ from ..layout.reads import Averaged
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._saved import SavedStore, short
-from .base import SLACK, SPARE, Bytes, Reserve, Store, StoreSpec, blanked, room, spare
+from .base import SLACK, SPARE, Bytes, Reserve, Store, StoreSpec, blanked, room, spare, window_positions
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ class SinkRecentCompensated(StoreSpec):
         count = rows.total - start
         if rows.new > 1:
             segments, averaged = self.reads(part, rows, group, start)
-            sinks, band = (segment.length for segment in segments)
-            return segments, torch.cat([torch.arange(sinks), torch.arange(averaged.first, averaged.first + band)])
+            return segments, window_positions(segments, averaged.first)
         sinks = min(self.sink, count)
         window = max(0, count - self.edge(count - 1))
         if rows.past == 0:
