@@ -41,5 +41,5 @@ def python(tmp_path_factory):
 
 @pytest.mark.parametrize("trainer", ["dpo", "grpo"])
 def test_a_step_with_a_reference_model(python, trainer):
-    said = json.loads(run(python, str(Path(__file__).with_name("trl_steps.py")), trainer).splitlines()[-1])
+    said = json.loads(run(python, str(TESTS / "helpers" / "trl_steps.py"), trainer).splitlines()[-1])
     assert said == {"steps": 1, "reference": True, "word": "longctx", "policy": True}
