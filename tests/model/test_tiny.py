@@ -15,7 +15,6 @@ TEXT += ["phi3", "smollm3", "deepseek_v3", "ernie4_5_moe", "jamba"]
 WRAPPERS = ["qwen2_5_vl", "qwen3_vl_moe", "gemma3", "mistral3"]
 # Their default configs cannot be built or run, or they are built around something else than decoder layers.
 NOT_BUILT = 30
-FAULTS = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, ImportError, AssertionError)
 
 
 def default(model_type: str):
@@ -119,6 +118,6 @@ def test_nearly_every_type_is_built_and_run():
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
             assert runs(tiny_copy(default(model_type)))
-        except FAULTS as error:
+        except Exception as error:  # noqa: BLE001 - reported
             failed[model_type] = f"{type(error).__name__}: {error}"[:200]
     assert len(failed) <= NOT_BUILT, failed
