@@ -26,7 +26,7 @@ def fingerprint(base: nn.Module) -> dict[str, Any]:
     what comes after the last layer's keys, such as the output head.
 
     Args:
-        base: the base model (``model.base_model``), without output head.
+        base: the base model that reads the text, without output head.
 
     Raises:
         UnsupportedModeError: weights lie elsewhere (meta device, offloaded), are spread over processes, or are of a
