@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.every_family import CASES, ONE_EACH, in_float64, logits, stay_in_float64, tiny_model
+from helpers.every_family import CASES, ONE_EACH, in_float64, logits, stay_in_float64, tiny_config, tiny_model
 from helpers.generation import MODES
 from helpers.tiny import config_for, left_padded
 from transformers import AttentionInterface, AutoModelForCausalLM
@@ -16,6 +16,7 @@ from hf_longctx import (
     Family,
     LongCtxCache,
     LongCtxConfig,
+    UnsupportedModeError,
     UnsupportedModelError,
     identify,
     patch_model,
@@ -115,6 +116,21 @@ def test_its_attention_passes_what_the_record_says(case):
         assert family.scores.keys() <= names
         assert call["given"].get("sliding_window", window) == call["mask"] == window
         assert call["shapes"] == [(count, described["head_dim"]) for count in heads]
+
+
+BOTH_WAYS = [case for case in CASES if hasattr(tiny_config(case), "use_bidirectional_attention")]
+
+
+@pytest.mark.parametrize("case", BOTH_WAYS, ids=str)
+def test_a_model_that_reads_both_ways_is_refused(case):
+    """As the text models of embeddings and of PaliGemma do; the mask of some does not tell."""
+    model = tiny_model(case)
+    model.config.use_bidirectional_attention = True
+    patch_model(model, config_for(model, "retrieval"))
+    with pytest.raises(UnsupportedModeError, match="use_bidirectional_attention=True in the config"):
+        logits(model, *left_padded([20]))
+    model.config.use_bidirectional_attention = None
+    logits(model, *left_padded([20]))
 
 
 WITH_SCORES = [case for case in CASES if find_family(case.model_type).scores]
