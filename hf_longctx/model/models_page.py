@@ -28,8 +28,8 @@ LEFT_OUT = {
     "An attention that takes its cache by another name, or inside of another module.": "dbrx gpt_bigcode gpt_neox",
     "State spaces or linear attention whose states are not in Transformers' common cache, or which stand beside "
     "attention in one layer, or which Transformers itself does not read in parts.": (
-        "bailing_hybrid bamba falcon_h1 granitemoehybrid jamba kimi_linear lara_mini minimax nemotron_h recurrent_gemma "
-        "zamba zamba2 zaya"
+        "bailing_hybrid bamba falcon_h1 granitemoehybrid jamba kimi_linear lara_mini minimax nemotron_h "
+        "recurrent_gemma zamba zamba2 zaya"
     ),
     "Nothing is in the way: it serves as the example of [write your own](write_your_own.md).": "nanochat",
 }
@@ -45,9 +45,9 @@ hf-longctx configs models
 ```
 
 Made by `hf-longctx configs models` from the files in `patches/`: {count} model types, by `config.model_type`. Each is
-tested on a tiny random model: all heads retrieval equals eager attention, streaming heads equal their definition. A
-type that the installed Transformers does not have cannot be loaded, patched or not. `hf-longctx configs` lists the
-checkpoints for which head maps ship.
+tested on a tiny random model: all heads retrieval equals eager attention, streaming heads equal their definition. That
+is done with Transformers 5.23 and 5.24; older ones do not have all of them, or a type is refused there in a sentence.
+`hf-longctx configs` lists the checkpoints for which head maps ship.
 
 Windows are the model's own: such a layer keeps its window, and none of its heads is a retrieval or streaming head.
 Where `layer_types` says so, layers of linear attention, convolutions or chunked attention go on as Transformers
