@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..config.config import LongCtxConfig, load_shipped
+from ..config.config import LongCtxConfig
 from ..config.files import shipped
-from ..config.find import is_file_name, resolve, shipped_name
+from ..config.find import load_named, resolve
+from ..config.hub import PIN
 from ..config.ranking import ranked, readme_table
 from ..config.words import spec_word
 from ..errors import ConfigError
@@ -39,7 +40,9 @@ def configs(context: typer.Context) -> None:
 
 @app.command("show", **short_names(fraction="retrieval-fraction"))
 def show(
-    name: Annotated[str, typer.Argument(help="Shipped config, one of its hub ids, YAML, or a model's folder.")],
+    name: Annotated[
+        str, typer.Argument(help="Shipped config, one of its hub ids, YAML, Hub repository, or a model's folder.")
+    ],
     use: Annotated[str | None, typer.Option(help="Draw the head map of this alternative.")] = None,
     retrieval_fraction: Annotated[float | None, typer.Option(help=SHARE)] = None,
 ) -> None:
@@ -85,17 +88,13 @@ def _list(console: Console) -> None:
 
 
 def find_config(name: str) -> LongCtxConfig:
-    """The config that a name stands for: a shipped one, a hub id that it lists, a YAML, or a model's folder.
-
-    Nothing is fetched, and no weight is read.
+    """The config that a name stands for: as of ``load_named``, or of a model's folder. No weight is read.
 
     Raises:
         ConfigError: there is none; the message says what there is.
     """
-    if is_file_name(name):
-        return LongCtxConfig.from_yaml(name)
     if not os.path.isdir(name) or name in shipped():
-        return load_shipped(shipped_name(name, "NAME"))
+        return load_named(name, "NAME")
     from transformers import AutoConfig  # a second, which only a folder is worth
 
     try:
@@ -122,7 +121,9 @@ def _facts(console: Console, name: str, config: LongCtxConfig) -> None:
     if model.max_position_embeddings is not None:
         grid.add_row("made for", f"{model.max_position_embeddings} tokens")
     grid.add_row("heads from", _origin(config))
-    for key in [key for key in heads.active.source if key not in ("method", "from")]:
+    if PIN in heads.source:
+        grid.add_row("  read from", Text(f"the Hub, {_plain(heads.source[PIN])}"))
+    for key in [key for key in heads.active.source if key not in ("method", "from", PIN)]:
         grid.add_row(f"  {key}", Text(_plain(heads.active.source[key])))
     if heads.use is None:
         grid.add_row("  confidence", heads.confidence)
