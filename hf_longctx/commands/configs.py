@@ -127,6 +127,8 @@ def _facts(console: Console, name: str, config: LongCtxConfig) -> None:
         grid.add_row(f"  {key}", Text(_plain(heads.active.source[key])))
     if heads.use is None:
         grid.add_row("  confidence", heads.confidence)
+    if heads.use is None and heads.confidence == "none":
+        grid.add_row("  to measure", Text(_how_to_measure(model.ids[0] if model.ids else "MODEL")))
     grid.add_row("retrieval", f"{config.retrieval_heads} of {config.kv_heads} KV heads ({_share(config):.1%})")
     grid.add_row("KV MB", "\n".join(_memory(config)) + "\nof one row, dense -> patched, 2 bytes per number")
     for other, alternative in heads.alternatives.items():
@@ -175,6 +177,14 @@ def _origin(config: LongCtxConfig) -> str:
         return "heads not measured: run identify"
     low = " (low confidence)" if config.heads.confidence == "low" and config.heads.use is None else ""
     return f"{source.get('method', '?')}{low}, {source.get('from', '?')}"
+
+
+def _how_to_measure(model_id: str) -> str:
+    """The command that measures the heads of a model, and what gives the result away."""
+    return (
+        f"hf-longctx identify {model_id} --out my.yaml\n"
+        "To give the map away: --share my.json --licence LICENCE as well (docs/heads.md, Share a map)."
+    )
 
 
 def _share(config: LongCtxConfig) -> float:

@@ -127,18 +127,19 @@ def _reason(error: Exception, wanted: Repository, hint: str) -> str:
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"names a repository of the Hub that has no branch, tag or commit {short(wanted.revision)}."
+    measure = (
+        f"Where it is a model, measure its heads: hf-longctx identify {wanted.repo} --out my.yaml (and give "
+        f"the map away: --share FILE --licence LICENCE).{hint}"
+    )
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return (
-            f"is a repository of the Hub without a {FILE}. Where it is a model, measure its heads: hf-longctx identify "
-            f"{wanted.repo} --out my.yaml; --share FILE also writes what others need.{hint}"
-        )
+        return f"is a repository of the Hub without a {FILE}. {measure}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return (
             f"is no shipped config and no id that one lists; its {FILE} was not fetched before, and HF_HUB_OFFLINE "
-            f"forbids to ask the Hub.{hint}"
+            f"forbids to ask the Hub. {measure}"
         )
     first = (str(error).splitlines() or [type(error).__name__])[0]
     return (
         f"is no shipped config and no id that one lists; its {FILE} was not fetched before, and the Hub gives no "
-        f"answer: {first}.{hint}"
+        f"answer: {first}. {measure}"
     )
