@@ -23,7 +23,7 @@ from ..config.sections import check_rows
 from ..config.words import build, check_word, dump, make, wrong
 from ..errors import ConfigError
 from ..io.environment import environment
-from ..model.modules import state_of, unwrap
+from ..model.modules import language_model, name_of, unwrap
 
 KINDS = {"duo_gates": "duo_gate"}  # method -> kind of examples/published_heads; of any other the one below
 OTHER_KIND = "retrieval_score"
@@ -145,9 +145,7 @@ def contribution(model: nn.Module, config: LongCtxConfig, *, licence: str, model
             model whose sizes its config.json does not tell.
     """
     found = about(model, licence, model_id)
-    inner = unwrap(model)
-    state = state_of(model)
-    config.check_model(inner.base_model.config if state is None else state.original)
+    config.check_model(language_model(model).config)
     heads = config.heads
     if heads.use is not None or heads.scores is None or not {"seed", "options"} <= set(heads.measured):
         raise ConfigError("contribution: got a config that identify did not make; give what it returned.")
@@ -172,9 +170,8 @@ def about(model: nn.Module, licence: str, model_id: str | None = None) -> dict[s
     """The part of a contribution that is known before anything was measured; errors as ``contribution``."""
     check_licence(licence)
     inner = unwrap(model)
-    state = state_of(model)
-    hf_config = inner.base_model.config if state is None else state.original
-    name, is_folder = checkpoint_name(getattr(hf_config, "_name_or_path", "") or "")
+    hf_config = language_model(model).config
+    name, is_folder = checkpoint_name(name_of(model))
     if model_id is None and (is_folder or not name):
         raise ConfigError(
             f"contribution: the model was loaded from {name!r}, a folder; say its hub id (model_id, or --model-id)."
@@ -188,14 +185,14 @@ def about(model: nn.Module, licence: str, model_id: str | None = None) -> dict[s
             f"contribution: a {hf_config.model_type} made from {', '.join(excerpt)} of its config.json has other sizes."
         )
     weights = next(inner.parameters())
-    quantised = getattr(hf_config, "quantization_config", None)
+    quantised = getattr(inner.config, "quantization_config", None)
     method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
     known = environment()
     on_gpu = weights.device.type == "cuda"
     return {
         "contribution": 1,
         "model": model_id or name,
-        "revision": getattr(hf_config, "_commit_hash", None),
+        "revision": getattr(inner.config, "_commit_hash", None),
         "licence": licence,
         "granularity": GRANULARITY,
         "num_layers": facts["num_hidden_layers"],

@@ -31,12 +31,16 @@ class StockMask:
     A patched model and a second one may share one config object, so only the module can tell which of them it is in;
     a patched one needs no mask. generate() makes masks ahead of the forward for a static cache: there this one is seen
     as a mask of 4 dimensions that is ready.
+
+    Attributes:
+        window: tokens of the sliding window or of the chunks that the mask shows, None for all before a token.
     """
 
     ndim = 4
 
-    def __init__(self, make: Callable[[], Tensor | None]):
+    def __init__(self, make: Callable[[], Tensor | None], window: int | None = None):
         self.make = make
+        self.window = window
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -48,21 +52,37 @@ class StockMask:
 
 
 def attend_as_stock(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | StockMask | None, **kwargs
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | StockMask | None,
+    *,
+    patched: bool = False,
+    **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer of a model that is not patched, as sdpa computes it.
+    """Attention of one layer as sdpa computes it: of a model that is not patched, or one that a patch leaves alone.
+
+    Args:
+        patched: it is a layer of a patched model.
 
     Raises:
         UnsupportedModeError: the module asks for what sdpa does not compute.
     """
     unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if unknown and patched:
+        raise UnsupportedModeError(
+            f"layer {module.layer_idx} ({type(module).__name__}) is left to Transformers' sdpa in a patched model, "
+            f"which does not compute {', '.join(unknown)}. Run it dense: model.set_attn_implementation('eager')."
+        )
     if unknown:
         raise UnsupportedModeError(
             f"{type(module).__name__} is not patched and was given the attention 'longctx', most likely by "
             "attn_implementation=other.config._attn_implementation of a patched model. There it runs as on 'sdpa', "
             f"which does not compute {', '.join(unknown)}. Load it with attn_implementation='eager'."
         )
-    _tell(module)
+    if not patched:
+        _tell(module)
     mask = attention_mask.mask if isinstance(attention_mask, StockMask) else attention_mask
     return ALL_ATTENTION_FUNCTIONS[STOCK](module, query, key, value, mask, **kwargs)
 
@@ -79,7 +99,8 @@ def longctx_mask(*args, allow_is_causal_skip: bool = True, config=None, **kwargs
         ALL_MASK_ATTENTION_FUNCTIONS[STOCK], *args, allow_is_causal_skip=allow_is_causal_skip, config=config, **kwargs
     )
     only_padding = allow_is_causal_skip and "allow_is_bidirectional_skip" not in kwargs
-    return StockMask(make) if only_padding and getattr(config, "longctx", None) is not None else make()
+    ours = only_padding and getattr(config, "longctx", None) is not None
+    return StockMask(make, kwargs.get("local_size")) if ours else make()
 
 
 def _tell(module: nn.Module) -> None:
