@@ -117,6 +117,15 @@ def test_the_part_of_config_json_describes_every_family(family, extra):
     assert about(patch_model(model, config_for(model)), "MIT", ID) == found, "patched or not"
 
 
+def test_a_model_with_windows_of_its_own(folder):
+    model = tiny_model("qwen3", sliding=32, layers=4)
+    config = identify(model, None, **ECHO, **STREAMING, retrieval_fraction=0.5)
+    data = contribution(model, config, licence="MIT", model_id=ID)
+    rebuilt(folder, a=data)
+    made = LongCtxConfig.from_yaml(folder / "out" / "tiny-one.yaml")
+    assert made.roles() == config.roles() and made.model.full_attention_layers == (0, 2)
+
+
 def test_what_cannot_be_given_away_is_refused(llama, given):
     model, tokenizer = llama
     config = identify(model, tokenizer, **ECHO, **STREAMING)
