@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 FILE = "longctx.yaml"
 CARD = "README.md"
 PIN = "hub"  # key of heads.source: repository and commit, in the form that is a name itself
-NAME = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@(?P<revision>[^\s@]{1,200}))?", re.A)
+PART = r"[A-Za-z0-9_][\w.-]{0,95}"
+REVISION = r"(?!/)(?:(?!\.\.)[^\s@\\]){1,200}"  # which the client makes a path in its cache of
+NAME = re.compile(rf"(?P<repo>{PART}/{PART})(?:@(?P<revision>{REVISION}))?", re.A)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 log = logging.getLogger(__name__)
@@ -96,10 +98,11 @@ def _fetch(wanted: Repository, said: str, hint: str) -> Path:
     from huggingface_hub import errors
 
     form = {"repo_id": wanted.repo, "filename": FILE, "revision": wanted.revision}
-    cached = huggingface_hub.try_to_load_from_cache(**form)
-    if isinstance(cached, str) and COMMIT.fullmatch(wanted.revision or ""):
-        return Path(cached)
+    cached = None
     try:
+        cached = huggingface_hub.try_to_load_from_cache(**form)
+        if isinstance(cached, str) and COMMIT.fullmatch(wanted.revision or ""):
+            return Path(cached)
         url = huggingface_hub.hf_hub_url(**form)
         size = huggingface_hub.get_hf_file_metadata(url).size  # the download itself would try six times without network
         strict_yaml.check_size(size or 0, f"{wanted}: {FILE}")
@@ -118,28 +121,32 @@ def _reason(error: Exception, wanted: Repository, hint: str) -> str:
     """Why nothing was read, and what to do."""
     from huggingface_hub import errors
 
-    if isinstance(error, errors.GatedRepoError):
-        return f"is gated on the Hub: accept its conditions at its page, and log in (hf auth login).{hint}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            "is no shipped config, no id that one lists, and no repository of the Hub, or a private one: log in (hf "
-            f"auth login). `hf-longctx configs` lists the shipped configs, `hf-longctx identify` makes one.{hint}"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"names a repository of the Hub that has no branch, tag or commit {short(wanted.revision)}."
+    first = (str(error).splitlines() or [type(error).__name__])[0]
     measure = (
         f"Where it is a model, measure its heads: hf-longctx identify {wanted.repo} --out my.yaml (and give "
         f"the map away: --share FILE --licence LICENCE).{hint}"
     )
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return f"is a repository of the Hub without a {FILE}. {measure}"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return (
-            f"is no shipped config and no id that one lists; its {FILE} was not fetched before, and HF_HUB_OFFLINE "
-            f"forbids to ask the Hub. {measure}"
-        )
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return (
-        f"is no shipped config and no id that one lists; its {FILE} was not fetched before, and the Hub gives no "
-        f"answer: {first}. {measure}"
-    )
+    none = f"is no shipped config and no id that one lists; its {FILE} was not fetched before, and"
+    no_answer = (errors.HTTPError, errors.LocalEntryNotFoundError, errors.FileMetadataError, ConnectionError)
+    for kind, reason in (
+        (
+            errors.GatedRepoError,
+            f"is gated on the Hub: accept its conditions at its page, and log in (hf auth login).{hint}",
+        ),
+        (
+            errors.RepositoryNotFoundError,
+            "is no shipped config, no id that one lists, and no repository of the Hub, or a private one: log in (hf "
+            f"auth login). `hf-longctx configs` lists the shipped configs, `hf-longctx identify` makes one.{hint}",
+        ),
+        (
+            errors.RevisionNotFoundError,
+            f"names a repository of the Hub that has no branch, tag or commit {short(wanted.revision)}.",
+        ),
+        (errors.RemoteEntryNotFoundError, f"is a repository of the Hub without a {FILE}. {measure}"),
+        (errors.OfflineModeIsEnabled, f"{none} HF_HUB_OFFLINE forbids to ask the Hub. {measure}"),
+        (no_answer, f"{none} the Hub gives no answer: {first}. {measure}"),
+        (ValueError, f"is no name that a repository of the Hub can have: {first}{hint}"),
+    ):
+        if isinstance(error, kind):
+            return reason
+    return f"has a {FILE} that the cache of the Hub's client has no place for: {first}."

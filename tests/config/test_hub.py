@@ -161,6 +161,17 @@ def test_what_the_hub_refuses_is_one_error_after_one_question(hub, name, code, s
     assert len(message.splitlines()) == 1 and [method for method, _ in hub.asked] == ["HEAD"]
 
 
+def test_a_name_that_the_hub_refuses_and_a_cache_that_cannot_be_written(hub, monkeypatch, tmp_path):
+    refused(lambda: load_named("me/a--b"), "config: 'me/a--b' is no name that a repository of the Hub can have: ")
+    assert hub.asked == []
+    hub.put(REPO, text())
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    refused(
+        lambda: load_named(REPO), "has a longctx.yaml that the cache of the Hub's client has no place for: ", "file"
+    )
+
+
 def test_without_network_there_is_one_error_at_once(hub, monkeypatch):
     tried = []
 
@@ -200,8 +211,9 @@ def test_what_asks_no_hub(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me" / "folder").mkdir(parents=True)
     (tmp_path / "me" / "file").write_text("x")
-    for name in ("me/folder", "me/file", "hf-longctx/tiny-lama", "../heads", "a/b/c", "me/x y", "me/", "@/x", "heads"):
-        refused(lambda name=name: load_named(name))
+    names = ["me/folder", "me/file", "hf-longctx/tiny-lama", "../heads", "a/b/c", "me/x y", "me/", "@/x", "heads"]
+    for name in [*names, "me/x@../../y", "me/x@/etc", "me/x@a\\b", "me/x@", "me/x@a@b"]:
+        refused(lambda name=name: load_named(name, "NAME"), "NAME: ")
     model = tiny_config("llama")
     model._name_or_path = REPO
     hub.put(REPO, text())
