@@ -1,7 +1,8 @@
 """Make configs/*.yaml from published head data: ``python examples/build_configs.py [--out configs] [--data FOLDER]``.
 
 ``checkpoints.yaml`` in the data folder says which checkpoints are shipped, under which name, and which ids share a
-config; the JSON files beside it are what others measured. The same data gives the same bytes.
+config; the JSON files beside it are what others measured. A file of ``hf-longctx identify --share`` needs no entry: it
+says the sizes of its model itself. The same data gives the same bytes.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ import yaml
 from transformers import AutoConfig
 
 from hf_longctx import LongCtxConfig
+from hf_longctx.assets import assets
 from hf_longctx.config.head_map import usable_fraction
 from hf_longctx.errors import ConfigError
+from hf_longctx.identification.contribution import described
+from hf_longctx.identification.contribution import read as read_contribution
 
 ROOT = Path(__file__).parents[1]
 SHARE_MHA, SHARE_GQA = 0.25, 0.5  # the shares of retrieval heads that DuoAttention publishes, arXiv:2410.10819
@@ -88,13 +92,14 @@ def build(entry: Data, files: Iterable[Data]) -> str:
         raise ConfigError(f"{entry['name']}: no data file was measured on one of {', '.join(ids)}.")
     for data in files:
         check(data, facts)
+    first = best(ids, files)
     if "made_for" in entry:
         facts["max_position_embeddings"] = entry["made_for"]
     model = {"ids": Row(ids), **facts, "fingerprint": Line(facts["fingerprint"])}
     whole = {
         "model": model,
-        "heads": heads(ids, facts, [data for data in files if data["kind"] != "prefill_pattern"]),
-        "stores": {"retrieval": Line(store="full"), "streaming": Line(STREAMING)},
+        "heads": heads(ids, facts, ranked(ids, files)),
+        "stores": {"retrieval": Line(store="full"), "streaming": Line((first or {}).get("streaming", STREAMING))},
         "prefill": {"min_tokens": 4096, "retrieval": Line(pattern="dense"), "streaming": Line(pattern="sink_recent")},
         "decode": {"retrieval": Line(select="dense")},
         "kernel": "auto",
@@ -117,21 +122,29 @@ def check(data: Data, facts: Data) -> None:
         raise ConfigError(
             f"{data['file']}: got {got} layers, heads and KV heads and rows of {sorted(shape)}, the table has {want}."
         )
+    told = described(data["config"]) if is_contribution(data) else facts
+    other = [key for key in facts if key != "max_position_embeddings" and told.get(key) != facts[key]]
+    if other:
+        raise ConfigError(
+            f"{data['file']}: got {', '.join(f'{key} {told.get(key)}' for key in other)} of {data['model']}, expected "
+            f"{', '.join(f'{key} {facts[key]}' for key in other)}, as the table or another file says."
+        )
 
 
 def heads(ids: list[str], facts: Data, files: list[Data]) -> Data:
-    """The ``heads`` section: the best measurement, the others as alternatives."""
-    files = sorted(files, key=lambda data: (rank(data), ids.index(data["model"]), data["file"]))
+    """The ``heads`` section of ranked files: the best measurement, the others as alternatives."""
     width = facts["num_key_value_heads"]
     names = labels(ids, files, lambda data: f"{short(data)}.{data['kind']}")
-    first = files[0] if files and files[0]["kind"] != "retrieval_set" else None
+    first = best(ids, files)
     if first is None:
         made = {"source": UNMEASURED, "roles": ["R" * width] * facts["num_hidden_layers"], "confidence": "none"}
     else:
         scores = kv_scores(first, width)
         share = SHARE_MHA if width == facts["num_attention_heads"] else SHARE_GQA
-        made = {"source": source(first), "scores": scores, "retrieval_fraction": usable_fraction(scores, share)}
-        made["confidence"] = "low" if short(first) in LOW else "measured"
+        share = first["retrieval_fraction"] if is_contribution(first) else usable_fraction(scores, share)
+        made = {"source": source(first), "scores": scores, "retrieval_fraction": share}
+        made["confidence"] = "low" if is_low(first) else "measured"
+        made |= {"measured": measured(first)} if is_contribution(first) else {}
     others = {
         name: {"source": source(data), "scores": kv_scores(data, width)}
         for name, data in zip(names, files, strict=True)
@@ -140,11 +153,39 @@ def heads(ids: list[str], facts: Data, files: list[Data]) -> Data:
     return made | ({"alternatives": others} if others else {})
 
 
-def rank(data: Data) -> tuple[int, bool]:
-    """What is taken first: gates per KV head, scores per KV head, scores per query head, sets."""
+def ranked(ids: list[str], files: Iterable[Data]) -> list[Data]:
+    """The files about heads, best first."""
+    files = [data for data in files if data["kind"] != "prefill_pattern"]
+    return sorted(files, key=lambda data: (rank(data), ids.index(data["model"]), data["file"]))
+
+
+def best(ids: list[str], files: Iterable[Data]) -> Data | None:
+    """The measurement that a config's head map is made of; None where there are lists of best heads at most."""
+    return next((data for data in ranked(ids, files) if data["kind"] != "retrieval_set"), None)
+
+
+def rank(data: Data) -> tuple[int, bool, bool]:
+    """What is taken first: gates per KV head, scores per KV head, scores per query head, sets; published ones."""
     kinds = [("duo_gate", "kv_head"), ("retrieval_score", "kv_head"), ("retrieval_score", "query_head")]
     kind = (data["kind"], data["granularity"])
-    return kinds.index(kind) if kind in kinds else len(kinds), short(data) in LOW
+    return kinds.index(kind) if kind in kinds else len(kinds), is_low(data), is_contribution(data)
+
+
+def is_contribution(data: Data) -> bool:
+    """Whether a file is one of ``hf-longctx identify --share``."""
+    return "contribution" in data
+
+
+def is_low(data: Data) -> bool:
+    """Whether the numbers are of low confidence."""
+    return short(data) in LOW or data.get("confidence") == "low"
+
+
+def measured(data: Data) -> Data:
+    """The settings of a contribution and the curve of its share, a line each."""
+    flow = {dict: Line, list: Row}
+    found = {key: flow[type(value)](value) if type(value) in flow else value for key, value in data["settings"].items()}
+    return found | ({"curve": [Line(row) for row in data["curve"]]} if data["curve"] else {})
 
 
 def kv_scores(data: Data, width: int) -> list[Row]:
@@ -225,14 +266,16 @@ def labels(ids: list[str], files: list[Data], stem: Callable[[Data], str]) -> li
 
 
 def short(data: Data) -> str:
-    """The short name of a source, the second part of the file name."""
-    return data["file"].split(".")[1].lower()
+    """The short name of a source: the second part of the file name, or the method of a contribution."""
+    return f"hf_longctx-{data['method']}" if is_contribution(data) else data["file"].split(".")[1].lower()
 
 
 def source(data: Data) -> Data:
     """Where the numbers come from."""
     said = {"method": data["kind"], "what": data["method"], "from": data["source"]}
-    said |= {key: data[key] for key in ("commit", "licence", "paper", "model", "file")}
+    told = ("revision", "licence", "paper", "model", "file", "date", "device", "dtype", "versions")
+    told = told if is_contribution(data) else ("commit", "licence", "paper", "model", "file")
+    said |= {key: Line(data[key]) if key == "versions" else data[key] for key in told if key in data}
     said |= {"trained_with": Line(data["trained_with"])} if "trained_with" in data else {}
     return said | ({"note": data["note"]} if "note" in data else {})
 
@@ -244,8 +287,36 @@ def read(folder: Path) -> tuple[list[Data], list[Data]]:
     twice = sorted(one for one, count in Counter(every).items() if count > 1)
     if twice:
         raise ConfigError(f"checkpoints.yaml: got {twice} in several entries, expected every id once.")
-    paths = sorted(folder.glob("*.json"))
-    return table, [{**json.loads(path.read_text("utf-8")), "file": path.name} for path in paths]
+    files = [{**read_file(path), "file": path.name} for path in sorted(folder.glob("*.json"))]
+    known = {one.lower(): one for one in every}
+    files = [{**data, "model": known.get(data["model"].lower(), data["model"])} for data in files]
+    return table + added(table, files), files
+
+
+def read_file(path: Path) -> Data:
+    """One data file; a contribution may be anybody's, and is checked as a whole."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path.name}: cannot be read: {error}") from None
+    if not isinstance(data, dict) or not {"model", "kind"} <= set(data):
+        raise ConfigError(f"{path.name}: got no model and kind, expected a file as README.md describes them.")
+    return read_contribution(path) if is_contribution(data) else data
+
+
+def added(table: list[Data], files: list[Data]) -> list[Data]:
+    """An entry for every model that only contributions know: named by its id, with the sizes that they tell."""
+    taken = {one for entry in table for one in entry["ids"]}
+    found: dict[str, Data] = {}
+    for data in (data for data in files if is_contribution(data) and data["model"] not in taken):
+        name = data["model"].rpartition("/")[2].lower()
+        entry = found.setdefault(name, {"name": name, "ids": [data["model"]], "config": data["config"]})
+        if data["model"] not in entry["ids"] or name in {*assets(), *(entry["name"] for entry in table)}:
+            raise ConfigError(
+                f"{data['file']}: got {data['model']}, but another model's config is called {name}. Give it an entry "
+                "in checkpoints.yaml."
+            )
+    return list(found.values())
 
 
 def main(arguments: list[str] | None = None) -> None:
