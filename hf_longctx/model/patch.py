@@ -52,7 +52,8 @@ def patch_model(
     the new config. No weight is touched.
 
     Args:
-        model: a loaded Llama, Mistral, Qwen2 or Qwen3 model, also inside a PEFT wrapper or under tensor parallel.
+        model: a loaded Llama, Mistral or Qwen model, or of another type in ``patches/``, also inside a PEFT wrapper or
+            under tensor parallel.
         config: "auto" (the model's own ``config.longctx``, else the shipped config made for it), a shipped name or a
             hub id that a shipped config lists (both in any case), the path of a YAML, a dict, or a ``LongCtxConfig``.
         heads, stores, prefill, decode, kernel: sections merged into the config, e.g.
