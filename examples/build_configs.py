@@ -21,16 +21,18 @@ import yaml
 from transformers import AutoConfig
 
 from hf_longctx import LongCtxConfig
-from hf_longctx.config.head_map import usable_fraction
+from hf_longctx.config.head_map import NONE, usable_fraction
 from hf_longctx.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 SHARE_MHA, SHARE_GQA = 0.25, 0.5  # the shares of retrieval heads that DuoAttention publishes, arXiv:2410.10819
 STREAMING = {"store": "sink_recent", "sink": 64, "recent": 256}  # tokens; DuoAttention's deployment
-LOW = {"retrieval-head-profile"}  # 4096 tokens, 8-bit weights, no paper
+LOW = {"retrieval-head-profile", "moa"}  # 4096 tokens, 8-bit weights, no paper; spans of a search for a memory budget
+SPAN_AT = 131072  # tokens of the text at which spans are compared
+WORTH = 0.1  # share of the KV heads with a constant span, from which on spans are worth a map
 UNMEASURED = {
     "method": "heads not measured",
-    "note": "every head keeps all tokens; a published set of best heads, if any, is under alternatives",
+    "note": "every head keeps all tokens; published best heads or spans, if any, are under alternatives",
 }
 PATTERNS = {"vertical_and_slash": "vertical_slash"}
 HINTS = {  # (vertical, slash) -> what the search of MInference also wrote so
@@ -45,6 +47,10 @@ HEADER = """\
 SHARED = """\
 # Base and instruct checkpoints share one config: which heads retrieve is settled in pre-training and stays so in
 # fine-tuning (arXiv:2404.15574). `source.model` says which checkpoint was measured.
+"""
+ONLY_FACTS = """\
+# Nothing was published about the heads of these checkpoints, so all of them keep every token: `hf-longctx identify`
+# measures which do not need to.
 """
 
 log = logging.getLogger("build_configs")
@@ -75,26 +81,40 @@ def build(entry: Data, files: Iterable[Data]) -> str:
 
     Args:
         entry: ``name``, ``ids`` and ``config`` (an excerpt of config.json) of ``checkpoints.yaml``; ``made_for`` where
-            that excerpt has another number of tokens than the checkpoint was made for.
+            that excerpt has another number of tokens than the checkpoint was made for; ``measured: false`` where there
+            are no files.
         files: the data measured on its ids, each with its file name under ``file``.
 
     Raises:
-        ConfigError: data and table disagree, a pattern this library has not, or a config that does not load.
+        ConfigError: data and table disagree, files where the entry says there are none or none where it does not, a
+            pattern this library has not, or a config that does not load.
     """
     excerpt = copy.deepcopy(entry["config"])  # Transformers writes into rope_scaling
     ids, facts = entry["ids"], LongCtxConfig.describe(AutoConfig.for_model(**excerpt))
     files = list(files)
-    if not files:
-        raise ConfigError(f"{entry['name']}: no data file was measured on one of {', '.join(ids)}.")
+    measured = entry.get("measured", True)
+    if not files and measured:
+        raise ConfigError(
+            f"{entry['name']}: no data file was measured on one of {', '.join(ids)}; is that so, its entry of "
+            f"checkpoints.yaml says `measured: false`."
+        )
+    if files and not measured:
+        raise ConfigError(
+            f"{entry['name']}: checkpoints.yaml says `measured: false`, but there is {files[0]['file']}: "
+            "take that line out."
+        )
     for data in files:
         check(data, facts)
     if "made_for" in entry:
         facts["max_position_embeddings"] = entry["made_for"]
     model = {"ids": Row(ids), **facts, "fingerprint": Line(facts["fingerprint"])}
+    if "full_attention_layers" in facts:
+        model["full_attention_layers"] = Row(facts["full_attention_layers"])
+    measured_heads, recent = heads(ids, facts, [data for data in files if data["kind"] != "prefill_pattern"])
     whole = {
         "model": model,
-        "heads": heads(ids, facts, [data for data in files if data["kind"] != "prefill_pattern"]),
-        "stores": {"retrieval": Line(store="full"), "streaming": Line(STREAMING)},
+        "heads": measured_heads,
+        "stores": {"retrieval": Line(store="full"), "streaming": Line(STREAMING, recent=recent)},
         "prefill": {"min_tokens": 4096, "retrieval": Line(pattern="dense"), "streaming": Line(pattern="sink_recent")},
         "decode": {"retrieval": Line(select="dense")},
         "kernel": "auto",
@@ -104,7 +124,7 @@ def build(entry: Data, files: Iterable[Data]) -> str:
         whole["prefill"]["tables"] = found
     LongCtxConfig.from_dict(whole)
     text = yaml.dump(whole, Dumper=Dumper, sort_keys=False, default_flow_style=False, width=math.inf)
-    return HEADER + (SHARED if len(ids) > 1 else "") + text
+    return HEADER + ("" if measured else ONLY_FACTS) + (SHARED if measured and len(ids) > 1 else "") + text
 
 
 def check(data: Data, facts: Data) -> None:
@@ -119,37 +139,57 @@ def check(data: Data, facts: Data) -> None:
         )
 
 
-def heads(ids: list[str], facts: Data, files: list[Data]) -> Data:
-    """The ``heads`` section: the best measurement, the others as alternatives."""
+def heads(ids: list[str], facts: Data, files: list[Data]) -> tuple[Data, int]:
+    """(the ``heads`` section: the best measurement, the others as alternatives; recent tokens of a streaming head)."""
     files = sorted(files, key=lambda data: (rank(data), ids.index(data["model"]), data["file"]))
-    width = facts["num_key_value_heads"]
+    layers, width = facts["num_hidden_layers"], facts["num_key_value_heads"]
+    own = facts.get("full_attention_layers", range(layers))
     names = labels(ids, files, lambda data: f"{short(data)}.{data['kind']}")
-    first = files[0] if files and files[0]["kind"] != "retrieval_set" else None
-    if first is None:
-        made = {"source": UNMEASURED, "roles": ["R" * width] * facts["num_hidden_layers"], "confidence": "none"}
+    share = SHARE_MHA if width == facts["num_attention_heads"] else SHARE_GQA
+    first, recent = files[0] if files else None, STREAMING["recent"]
+    if first and first["kind"] == "attention_span":
+        share, recent = growing(first, width)
+    if first is None or first["kind"] == "retrieval_set" or share > 1 - WORTH:
+        first, recent = None, STREAMING["recent"]
+        rows = [("R" if layer in own else NONE) * width for layer in range(layers)]
+        made = {"source": UNMEASURED, "roles": rows, "confidence": "none"}
     else:
         scores = kv_scores(first, width)
-        share = SHARE_MHA if width == facts["num_attention_heads"] else SHARE_GQA
-        made = {"source": source(first), "scores": scores, "retrieval_fraction": usable_fraction(scores, share)}
+        usable = usable_fraction([scores[layer] for layer in own], share)
+        made = {"source": source(first), "scores": scores, "retrieval_fraction": usable}
         made["confidence"] = "low" if short(first) in LOW else "measured"
     others = {
         name: {"source": source(data), "scores": kv_scores(data, width)}
         for name, data in zip(names, files, strict=True)
         if data is not first
     }
-    return made | ({"alternatives": others} if others else {})
+    return made | ({"alternatives": others} if others else {}), recent
+
+
+def growing(data: Data, width: int) -> tuple[float, int]:
+    """(share of the KV heads with a span that grows with the text, longest of the constant spans in tokens)."""
+    group = data["num_heads"] // width
+    spans = [row[i : i + group] for row in data["values"] for i in range(0, len(row), group)]
+    constant = [max(alpha for alpha, _ in one) for one in spans if not any(beta for _, beta in one)]
+    return 1 - len(constant) / len(spans), int(max(constant, default=0))
 
 
 def rank(data: Data) -> tuple[int, bool]:
-    """What is taken first: gates per KV head, scores per KV head, scores per query head, sets."""
-    kinds = [("duo_gate", "kv_head"), ("retrieval_score", "kv_head"), ("retrieval_score", "query_head")]
+    """What is taken first: gates per KV head, scores per KV head, scores per query head, spans, sets."""
+    kinds = [
+        ("duo_gate", "kv_head"),
+        ("retrieval_score", "kv_head"),
+        ("retrieval_score", "query_head"),
+        ("attention_span", "query_head"),
+    ]
     kind = (data["kind"], data["granularity"])
     return kinds.index(kind) if kind in kinds else len(kinds), short(data) in LOW
 
 
 def kv_scores(data: Data, width: int) -> list[Row]:
     """``[layers][KV heads]``: the best query head of a group stands for its KV head."""
-    rows = set_scores(data) if data["kind"] == "retrieval_set" else data["values"]
+    made = {"retrieval_set": set_scores, "attention_span": span_scores}.get(data["kind"], lambda data: data["values"])
+    rows = made(data)
     group = len(rows[0]) // width
     return [Row(float(max(row[i : i + group])) for i in range(0, len(row), group)) for row in rows]
 
@@ -166,6 +206,11 @@ def set_scores(data: Data) -> list[list[float]]:
     for place, (layer, head) in enumerate(order):
         rows[layer][head] = round(1 - place / len(order), 4)
     return rows
+
+
+def span_scores(data: Data) -> list[list[float]]:
+    """The share of a text of ``SPAN_AT`` tokens that each head's span of alpha + beta * length tokens covers."""
+    return [[round(min(max(alpha / SPAN_AT + beta, 0), 1), 4) for alpha, beta in row] for row in data["values"]]
 
 
 def tables(ids: list[str], files: list[Data]) -> Data:
@@ -234,6 +279,7 @@ def source(data: Data) -> Data:
     said = {"method": data["kind"], "what": data["method"], "from": data["source"]}
     said |= {key: data[key] for key in ("commit", "licence", "paper", "model", "file")}
     said |= {"trained_with": Line(data["trained_with"])} if "trained_with" in data else {}
+    said |= {"compared_at": SPAN_AT} if data["kind"] == "attention_span" else {}
     return said | ({"note": data["note"]} if "note" in data else {})
 
 
