@@ -15,6 +15,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -79,6 +80,42 @@ def copied(layer: Any) -> Any:
     return changed(layer, lambda _, tensor: tensor.clone())
 
 
+def saved_stock(layer: Any) -> Iterator[tuple[str, Tensor]]:
+    """What a layer that has read tokens needs to go on: (name, tensor)."""
+    for name, tensor in named_tensors(layer):
+        if hasattr(layer, "sliding_window"):
+            yield name, tensor[:, :, -layer.sliding_window + 1 :]
+        elif name.startswith("conv_states."):  # longer where the past is recorded
+            yield name, tensor[..., -layer.conv_kernel_size[_key(name, layer.conv_states)] :]
+        else:
+            yield name, tensor
+
+
+def stock_shapes(one_token: Any, batch: int, seen: int) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """(name, dtype, shape) of what `saved_stock` gives after ``seen`` tokens of ``batch`` sequences.
+
+    Args:
+        one_token: such a layer after one token of one sequence.
+    """
+    for name, tensor in saved_stock(one_token):
+        shape = [batch, *tensor.shape[1:]]
+        if hasattr(one_token, "sliding_window"):
+            shape[2] = min(seen, one_token.sliding_window - 1)
+        yield name, tensor.dtype, tuple(shape)
+
+
+def restored_stock(one_token: Any, seen: int, read: Callable[[str], Tensor]) -> Any:
+    """A layer that holds what was saved after ``seen`` tokens; ``one_token`` as in `stock_shapes`."""
+    layer = changed(one_token, lambda name, tensor: read(name).to(tensor.device))
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = seen
+    return layer
+
+
+def _key(name: str, states: dict) -> Any:
+    return next(key for key in states if name == f"conv_states.{key}")
+
+
 class StockLayers:
     """Part of `LongCtxCache`.
 
@@ -112,6 +149,11 @@ class StockLayers:
         """Give each of their tensors ``[B, ...]`` other sequences."""
         for index, layer in self.stock.items():
             self.layers[index] = changed(layer, lambda _, tensor: change(tensor))
+
+    def put_stock(self, index: int, layer: Any) -> None:
+        """A layer that has read as much as the others."""
+        self.layers[index] = layer
+        self.read[index] = self.seen
 
     def reset_stock(self) -> None:
         for index, layer in self.blank.items():
