@@ -13,7 +13,7 @@ from hf_longctx.commands._app import app
 from hf_longctx.commands.configs import SHADES, _shades
 from hf_longctx.config.config import load_shipped
 from hf_longctx.config.files import shipped
-from hf_longctx.config.ranking import readme_table
+from hf_longctx.config.ranking import published_table
 from hf_longctx.config.reference import FOLDERS, _section, meanings, reference
 from hf_longctx.config.words import words
 from hf_longctx.model.family import families
@@ -72,7 +72,9 @@ def test_the_best_are_listed_first():
 
     assert listed == sorted(shipped(), key=rank) and listed[0] == "llama-2-7b-32k-instruct"
     assert listed[-3:] == ["tiny-llama", "tiny-mistral", "tiny-qwen3"], "the embedded ones last"
-    assert invoke("table").output == readme_table()
+    assert invoke("table").output == published_table()
+    assert invoke("table", "--best", "10").output == published_table(10)
+    assert invoke("table", "--best", "0").exit_code == 2
 
 
 @pytest.mark.parametrize("width", [80, 100])

@@ -22,7 +22,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_longctx import LongCtxConfig, patch_model, patched, report
 from hf_longctx.assets import assets
 from hf_longctx.config import find
-from hf_longctx.config.config import load_shipped
 from hf_longctx.config.files import shipped, shipped_text
 from hf_longctx.config.head_map import NONE
 from hf_longctx.model.family import find_family
@@ -59,6 +58,7 @@ COUNTS = {
 
 
 read_models = functools.cache(find._models)
+load_shipped = functools.cache(find.load_shipped)
 
 
 @functools.cache
@@ -72,8 +72,9 @@ def builder():
 
 @pytest.fixture(autouse=True)
 def shipped_models(monkeypatch):
-    """The model sections of all shipped configs, read once for all tests."""
+    """Every shipped config is read once for all tests."""
     monkeypatch.setattr(find, "_models", read_models)
+    monkeypatch.setattr(find, "load_shipped", load_shipped)
 
 
 def files_of(name: str) -> dict[str, dict]:
