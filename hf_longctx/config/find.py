@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .checks import LONGEST, check_word, short, wrong
+from .checks import LONGEST, short, wrong
 from .config import LongCtxConfig, load_shipped
-from .files import shipped, shipped_model
+from .files import check_shipped, shipped, shipped_model
 from .model import ModelSection, text_config
 from .words import make
 
@@ -94,7 +94,7 @@ def shipped_name(name: str, where: str = "config") -> str:
             "config of a model that was loaded from a folder."
         )
     if "/" not in name:
-        check_word(name, shipped(), where)
+        check_shipped(name, where)
     ids = {known.lower(): known for model in _models().values() for known in model.ids}
     match = difflib.get_close_matches(name.lower(), ids, 1, 0.5) if len(name) <= LONGEST else []
     hint = f" Did you mean {ids[match[0]]!r}?" if match else ""
