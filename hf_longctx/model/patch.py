@@ -30,6 +30,10 @@ from .private_config import PrivateConfig, around
 from .state import PatchState
 
 UNMEASURED = "the heads of this model were not measured, so all of them keep every token and no memory is saved"
+WINDOWS_ALONE = (
+    "every layer has a sliding window of the model's own, so no head has a role. Where no text is longer than that, "
+    "load with sliding_window=None"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +81,8 @@ def patch_model(
         config = state.config  # given in this process: it may name paths, which a config that came with a model may not
     settings = resolve(config, hf_config, name_of(model), sections)
     _apply(_patched_as(model), settings)
+    if WINDOWS_ALONE in state_of(model).log.notes:
+        logger.warning("%s", WINDOWS_ALONE)
     if UNMEASURED in state_of(model).log.notes:
         logger.warning("%s: hf-longctx identify measures them", UNMEASURED)
     if (scaled := settings.model.rope_note(hf_config)) is not None:
@@ -127,6 +133,8 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     base.longctx_state = PatchState(settings, configs, tuple(plans), weakref.ref(model))
     if settings.heads.source and settings.heads.confidence == "none" and "S" not in "".join(settings.roles()):
         base.longctx_state.note(UNMEASURED)
+    if all(plan.window is not None for plan in plans):
+        base.longctx_state.note(WINDOWS_ALONE)
     if settings.kernel == "stock" and family.scores:
         base.longctx_state.note(
             f"kernel stock: it computes no {', '.join(family.scores.values())}, the default kernel ran"

@@ -36,3 +36,17 @@ def test_the_report_says_that_stock_computes_no_such_scores(kind, kernel):
     assert torch.allclose(logits(model, ids, mask), want, atol=1e-9, rtol=0)
     said = [note for note in report(model).notes if note.startswith("kernel stock: it computes no")]
     assert len(said) == (kernel == "stock") and "stock" not in report(model).kernels
+
+
+@pytest.mark.parametrize("window", [True, False])
+def test_windows_in_every_layer_are_told(window, caplog):
+    """Phi-3.5's are longer than its context; without them its heads have roles, and no short text is read otherwise."""
+    model, (ids, mask) = tiny_model(Case("phi3", window)), left_padded([9])
+    patch_model(model, config_for(model, "retrieval"))
+    want = logits(model, ids, mask)
+    told = [note for note in report(model).notes if note.startswith("every layer has a sliding window")]
+    assert len(told) == window == ("every layer has a sliding window" in caplog.text)
+    model.config.sliding_window = None
+    patch_model(model, config_for(model, "retrieval"))
+    assert torch.allclose(logits(model, ids, mask), want, atol=1e-9, rtol=0)
+    assert not [note for note in report(model).notes if note.startswith("every layer")]
