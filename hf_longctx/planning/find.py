@@ -12,10 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..assets import embedded
 from ..config.config import LongCtxConfig, load_shipped
-from ..config.files import shipped
+from ..config.files import check_shipped, shipped
 from ..config.find import find_name, is_file_name, resolve
 from ..config.model import made_for
-from ..config.words import check_word
 from ..errors import ConfigError, UnsupportedModelError
 from ..model.family import find_family
 from ..model.modules import language_model, name_of, state_of, unwrap
@@ -122,7 +121,7 @@ def _read(name: str, fetch: bool) -> Any:
     """The Transformers config of a folder or a hub id; without ``fetch`` None where it was never fetched."""
     path = embedded(name)
     if "/" not in name and not Path(name).exists():
-        check_word(name, shipped(), "MODEL (with no / in it, a shipped config)")
+        check_shipped(name, "MODEL (with no / in it, a shipped config)")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=not fetch)
     except (OSError, ValueError) as error:
