@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ..assets import embedded
 from ..config.config import LongCtxConfig, load_shipped
@@ -16,13 +15,12 @@ from ..config.files import shipped
 from ..config.find import find_name, is_file_name, resolve
 from ..config.model import made_for
 from ..config.words import check_word
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError
 from ..model.family import find_family
 from ..model.modules import state_of, unwrap
 from .memory import MemoryModel, MemorySettings
 from .sizes import dtype_of
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # what families call their number
+from .skeleton import make_skeleton
 
 
 def find(name: str, settings: MemorySettings, config: str | None = None) -> MemoryModel:
@@ -51,9 +49,13 @@ def find(name: str, settings: MemorySettings, config: str | None = None) -> Memo
             if config is None
             else replace(memory_model, config=resolve(config, memory_model.config.model.as_model()))
         )
-    _check_dense(name, dense)
+    find_family(dense.model_type)
     chosen = resolve(config or "auto", dense)
-    return _checked(MemoryModel(name, _meta(dense, settings), dense, settings, chosen, *_told(dense, chosen)))
+    return _checked(
+        MemoryModel(
+            name, make_skeleton(dense, dtype_of(settings.dtype)), dense, settings, chosen, *_told(dense, chosen)
+        )
+    )
 
 
 def loaded(model: Any, settings: MemorySettings, config: str | None = None) -> MemoryModel:
@@ -70,30 +72,22 @@ def loaded(model: Any, settings: MemorySettings, config: str | None = None) -> M
     base = unwrap(model).base_model
     dense = base.config if state is None else state.original
     name = getattr(dense, "_name_or_path", None) or type(unwrap(model)).__name__
-    _check_dense(name, dense)
+    find_family(dense.model_type)
     if settings.weights is None:
         held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         settings = replace(settings, weights=held)
     chosen = resolve(config or ("auto" if state is None else state.config), dense)
-    return _checked(MemoryModel(name, _meta(dense, settings), dense, settings, chosen, *_told(dense, chosen)))
+    return _checked(
+        MemoryModel(
+            name, make_skeleton(dense, dtype_of(settings.dtype)), dense, settings, chosen, *_told(dense, chosen)
+        )
+    )
 
 
 def _told(dense: Any, config: LongCtxConfig) -> tuple[int | None, tuple[str, ...]]:
     """(tokens it was made for, notes) of a model whose own config is known."""
     scaled = config.model.rope_note(dense)
     return made_for(dense), () if scaled is None else (scaled,)
-
-
-def _check_dense(name: str, dense: Any) -> None:
-    """Refuse what cannot be patched, or whose working memory the rule above does not give."""
-    find_family(dense.model_type)
-    for key in EXPERTS:
-        count = getattr(dense, key, None)
-        if isinstance(count, int) and count > 1:
-            raise UnsupportedModelError(
-                f"{name} is a mixture of experts ({key} {count}). What its experts hold while a prompt is read is not "
-                "calculated, and a dense MLP would be counted instead; plan and bench memory are for dense MLPs only."
-            )
 
 
 def _config_of(name: str) -> LongCtxConfig | None:
@@ -104,17 +98,10 @@ def _config_of(name: str) -> LongCtxConfig | None:
     return None if known is None else load_shipped(known)
 
 
-def _meta(dense: Any, settings: MemorySettings) -> Any:
-    """The model of a Transformers config, without weights."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(dense, dtype=dtype_of(settings.dtype))
-    model.tie_weights()  # Transformers 5.0 leaves that out on the meta device
-    return model
-
-
 def _checked(memory_model: MemoryModel) -> MemoryModel:
     """The model, once its model was patched: what cannot be patched is refused before anything is counted."""
     memory_model.patch()
+    memory_model.activations  # noqa: B018
     return memory_model
 
 
@@ -154,5 +141,13 @@ def _described(name: str, known: str, named: LongCtxConfig, settings: MemorySett
     )
     notes = (note,) if settings.weights is None else ()
     return _checked(
-        MemoryModel(name, _meta(dense, settings), dense, settings, named, model.max_position_embeddings, notes)
+        MemoryModel(
+            name,
+            make_skeleton(dense, dtype_of(settings.dtype)),
+            dense,
+            settings,
+            named,
+            model.max_position_embeddings,
+            notes,
+        )
     )

@@ -5,10 +5,11 @@ slot by slot, spare room included, and ``bench memory --check`` allocates it for
 ``max_tokens``, where it also holds what streaming heads remember to take tokens back. The working memory is what one
 layer's forward of one chunk of the prompt holds:
 
-- its activations, in numbers per token: 4 hidden + 3 intermediate + 2 head_dim in the MLP, or
-  3 hidden + 2 query heads x head_dim + 2 KV heads x head_dim + 2 head_dim in the attention, whichever needs more;
-- dense, from the second chunk on: Transformers' sdpa takes a mask of chunk x context (one byte each, and once more in
-  the dtype for every row) and, with grouped query heads, copies of the keys and values for every query head;
+- what Transformers' own code makes, followed without memory (``activations``): in the attention, or outside of it,
+  whichever needs more;
+- dense: the masks that the type makes, and what its attention holds. From the second chunk on sdpa takes the mask once
+  more in the dtype for every sequence and, with grouped query heads, copies of the keys and values for every query
+  head. ``eager`` attention, which some types need, holds every score of chunk x context, several times;
 - patched: in place of these, while a layer's buffer grows, its old one, at most as large as the new one.
 
 On a CPU torch's profiler agrees with this (tests/bench), but for one thing that depends on the processor: with AMX,
@@ -17,6 +18,7 @@ sdpa holds the keys and values of all query heads once more in bf16. Kernels for
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -29,6 +31,7 @@ from ..model.modules import attention_modules
 from ..model.patch import patch_model
 from ..model.plans import make_plan
 from ..stores.base import SLACK, Reserve
+from .activations import Activations, Subject, activations, masks
 from .sizes import DTYPES, dtype_of
 
 MOST = 1 << 40  # tokens: what fits more than this has no limit
@@ -177,23 +180,44 @@ class MemoryModel:
         last = (tokens - 1) // chunk * chunk
         return max(min(past, window - 1) + min(chunk, tokens - past) for past in (0, full, last))
 
+    @cached_property
+    def _subject(self) -> Subject:
+        return Subject.of(self.dense, dtype_of(self.settings.dtype), self.settings.batch)
+
+    @cached_property
+    def activations(self) -> Activations:
+        """What its layers hold while a chunk is read.
+
+        Raises:
+            UnsupportedModelError: that cannot be calculated.
+        """
+        return activations(self._subject)
+
     def _working(self, way: str, tokens: int) -> int:
-        config = self.dense
         chunk = self.chunk(tokens)
-        hidden = config.hidden_size
-        heads = config.num_attention_heads
-        width = self.head_dim
-        mlp = 4 * hidden + 3 * config.intermediate_size + 2 * width
-        attention = 3 * hidden + 2 * (heads + self.kv_heads + 1) * width
-        mlp, attention = (chunk * part * self.number * self.settings.batch for part in (mlp, attention))
-        if way == DENSE and chunk < tokens:
-            mask = chunk * tokens
-            mlp = mlp + mask
-            attention = attention + mask * (1 + self.number * self.settings.batch)
-            if heads > self.kv_heads:
-                attention += tokens * heads * self._slot
+        outside = self.activations.outside(chunk)
+        attention = self.activations.attention(chunk)
+        if way == DENSE:
+            held, made = masks(self._subject, chunk, tokens)
+            windows = {plan.window for plan in self.plans}
+            own = max(self._dense_attention(chunk, tokens, window) for window in windows)
+            return max(made, outside + held, attention + held + own)
         grown = max(self.layer_bytes(plan, way, tokens) for plan in self.plans) if way == PATCHED else 0
-        return max(mlp, attention, grown)
+        return max(outside, attention, grown)
+
+    def _dense_attention(self, chunk: int, tokens: int, window: int | None) -> int:
+        """Bytes that the dense attention of a layer holds beside its result."""
+        keys = tokens if window is None else self._windowed(tokens, window)
+        found = self.activations
+        if found.eager is not None:
+            constant, per_token, per_key, both = found.eager
+            return math.ceil(constant + per_token * chunk + per_key * keys + both * chunk * keys)
+        masked = chunk < tokens or (window is not None and tokens >= window)
+        if found.implementation != "sdpa" or not masked:
+            return 0
+        heads = self.dense.num_attention_heads
+        copies = keys * heads * self._slot if heads > self.kv_heads else 0
+        return copies + chunk * keys * self.number * self.settings.batch
 
 
 def longest(memory_model: MemoryModel, way: str) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from helpers.store_cases import CASES, role_of
 from helpers.tiny import config_for, tiny_config, tiny_model
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_longctx import ConfigError, LongCtxCache, LongCtxConfig, LongCtxError, patch_model
@@ -20,10 +20,10 @@ from hf_longctx.bench.memory_check import check, fill
 from hf_longctx.cache.seam import CACHE, cache_of
 from hf_longctx.commands._app import app
 from hf_longctx.config.config import load_shipped
-from hf_longctx.planning import find as memory_find
 from hf_longctx.planning import memory
 from hf_longctx.planning.find import find
 from hf_longctx.planning.memory import DENSE, MOST, PATCHED, RESERVED, WAYS, MemoryModel, MemorySettings, longest
+from hf_longctx.planning.skeleton import make_skeleton
 from hf_longctx.stores.base import SPARE, Reserve, StoreSpec
 
 SETTINGS = MemorySettings(10**9, "fp32", 1, 64)
@@ -285,12 +285,11 @@ def test_the_rule_for_working_memory_is_what_a_prefill_takes(chunk, word, batch,
     sizes = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 2, "num_attention_heads": 8}
     config = AutoConfig.for_model("llama", vocab_size=64, num_key_value_heads=kv_heads, head_dim=32, **sizes)
     settings, tokens = MemorySettings(1, word, batch, chunk), 2048
-    model = memory_find.AutoModelForCausalLM.from_config(config, dtype=memory.dtype_of(word)).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=memory.dtype_of(word)).eval()
     roles = ["RS" * (kv_heads // 2)] * 2
     stores = {"streaming": {"store": "sink_recent", "sink": 4, "recent": 64}}
     ours = {"model": LongCtxConfig.describe(config), "heads": {"roles": roles}, "stores": stores}
-    with torch.device("meta"):
-        counted = memory_find.AutoModelForCausalLM.from_config(config, dtype=memory.dtype_of(word))
+    counted = make_skeleton(config, memory.dtype_of(word))
     memory_model = MemoryModel("", counted, config, settings, LongCtxConfig.from_dict(ours))
     ids = torch.randint(64, (batch, tokens))
     for way in (DENSE, PATCHED):
