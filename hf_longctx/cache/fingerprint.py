@@ -26,13 +26,14 @@ def fingerprint(base: nn.Module) -> dict[str, Any]:
     what comes after the last layer's keys, such as the output head.
 
     Args:
-        base: the base model (``model.base_model``), without output head.
+        base: the base model that reads the text, without output head.
 
     Raises:
         UnsupportedModeError: weights lie elsewhere (meta device, offloaded), are spread over processes, or are of a
             class that does not show what it packs.
     """
     facts = model_facts(base.config)
+    facts.pop("full_attention_layers")  # the roles of the layers say it
     dimensions = {**facts.pop("fingerprint"), **facts}
     rope = json.dumps(getattr(base.config, "rope_parameters", None), sort_keys=True)
     adapters, _ = _adapters(base)

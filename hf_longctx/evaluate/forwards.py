@@ -15,7 +15,7 @@ from ..cache.cache import cache_bytes
 from ..cache.seam import CACHE, cache_of
 from ..config.model import made_for
 from ..errors import ConfigError, UnsupportedModelError
-from ..model.modules import unwrap
+from ..model.modules import language_model
 from ..tasks.answer import input_device
 from .measures import LOGITS, Perplexity
 
@@ -71,7 +71,7 @@ def forced(model: nn.Module, ids: Tensor, answer: Tensor, last: int, chunk: int 
 
     The prompt ``ids [1, T]`` (``last < T``) is read as ``greedy`` reads it, and the answer from the cache.
     """
-    base = unwrap(model).base_model
+    base = language_model(model)
     cache = None
     tail = None
     for piece in ids.split(chunk or ids.shape[1], 1):
@@ -85,7 +85,7 @@ def forced(model: nn.Module, ids: Tensor, answer: Tensor, last: int, chunk: int 
 @torch.no_grad()
 def follow(model: nn.Module, cache: Any, ids: Tensor) -> Tensor:
     """Hidden states ``[T, D]`` of tokens ``ids [T]`` that come after those in the cache, which grows."""
-    base = unwrap(model).base_model
+    base = language_model(model)
     pieces = (base(input_ids=piece[None], **{CACHE: cache}, use_cache=True) for piece in ids.split(STEP))
     return torch.cat([out.last_hidden_state[0] for out in pieces])
 
@@ -98,9 +98,9 @@ def output_head(model: nn.Module) -> Callable[[Tensor], Tensor]:
         UnsupportedModelError: the model makes its logits in another way as well (scaled, capped, a learned prefix).
     """
     head = model.get_output_embeddings()
-    few = torch.arange(min(8, unwrap(model).config.vocab_size), device=input_device(model))[None]
+    few = torch.arange(min(8, language_model(model).config.vocab_size), device=input_device(model))[None]
     want = model(input_ids=few, use_cache=False).logits[0]
-    got = None if head is None else head(unwrap(model).base_model(input_ids=few, use_cache=False).last_hidden_state[0])
+    got = None if head is None else head(language_model(model)(input_ids=few, use_cache=False).last_hidden_state[0])
     if got is None or not torch.allclose(got.float(), want.float(), rtol=1e-2, atol=1e-3 * want.abs().max().item()):
         raise UnsupportedModelError(
             f"the logits of {type(model).__name__} are not its output embedding of the base model's hidden states, "
@@ -128,7 +128,7 @@ def perplexity(model: nn.Module, ids: Tensor, *, window: int | None = None, cont
     if ids.dim() != 1 or len(ids) < 2:
         raise ConfigError(f"text: got token ids of shape {tuple(ids.shape)}, expected [T] with at least 2 tokens.")
     if window is None:
-        window = min(len(ids), made_for(unwrap(model).config) or len(ids))
+        window = min(len(ids), made_for(language_model(model).config) or len(ids))
     context = window // 2 if context is None else context
     if not 1 <= context < window:
         raise ConfigError(f"context must be at least 1 and less than window={window} tokens, given {context}.")
@@ -146,8 +146,8 @@ def window_nll(
 
     ``head``: as ``output_head`` gives it.
     """
-    rows = max(1, LOGITS // unwrap(model).config.vocab_size)
-    hidden = unwrap(model).base_model(input_ids=ids[None, begin:end], use_cache=False).last_hidden_state[0]
+    rows = max(1, LOGITS // language_model(model).config.vocab_size)
+    hidden = language_model(model)(input_ids=ids[None, begin:end], use_cache=False).last_hidden_state[0]
     nll = 0.0
     for states, right in zip(hidden[scored - begin - 1 : -1].split(rows), ids[scored:end].split(rows), strict=True):
         logits = head(states).float()

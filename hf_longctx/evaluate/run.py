@@ -24,7 +24,7 @@ from ..io.atomic import written_whole
 from ..io.environment import environment
 from ..io.processes import Processes
 from ..io.progress import Progress
-from ..model.modules import state_of, unwrap
+from ..model.modules import name_of, state_of, unwrap
 from ..model.patch import patched, unpatched
 from ..model.report import report
 from ..tasks import tasks_from
@@ -141,7 +141,7 @@ def header_of(
     if device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(device)
     return {
-        "model": name or getattr(unwrap(model).config, "_name_or_path", "") or type(unwrap(model)).__name__,
+        "model": name or name_of(model) or type(unwrap(model)).__name__,
         "settings": settings,
         "sweep": sweep,
         "environment": machine,

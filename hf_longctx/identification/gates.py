@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ConfigError, UnsupportedModelError
 from ..io.atomic import written_whole
 from ..io.work import check_settings
-from ..model.modules import unwrap
+from ..model.modules import language_model
 from ..model.observe import observe
 from .methods.base import modes_kept
 
@@ -55,7 +55,7 @@ def distance(model: nn.Module, gates: Tensor, ids: Tensor, places: Tensor) -> Te
     Returns:
         A scalar, float32 or wider.
     """
-    base = unwrap(model).base_model
+    base = language_model(model)
     with torch.no_grad():
         plain = base(ids, use_cache=False).last_hidden_state[0, places]
     with observe(model, gated(gates)):
@@ -74,7 +74,7 @@ def frozen(model: nn.Module, checkpointing: bool) -> Iterator[None]:
     Raises:
         UnsupportedModelError: ``checkpointing``, and the model's layers cannot do it.
     """
-    base = unwrap(model).base_model
+    base = language_model(model)
     layers = [layer for layer in base.modules() if layer is not base and hasattr(layer, "gradient_checkpointing")]
     if checkpointing and not layers:
         raise UnsupportedModelError(

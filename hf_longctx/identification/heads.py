@@ -17,7 +17,7 @@ from ..config.head_map import usable_fraction
 from ..config.model import made_for
 from ..config.words import build, convert, dump, is_spec, spec_word, words
 from ..errors import ConfigError, UnsupportedModeError, UnsupportedModelError
-from ..model.modules import state_of, unwrap
+from ..model.modules import language_model, name_of, state_of, unwrap
 from ..model.patch import patched
 from ..tasks.documents import Documents, RandomTokens, documents_for
 from .methods.base import HeadProbe, Method, modes_kept
@@ -135,7 +135,7 @@ def _check(
 
 def all_retrieval(model: nn.Module, sink: int = 64, recent: int = 256) -> LongCtxConfig:
     """All heads retrieval: dense, but observable."""
-    described = LongCtxConfig.describe(unwrap(model).base_model.config)
+    described = LongCtxConfig.describe(language_model(model).config)
     roles = ["R" * described["num_key_value_heads"]] * described["num_hidden_layers"]
     streaming = {"store": "sink_recent", "sink": sink, "recent": recent}
     return LongCtxConfig.from_dict({"model": described, "heads": {"roles": roles}, "stores": {"streaming": streaming}})
@@ -149,7 +149,8 @@ def needs_tokenizer(chosen: Method, text: Any, target_drop: Any) -> bool:
 def _plain_ids(inner: nn.Module) -> list[int]:
     """The model's token ids but those that its configs call special."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    given = [getattr(one, name, None) for one in (inner.config, inner.generation_config) for name in names]
+    configs = (inner.config.get_text_config(), inner.generation_config)
+    given = [getattr(one, name, None) for one in configs for name in names]
     special = {i for one in given if one is not None for i in (one if isinstance(one, (list, tuple)) else [one])}
     return [i for i in range(inner.get_input_embeddings().num_embeddings) if i not in special]
 
@@ -157,7 +158,7 @@ def _plain_ids(inner: nn.Module) -> list[int]:
 def probe_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int, work: Any, progress: bool) -> HeadProbe:
     """What is measured, of a model patched with ``all_retrieval``; errors as ``identify``."""
     inner = unwrap(model)
-    hf_config = inner.base_model.config
+    hf_config = language_model(inner).config
     plans = state_of(model).plans
     kv_heads = hf_config.num_key_value_heads
     if inner.get_output_embeddings() is None:
@@ -199,7 +200,7 @@ def _config(
             f"identify: {method} scored every head 0, so none of them can be called a retrieval head. Measure longer "
             "or with other options, or with another method."
         )
-    name, _ = checkpoint_name(getattr(unwrap(model).base_model.config, "_name_or_path", "") or "")
+    name, _ = checkpoint_name(name_of(model))
     data = plain.to_dict()
     data["model"]["ids"] = [name] if name else []
     measured = {"seed": probe.seed, "options": dump(chosen), **probe.measured}
@@ -219,4 +220,4 @@ def _fraction(config: LongCtxConfig, wanted: float | None) -> float:
     if wanted is not None:
         return wanted
     default = 0.25 if config.model.num_attention_heads == config.model.num_key_value_heads else 0.5
-    return usable_fraction(config.heads.scores, default)
+    return usable_fraction(config.scores, default)

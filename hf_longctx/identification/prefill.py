@@ -26,7 +26,7 @@ from ..io.work import check_settings, work_file
 from ..kernels import base as kernels
 from ..layout.blocks import BlockList
 from ..model.family import find_family
-from ..model.modules import unwrap
+from ..model.modules import language_model, unwrap
 from ..model.observe import observe
 from ..model.patch import patched
 from ..prefill.base import BLOCK, PatternSpec, select
@@ -101,7 +101,7 @@ def identify_prefill(
     convert(length, int | None, "length", {"min": SHORTEST, "max": 2**24, "unit": "tokens"})
     convert(seed, int, "seed", SEED)
     specs = None if candidates is None else _given(candidates)
-    hf_config = unwrap(model).base_model.config
+    hf_config = language_model(model).config
     find_family(hf_config.model_type)
     wanted = resolve(config, hf_config)
     kernels.require(wanted.kernel, BlockList, "a prefill pattern")
@@ -212,7 +212,7 @@ class Search:
             bar.advance(saved=file is not None)
 
         with bar, observe(probe.model, look):
-            probe.model.base_model(probe.ids(self.ids), use_cache=False)
+            language_model(probe.model)(probe.ids(self.ids), use_cache=False)
 
     def settings(self) -> dict[str, Any]:
         """What the saved layers depend on, plain data."""

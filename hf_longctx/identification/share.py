@@ -12,6 +12,7 @@ import torch
 from ..config.config import LongCtxConfig
 from ..config.head_map import usable_cuts
 from ..errors import ConfigError
+from ..model.modules import language_model
 from ..model.patch import patched
 from ..tasks.haystack import TextHaystack
 from .methods.base import HeadProbe
@@ -63,7 +64,7 @@ class ExactMatch(Yardstick):
             places = torch.from_numpy(document.answers)
             ids = self.probe.ids(document.ids)
             first = int(places.min()) - 1
-            hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, first:]
+            hidden = language_model(model)(ids, use_cache=False).last_hidden_state[0, first:]
             logits = model.get_output_embeddings()(hidden[places.to(hidden.device) - 1 - first]).float()
             right = ids[0, places.to(ids.device)].to(logits.device)
             hits += (logits.argmax(-1) == right).all(-1).tolist()
@@ -102,7 +103,7 @@ class NextToken(Yardstick):
         tokens = 0
         for piece in self.pieces:
             ids = self.probe.ids(piece)
-            hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
+            hidden = language_model(model)(ids, use_cache=False).last_hidden_state[0, :-1]
             for states, right in zip(hidden.split(self.KEPT), ids[0, 1:].split(self.KEPT), strict=True):
                 logits = model.get_output_embeddings()(states).float()
                 best.append(logits.argmax(-1).cpu())
@@ -149,7 +150,7 @@ class ShareSearch:
 
     def smallest(self, model: torch.nn.Module, config: LongCtxConfig) -> tuple[float, list[dict[str, float]]]:
         """(share of retrieval heads, the measured curve) for the scores of ``config``, which fits ``model``."""
-        scores = np.array(config.heads.scores)
+        scores = np.array(config.scores)
 
         def measure(heads: int) -> Quality:
             with patched(model, config, heads={"retrieval_fraction": round(heads / scores.size, 6)}):

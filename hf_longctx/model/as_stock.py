@@ -31,12 +31,16 @@ class StockMask:
     A patched model and a second one may share one config object, so only the module can tell which of them it is in;
     a patched one needs no mask. generate() makes masks ahead of the forward for a static cache: there this one is seen
     as a mask of 4 dimensions that is ready.
+
+    Attributes:
+        window: tokens of the sliding window or of the chunks that the mask shows, None for all before a token.
     """
 
     ndim = 4
 
-    def __init__(self, make: Callable[[], Tensor | None]):
+    def __init__(self, make: Callable[[], Tensor | None], window: int | None = None):
         self.make = make
+        self.window = window
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -79,7 +83,8 @@ def longctx_mask(*args, allow_is_causal_skip: bool = True, config=None, **kwargs
         ALL_MASK_ATTENTION_FUNCTIONS[STOCK], *args, allow_is_causal_skip=allow_is_causal_skip, config=config, **kwargs
     )
     only_padding = allow_is_causal_skip and "allow_is_bidirectional_skip" not in kwargs
-    return StockMask(make) if only_padding and getattr(config, "longctx", None) is not None else make()
+    ours = only_padding and getattr(config, "longctx", None) is not None
+    return StockMask(make, kwargs.get("local_size")) if ours else make()
 
 
 def _tell(module: nn.Module) -> None:

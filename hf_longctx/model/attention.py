@@ -91,11 +91,7 @@ def attend(
 
 def _check_call(module: nn.Module, plan: LayerPlan, attention_mask: object, dropout: float, kwargs: dict) -> None:
     """Refuse what the module asks of its attention function and is not computed here."""
-    if kwargs.get("sliding_window") != plan.window:
-        raise UnsupportedModeError(
-            f"layer {plan.layer_idx} has sliding_window={kwargs.get('sliding_window')} but was patched with "
-            f"{plan.window}. Call patch_model again after changing the model's config."
-        )
+    _check_window(plan, attention_mask, kwargs.get("sliding_window"))
     if dropout:
         raise UnsupportedModeError(
             f"layer {plan.layer_idx} asks for dropout {dropout}, which patched attention lacks. Set attention_dropout "
@@ -108,6 +104,22 @@ def _check_call(module: nn.Module, plan: LayerPlan, attention_mask: object, drop
         )
     if not kwargs.keys() <= KNOWN:
         _refuse_unknown(module, plan, kwargs)
+
+
+def _check_window(plan: LayerPlan, attention_mask: object, told: int | None) -> None:
+    """Refuse a window other than the plan's: ``told`` to the attention function, or in the mask alone."""
+    shown = attention_mask.window if isinstance(attention_mask, StockMask) else told
+    if told not in (None, plan.window) or (told is None and shown is None and plan.window is not None):
+        raise UnsupportedModeError(
+            f"layer {plan.layer_idx} has sliding_window={told} but was patched with {plan.window}. Call patch_model "
+            "again after changing the model's config."
+        )
+    if shown != plan.window:
+        raise UnsupportedModelError(
+            f"layer {plan.layer_idx}: the model's mask shows a token the last {shown} tokens, but the record of this "
+            f"model type says {plan.window}. Its file in patches/ must say which layers have a window (sliding); until "
+            "it does, unpatch_model(model) runs the model dense."
+        )
 
 
 def _refuse_place(module: nn.Module, call: Forward | None, kwargs: dict) -> NoReturn:

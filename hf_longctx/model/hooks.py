@@ -25,6 +25,7 @@ from ..layout.mask_errors import Known
 from ..layout.rows import read_mask
 from .attention import FORWARD, NAME, register
 from .graphs import refuse_graphs
+from .modules import language_model
 from .positions import refuse_positions
 from .refusals import refuse_call, refuse_lost_prompt
 from .rotary import check_rotary
@@ -184,7 +185,7 @@ class OnModel:
     @property
     def dense(self) -> bool:
         """Whether the model was switched to another attention since it was patched."""
-        return self.model.config._attn_implementation != NAME
+        return language_model(self.model).config._attn_implementation != NAME
 
 
 class Generate(OnModel):
@@ -226,7 +227,7 @@ class PrepareCache(OnModel):
         model = self.model
         asked = generation_config.cache_implementation
         cache = model_kwargs.get(CACHE)
-        no_cache = generation_config.use_cache is False or id(model.base_model) in observers.get()
+        no_cache = generation_config.use_cache is False or id(language_model(model)) in observers.get()
         if not self.dense:
             _refuse_generate(model, cache, generation_config, (*args, *kwargs.values()))
         if self.dense or cache is not None or no_cache or asked in DENSE_MEMORY:

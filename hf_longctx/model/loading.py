@@ -102,7 +102,7 @@ def _load(load: Callable, args: tuple, kwargs: dict[str, Any], longctx: Flag) ->
         _inside.reset(token)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if longctx is None:
-        longctx = getattr(model.config, "longctx", None) not in (None, False)
+        longctx = getattr(model.config.get_text_config(), "longctx", None) not in (None, False)
     if longctx is not False:
         patch_model(model, "auto" if longctx is True else longctx)
     return loaded

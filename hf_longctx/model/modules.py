@@ -28,9 +28,27 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def language_model(model: nn.Module) -> PreTrainedModel:
+    """The base model that reads the text: ``model.base_model``, or the one inside of a multimodal model.
+
+    Raises:
+        UnsupportedModelError: this is no Transformers model.
+    """
+    inner = unwrap(model)
+    decoder = inner.get_decoder()
+    return (decoder if isinstance(decoder, PreTrainedModel) else inner).base_model
+
+
+def name_of(model: nn.Module) -> str:
+    """What the model was loaded from: a hub id or a folder; empty where that is not known."""
+    inner = unwrap(model)
+    given = [getattr(config, "_name_or_path", None) for config in (inner.config, language_model(model).config)]
+    return next((name for name in given if name), "")
+
+
 def state_of(model: nn.Module) -> PatchState | None:
     """What a patched model remembers; None for a model that is not patched."""
-    return getattr(unwrap(model).base_model, "longctx_state", None)
+    return getattr(language_model(model), "longctx_state", None)
 
 
 def attention_modules(base: nn.Module, family: Family) -> list[nn.Module]:

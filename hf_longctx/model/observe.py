@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from .hooks import observers
-from .modules import state_of, unwrap
+from .modules import language_model, state_of
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def observe(model: nn.Module, fn: Callable) -> Iterator[nn.Module]:
     """
     if state_of(model) is None:
         raise UnsupportedModelError("observe needs a patched model: call patch_model(model) first.")
-    token = observers.set({**observers.get(), id(unwrap(model).base_model): fn})
+    token = observers.set({**observers.get(), id(language_model(model)): fn})
     try:
         yield model
     finally:

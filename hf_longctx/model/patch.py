@@ -22,9 +22,10 @@ from .attention import NAME, register
 from .contract import check_transformers
 from .family import find_family
 from .hooks import ON_MODEL, BeforeForward, OnModel
-from .modules import attention_copies, attention_modules, state_of, unwrap
+from .modules import attention_copies, attention_modules, language_model, name_of, state_of, unwrap
 from .overrides import keywords
 from .plans import make_plan
+from .private_config import PrivateConfig, around
 from .state import PatchState
 
 UNMEASURED = "the heads of this model were not measured, so all of them keep every token and no memory is saved"
@@ -68,11 +69,11 @@ def patch_model(
     """
     given = {"heads": heads, "stores": stores, "prefill": prefill, "decode": decode, "kernel": kernel}
     model, sections = keywords("patch_model", model, given, others)
-    hf_config = unwrap(model).base_model.config
+    hf_config = language_model(model).config
     find_family(hf_config.model_type)
     if config == "auto" and (state := state_of(model)) and hf_config.longctx == state.config.to_dict():
         config = state.config  # given in this process: it may name paths, which a config that came with a model may not
-    settings = resolve(config, hf_config, getattr(hf_config, "_name_or_path", None), sections)
+    settings = resolve(config, hf_config, name_of(model), sections)
     _apply(_patched_as(model), settings)
     if UNMEASURED in state_of(model).log.notes:
         logger.warning("%s: hf-longctx identify measures them", UNMEASURED)
@@ -84,7 +85,7 @@ def patch_model(
 def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     """Patch with a config that fits: all plans are made before anything is changed."""
     inner = unwrap(model)
-    base = inner.base_model
+    base = language_model(model)
     family = find_family(base.config.model_type)
     modules = attention_modules(base, family)
     check_transformers(inner, base, attention_copies(modules[0], family)[0])
@@ -104,13 +105,15 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     private = copy.deepcopy(original)
     private.longctx = settings.to_dict()
     private._attn_implementation = NAME
-    _swap_config(model, original, private)
+    text = PrivateConfig.of(original, private)
+    configs = (text, *around(model, text))
+    for one in configs:
+        one.put(model)
     for module, plan in zip(modules, plans, strict=True):
         for part in attention_copies(module, family):
             part.longctx_plan = plan
             part.config = private
-    snapshot = copy.deepcopy(vars(private))
-    base.longctx_state = PatchState(settings, original, snapshot, tuple(plans), weakref.ref(model))
+    base.longctx_state = PatchState(settings, configs, tuple(plans), weakref.ref(model))
     if settings.heads.source and settings.heads.confidence == "none" and "S" not in "".join(settings.roles()):
         base.longctx_state.note(UNMEASURED)
     if settings.kernel == "stock" and family.scores:
@@ -136,10 +139,11 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         return model
     whole = _patched_as(model)
     inner = unwrap(whole)
-    base = inner.base_model
-    state.keep_edits(base.config)
-    for holder in (whole, model):
-        _swap_config(holder, base.config, state.original)
+    base = language_model(whole)
+    for one in state.configs:
+        one.keep_edits()
+        for holder in (whole, model):
+            one.put_back(holder)
     for module in base.modules():
         if module.__dict__.pop("longctx_plan", None) is not None:
             module.config = state.original
@@ -199,7 +203,7 @@ def _patch_kept(model: nn.Module) -> Iterator[None]:
     """On exit the model is patched as it was, or not at all, also after an exception."""
     before = state_of(model)
     whole = _patched_as(model)
-    attention = None if before is None else unwrap(model).base_model.config._attn_implementation
+    attention = None if before is None else language_model(model).config._attn_implementation
     try:
         yield
     finally:
@@ -208,7 +212,7 @@ def _patch_kept(model: nn.Module) -> Iterator[None]:
         else:
             _apply(whole, before.config)
             state_of(model).go_on_from(before)
-            unwrap(model).base_model.config._attn_implementation = attention
+            language_model(model).config._attn_implementation = attention
 
 
 def _patched_as(model: nn.Module) -> nn.Module:
@@ -216,10 +220,3 @@ def _patched_as(model: nn.Module) -> nn.Module:
     state = state_of(model)
     whole = None if state is None else state.patched
     return model if whole is None else whole
-
-
-def _swap_config(model: nn.Module, old: Any, new: Any) -> None:
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if value is old:
-                setattr(module, name, new)

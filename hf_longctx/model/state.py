@@ -15,6 +15,7 @@ from ..cache.plan import LayerPlan
 from ..config.config import LongCtxConfig
 from ..layout.forward import ForwardLog
 from ..layout.rows import Rows
+from .private_config import PrivateConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,7 @@ class PatchState:
 
     Attributes:
         config: the config in force.
-        original: the model's own config object, put back by ``unpatch_model``.
-        snapshot: the attributes of the private config right after patching.
+        configs: the model's own config objects, each with its private copy: the text's, then those around it.
         plans: the plan of every layer.
         whole: the module that was patched, of which the base model may be a part.
         forwards: forwards since patching.
@@ -56,8 +56,7 @@ class PatchState:
     """
 
     config: LongCtxConfig
-    original: object
-    snapshot: dict
+    configs: tuple[PrivateConfig, ...]
     plans: tuple[LayerPlan, ...]
     whole: weakref.ref | None = None
     forwards: int = 0
@@ -73,12 +72,10 @@ class PatchState:
         for name in ("forwards", "log", "kept", "_cache"):
             setattr(self, name, getattr(before, name))
 
-    def keep_edits(self, private: object) -> None:
-        """Carry what was changed on the private config since patching over to the model's own."""
-        for name, value in vars(private).items():
-            ours = name == "longctx" or name.startswith("_attn_implementation")
-            if not ours and (name not in self.snapshot or self.snapshot[name] != value):
-                setattr(self.original, name, value)
+    @property
+    def original(self) -> object:
+        """The model's own text config, put back by ``unpatch_model``."""
+        return self.configs[0].original
 
     @property
     def patched(self):

@@ -17,7 +17,7 @@ from ..config.model import made_for
 from ..config.words import check_word
 from ..errors import ConfigError
 from ..model.family import find_family
-from ..model.modules import state_of, unwrap
+from ..model.modules import language_model, name_of, state_of, unwrap
 from .memory import MemoryModel, MemorySettings
 from .sizes import dtype_of
 from .skeleton import make_skeleton
@@ -69,9 +69,9 @@ def loaded(model: Any, settings: MemorySettings, config: str | None = None) -> M
         UnsupportedModelError: this is no Transformers model, or its family cannot be patched.
     """
     state = state_of(model)
-    base = unwrap(model).base_model
+    base = language_model(model)
     dense = base.config if state is None else state.original
-    name = getattr(dense, "_name_or_path", None) or type(unwrap(model)).__name__
+    name = name_of(model) or type(unwrap(model)).__name__
     find_family(dense.model_type)
     if settings.weights is None:
         held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

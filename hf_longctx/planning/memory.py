@@ -27,7 +27,7 @@ from ..cache.plan import LayerPlan
 from ..config.config import LongCtxConfig
 from ..config.words import check_word, wrong
 from ..model.family import find_family
-from ..model.modules import attention_modules
+from ..model.modules import attention_modules, language_model
 from ..model.patch import patch_model
 from ..model.plans import make_plan
 from ..stores.base import SLACK, Reserve
@@ -118,7 +118,7 @@ class MemoryModel:
     def plans(self) -> tuple[LayerPlan, ...]:
         """The plan of every layer, as a patched model has it."""
         family = find_family(self.dense.model_type)
-        modules = attention_modules(self.model.base_model, family)
+        modules = attention_modules(language_model(self.model), family)
         return tuple(make_plan(module, self.config, family, self.dense) for module in modules)
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...model.modules import language_model
 from ...model.observe import observe
 from ..attention import weights
 from .base import HeadProbe, Method
@@ -56,7 +57,7 @@ class EchoInduction(Method):
             bar.advance()
 
         with bar, observe(probe.model, look):
-            probe.model.base_model(ids, use_cache=False)
+            language_model(probe.model)(ids, use_cache=False)
         asked = tokens * (count - 1)
         echo[list(probe.windowed)] = induction[list(probe.windowed)] = 0  # the softmax above knows no window
         echo, induction = (probe.per_group(one / asked) for one in (echo, induction))

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...model.modules import language_model
 from ...model.observe import observe
 from ..attention import weights
 from .base import HeadProbe, Method
@@ -52,6 +53,6 @@ class TwoNeedle(Method):
                 late = torch.from_numpy(document.answers.ravel() - 1)  # where each token of an answer is predicted
                 early = slice(int(document.needles.min()), int(document.needles.max()) + 1)
                 with observe(probe.model, partial(look, late, early)):
-                    probe.model.base_model(probe.ids(document.ids), use_cache=False)
+                    language_model(probe.model)(probe.ids(document.ids), use_cache=False)
         probe.measured |= {"length": length, "samples": self.samples}
         return probe.per_group(mass / self.samples)
