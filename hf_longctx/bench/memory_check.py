@@ -42,17 +42,17 @@ def check(memory_model: MemoryModel, way: str, tokens: int) -> int:
 def fill(memory_model: MemoryModel, way: str, tokens: int) -> int:
     """Most bytes that the layers of a new cache hold while they are filled with zeros, but for pages in host memory."""
     if way == DENSE:
-        cache: Cache = DynamicCache(config=memory_model.dense)
+        cache: Cache = DynamicCache(config=memory_model.text)
     else:
         own = way == RESERVED
         cache = LongCtxCache(memory_model.patch(), tokens if own else None, rollback=own)
     most = 0
-    for index, plan in enumerate(memory_model.plans):
+    for plan in memory_model.plans:
         step = memory_model.chunk(tokens) if way == DENSE and plan.window is not None else tokens
         before = cache_bytes(cache)
         largest = 0
         for past in range(0, tokens, step):
-            cache.update(*_zeros(memory_model, plan.kv_heads, min(step, tokens - past)), index)
+            cache.update(*_zeros(memory_model, plan.kv_heads, min(step, tokens - past)), plan.layer_idx)
             largest = max(largest, cache_bytes(cache) - before)
         most += largest
     return most if way == DENSE else most - cache.nbytes_offloaded.get("in host memory", 0)

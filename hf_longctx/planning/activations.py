@@ -28,8 +28,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache.seam import CACHE
+from ..config.model import text_config
 from ..errors import UnsupportedModelError
 from ..model.family import find_family
+from ..model.modules import language_model
 from .skeleton import make_skeleton
 
 STAND_IN = "longctx_stand_in"  # the attention implementation of a model that is followed
@@ -48,7 +50,7 @@ class Subject:
 
     @classmethod
     def of(cls, dense: Any, dtype: torch.dtype, batch: int) -> Subject:
-        told = json.dumps([dense.to_dict(), dense._attn_implementation], sort_keys=True, default=str)
+        told = json.dumps([dense.to_dict(), text_config(dense)._attn_implementation], sort_keys=True, default=str)
         return cls(told, dtype, batch, dense)
 
 
@@ -64,6 +66,30 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Plane:
+    """Bytes that grow with the tokens of a chunk, with its keys, and with the product of both."""
+
+    constant: float
+    per_token: float
+    per_key: float
+    per_pair: float
+
+    def __call__(self, tokens: int, keys: int) -> int:
+        held = self.constant + self.per_token * tokens + self.per_key * keys + self.per_pair * tokens * keys
+        return math.ceil(held)
+
+    @classmethod
+    def through(cls, most: Callable[[int, int], int]) -> Plane:
+        """The plane of a function of tokens and keys that is one."""
+        a, b = LENGTHS
+        corner, more, longer, both = most(a, a), most(b, a), most(a, b), most(b, b)
+        per_pair = (both - more - longer + corner) / (b - a) ** 2
+        per_token = (more - corner) / (b - a) - per_pair * a
+        per_key = (longer - corner) / (b - a) - per_pair * a
+        return cls(corner - (per_token + per_key + per_pair * a) * a, per_token, per_key, per_pair)
+
+
+@dataclass(frozen=True)
 class Activations:
     """What the layers of a model hold while a chunk is read, in bytes of all sequences, but for the cache.
 
@@ -72,15 +98,16 @@ class Activations:
         outside: most that is held while no attention function runs.
         attention: most that is held when an attention function has made its result.
         states: of all layers with linear attention together, whatever the length.
-        eager: what ``eager`` attention holds beside its result: a number, and what is held per token of the chunk, per
-            key, and per entry of chunk x keys; None where the implementation is another.
+        eager: what ``eager`` attention holds beside its result; None where the implementation is another.
+        weights: those that it returns, which are held until the layer ends.
     """
 
     implementation: str
     outside: Line
     attention: Line
     states: int
-    eager: tuple[float, float, float, float] | None
+    eager: Plane | None = None
+    weights: Plane | None = None
 
 
 class Held(TorchDispatchMode):
@@ -138,9 +165,9 @@ def activations(subject: Subject) -> Activations:
         return _follow(subject)
     except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UnsupportedModelError(
-            f"what a {subject.dense.model_type} model holds while a prompt is read cannot be calculated: its forward "
-            f"does not run without numbers ({type(error).__name__}: {str(error).splitlines()[0]}). plan and bench "
-            "memory are for models whose forward does; report(model) has the bytes of a cache that is held."
+            f"what {text_config(subject.dense).model_type} holds while a prompt is read cannot be calculated: its "
+            f"forward does not run without numbers ({type(error).__name__}: {str(error).splitlines()[0]}). plan and "
+            "bench memory are for models whose forward does; report(model) has the bytes of a cache that is held."
         ) from error
 
 
@@ -161,10 +188,10 @@ def masks(subject: Subject, chunk: int, tokens: int) -> tuple[int, int]:
 @functools.lru_cache(maxsize=64)
 def _follow(subject: Subject) -> Activations:
     model, layers = _first_layers(subject, None)
-    implementation = model.base_model.config._attn_implementation
+    implementation = language_model(model).config._attn_implementation
     outside, attention = [], []
     for length in LENGTHS:
-        cache = NoTokens(config=model.base_model.config)
+        cache = NoTokens(config=language_model(model).config)
         held = _held(model)
         with _stand_in(model, held.attended), held:
             _forward(model, subject.batch, length, cache)  # makes the states, which are no activations
@@ -173,8 +200,8 @@ def _follow(subject: Subject) -> Activations:
         outside.append(held.most - before)
         attention.append(held.attention - before)
     states = {kind: _bytes(layer) for kind, layer in zip(layers, cache.layers, strict=False)}
-    eager = _eager(model, subject) if implementation == "eager" else None
-    return Activations(implementation, _line(outside), _line(attention), sum(map(states.get, layers)), eager)
+    eager = _eager(model, subject.batch) if implementation == "eager" else ()
+    return Activations(implementation, _line(outside), _line(attention), sum(map(states.get, layers)), *eager)
 
 
 @functools.lru_cache(maxsize=512)
@@ -189,7 +216,7 @@ def _masks(subject: Subject, chunk: int, tokens: int) -> tuple[int, int]:
 def _first_layers(subject: Subject, count: int | None) -> tuple[PreTrainedModel, list[tuple]]:
     """(the model with its first layers alone: ``count``, or up to the last kind there is; the kinds of all)."""
     model = make_skeleton(subject.dense, subject.dtype)
-    base = model.base_model
+    base = language_model(model)
     name = find_family(base.config.model_type).layers
     layers = getattr(base, name)
     kinds = [_kind(layer) for layer in layers]
@@ -214,20 +241,20 @@ def _kind(layer: nn.Module) -> tuple:
 def _first_layer(subject: Subject) -> PreTrainedModel:
     """The model with one layer, which hands on what it is given."""
     model, _ = _first_layers(subject, 1)
-    (layer,) = getattr(model.base_model, find_family(model.base_model.config.model_type).layers)
+    (layer,) = getattr(language_model(model), find_family(language_model(model).config.model_type).layers)
     layer.forward = lambda hidden_states, *_, **__: hidden_states
     return model
 
 
 def _before_layers(model: PreTrainedModel, batch: int, chunk: int, tokens: int) -> tuple[int, int]:
     """(bytes held when the first layer is called, most until then) of a forward behind a cache of other tokens."""
-    cache = DynamicCache(config=model.base_model.config)
+    cache = DynamicCache(config=language_model(model).config)
     for index, layer in enumerate(cache.layers):
         if hasattr(layer, "keys") and chunk < tokens:
             cache.update(*(torch.empty(batch, 1, tokens - chunk, 1, device="meta") for _ in "kv"), index)
     held = _held(model)
     found = []
-    (layer,) = getattr(model.base_model, find_family(model.base_model.config.model_type).layers)
+    (layer,) = getattr(language_model(model), find_family(language_model(model).config.model_type).layers)
     hook = layer.register_forward_pre_hook(lambda *_: found.append((held.now, held.most)))
     with held:
         _forward(model, batch, chunk, cache)
@@ -244,7 +271,7 @@ def _stand_in(model: PreTrainedModel, see: Callable[..., Any] | None) -> Iterato
         see(module, q, k, v, *rest, **kwargs)
         return out, None
 
-    before = model.base_model.config._attn_implementation
+    before = language_model(model).config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[STAND_IN] = attend
     try:
         model.set_attn_implementation(STAND_IN)
@@ -262,7 +289,7 @@ def _held(model: PreTrainedModel) -> Held:
 @torch.no_grad()
 def _forward(model: PreTrainedModel, batch: int, length: int, cache: DynamicCache) -> None:
     ids = torch.empty(1, 1, dtype=torch.long, device="meta").expand(batch, length)
-    model.base_model(ids, use_cache=True, **{CACHE: cache})
+    language_model(model)(ids, use_cache=True, **{CACHE: cache})
 
 
 def _bytes(layer: Any) -> int:
@@ -276,27 +303,24 @@ def _line(most: list[int]) -> Line:
     return Line(most[0] - per_token * LENGTHS[0], per_token)
 
 
-def _eager(model: PreTrainedModel, subject: Subject) -> tuple[float, float, float, float]:
-    """What the model's eager attention holds beside its result, by its own code, at four sizes."""
+def _eager(model: PreTrainedModel, batch: int) -> Iterator[Plane]:
+    """(what the model's eager attention holds beside its result, its weights), by its own code."""
     calls = []
     with _stand_in(model, lambda *args, **kwargs: calls.append((args, kwargs))), Held([]):
-        _forward(model, subject.batch, LENGTHS[0], NoTokens(config=model.base_model.config))
+        _forward(model, batch, LENGTHS[0], NoTokens(config=language_model(model).config))
     (module, *qkv, _), kwargs = calls[0]
     attend = sys.modules[type(module).__module__].eager_attention_forward
 
-    def most(chunk: int, keys: int) -> int:
+    @torch.no_grad()
+    def run(chunk: int, keys: int) -> tuple[int, int]:
         q, k, v = (
             torch.empty(*one.shape[:2], length, one.shape[-1], dtype=one.dtype, device="meta")
             for one, length in zip(qkv, (chunk, keys, keys), strict=True)
         )
-        mask = torch.empty(subject.batch, 1, chunk, keys, dtype=q.dtype, device="meta")
-        held = Held([q, k, v, mask, *model.parameters()])
-        with torch.no_grad(), held:
-            out = attend(module, q, k, v, mask, **kwargs)[0]
-        return held.most - out.untyped_storage().nbytes()
+        mask = torch.empty(batch, 1, chunk, keys, dtype=q.dtype, device="meta")
+        with (held := Held([q, k, v, mask, *model.parameters()])):
+            out, weights = attend(module, q, k, v, mask, **kwargs)
+        return held.most - out.untyped_storage().nbytes(), weights.untyped_storage().nbytes()
 
-    a, b = LENGTHS
-    both = (most(b, b) - most(a, b) - most(b, a) + most(a, a)) / (b - a) ** 2
-    per_token = (most(b, a) - most(a, a)) / (b - a) - both * a
-    per_key = (most(a, b) - most(a, a)) / (b - a) - both * a
-    return most(a, a) - per_token * a - per_key * a - both * a * a, per_token, per_key, both
+    for part in range(2):
+        yield Plane.through(lambda chunk, keys: run(chunk, keys)[part])  # noqa: B023

@@ -13,11 +13,11 @@ from ..assets import embedded
 from ..config.config import LongCtxConfig, load_shipped
 from ..config.files import shipped
 from ..config.find import find_name, is_file_name, resolve
-from ..config.model import made_for
+from ..config.model import made_for, text_config
 from ..config.words import check_word
 from ..errors import ConfigError
 from ..model.family import find_family
-from ..model.modules import language_model, name_of, state_of, unwrap
+from ..model.modules import name_of, state_of, unwrap
 from .memory import MemoryModel, MemorySettings
 from .sizes import dtype_of
 from .skeleton import make_skeleton
@@ -49,7 +49,7 @@ def find(name: str, settings: MemorySettings, config: str | None = None) -> Memo
             if config is None
             else replace(memory_model, config=resolve(config, memory_model.config.model.as_model()))
         )
-    find_family(dense.model_type)
+    find_family(text_config(dense).model_type)
     chosen = resolve(config or "auto", dense)
     return _checked(
         MemoryModel(
@@ -69,10 +69,9 @@ def loaded(model: Any, settings: MemorySettings, config: str | None = None) -> M
         UnsupportedModelError: this is no Transformers model, or its family cannot be patched.
     """
     state = state_of(model)
-    base = language_model(model)
-    dense = base.config if state is None else state.original
+    dense = unwrap(model).config if state is None else state.configs[-1].original
     name = name_of(model) or type(unwrap(model)).__name__
-    find_family(dense.model_type)
+    find_family(text_config(dense).model_type)
     if settings.weights is None:
         held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         settings = replace(settings, weights=held)

@@ -10,7 +10,8 @@ layer's forward of one chunk of the prompt holds:
 - dense: the masks that the type makes, and what its attention holds. From the second chunk on sdpa takes the mask once
   more in the dtype for every sequence and, with grouped query heads, copies of the keys and values for every query
   head. ``eager`` attention, which some types need, holds every score of chunk x context, several times;
-- patched: in place of these, while a layer's buffer grows, its old one, at most as large as the new one.
+- patched: in place of these, the queries and the results of a role's heads, or while a layer's buffer grows, its old
+  one, at most as large as the new one.
 
 On a CPU torch's profiler agrees with this (tests/bench), but for one thing that depends on the processor: with AMX,
 sdpa holds the keys and values of all query heads once more in bf16. Kernels for GPUs may hold more as well.
@@ -18,13 +19,13 @@ sdpa holds the keys and values of all query heads once more in bf16. Kernels for
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from ..cache.plan import LayerPlan
 from ..config.config import LongCtxConfig
+from ..config.model import text_config
 from ..config.words import check_word, wrong
 from ..model.family import find_family
 from ..model.modules import attention_modules, language_model
@@ -96,7 +97,7 @@ class MemoryModel:
 
     Attributes:
         model: on the ``meta`` device.
-        dense: the Transformers config, for a dense cache.
+        dense: the Transformers config, of a multimodal model the whole.
         config: what to patch with. Its ``model`` section may say less than ``dense``, or more.
         made_for: tokens the model was made for; None where that is not known.
         notes: what is not known of it, in words.
@@ -110,6 +111,11 @@ class MemoryModel:
     made_for: int | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def text(self) -> Any:
+        """The Transformers config of what reads the text."""
+        return text_config(self.dense)
+
     def patch(self) -> Any:
         """The model, patched with the config; errors as ``patch_model``."""
         return patch_model(self.model, {**self.config.to_dict(), "model": LongCtxConfig.describe(self.dense)})
@@ -117,9 +123,9 @@ class MemoryModel:
     @cached_property
     def plans(self) -> tuple[LayerPlan, ...]:
         """The plan of every layer, as a patched model has it."""
-        family = find_family(self.dense.model_type)
+        family = find_family(self.text.model_type)
         modules = attention_modules(language_model(self.model), family)
-        return tuple(make_plan(module, self.config, family, self.dense) for module in modules)
+        return tuple(make_plan(module, self.config, family, self.text) for module in modules)
 
     @property
     def kv_heads(self) -> int:
@@ -145,8 +151,8 @@ class MemoryModel:
         return Need(tokens, self.weights, self.kv(way, tokens), self._working(way, tokens))
 
     def kv(self, way: str, tokens: int) -> int:
-        """Bytes of the KV cache of all rows. With several chunks a growing buffer may have less spare room."""
-        return sum(self.layer_bytes(plan, way, tokens) for plan in self.plans)
+        """Bytes of the cache of all sequences. With several chunks a growing buffer may have less spare room."""
+        return sum(self.layer_bytes(plan, way, tokens) for plan in self.plans) + self.activations.states
 
     def layer_bytes(self, plan: Any, way: str, tokens: int) -> int:
         """Bytes of all KV heads of a layer, in all rows."""
@@ -198,26 +204,29 @@ class MemoryModel:
         outside = self.activations.outside(chunk)
         attention = self.activations.attention(chunk)
         if way == DENSE:
-            held, made = masks(self._subject, chunk, tokens)
-            windows = {plan.window for plan in self.plans}
-            own = max(self._dense_attention(chunk, tokens, window) for window in windows)
-            return max(made, outside + held, attention + held + own)
+            masked, made = masks(self._subject, chunk, tokens)
+            inside, after = zip(*(self._dense_attention(chunk, tokens, one) for one in self._windows), strict=True)
+            return max(made, outside + masked + max(after), attention + masked + max(inside))
+        parts = 2 * chunk * self.text.num_attention_heads * self.head_dim * self.number * self.settings.batch
         grown = max(self.layer_bytes(plan, way, tokens) for plan in self.plans) if way == PATCHED else 0
-        return max(outside, attention, grown)
+        return max(outside, attention + parts, grown)
 
-    def _dense_attention(self, chunk: int, tokens: int, window: int | None) -> int:
-        """Bytes that the dense attention of a layer holds beside its result."""
+    @cached_property
+    def _windows(self) -> set[int | None]:
+        return {plan.window for plan in self.plans}
+
+    def _dense_attention(self, chunk: int, tokens: int, window: int | None) -> tuple[int, int]:
+        """Bytes that the dense attention of a layer holds beside its result, and that it leaves to the layer."""
         keys = tokens if window is None else self._windowed(tokens, window)
         found = self.activations
         if found.eager is not None:
-            constant, per_token, per_key, both = found.eager
-            return math.ceil(constant + per_token * chunk + per_key * keys + both * chunk * keys)
+            return found.eager(chunk, keys), found.weights(chunk, keys)
         masked = chunk < tokens or (window is not None and tokens >= window)
         if found.implementation != "sdpa" or not masked:
-            return 0
-        heads = self.dense.num_attention_heads
+            return 0, 0
+        heads = self.text.num_attention_heads
         copies = keys * heads * self._slot if heads > self.kv_heads else 0
-        return copies + chunk * keys * self.number * self.settings.batch
+        return copies + chunk * keys * self.number * self.settings.batch, 0
 
 
 def longest(memory_model: MemoryModel, way: str) -> int | None:
