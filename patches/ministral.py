@@ -1,4 +1,4 @@
-"""Ministral 8B (2410): most layers have a sliding window."""
+"""Ministral 8B (2410)."""
 
 from hf_longctx import Family
 

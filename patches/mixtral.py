@@ -1,4 +1,4 @@
-"""Mixtral 8x7B and 8x22B."""
+"""Mixtral 8x7B and 8x22B. They have no sliding window, though their config can set one."""
 
 from hf_longctx import Family
 

@@ -100,6 +100,12 @@ def _refuse_modes(given: dict, config: Any, training: bool) -> None:
         raise UnsupportedModeError(
             "is_causal=False: a patched model is causal. Unpatch it for bidirectional attention."
         )
+    both = getattr(config, "use_bidirectional_attention", None)
+    if both in (True, "all"):
+        raise UnsupportedModeError(
+            f"use_bidirectional_attention={both!r} in the config: each token of this model reads the later ones too, "
+            "and a patched model is causal. Unpatch it."
+        )
     if training and getattr(config, "attention_dropout", 0.0):
         raise UnsupportedModeError(
             f"attention_dropout={config.attention_dropout} in training: patched attention has no dropout. Set "

@@ -57,9 +57,11 @@ def tiny_config(case: Case):
     changes = {}
     if sliding == "all":
         changes = {"sliding_window": WINDOW if case.window else None}
-    elif sliding == "layer_types" and "sliding_attention" not in small.layer_types:
+    elif sliding == "layer_types" and len(set(small.layer_types)) == 1:
         types = [("sliding_attention", "full_attention")[i % 2] for i in range(small.num_hidden_layers)]
-        changes = {"layer_types": types, "sliding_window": WINDOW, "use_sliding_window": True}
+        changes = {"layer_types": types, "sliding_window": WINDOW}
+    if hasattr(small, "use_sliding_window"):
+        changes["use_sliding_window"] = case.window
     small = tiny_copy(default, initializer_range=0.3, **changes)
     small._experts_implementation = "eager"  # grouped products know no float64
     return small
@@ -68,12 +70,19 @@ def tiny_config(case: Case):
 def tiny_model(case: Case):
     """A random model in float64, on eager attention; sinks are logits of about 1."""
     model = AutoModelForCausalLM.from_config(tiny_config(case), dtype=torch.float64, attn_implementation="eager")
+    in_float64(model)
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):
             torch.nn.init.normal_(parameter, 1.0)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    return model.double().eval()
+    return model.eval()
+
+
+def in_float64(model) -> None:
+    """The weights that Transformers keeps in float32 as well, of routers for example."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
 
 
 def stay_in_float64(monkeypatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.every_family import CASES, ONE_EACH, logits, stay_in_float64, tiny_model
+from helpers.every_family import CASES, ONE_EACH, in_float64, logits, stay_in_float64, tiny_config, tiny_model
 from helpers.generation import MODES
 from helpers.tiny import config_for, left_padded
 from transformers import AttentionInterface, AutoModelForCausalLM
@@ -16,12 +16,14 @@ from hf_longctx import (
     Family,
     LongCtxCache,
     LongCtxConfig,
+    UnsupportedModeError,
     UnsupportedModelError,
     identify,
     patch_model,
     unpatch_model,
 )
 from hf_longctx.cache.fingerprint import fingerprint
+from hf_longctx.cache.seam import CACHE
 from hf_longctx.model.attention import KNOWN
 from hf_longctx.model.family import find_family
 
@@ -116,6 +118,21 @@ def test_its_attention_passes_what_the_record_says(case):
         assert call["shapes"] == [(count, described["head_dim"]) for count in heads]
 
 
+BOTH_WAYS = [case for case in CASES if hasattr(tiny_config(case), "use_bidirectional_attention")]
+
+
+@pytest.mark.parametrize("case", BOTH_WAYS, ids=str)
+def test_a_model_that_reads_both_ways_is_refused(case):
+    """As the text models of embeddings and of PaliGemma do; the mask of some does not tell."""
+    model = tiny_model(case)
+    model.config.use_bidirectional_attention = True
+    patch_model(model, config_for(model, "retrieval"))
+    with pytest.raises(UnsupportedModeError, match="use_bidirectional_attention=True in the config"):
+        logits(model, *left_padded([20]))
+    model.config.use_bidirectional_attention = None
+    logits(model, *left_padded([20]))
+
+
 WITH_SCORES = [case for case in CASES if find_family(case.model_type).scores]
 
 
@@ -180,6 +197,7 @@ def test_save_reload_and_unpatch(case, tmp_path):
     want = logits(model, ids, mask)
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
+    in_float64(loaded)
     loaded.config._experts_implementation = "eager"
     patch_model(loaded)
     assert torch.equal(logits(loaded, ids, mask), want)
@@ -200,7 +218,7 @@ def test_a_saved_cache_goes_on_and_another_models_is_refused(case, tmp_path):
     want = logits(model, ids, mask, STEPS[:1], LongCtxCache(model))[:, 33:]
     loaded = LongCtxCache.load(tmp_path / "cache", model)
     with torch.no_grad():
-        got = model(ids[:, 33:], attention_mask=mask, past_key_values=loaded).logits
+        got = model(ids[:, 33:], attention_mask=mask, **{CACHE: loaded}).logits
     assert (got - want).abs().max() < 1e-10
     other = tiny_model(case)
     patch_model(other, config_for(other, "mixed", 2, 7))
