@@ -10,7 +10,7 @@ layer's forward of one chunk of the prompt holds:
 - dense: the masks that the type makes, and what its attention holds. From the second chunk on sdpa takes the mask once
   more in the dtype for every sequence and, with grouped query heads, copies of the keys and values for every query
   head. ``eager`` attention, which some types need, holds every score of chunk x context, several times;
-- patched: in place of these, the queries and the results of a role's heads, or while a layer's buffer grows, its old
+- patched: in place of these, the queries, keys and results of a role's heads, or while a layer's buffer grows, its old
   one, at most as large as the new one.
 
 On a CPU torch's profiler agrees with this (tests/bench), but for one thing that depends on the processor: with AMX,
@@ -24,6 +24,7 @@ from functools import cached_property
 from typing import Any
 
 from ..cache.plan import LayerPlan
+from ..cache.stock_layers import stock_layers
 from ..config.config import LongCtxConfig
 from ..config.model import text_config
 from ..config.words import check_word, wrong
@@ -125,6 +126,8 @@ class MemoryModel:
         """The plan of every layer, as a patched model has it."""
         family = find_family(self.text.model_type)
         modules = attention_modules(language_model(self.model), family)
+        modules = [module for module in modules if family.has_roles(self.text, module.layer_idx)]
+        modules = [module for module in modules if family.has_roles(self.text, module.layer_idx)]
         return tuple(make_plan(module, self.config, family, self.text) for module in modules)
 
     @property
@@ -152,7 +155,14 @@ class MemoryModel:
 
     def kv(self, way: str, tokens: int) -> int:
         """Bytes of the cache of all sequences. With several chunks a growing buffer may have less spare room."""
-        return sum(self.layer_bytes(plan, way, tokens) for plan in self.plans) + self.activations.states
+        windows = sum(self._windowed(tokens, window) for window in self._stock_windows) * self.kv_heads * self._slot
+        return sum(self.layer_bytes(plan, way, tokens) for plan in self.plans) + windows + self.activations.states
+
+    @cached_property
+    def _stock_windows(self) -> tuple[int, ...]:
+        """Tokens of the windows (or chunks) of layers that are not patched, which Transformers caches as it does."""
+        others = stock_layers(self.text, {plan.layer_idx for plan in self.plans})
+        return tuple(one.sliding_window for one in others.values() if hasattr(one, "sliding_window"))
 
     def layer_bytes(self, plan: Any, way: str, tokens: int) -> int:
         """Bytes of all KV heads of a layer, in all rows."""
@@ -207,13 +217,15 @@ class MemoryModel:
             masked, made = masks(self._subject, chunk, tokens)
             inside, after = zip(*(self._dense_attention(chunk, tokens, one) for one in self._windows), strict=True)
             return max(made, outside + masked + max(after), attention + masked + max(inside))
-        parts = 2 * chunk * self.text.num_attention_heads * self.head_dim * self.number * self.settings.batch
+        shared = [role for plan in self.plans if len(plan.filled) > 1 for role in plan.filled]
+        keys = max((len(role.heads.kv_heads) for role in shared), default=0)
+        parts = (2 * self.text.num_attention_heads + keys) * chunk * self._slot // 2
         grown = max(self.layer_bytes(plan, way, tokens) for plan in self.plans) if way == PATCHED else 0
         return max(outside, attention + parts, grown)
 
     @cached_property
     def _windows(self) -> set[int | None]:
-        return {plan.window for plan in self.plans}
+        return {*(plan.window for plan in self.plans), *self._stock_windows}
 
     def _dense_attention(self, chunk: int, tokens: int, window: int | None) -> tuple[int, int]:
         """Bytes that the dense attention of a layer holds beside its result, and that it leaves to the layer."""

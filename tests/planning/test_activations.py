@@ -85,7 +85,7 @@ TOKENS = 1024
 MOSTLY_SLOW = [
     pytest.param(case, marks=() if case.model_type in FAST else pytest.mark.slow, id=str(case)) for case in CASES
 ]
-LARGER = {tiny.HIDDEN: 256, tiny.INNER: 512, tiny.DIM: 32}  # so that a constant of some KB is nothing
+LARGER = {tiny.HIDDEN: 256, tiny.INNER: 512, tiny.DIM: 64}  # so that a constant of some KB is nothing
 
 
 def grouped(config):
@@ -110,4 +110,6 @@ def test_the_working_memory_of_every_type_is_what_a_prefill_takes(case, chunk, m
             patch_model(model, ours)
         need = memory_model.need(way, TOKENS)
         got, want = peak(model, ids, chunk or TOKENS, way == PATCHED), need.kv + need.working
-        assert 0.93 * want < got <= 1.01 * want, (way, got, want)
+        # Where the layers differ, the one that needs most may come before the cache of the last ones is there.
+        least = 0.85 if case.window and way == DENSE else 0.93
+        assert least * want < got <= 1.01 * want, (way, got, want)
