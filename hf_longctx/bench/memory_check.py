@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from ..cache.cache import LongCtxCache, cache_bytes
+from ..cache.stock_layers import changed
 from ..errors import LongCtxError
 from ..planning.memory import DENSE, RESERVED, MemoryModel
 from ..planning.sizes import dtype_of
@@ -46,15 +47,20 @@ def fill(memory_model: MemoryModel, way: str, tokens: int) -> int:
     else:
         own = way == RESERVED
         cache = LongCtxCache(memory_model.patch(), tokens if own else None, rollback=own)
+    windows = {plan.layer_idx: plan.window if way == DENSE else None for plan in memory_model.plans}
     most = 0
-    for plan in memory_model.plans:
-        step = memory_model.chunk(tokens) if way == DENSE and plan.window is not None else tokens
+    for index, window in sorted({**windows, **memory_model.stock_windows}.items()):
+        step = tokens if window is None else memory_model.chunk(tokens)
         before = cache_bytes(cache)
         largest = 0
         for past in range(0, tokens, step):
-            cache.update(*_zeros(memory_model, plan.kv_heads, min(step, tokens - past)), plan.layer_idx)
+            cache.update(*_zeros(memory_model, memory_model.kv_heads, min(step, tokens - past)), index)
             largest = max(largest, cache_bytes(cache) - before)
         most += largest
+    before = cache_bytes(cache)
+    for index, states in memory_model.activations.states.items():
+        cache.layers[index] = changed(states, lambda _, tensor: torch.zeros_like(tensor, device="cpu"))
+    most += cache_bytes(cache) - before
     return most if way == DENSE else most - cache.nbytes_offloaded.get("in host memory", 0)
 
 

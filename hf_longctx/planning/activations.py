@@ -28,6 +28,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache.seam import CACHE
+from ..cache.stock_layers import tensors_of
 from ..config.model import text_config
 from ..errors import UnsupportedModelError
 from ..model.family import find_family
@@ -97,7 +98,7 @@ class Activations:
         implementation: the attention that Transformers takes for the model, such as ``sdpa``.
         outside: most that is held while no attention function runs.
         attention: most that is held when an attention function has made its result.
-        states: of all layers with linear attention together, whatever the length.
+        states: layer index -> its layer of a cache after a forward, where it has states; on the meta device.
         eager: what ``eager`` attention holds beside its result; None where the implementation is another.
         weights: those that it returns, which are held until the layer ends.
     """
@@ -105,7 +106,7 @@ class Activations:
     implementation: str
     outside: Line
     attention: Line
-    states: int
+    states: dict[int, Any]
     eager: Plane | None = None
     weights: Plane | None = None
 
@@ -199,9 +200,10 @@ def _follow(subject: Subject) -> Activations:
             _forward(model, subject.batch, length, cache)
         outside.append(held.most - before)
         attention.append(held.attention - before)
-    states = {kind: _bytes(layer) for kind, layer in zip(layers, cache.layers, strict=False)}
+    of_kind = dict(zip(layers, cache.layers, strict=False))
+    states = {index: of_kind[kind] for index, kind in enumerate(layers) if list(tensors_of(of_kind[kind]))}
     eager = _eager(model, subject.batch) if implementation == "eager" else ()
-    return Activations(implementation, _line(outside), _line(attention), sum(map(states.get, layers)), *eager)
+    return Activations(implementation, _line(outside), _line(attention), states, *eager)
 
 
 @functools.lru_cache(maxsize=512)
@@ -290,12 +292,6 @@ def _held(model: PreTrainedModel) -> Held:
 def _forward(model: PreTrainedModel, batch: int, length: int, cache: DynamicCache) -> None:
     ids = torch.empty(1, 1, dtype=torch.long, device="meta").expand(batch, length)
     language_model(model)(ids, use_cache=True, **{CACHE: cache})
-
-
-def _bytes(layer: Any) -> int:
-    """Bytes of the states that a layer of a cache holds; counts of tokens, which some are tensors, are none."""
-    held = [one for one in tree_leaves(vars(layer)) if isinstance(one, Tensor) and one.is_floating_point()]
-    return sum(one.untyped_storage().nbytes() for one in held)
 
 
 def _line(most: list[int]) -> Line:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..assets import embedded
 from ..config.config import LongCtxConfig, load_shipped
@@ -26,7 +26,8 @@ from .skeleton import make_skeleton
 def find(name: str, settings: MemorySettings, config: str | None = None) -> MemoryModel:
     """A model by a shipped config, a YAML, a local folder or a hub id (of which only config.json is read).
 
-    The ids of shipped configs are known: for them nothing is fetched, and config.json is read where it was before.
+    The ids of shipped configs are known: for them nothing is fetched where the config says how large the model is, and
+    config.json is read where it was before.
 
     Args:
         config: for a folder or hub id, what to patch with: a shipped name or id, or a YAML; None: "auto".
@@ -41,7 +42,7 @@ def find(name: str, settings: MemorySettings, config: str | None = None) -> Memo
     if named is not None:
         return _described(name, name, named, settings)
     known = None if os.path.isdir(name) or embedded(name) != name else find_name(name)
-    dense = _read(name, fetch=known is None)
+    dense = _read(name, fetch=known is None or _unsaid(load_shipped(known)) is not None)
     if dense is None:
         memory_model = _described(name, known, load_shipped(known), settings)
         return (
@@ -120,6 +121,19 @@ def _read(name: str, fetch: bool) -> Any:
         ) from None
 
 
+def _unsaid(named: LongCtxConfig) -> str | None:
+    """What takes memory in the model of a config and is not said in the config, in words; None for nothing."""
+    model = named.model
+    if model.full_attention_layers is not None:
+        return "what the layers keep that are not among full_attention_layers"
+    dense = AutoConfig.for_model(model.model_type)
+    if any("expert" in key and isinstance(value, int) and value > 1 for key, value in dense.to_dict().items()):
+        return f"how large and how many the experts of a {model.model_type} are"
+    if type(dense) not in AutoModelForCausalLM._model_mapping:
+        return f"how large the model around a {model.model_type} is"
+    return None
+
+
 def _described(name: str, known: str, named: LongCtxConfig, settings: MemorySettings) -> MemoryModel:
     """A model with the sizes of a config of ours, ``known``. Where a token is rotated to costs no memory."""
     model = named.model
@@ -131,6 +145,8 @@ def _described(name: str, known: str, named: LongCtxConfig, settings: MemorySett
     heads = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     sizes |= {key: getattr(model, key) for key in heads}
     find_family(model.model_type)
+    if (unsaid := _unsaid(named)) is not None:
+        raise ConfigError(f"{known} is a config, which does not say {unsaid}. Name the model's folder or hub id.")
     dense = AutoConfig.for_model(model.model_type, **sizes, sliding_window=None, tie_word_embeddings=False)
     shared = dense.vocab_size * dense.hidden_size * dtype_of(settings.dtype).itemsize
     note = (

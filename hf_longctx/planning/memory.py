@@ -24,7 +24,7 @@ from functools import cached_property
 from typing import Any
 
 from ..cache.plan import LayerPlan
-from ..cache.stock_layers import stock_layers
+from ..cache.stock_layers import stock_layers, tensors_of
 from ..config.config import LongCtxConfig
 from ..config.model import text_config
 from ..config.words import check_word, wrong
@@ -155,14 +155,16 @@ class MemoryModel:
 
     def kv(self, way: str, tokens: int) -> int:
         """Bytes of the cache of all sequences. With several chunks a growing buffer may have less spare room."""
-        windows = sum(self._windowed(tokens, window) for window in self._stock_windows) * self.kv_heads * self._slot
-        return sum(self.layer_bytes(plan, way, tokens) for plan in self.plans) + windows + self.activations.states
+        windowed = sum(self._windowed(tokens, window) for window in self.stock_windows.values())
+        states = (tensor for layer in self.activations.states.values() for tensor in tensors_of(layer))
+        others = windowed * self.kv_heads * self._slot + sum(one.numel() * one.element_size() for one in states)
+        return others + sum(self.layer_bytes(plan, way, tokens) for plan in self.plans)
 
     @cached_property
-    def _stock_windows(self) -> tuple[int, ...]:
-        """Tokens of the windows (or chunks) of layers that are not patched, which Transformers caches as it does."""
+    def stock_windows(self) -> dict[int, int]:
+        """Layer index -> tokens of its window or chunk, of the layers that are not patched and have keys."""
         others = stock_layers(self.text, {plan.layer_idx for plan in self.plans})
-        return tuple(one.sliding_window for one in others.values() if hasattr(one, "sliding_window"))
+        return {index: one.sliding_window for index, one in others.items() if hasattr(one, "sliding_window")}
 
     def layer_bytes(self, plan: Any, way: str, tokens: int) -> int:
         """Bytes of all KV heads of a layer, in all rows."""
@@ -225,7 +227,7 @@ class MemoryModel:
 
     @cached_property
     def _windows(self) -> set[int | None]:
-        return {*(plan.window for plan in self.plans), *self._stock_windows}
+        return {*(plan.window for plan in self.plans), *self.stock_windows.values()}
 
     def _dense_attention(self, chunk: int, tokens: int, window: int | None) -> tuple[int, int]:
         """Bytes that the dense attention of a layer holds beside its result, and that it leaves to the layer."""
