@@ -143,7 +143,8 @@ class Shadow:
 
         def shadow_attend(module, q, k, v, attention_mask, **kwargs):
             out, weights = attend(module, q, k, v, attention_mask, **kwargs)
-            self.check(module, q, k, out, kwargs)
+            if hasattr(module, "longctx_plan"):  # no layer that is left to Transformers
+                self.check(module, q, k, out, kwargs)
             return out, weights
 
         monkeypatch.setattr(LongCtxCache, "update", shadow_update)
