@@ -43,9 +43,9 @@ hf-longctx configs models
 ```
 
 Made by `hf-longctx configs models` from the files in `patches/`: {count} model types, by `config.model_type`. Each is
-tested on a tiny random model: all heads retrieval equals eager attention, streaming heads equal their definition. A
-type that the installed Transformers does not have cannot be loaded, patched or not. `hf-longctx configs` lists the
-checkpoints for which head maps ship.
+tested on a tiny random model: all heads retrieval equals eager attention, streaming heads equal their definition. That
+is done with Transformers 5.23 and 5.24; older ones do not have all of them, or a type is refused there in a sentence.
+`hf-longctx configs` lists the checkpoints for which head maps ship.
 
 Windows are the model's own: such a layer keeps its window, and none of its heads is a retrieval or streaming head.
 Scores are what attention adds to the product of queries and keys.
