@@ -33,8 +33,8 @@ class Form:
     @classmethod
     def of(cls, cache: LongCtxCache) -> Form:
         """That of a cache that has seen tokens."""
-        stores = [store for layer in cache.layers for store in layer.stores]
-        layer = cache.layers[0]
+        stores = [store for layer in cache.own for store in layer.stores]
+        layer = cache.own[0]
         specs: list[StoreSpec] = []
         for store in stores:
             if store.spec not in specs:  # one with a mapping among its fields has no hash

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,11 @@ from .dense_members import DenseCacheMembers
 from .layer import LayerKV, LongCtxLayer
 from .roll_back import RollBack
 from .sequences import SequenceOperations
+from .stock_layers import StockLayers, copied, stock_layers, tensors_of
 from .token_ids import TokenIds
 
 
-class LongCtxCache(SequenceOperations, RollBack, DenseCacheMembers, Cache):
+class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers, Cache):
     """KV cache of a patched model.
 
     Args:
@@ -50,9 +52,16 @@ class LongCtxCache(SequenceOperations, RollBack, DenseCacheMembers, Cache):
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
             raise CacheError(f"max_tokens must be a positive whole number of tokens, given {max_tokens!r}.")
         # Early-exit drafting lowers the number of layers for a while.
-        plans = patched.longctx_state.plans[: patched.config.num_hidden_layers]
+        count = patched.config.num_hidden_layers
+        plans = tuple(plan for plan in patched.longctx_state.plans if plan.layer_idx < count)
         slack = SLACK if rollback else 0
-        super().__init__(layers=[LongCtxLayer(plan, max_tokens, slack) for plan in plans])
+        self.own = [LongCtxLayer(plan, max_tokens, slack) for plan in plans]
+        self.blank = stock_layers(patched.config, {plan.layer_idx for plan in plans})
+        self.read: dict[int, int] = {}
+        self.reading = 0  # tokens after the forward that is being read
+        layers = {index: copied(layer) for index, layer in self.blank.items()}
+        layers |= {layer.plan.layer_idx: layer for layer in self.own}
+        super().__init__(layers=[layers[index] for index in range(count)])
         self.plans = plans
         self.model = weakref.ref(patched)
         self.max_tokens = max_tokens
@@ -67,10 +76,11 @@ class LongCtxCache(SequenceOperations, RollBack, DenseCacheMembers, Cache):
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        if any(tensor.is_inference() for layer in self.layers for tensor in layer.tensors()):
-            for layer in self.layers:  # copied or unpickled in inference mode, to be continued outside of it
+        if any(tensor.is_inference() for tensor in self.tensors()):
+            for layer in self.own:  # copied or unpickled in inference mode, to be continued outside of it
                 for store in layer.stores:
                     store.map_rows(torch.clone)
+            self.change_stock(torch.clone)
             self.token_ids.map_rows(torch.clone)
 
     def __repr__(self) -> str:
@@ -80,7 +90,7 @@ class LongCtxCache(SequenceOperations, RollBack, DenseCacheMembers, Cache):
     @property
     def is_initialized(self) -> bool:
         """Whether every layer has seen a forward."""
-        return all(layer.is_initialized for layer in self.layers)
+        return all(layer.is_initialized for layer in self.own)
 
     @property
     def max_cache_len(self) -> int:
@@ -90,35 +100,38 @@ class LongCtxCache(SequenceOperations, RollBack, DenseCacheMembers, Cache):
     @property
     def seen(self) -> int:
         """Tokens that went through every layer, pads included."""
-        return min(layer.seen for layer in self.layers)
+        return min(layer.seen for layer in self.own)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is held of keys, values and states."""
+        return (tensor for layer in self.layers for tensor in tensors_of(layer))
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that keys and values really take, spare room included; host memory counts, files do not.
 
-        Token ids (4 bytes each) are extra.
+        The states of layers without keys count as well. Token ids (4 bytes each) are extra.
         """
-        return storage_bytes(tensor for layer in self.layers for tensor in layer.tensors())
+        return storage_bytes(self.tensors())
 
     @property
     def nbytes_offloaded(self) -> dict[str, int]:
         """Bytes that stores keep outside of the device: ``in host memory`` (in ``nbytes`` as well) and ``on disk``."""
         found: dict[str, int] = {}
-        for place, count in (item for layer in self.layers for item in layer.offloaded()):
+        for place, count in (item for layer in self.own for item in layer.offloaded()):
             found[place] = found.get(place, 0) + count
         return found
 
     @property
     def nbytes_dense(self) -> int:
         """Bytes a dense cache would hold after the same tokens."""
-        return sum(
-            layer.dense_bytes_per_token * layer.seen * layer.batch for layer in self.layers if layer.is_initialized
-        )
+        filled = [layer for layer in self.own if layer.is_initialized]
+        return sum(layer.dense_bytes_per_token * layer.seen * layer.batch for layer in filled) + self.stock_nbytes
 
     @property
     def batch_size(self) -> int:
         """Rows of the cache, -1 before the first forward."""
-        return next((layer.batch for layer in self.layers if layer.is_initialized), -1)
+        return next((layer.batch for layer in self.own if layer.is_initialized), -1)
 
     @property
     def ids(self) -> Tensor | None:
@@ -158,11 +171,12 @@ class LongCtxCache(SequenceOperations, RollBack, DenseCacheMembers, Cache):
         self._check_room(rows)
         self._check_starts(rows)
         self.forward = forward
+        self.reading = rows.total
         self.token_ids.append(rows.past, ids)
 
     def check(self) -> None:
         """Raise CacheError when an earlier forward was interrupted."""
-        if (most := max(layer.seen for layer in self.layers)) != self.seen:
+        if (most := max(layer.seen for layer in self.own)) != self.seen:
             instead = "Call cache.crop(0) to go back to before it, or cache.reset()."
             if self.seen and self._stuck(self.seen) is not None:
                 instead = "Its streaming heads cannot go back: call cache.reset() and read the prompt again."
@@ -170,10 +184,11 @@ class LongCtxCache(SequenceOperations, RollBack, DenseCacheMembers, Cache):
                 f"the layers of this cache have seen between {self.seen} and {most} tokens: "
                 f"an earlier forward was interrupted. {instead}"
             )
+        self.refuse_ahead()
         self._refuse_half_written()
 
     def _refuse_half_written(self) -> None:
-        torn = [layer.plan.layer_idx for layer in self.layers if not layer.whole]
+        torn = [layer.plan.layer_idx for layer in self.own if not layer.whole]
         if torn:
             raise CacheError(
                 f"layer {torn[0]} of this cache was interrupted while it was written, so what it holds is not known. "
@@ -212,6 +227,9 @@ class LongCtxCache(SequenceOperations, RollBack, DenseCacheMembers, Cache):
         """
         layer = self.layers[layer_idx]
         new = key_states.shape[2]
+        if not isinstance(layer, LongCtxLayer):
+            self.read[layer_idx] = layer.get_seq_length() + new
+            return layer.update(key_states, value_states)
         forward = self.forward
         if forward is None or (forward.rows.past, forward.rows.new) != (layer.seen, new):
             forward = self.forward = Forward(Rows(key_states.shape[0], layer.seen, new, self.starts))
@@ -220,21 +238,26 @@ class LongCtxCache(SequenceOperations, RollBack, DenseCacheMembers, Cache):
         result = layer.update(*as_autocast(key_states, value_states), forward)
         self.starts = forward.rows.starts
         self.ends = forward.rows.ends
-        if layer_idx == len(self.layers) - 1:
+        if layer is self.own[-1]:
             self.forward = None  # with the tensors its layers shared
         return result, result
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen (not kept), pads included."""
-        return self.layers[layer_idx].seen if layer_idx < len(self.layers) else 0
+        if layer_idx >= len(self.layers):
+            return 0
+        layer = self.layers[layer_idx]
+        return layer.seen if isinstance(layer, LongCtxLayer) else self.seen
 
     def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
-        return self.layers[layer_idx].get_mask_sizes(query_length)
+        layer = self.layers[layer_idx]
+        return (layer if hasattr(layer, "get_mask_sizes") else self.own[0]).get_mask_sizes(query_length)
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
-        for layer in self.layers:
+        for layer in self.own:
             layer.reset()
+        self.reset_stock()
         self.token_ids.reset()
         self.forward = None
         self.starts = None
@@ -253,7 +276,9 @@ class LongCtxCache(SequenceOperations, RollBack, DenseCacheMembers, Cache):
         """
         self.check()
         other = type(self).__new__(type(self))
-        other.__dict__ |= vars(self) | {"layers": [layer.fork() for layer in self.layers], "forward": None}
+        layers = [layer.fork() if isinstance(layer, LongCtxLayer) else copied(layer) for layer in self.layers]
+        own = [layer for layer in layers if isinstance(layer, LongCtxLayer)]
+        other.__dict__ |= vars(self) | {"layers": layers, "own": own, "read": dict(self.read), "forward": None}
         other.token_ids = self.token_ids.fork()
         other.model = self.model
         return other
@@ -298,5 +323,4 @@ def cache_bytes(cache: Cache) -> int:
     """
     if isinstance(cache, LongCtxCache):
         return cache.nbytes
-    filled = (layer for layer in cache.layers if getattr(layer, "is_initialized", False))
-    return storage_bytes(tensor for layer in filled for tensor in (layer.keys, layer.values))
+    return storage_bytes(tensor for layer in cache.layers for tensor in tensors_of(layer))

@@ -19,17 +19,21 @@ from ..errors import CacheError, LongCtxError
 from ..io import tensor_file
 from ..io.atomic import check_place, written_whole
 from ..io.tensor_file import TensorFile
+from ..layout.forward import ForwardLog
 from ..layout.rows import Rows
 from ..stores._saved import SavedTensors, Told, short
 from .fingerprint import fingerprint
 from .finite import is_finite
 from .layer import SAVED as LAYER_SAVED
 from .plan import LayerPlan
+from .seam import CACHE
+from .stock_layers import restored_stock, saved_stock, stock_shapes
 from .weights import device_of
 
 FORMAT = "hf_longctx cache"
 VERSION = 2
 READS = ("1", str(VERSION))  # in 1 the history of a ring has all its slots at once
+STOCK = "stock"  # begins the names of tensors of layers that are not ours: "stock.0.conv_states.0"
 IDS = "ids"  # the tensor of token ids; those of layers are "layers.0.streaming...."
 SAVED = ("starts", "ends", "staggered")  # attributes of the cache itself
 PRIVATE = 0o600  # the file holds somebody's text
@@ -53,10 +57,12 @@ def save(cache: Any, path: str | os.PathLike, ids: Tensor | None, model: nn.Modu
         "kept": [],
     }
     tensors = {IDS: _ids_of(cache, ids, _known_ids(base)).to(torch.int32)}
-    for number, layer in enumerate(cache.layers):
+    for number, layer in enumerate(cache.own):
         kept, plain = layer.saved(cache.starts)
         tensors |= {f"layers.{number}.{name}": tensor for name, tensor in kept.items()}
         told["kept"].append(plain)
+    for index, layer in cache.stock.items():
+        tensors |= {f"{STOCK}.{index}.{name}": tensor for name, tensor in saved_stock(layer)}
     metadata = {"format": FORMAT, "version": str(VERSION), "told": json.dumps(told)}
     try:
         with written_whole(path, PRIVATE) as unfinished, unfinished.open("wb") as file:
@@ -90,8 +96,13 @@ def load(path: str | os.PathLike, model: nn.Module, make: type[AnyCache]) -> Any
         _check_same(told["model"], "was made with another model", json.loads(json.dumps(fingerprint(base))))
         cache = make(model, None if told["max_tokens"].value is None else told["max_tokens"].number(1))
         _check_layers(told["layers"], [describe(plan) for plan in cache.plans])
-        saved = _check(cache, told, file, base)
+        one_token = _one_token(make(model), base)
+        saved = _check(cache, told, file, base, one_token)
         _fill(cache, told["kept"].value, saved, file, base)
+        for index, layer in one_token.items():
+            cache.put_stock(
+                index, restored_stock(layer, cache.seen, lambda name, at=index: file[f"{STOCK}.{at}.{name}"])
+            )
     except RecursionError:
         raise CacheError(f"{path} is no file that cache.save wrote: what it says is nested too deeply.") from None
     except (MemoryError, RuntimeError) as error:  # torch's own where it gets no memory; all else was checked
@@ -103,12 +114,30 @@ def load(path: str | os.PathLike, model: nn.Module, make: type[AnyCache]) -> Any
     return cache
 
 
-def _check(cache: Any, told: Mapping[str, Told], file: TensorFile, base: nn.Module) -> dict[str, Any]:
+def _one_token(cache: Any, base: nn.Module) -> dict[int, Any]:
+    """Layer index -> what a layer of Transformers holds after one token of one sequence, which says its shapes."""
+    if not cache.blank:
+        return {}
+    state = base.longctx_state
+    before = dict(vars(state))
+    state.log = ForwardLog()
+    try:
+        with torch.no_grad():
+            device = device_of(base.get_input_embeddings(), base)
+            base(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), **{CACHE: cache}, use_cache=True)
+    finally:
+        vars(state).update(before)  # nobody asked for this forward
+    return cache.stock
+
+
+def _check(
+    cache: Any, told: Mapping[str, Told], file: TensorFile, base: nn.Module, one_token: Mapping[int, Any]
+) -> dict[str, Any]:
     """Raise CacheError unless the file can be one of this cache; attributes of the cache itself as it gives them.
 
     Nothing was allocated before, and no tensor was read but ids and indices, whose numbers are checked.
     """
-    layers = [layer.fields(*LAYER_SAVED, "dtype", "stores") for layer in told["kept"].items(len(cache.layers))]
+    layers = [layer.fields(*LAYER_SAVED, "dtype", "stores") for layer in told["kept"].items(len(cache.own))]
     seen = layers[0]["seen"].number(1, cache.max_tokens or MOST)
     batch = layers[0]["batch"].number(1)
     tensors = SavedTensors(str(file.path), file.shapes, file.__getitem__)
@@ -119,8 +148,11 @@ def _check(cache: Any, told: Mapping[str, Told], file: TensorFile, base: nn.Modu
     saved = _check_rows(told["cache"].fields(*SAVED), batch, seen)
     rows = Rows(batch, 0, seen, saved["starts"], saved["ends"])
     head_dim = model_facts(base.config)["head_dim"]
-    for number, (layer, plain) in enumerate(zip(cache.layers, layers, strict=True)):
+    for number, (layer, plain) in enumerate(zip(cache.own, layers, strict=True)):
         layer.check(plain, tensors, f"layers.{number}.", rows, head_dim=head_dim, staggered=saved["staggered"])
+    for index, layer in one_token.items():
+        for name, dtype, shape in stock_shapes(layer, batch, seen):
+            tensors.check(f"{STOCK}.{index}.{name}", dtype, *shape)
     tensors.close()
     return saved
 
@@ -144,7 +176,7 @@ def _fill(cache: Any, told: list[dict], saved: Mapping[str, Any], file: TensorFi
         for module in base.modules()
         if "longctx_plan" in vars(module)
     }
-    for number, (layer, plain) in enumerate(zip(cache.layers, told, strict=True)):
+    for number, (layer, plain) in enumerate(zip(cache.own, told, strict=True)):
         layer.restore(lambda name, at=number: file[f"layers.{at}.{name}"], plain, devices[layer.plan.layer_idx])
     vars(cache).update(saved)
     cache.token_ids.append(0, file[IDS].to(device_of(base.get_input_embeddings(), base)))

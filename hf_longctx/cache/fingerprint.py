@@ -33,6 +33,7 @@ def fingerprint(base: nn.Module) -> dict[str, Any]:
             class that does not show what it packs.
     """
     facts = model_facts(base.config)
+    facts.pop("full_attention_layers")  # the roles of the layers say it
     dimensions = {**facts.pop("fingerprint"), **facts}
     rope = json.dumps(getattr(base.config, "rope_parameters", None), sort_keys=True)
     adapters, _ = _adapters(base)

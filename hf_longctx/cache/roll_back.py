@@ -31,8 +31,11 @@ class RollBack:
         self._refuse_half_written()
         if (stuck := self._stuck(target)) is not None:
             raise CacheError(self._no_way_back(stuck, target))
-        for layer in self.layers:
+        if target < min(self.oldest_stock_crop, seen):
+            raise CacheError(self._no_way_back_of_stock(target))
+        for layer in self.own:
             layer.crop_to(Rows(max(self.batch_size, 1), 0, layer.seen, self.starts), target)
+        self.crop_stock(seen - target)
         if self.starts is not None:
             self.starts = tuple(min(start, target) for start in self.starts)
         if self.ends is not None:
@@ -42,7 +45,7 @@ class RollBack:
 
     def _stuck(self, target: int) -> LongCtxLayer | None:
         """The first layer that cannot be cropped to ``target`` tokens."""
-        return next((layer for layer in self.layers if target < min(layer.oldest_crop, layer.seen)), None)
+        return next((layer for layer in self.own if target < min(layer.oldest_crop, layer.seen)), None)
 
     def _no_way_back(self, layer: LongCtxLayer, target: int) -> str:
         """Why ``layer`` cannot be cropped to ``target`` tokens."""
@@ -59,19 +62,31 @@ class RollBack:
             "taken back, so drafts must not be longer). Call cache.reset() and read the prompt again."
         )
 
+    def _no_way_back_of_stock(self, target: int) -> str:
+        """Why the layers that Transformers computes cannot be cropped to ``target`` tokens."""
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in self.stock.values()}))
+        return (
+            f"cannot crop from {self.seen} to {target} tokens: this model has layers whose cache ({kinds}) cannot take "
+            "back what it has read, in Transformers as well. Call cache.reset() and read the prompt again, or fork() "
+            "the cache before what may be taken back. Drafts (assistant_model, prompt lookup) cannot be used."
+        )
+
     @property
     def oldest_crop(self) -> int:
         """Fewest tokens that `crop` can still go back to, but for 0; more than were seen where it cannot at all."""
-        return max(layer.oldest_crop for layer in self.layers)
+        return max(self.oldest_stock_crop, *(layer.oldest_crop for layer in self.own))
 
     def activate_past_recording(self) -> None:
         """Let streaming heads remember what they drop from now on: for a cache made with ``rollback=False``."""
         for layer in self.layers:
-            layer.activate_past_recording()
+            getattr(layer, "activate_past_recording", bool)()
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """Whether the streaming heads of a layer remember what they drop."""
-        return all(store.slack for store in self.layers[layer_idx].stores)
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, LongCtxLayer):
+            return getattr(layer, "record_past", False)
+        return all(store.slack for store in layer.stores)
 
 
 def whole(number: int | Tensor, method: str) -> int:

@@ -18,8 +18,13 @@ class SequenceOperations:
     @property
     def stagger_room(self) -> int:
         """How far `stagger` can take rows back: tokens."""
-        stores = [store for layer in self.layers for store in layer.stores]
-        if any(self.starts or ()) or self.ends or not all(store.staggers and not store.state for store in stores):
+        stores = [store for layer in self.own for store in layer.stores]
+        if (
+            self.blank
+            or any(self.starts or ())
+            or self.ends
+            or not all(store.staggers and not store.state for store in stores)
+        ):
             return 0
         return max(0, self.seen - max(1, self.oldest_crop))
 
@@ -41,7 +46,7 @@ class SequenceOperations:
             )
         if not any(pads):
             return
-        for layer in self.layers:
+        for layer in self.own:
             layer.stagger(Rows(self.batch_size, 0, layer.seen), pads)
         self.token_ids.stagger(pads)
         self.starts = tuple(pads)
@@ -85,10 +90,11 @@ class SequenceOperations:
             rows = picked.tolist()
             self.starts = self.starts and tuple(self.starts[row] for row in rows)
             self.ends = self.ends and tuple(self.ends[row] for row in rows)
-        filled = [layer for layer in self.layers if layer.is_initialized]
+        filled = [layer for layer in self.own if layer.is_initialized]
         for layer in filled:
             layer.whole = False  # also where this is interrupted between two layers
         for layer in filled:
             layer.map_rows(change, picked.numel())
+        self.change_stock(change)
         self.token_ids.map_rows(change)
         self.forward = None

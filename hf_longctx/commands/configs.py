@@ -15,6 +15,7 @@ from rich.text import Text
 from ..config.config import LongCtxConfig, load_shipped
 from ..config.files import shipped
 from ..config.find import is_file_name, resolve, shipped_name
+from ..config.head_map import NONE
 from ..config.ranking import ranked, readme_table
 from ..config.words import spec_word
 from ..errors import ConfigError
@@ -24,7 +25,7 @@ from ._options import short_names
 app = typer.Typer(help="The shipped configs, one per checkpoint: a list without a command, or one of them.")
 
 LENGTHS = {"32k": 32768, "128k": 131072}  # tokens
-MARKS = {"R": "R", "S": "."}  # told apart without colour too
+MARKS = {"R": "R", "S": ".", NONE: "-"}  # told apart without colour too
 SHADES = ("bold green", "green", "yellow", "bright_black")  # of the quarters of all heads, best scores first
 
 SHARE = "Draw this share of retrieval heads, 0 to 1. Or --fraction."
@@ -144,8 +145,10 @@ def _head_map(console: Console, config: LongCtxConfig) -> None:
     scores = config.heads.active.scores
     roles = config.roles()
     gap = " " if 2 * len(roles[0]) + 12 <= console.width else ""
-    shades = _shades(scores) if scores is not None else [[""] * len(row) for row in roles]
+    shades = _shades(scores, config.layers) if scores is not None else [[""] * len(row) for row in roles]
     console.print(f"\n{MARKS['R']} retrieval: keeps every token    {MARKS['S']} streaming: keeps a constant number")
+    if len(config.layers) < len(roles):
+        console.print(f"{MARKS[NONE]} no role: in this layer the model itself does not read the whole text")
     if scores is not None:
         names = ("best", "second", "third", "last")
         legend = Text("colours: ").append_text(
@@ -160,11 +163,14 @@ def _head_map(console: Console, config: LongCtxConfig) -> None:
         console.print(line.append(f"  {row.count('R')}"), highlight=False, soft_wrap=True)
 
 
-def _shades(scores: tuple[tuple[float, ...], ...]) -> list[list[str]]:
-    """The colour of every head by its rank; equal scores have one colour."""
-    ranked = sorted((score for row in scores for score in row), reverse=True)
+def _shades(scores: tuple[tuple[float, ...], ...], layers: tuple[int, ...]) -> list[list[str]]:
+    """The colour of every head by its rank among those of ``layers``, equal scores alike; of other heads none."""
+    ranked = sorted((score for layer in layers for score in scores[layer]), reverse=True)
     first = {score: place for place, score in reversed(list(enumerate(ranked)))}
-    return [[SHADES[first[score] * len(SHADES) // len(ranked)] for score in row] for row in scores]
+    return [
+        [SHADES[first[score] * len(SHADES) // len(ranked)] if layer in layers else "" for score in row]
+        for layer, row in enumerate(scores)
+    ]
 
 
 def _origin(config: LongCtxConfig) -> str:

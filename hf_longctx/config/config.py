@@ -15,6 +15,7 @@ import yaml
 from ..errors import ConfigError
 from .bounds import MOST
 from .files import merge, read_file, read_shipped
+from .head_map import NONE
 from .model import ModelSection, made_for, model_facts
 from .sections import DecodeSection, HeadsSection, PrefillSection, StoresSection, check_counts, check_rows
 from .words import check_mapping, check_word, dump, make, register_first, words
@@ -52,7 +53,7 @@ class LongCtxConfig:
         layers = self.model.num_hidden_layers
         model = self.model
         check_word(self.kernel, kernel_words(), "kernel", register_first("kernels", self.kernel))
-        self.heads.check_shape(layers, model.num_key_value_heads)
+        self.heads.check_shape(layers, model.num_key_value_heads, model.full_attention_layers)
         for name, table in self.prefill.tables.items():
             where = f"prefill.tables.{name}.map"
             check_rows(table.map, layers, model.num_attention_heads, where, "query heads")
@@ -119,13 +120,28 @@ class LongCtxConfig:
         return type(self).from_dict(merge(self.to_dict(), sections))
 
     def roles(self) -> tuple[str, ...]:
-        """One text per layer, a letter R (retrieval) or S (streaming) per KV head, of the whole model."""
+        """One text per layer of the whole model, a letter per KV head: R (retrieval), S (streaming), or ``-``.
+
+        ``-``: a layer that is not among ``model.full_attention_layers``; its heads have no role.
+        """
         return self._roles
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose heads have roles."""
+        own = self.model.full_attention_layers
+        return tuple(range(self.model.num_hidden_layers)) if own is None else own
+
+    @property
+    def scores(self) -> tuple[tuple[float, ...], ...] | None:
+        """The scores in use, ``[layers][KV heads]``, of the layers whose heads have roles; None for roles alone."""
+        rows = self.heads.active.scores
+        return None if rows is None else tuple(rows[layer] for layer in self.layers)
+
+    @property
     def kv_heads(self) -> int:
-        """Number of KV heads of all layers."""
-        return self.model.num_hidden_layers * self.model.num_key_value_heads
+        """Number of KV heads that have roles, of all layers."""
+        return len(self.layers) * self.model.num_key_value_heads
 
     @property
     def retrieval_heads(self) -> int:
@@ -137,18 +153,21 @@ class LongCtxConfig:
         form = (self.heads.kv_budget_tokens, self.model.head_dim, ITEMSIZE)
         stores = (self.stores.streaming, self.stores.retrieval)
         token = 2 * self.model.head_dim * ITEMSIZE
-        return self.heads.roles_for(*(Fraction(store.nbytes(*form).device, token) for store in stores))
+        return self.heads.roles_for(
+            *(Fraction(store.nbytes(*form).device, token) for store in stores), self.model.full_attention_layers
+        )
 
     def kv_bytes(self, tokens: int, number_bytes: int = ITEMSIZE) -> tuple[int, int]:
         """(bytes of a dense KV cache, bytes of what the heads cache) of one sequence after ``tokens`` tokens.
 
-        The spare room of growing buffers and a model's own sliding windows, which cache less, are not in it.
+        The spare room of growing buffers is not in it, nor are layers whose heads have no role. Where
+        ``model.full_attention_layers`` does not say which those are, a model's own sliding windows count as if whole.
 
         Args:
             number_bytes: bytes of one element: 2 for bf16 and fp16.
         """
         stores = {"R": self.stores.retrieval, "S": self.stores.streaming}
-        heads = "".join(self.roles())
+        heads = "".join(self.roles()).replace(NONE, "")
         form = (tokens, self.model.head_dim, number_bytes)
         kept = sum(heads.count(letter) * store.nbytes(*form).device for letter, store in stores.items())
         return 2 * len(heads) * tokens * self.model.head_dim * number_bytes, kept
@@ -196,9 +215,12 @@ class LongCtxConfig:
         """
         facts = model_facts(hf_config)
         fingerprint = facts.pop("fingerprint")
+        own = facts.pop("full_attention_layers")
         tokens = made_for(hf_config)
         if type(tokens) is int and 0 < tokens <= MOST:
             facts["max_position_embeddings"] = tokens
+        if own is not None:
+            facts["full_attention_layers"] = list(own)
         facts["fingerprint"] = fingerprint
         make(ModelSection, facts, "model")
         return facts

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from .checks import LONGEST, check_word, short, wrong
 from .config import LongCtxConfig, load_shipped
 from .files import shipped, shipped_model
-from .model import ModelSection
+from .model import ModelSection, text_config
 from .words import make
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _models() -> dict[str, ModelSection]:
 
 
 def _auto(hf_config: Any, name_or_path: str) -> LongCtxConfig:
-    own = getattr(hf_config, "longctx", None)
+    own = getattr(text_config(hf_config), "longctx", None)
     if own is not None and own is not False:
         try:
             found = LongCtxConfig.from_dict(own)

@@ -1,6 +1,7 @@
 """Scores -> the role of every KV head: a pure function of the config, the same on 1 or N processes.
 
-Roles are one text per layer with one letter per KV head: ``R`` retrieval, ``S`` streaming.
+Roles are one text per layer with one letter per KV head: ``R`` retrieval, ``S`` streaming, ``-`` in a layer whose
+heads have none because the model itself does not let them read the whole text.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 from ..errors import ConfigError
 from .bounds import LARGEST
+
+NONE = "-"  # in place of a role
 
 
 class Unit(NamedTuple):
@@ -35,6 +38,7 @@ def assign(
     balance: int = 1,
     granularity: str = "kv_head",
     confidence: str = "measured",
+    among: Sequence[int] | None = None,
 ) -> tuple[str, ...]:
     """Roles of all KV heads, best scores first; of tied scores the lower layer, then the lower head.
 
@@ -51,15 +55,18 @@ def assign(
         streaming_tokens: tokens a streaming head caches at most, as many as have its bytes in a dense cache.
         retrieval_tokens: the same of a retrieval head, at ``kv_budget_tokens`` tokens; None: all of those.
         confidence: with ``"none"`` no cut may fall between tied scores; else none between zeros.
+        among: the layers whose heads have roles; None: all of them.
 
     Raises:
-        ConfigError: wrong scores, a balance that does not divide, a budget nothing fits, a cut between tied scores.
+        ConfigError: wrong scores, a dense layer whose heads have no role, a balance that does not divide, a budget
+            nothing fits, a cut between tied scores.
     """
     if (fraction is None) == (kv_budget is None):
         raise ConfigError("heads: expected exactly one of retrieval_fraction and kv_budget.")
-    layers, width = _check(scores, dense_layers, balance)
-    units = [unit for layer in range(layers) for unit in _units(scores[layer], layer, balance, granularity)]
-    total = layers * width
+    layers, width = _check(scores, dense_layers, balance, among)
+    own = range(layers) if among is None else among
+    units = [unit for layer in own for unit in _units(scores[layer], layer, balance, granularity)]
+    total = len(own) * width
     size = len(units[0].heads)
     always = [unit for unit in units if unit.layer in dense_layers]
     ranked = sorted((u for u in units if u.layer not in dense_layers), key=lambda u: (-u.score, u.layer, u.rank))
@@ -76,21 +83,32 @@ def assign(
     cut = max(0, wanted - len(always))
     _check_cut(ranked, cut, len(always), total, confidence)
     chosen = {(unit.layer, head) for unit in always + ranked[:cut] for head in unit.heads}
-    return tuple("".join("R" if (layer, h) in chosen else "S" for h in range(width)) for layer in range(layers))
+    rows = {layer: "".join("R" if (layer, h) in chosen else "S" for h in range(width)) for layer in own}
+    return tuple(rows.get(layer, NONE * width) for layer in range(layers))
 
 
 def given(
-    roles: Sequence[str], *, dense_layers: Sequence[int] = (), balance: int = 1, granularity: str = "kv_head"
+    roles: Sequence[str],
+    *,
+    dense_layers: Sequence[int] = (),
+    balance: int = 1,
+    granularity: str = "kv_head",
+    among: Sequence[int] | None = None,
 ) -> tuple[str, ...]:
-    """Roles that a config states itself, with ``dense_layers`` made retrieval.
+    """Roles that a config states itself, with ``dense_layers`` made retrieval; ``among`` as in `assign`.
 
     Raises:
-        ConfigError: rows of unequal length, other letters than R and S, or rows that break balance or granularity.
+        ConfigError: rows of unequal length, other letters than R and S, rows that break balance or granularity, or a
+            dense layer whose heads have no role.
     """
-    _, width = _check(roles, dense_layers, balance)
-    rows = tuple("R" * width if layer in dense_layers else row for layer, row in enumerate(roles))
+    layers, width = _check(roles, dense_layers, balance, among)
+    rows = ["R" * width if layer in dense_layers else row for layer, row in enumerate(roles)]
     step = width // balance
-    for layer, row in enumerate(rows):
+    for layer in range(layers):
+        if among is not None and layer not in among:
+            rows[layer] = NONE * width
+            continue
+        row = rows[layer]
         if set(row) - {"R", "S"}:
             raise ConfigError(f"heads.roles[{layer}]: got {row!r}, expected only the letters R and S.")
         if granularity == "layer" and len(set(row)) > 1:
@@ -98,7 +116,7 @@ def given(
         counts = {row[i : i + step].count("R") for i in range(0, width, step)}
         if len(counts) > 1:
             raise ConfigError(f"heads.roles[{layer}]: got {row!r}, expected equally many R in {balance} equal slices.")
-    return rows
+    return tuple(rows)
 
 
 def heads_in_budget(
@@ -158,7 +176,9 @@ def slice_roles(roles: str, rank: int, size: int) -> str:
     return roles[rank * step : (rank + 1) * step]
 
 
-def _check(rows: Sequence[Sequence], dense_layers: Sequence[int], balance: int) -> tuple[int, int]:
+def _check(
+    rows: Sequence[Sequence], dense_layers: Sequence[int], balance: int, among: Sequence[int] | None
+) -> tuple[int, int]:
     if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
         raise ConfigError(f"heads: got rows of {sorted({len(r) for r in rows})} KV heads, expected equal rows.")
     if any(not isinstance(row, str) and not all(-LARGEST <= score <= LARGEST for score in row) for row in rows):
@@ -168,6 +188,11 @@ def _check(rows: Sequence[Sequence], dense_layers: Sequence[int], balance: int) 
     for i, layer in enumerate(dense_layers):
         if not 0 <= layer < layers:
             raise ConfigError(f"heads.dense_layers[{i}]: got {layer}, expected a layer from 0 to {layers - 1}.")
+        if among is not None and layer not in among:
+            raise ConfigError(
+                f"heads.dense_layers[{i}]: got {layer}, whose heads do not read the whole text in the model itself; "
+                f"expected one of model.full_attention_layers {list(among)}."
+            )
     if balance < 1 or width % balance:
         raise ConfigError(f"heads.balance: got {balance}, expected a divisor of the {width} KV heads.")
     return layers, width

@@ -95,9 +95,12 @@ class HeadsSection(Alternative):
             return "the confidence of this head map is low: hf-longctx eval says what it costs"
         return "the confidence of this head map is none: nobody measured these heads (hf-longctx identify does)"
 
-    def roles_for(self, streaming_tokens: Fraction, retrieval_tokens: Fraction) -> tuple[str, ...]:
+    def roles_for(
+        self, streaming_tokens: Fraction, retrieval_tokens: Fraction, among: tuple[int, ...] | None = None
+    ) -> tuple[str, ...]:
         """Roles per layer; see `head_map.assign` for what a head of each role caches at ``kv_budget_tokens``."""
         form = {"dense_layers": self.dense_layers, "balance": self.balance, "granularity": self.granularity}
+        form["among"] = among
         if self.active.roles is not None:
             return head_map.given(self.active.roles, **form)
         return head_map.assign(
@@ -111,15 +114,19 @@ class HeadsSection(Alternative):
             **form,
         )
 
-    def check_shape(self, layers: int, width: int) -> None:
-        """Raise ConfigError unless every map, used or not, is ``[layers][width]`` (letters R and S in roles)."""
+    def check_shape(self, layers: int, width: int, among: tuple[int, ...] | None = None) -> None:
+        """Raise ConfigError unless every map, used or not, is ``[layers][width]`` (letters R and S in roles).
+
+        In layers that are not ``among`` those with roles there may be any number, or a ``-``.
+        """
         maps = {"heads": self} | {f"heads.alternatives.{name}": one for name, one in self.alternatives.items()}
         for path, one in maps.items():
             name, unit = ("scores", "KV heads") if one.roles is None else ("roles", "letters R or S, one per KV head")
             rows = getattr(one, name)
             check_rows(rows, layers, width, f"{path}.{name}", unit)
             for i, row in enumerate(rows):
-                if one.roles is not None and set(row) - {"R", "S"}:
+                letters = {"R", "S"} if among is None or i in among else {"R", "S", head_map.NONE}
+                if one.roles is not None and set(row) - letters:
                     raise wrong(f"{path}.roles[{i}]", row, "only the letters R (retrieval) and S (streaming)")
 
 

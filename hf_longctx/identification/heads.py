@@ -220,4 +220,4 @@ def _fraction(config: LongCtxConfig, wanted: float | None) -> float:
     if wanted is not None:
         return wanted
     default = 0.25 if config.model.num_attention_heads == config.model.num_key_value_heads else 0.5
-    return usable_fraction(config.heads.scores, default)
+    return usable_fraction(config.scores, default)

@@ -150,7 +150,7 @@ class ShareSearch:
 
     def smallest(self, model: torch.nn.Module, config: LongCtxConfig) -> tuple[float, list[dict[str, float]]]:
         """(share of retrieval heads, the measured curve) for the scores of ``config``, which fits ``model``."""
-        scores = np.array(config.heads.scores)
+        scores = np.array(config.scores)
 
         def measure(heads: int) -> Quality:
             with patched(model, config, heads={"retrieval_fraction": round(heads / scores.size, 6)}):

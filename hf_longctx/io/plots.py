@@ -67,7 +67,7 @@ def head_map(config: LongCtxConfig) -> Figure:
     left.set_title("rank of the score; outlined: retrieval heads", fontsize=9)
     bar = figure.colorbar(image, ax=left, ticks=[0, 0.5, 1], pad=0.02)
     bar.ax.set_yticklabels(["lowest", "middle", "highest"], fontsize=8)
-    _sorted(right, active.scores, roles, active.source.get("method", "score"))
+    _sorted(right, config.scores, [roles[layer] for layer in config.layers], active.source.get("method", "score"))
     return figure
 
 

@@ -52,21 +52,37 @@ class StockMask:
 
 
 def attend_as_stock(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | StockMask | None, **kwargs
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | StockMask | None,
+    *,
+    patched: bool = False,
+    **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer of a model that is not patched, as sdpa computes it.
+    """Attention of one layer as sdpa computes it: of a model that is not patched, or one that a patch leaves alone.
+
+    Args:
+        patched: it is a layer of a patched model.
 
     Raises:
         UnsupportedModeError: the module asks for what sdpa does not compute.
     """
     unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if unknown and patched:
+        raise UnsupportedModeError(
+            f"layer {module.layer_idx} ({type(module).__name__}) is left to Transformers' sdpa in a patched model, "
+            f"which does not compute {', '.join(unknown)}. Run it dense: model.set_attn_implementation('eager')."
+        )
     if unknown:
         raise UnsupportedModeError(
             f"{type(module).__name__} is not patched and was given the attention 'longctx', most likely by "
             "attn_implementation=other.config._attn_implementation of a patched model. There it runs as on 'sdpa', "
             f"which does not compute {', '.join(unknown)}. Load it with attn_implementation='eager'."
         )
-    _tell(module)
+    if not patched:
+        _tell(module)
     mask = attention_mask.mask if isinstance(attention_mask, StockMask) else attention_mask
     return ALL_ATTENTION_FUNCTIONS[STOCK](module, query, key, value, mask, **kwargs)
 

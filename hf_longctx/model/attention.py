@@ -60,9 +60,11 @@ def attend(
     """
     plan: LayerPlan | None = getattr(module, "longctx_plan", None)
     call: Forward | None = key.forward if isinstance(key, LayerKV) else kwargs.get(FORWARD)
-    if plan is None and call is None:
+    left_alone = getattr(module, "longctx_stock", False)
+    if plan is None and (call is None or left_alone):
+        kwargs.pop(FORWARD, None)
         more = {"scaling": scaling, "dropout": dropout, **kwargs}
-        return attend_as_stock(module, query, key, value, attention_mask, **more)
+        return attend_as_stock(module, query, key, value, attention_mask, patched=left_alone, **more)
     if plan is None or call is None:
         _refuse_place(module, call, kwargs)
     _check_call(module, plan, attention_mask, dropout, kwargs)

@@ -16,6 +16,7 @@ from ..config.words import registered, words
 from ..errors import ConfigError, UnsupportedModelError
 
 SLIDING = Literal["none", "all", "layer_types"]
+PATCHED = ("full_attention", "sliding_attention")  # words of config.layer_types
 # Not ``first_bias``: one decoded token's segments do not say where a padded sequence has its first token, nor whether a
 # window still has it.
 MAPPED = ("softcap", "sinks")
@@ -32,7 +33,8 @@ class Family:
             cache's ``update`` returned, to the registered attention function untouched.
         key_projection: attribute of the attention module, read for the KV heads of this process.
         sliding: which layers see a sliding window: none, all when ``config.sliding_window`` is set, or those that
-            ``config.layer_types`` names.
+            ``config.layer_types`` names. Layers to which it gives another type than full or sliding attention (chunked
+            attention) go on as Transformers computes them.
         scores: keyword that its attention passes to the attention function -> field of
             `hf_longctx.layout.scores.Scores`: ``{"softcap": "softcap", "s_aux": "sinks"}``. Any other is refused.
 
@@ -55,6 +57,10 @@ class Family:
             check_word(one, MAPPED, where)
         if len(set(mapped)) < len(mapped):
             raise ConfigError(f"{where}: got {dict(self.scores)}, expected at most one keyword for each field.")
+
+    def has_roles(self, config, layer_idx: int) -> bool:
+        """Whether a layer with attention is patched; one that reads the text in another way is left to Transformers."""
+        return self.sliding != "layer_types" or config.layer_types[layer_idx] in PATCHED
 
     def window(self, config, layer_idx: int) -> int | None:
         """Tokens of the layer's own sliding window, or None."""

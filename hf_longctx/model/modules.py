@@ -36,7 +36,10 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     """
     inner = unwrap(model)
     decoder = inner.get_decoder()
-    return (decoder if isinstance(decoder, PreTrainedModel) else inner).base_model
+    base = (decoder if isinstance(decoder, PreTrainedModel) else inner).base_model
+    # Llama 4's model with a head has another base_model_prefix than the attribute that holds its base model.
+    within = getattr(base, "model", None)
+    return within if isinstance(within, PreTrainedModel) else base
 
 
 def name_of(model: nn.Module) -> str:
@@ -52,7 +55,7 @@ def state_of(model: nn.Module) -> PatchState | None:
 
 
 def attention_modules(base: nn.Module, family: Family) -> list[nn.Module]:
-    """The attention modules of the base model, by layer index."""
+    """The attention modules of the base model, by layer index; a layer without attention has none."""
     layers = getattr(base, family.layers, None)
     modules = [getattr(layer, family.attention) for layer in layers or () if hasattr(layer, family.attention)]
     wrapper = next((type(module).__name__ for module in modules if not hasattr(module, "layer_idx")), None)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..cache.stock_layers import stock_layers
 from ..config.config import LongCtxConfig
 from ..config.find import resolve
 from ..config.words import spec_word
@@ -96,9 +97,16 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
     """Patch with a config that fits: all plans are made before anything is changed."""
     inner = unwrap(model)
     base = language_model(model)
-    modules = attention_modules(base, family)
+    every = attention_modules(base, family)
+    modules = [module for module in every if family.has_roles(base.config, module.layer_idx)]
+    if not modules:
+        raise UnsupportedModelError(
+            f"no layer of this {base.config.model_type} has attention over the whole text or over a sliding window, so "
+            "there is nothing to patch."
+        )
     check_transformers(inner, base, attention_copies(modules[0], family)[0])
     plans = [make_plan(module, settings, family, base.config) for module in modules]
+    stock_layers(base.config, {plan.layer_idx for plan in plans})  # refuses a model whose other layers have no place
     for store in [role.store for plan in plans for role in plan.roles if role.prefill is not None]:
         if not store.reads_all:
             raise UnsupportedModeError(
@@ -122,6 +130,8 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
         for part in attention_copies(module, family):
             part.longctx_plan = plan
             part.config = private
+    for module in every:
+        module.longctx_stock = module not in modules
     base.longctx_state = PatchState(settings, configs, tuple(plans), weakref.ref(model))
     if settings.heads.source and settings.heads.confidence == "none" and "S" not in "".join(settings.roles()):
         base.longctx_state.note(UNMEASURED)
@@ -154,6 +164,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         for holder in (whole, model):
             one.put_back(holder)
     for module in base.modules():
+        module.__dict__.pop("longctx_stock", None)
         if module.__dict__.pop("longctx_plan", None) is not None:
             module.config = state.original
     for key, hook in list(base._forward_pre_hooks.items()):

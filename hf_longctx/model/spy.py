@@ -12,7 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from ..cache.seam import CACHE
 from .attention import KNOWN
-from .family import Family
+from .family import SLIDING, Family
 
 NAME = "longctx_spy"
 SCORES = {"softcap": "softcap", "s_aux": "sinks"}
@@ -110,59 +110,79 @@ class Spy:
 
 def candidate(spy: Spy, model: PreTrainedModel) -> Family | str:
     """The record that says what was seen; or, in words, why there is none."""
-    if (reason := _without(spy, model)) is not None:
+    if not spy.calls:
+        return _own_code(model)
+    sliding, calls = _sliding(spy.calls, model.config)
+    if (reason := _unsaid(calls, spy)) is not None:
         return reason
-    call = spy.calls[0]
-    attention = model.get_submodule(call.place)
+    if sliding is None:
+        windows = ", ".join(f"{one.layer}: {one.window}" for one in calls)
+        return f"its layers see windows (layer: tokens, {windows}) that neither sliding_window nor layer_types says"
+    attention = model.get_submodule(calls[0].place)
     name = type(attention).__name__
-    places = {place.groups() if (place := PLACE.fullmatch(one.place)) else one.place for one in spy.calls}
-    if len(places) != 1 or not PLACE.fullmatch(call.place):
+    places = {place.groups() if (place := PLACE.fullmatch(one.place)) else () for one in calls}
+    if len(places) != 1 or () in places:
         return (
-            f"its attention is at '{call.place}' of the {type(model).__name__}, and a record can only say "
+            f"its attention is at '{calls[0].place}' of the {type(model).__name__}, and a record can only say "
             "'LAYERS[i].ATTENTION'"
         )
+    layers, place = places.pop()
+    beside = {
+        type(one).__name__
+        for layer in getattr(model, layers)
+        if not hasattr(one := getattr(layer, place, attention), "layer_idx")
+    }
+    if beside:
+        return f"its layers keep something else ({', '.join(sorted(beside))}) where others keep their attention"
     if CACHE not in inspect.signature(type(attention).forward).parameters:
         return f"the forward of its {name} takes no '{CACHE}'"
-    sliding = _sliding(spy.calls, model.config)
-    if sliding is None:
-        windows = ", ".join(f"{one.layer}: {one.window}" for one in spy.calls)
-        return f"its layers see windows (layer: tokens, {windows}) that neither sliding_window nor layer_types says"
-    if (projection := _key_projection(attention, call)) is None:
+    if (projection := _key_projection(attention, calls[0])) is None:
         return f"its {name} has no projection that makes the keys; it has {', '.join(attention._modules) or 'none'}"
-    scores = {name: SCORES[name] for one in spy.calls for name in sorted(one.asked)}
-    return Family(model.config.model_type, *places.pop(), projection, sliding, scores)
+    scores = {name: SCORES[name] for one in calls for name in sorted(one.asked)}
+    return Family(model.config.model_type, layers, place, projection, sliding, scores)
 
 
-def _without(spy: Spy, model: PreTrainedModel) -> str | None:
-    """Why no record can help."""
-    if not spy.calls:
-        own = sorted({type(one).__name__ for one in model.modules() if "Attention" in type(one).__name__})
-        if not own:
-            return "none of its layers is attention over the text, so no head can have a role"
-        return f"its attention ({', '.join(own)}) is computed in its own code, past Transformers' attention interface"
-    asked = sorted(frozenset().union(*(call.asked for call in spy.calls)) - SCORES.keys())
+def _own_code(model: PreTrainedModel) -> str:
+    """Why the attention function was never called."""
+    own = sorted({type(one).__name__ for one in model.modules() if "Attention" in type(one).__name__})
+    if not own:
+        return "none of its layers is attention over the text, so no head can have a role"
+    return f"its attention ({', '.join(own)}) is computed in its own code, past Transformers' attention interface"
+
+
+def _unsaid(calls: list[Call], spy: Spy) -> str | None:
+    """What was seen and no record can say."""
+    asked = sorted(frozenset().union(*(call.asked for call in calls)) - SCORES.keys())
     if asked:
         return f"it asks its attention function for {', '.join(asked)}, which patched attention does not compute"
-    if any(call.own_mask for call in spy.calls):
+    if any(call.layer is None for call in calls):
+        return f"its attention at '{next(one.place for one in calls if one.layer is None)}' has no layer_idx"
+    if any(call.own_mask for call in calls):
         return "it makes attention masks of its own, which ask for more than causal attention over padded sequences"
-    if len({call.kv_heads for call in spy.calls}) > 1:
+    if len({call.kv_heads for call in calls}) > 1:
         return "its layers have different numbers or sizes of KV heads"
-    if shared := [call.layer for call in spy.calls if call.layer not in spy.returned]:
+    if shared := [call.layer for call in calls if call.layer not in spy.returned]:
         return f"its layers {shared} cache no keys and values: they read those of other layers"
-    if other := {call.layer for call in spy.calls if not call.cached}:
+    if states := [call.layer for call in calls if hasattr(spy.cache.layers[call.layer], "conv_states")]:
+        return f"its layers {states} keep states of linear attention beside keys and values"
+    if other := {call.layer for call in calls if not call.cached}:
         return f"its layers {sorted(other)} hand other keys and values to the attention function than those they cached"
     return None
 
 
-def _sliding(calls: list[Call], config: Any) -> str | None:
-    """The word of `Family.sliding` that gives every layer the window it was seen with."""
+def _sliding(calls: list[Call], config: Any) -> tuple[SLIDING | None, list[Call]]:
+    """The word of `Family.sliding` that gives layers the windows they were seen with, and the calls of the patched.
+
+    None, and all calls, where no word does.
+    """
     words = ["layer_types"] if getattr(config, "layer_types", None) else []
     words += ["all", "none"] if getattr(config, "sliding_window", None) else ["none"]
     for word in words:
         family = Family(config.model_type, sliding=word)
-        if all(family.window(config, call.layer) == call.window for call in calls):
-            return word
-    return None
+        own = [call for call in calls if call.layer is not None and family.has_roles(config, call.layer)]
+        if own and all(family.window(config, call.layer) == call.window for call in own):
+            return word, own
+    return None, calls
 
 
 def _key_projection(attention: nn.Module, call: Call) -> str | None:

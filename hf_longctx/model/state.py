@@ -12,6 +12,7 @@ from ..cache.break_even import Form
 from ..cache.bytes import storage_bytes
 from ..cache.cache import LongCtxCache
 from ..cache.plan import LayerPlan
+from ..cache.stock_layers import tensors_of
 from ..config.config import LongCtxConfig
 from ..layout.forward import ForwardLog
 from ..layout.rows import Rows
@@ -37,7 +38,7 @@ class Kept:
 
     @classmethod
     def by(cls, cache: LongCtxCache) -> Kept:
-        layers = tuple(storage_bytes(layer.tensors()) for layer in cache.layers)
+        layers = tuple(storage_bytes(tensors_of(layer)) for layer in cache.layers)
         return cls(Form.of(cache), cache.seen, cache.nbytes, cache.nbytes_dense, layers, cache.nbytes_offloaded)
 
 

@@ -87,7 +87,7 @@ def fewer_heads(config: LongCtxConfig) -> Iterator[Overrides]:
         return
     own = _share(config)
     for part in range(SHARES - 1, FEWEST_SHARES - 1, -1):
-        share = usable_fraction(heads.active.scores, round(own * part / SHARES, 6), heads.confidence)
+        share = usable_fraction(config.scores, round(own * part / SHARES, 6), heads.confidence)
         if share >= own * FEWEST_SHARES / SHARES:
             yield {"heads": {"retrieval_fraction": share}}
 

@@ -179,7 +179,7 @@ class PromptCache:
 
     def _nbytes(self) -> int:
         caches = [prompt.cache for prompt in self._table.values()]
-        return storage_bytes(tensor for cache in caches for layer in cache.layers for tensor in layer.tensors())
+        return storage_bytes(tensor for cache in caches for tensor in cache.tensors())
 
     def _drop_other_configs(self, plans: tuple) -> None:
         for key in [key for key, prompt in self._table.items() if prompt.cache.plans != plans]:

@@ -111,8 +111,9 @@ def test_wrong_names_are_one_line_with_the_nearest():
 
 
 def test_colours_follow_the_rank():
-    assert _shades(((0.9, 0.1), (0.5, 0.2))) == [[SHADES[0], SHADES[3]], [SHADES[1], SHADES[2]]]
-    assert _shades(((0.0, 0.0), (0.0, 0.0))) == [[SHADES[0]] * 2] * 2
+    assert _shades(((0.9, 0.1), (0.5, 0.2)), (0, 1)) == [[SHADES[0], SHADES[3]], [SHADES[1], SHADES[2]]]
+    assert _shades(((0.0, 0.0), (0.0, 0.0)), (0, 1)) == [[SHADES[0]] * 2] * 2
+    assert _shades(((9.0, 8.0), (0.5, 0.2)), (1,)) == [[""] * 2, [SHADES[0], SHADES[2]]]
 
 
 def test_the_reference_is_in_step_with_the_code():

@@ -33,6 +33,8 @@ RECORDS = {
     "gemma2": Family("gemma2", sliding="layer_types", scores={"softcap": "softcap"}),
     "gpt_oss": Family("gpt_oss", sliding="layer_types", scores={"s_aux": "sinks"}),
     "phi3": Family("phi3", key_projection="qkv_proj"),
+    "qwen3_next": Family("qwen3_next", sliding="layer_types"),
+    "llama4_text": Family("llama4_text", sliding="layer_types"),
     "gpt2": Family("gpt2", layers="h", attention="attn", key_projection="c_attn"),
 }
 REASONS = {
@@ -47,7 +49,8 @@ REASONS = {
     "gemma3n_text": r"its layers \[4, 5\] cache no keys and values",
     "diffllama": r"its layers \[0, 1\] hand other keys and values",
     "gpt_neox": "the forward of its GPTNeoXAttention takes no '",
-    "zaya": "its ZayaAttention has no projection that makes the keys; it has .*qkv_proj",
+    "falcon_h1": r"its layers \[0, 1\] keep states of linear attention beside keys",
+    "nemotron_h": "keep something else .NemotronHMLP, NemotronHMoE. where others keep their attention",
 }
 
 
@@ -178,6 +181,20 @@ def test_without_a_model_the_plain_message_says_who_tries_it(unknown):
         find_family("qwen3")
 
 
+def test_an_attention_without_a_projection_of_keys_is_told_what_it_has():
+    model, calls = seen_in("olmo2", (None, None))
+    attention = model.layers[0].self_attn
+    attention.keys = attention._modules.pop("k_proj")
+    attention.keys.out_features = 5
+    found = candidate(calls, model)
+    assert "its Olmo2Attention has no projection that makes the keys; it has q_proj, v_proj" in found
+
+
+def test_a_model_that_differs_in_chunks_by_itself_is_not_blamed():
+    """Moshi's chunks differ from one forward in Transformers; those of a patched copy do not."""
+    assert "most likely works" in said("moshi")
+
+
 @pytest.mark.parametrize(("windows", "word"), [((9, None), "layer_types"), ((9, 9), "all"), ((None, None), "none")])
 def test_windows_are_said_by_the_word_that_gives_them(windows, word):
     model, calls = seen_in("olmo2", windows)
@@ -200,7 +217,7 @@ def seen_in(model_type: str, windows):
         Call(f"layers.{layer}.self_attn", layer, window, frozenset(), True, False, 4, (2, 16))
         for layer, window in enumerate(windows)
     ]
-    return model, SimpleNamespace(calls=calls, returned={0: (), 1: ()})
+    return model, SimpleNamespace(calls=calls, returned={0: (), 1: ()}, cache=SimpleNamespace(layers=[None, None]))
 
 
 @pytest.mark.slow
