@@ -62,7 +62,7 @@ def patch_model(
             ``model={"fingerprint": {"vocab_size": None}}`` stops checking the vocabulary.
 
     Raises:
-        UnsupportedModelError: the family is not in ``patches/``.
+        UnsupportedModelError: the model type has no record in ``patches/``; the message says what a tiny copy shows.
         ConfigError: no config fits, the config was made for another model, or an unknown keyword.
         UnsupportedModeError: the config names a kernel that cannot run its prefill pattern, or a store of retrieval
             heads that does not read every token.
