@@ -49,7 +49,7 @@ FAULTS = (
     ValueError,
 )
 FAULTS += (StrictDataclassError, LongCtxError)
-INSTEAD = "Run it without patch_model; README.md lists the types that work"
+INSTEAD = "Run it without patch_model; `hf-longctx configs models` lists the types that work"
 
 
 def refusal(base: PreTrainedModel, patch: Callable[[nn.Module, LongCtxConfig, Family], None]) -> UnsupportedModelError:
