@@ -11,7 +11,7 @@ LEFT_OUT = {
     "Multi-head latent attention: one vector per token stands for the keys and values of all heads, so there are no KV "
     "heads of which each could keep its own tokens.": (
         "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa hy_v4 longcat_flash "
-        "minicpm3 mistral4 sarvam_mla youtu"
+        "minicpm3 mistral4 mistral_large4_text sarvam_mla youtu"
     ),
     "Layers of another number of KV heads, or of another head_dim, than the rest.": "gemma4_text mimo_v2_flash",
     "Layers of another number of query heads than the rest.": "laguna",
@@ -26,8 +26,8 @@ LEFT_OUT = {
     "An attention that does not go through Transformers' attention interface.": "bloom falcon gpt_neo mpt xglm",
     "An attention that takes its cache by another name, or inside of another module.": "dbrx gpt_bigcode gpt_neox",
     "Layers without attention: state spaces, linear attention, convolutions.": (
-        "bailing_hybrid bamba falcon_h1 granitemoehybrid jamba kimi_linear lara_mini lfm2 lfm2_moe minimax nemotron_h "
-        "olmo_hybrid recurrent_gemma zamba zamba2 zaya"
+        "bailing_hybrid bamba falcon_h1 granitemoehybrid jamba kimi_linear lara_mini minimax nemotron_h "
+        "recurrent_gemma zamba zamba2 zaya"
     ),
     "Nothing is in the way: it serves as the example of [write your own](write_your_own.md).": "nanochat",
 }
