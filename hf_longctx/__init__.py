@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .identification.heads import identify
     from .identification.prefill import identify_prefill
     from .model.family import Family
-    from .model.loading import AutoModelForCausalLM, install, uninstall
+    from .model.loading import AutoModelForCausalLM, AutoModelForImageTextToText, install, uninstall
     from .model.observe import observe
     from .model.patch import patch_model, patched, unpatch_model
     from .model.report import report
@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
     "CacheError",
     "ConfigError",
     "Family",
@@ -55,6 +56,7 @@ __all__ = [
 # Where the public names are defined.
 _MODULES = {
     "AutoModelForCausalLM": "model.loading",
+    "AutoModelForImageTextToText": "model.loading",
     "CacheError": "errors",
     "ConfigError": "errors",
     "Family": "model.family",

@@ -2,4 +2,4 @@
 
 from hf_longctx import Family
 
-FAMILY = Family(model_type="llama")
+FAMILY = Family(model_type="llama", multimodal=("llava",))

@@ -2,4 +2,4 @@
 
 from hf_longctx import Family
 
-FAMILY = Family(model_type="mistral", sliding="all")
+FAMILY = Family(model_type="mistral", sliding="all", multimodal=("mistral3",))

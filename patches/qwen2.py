@@ -2,4 +2,4 @@
 
 from hf_longctx import Family
 
-FAMILY = Family(model_type="qwen2", sliding="layer_types")
+FAMILY = Family(model_type="qwen2", sliding="layer_types", multimodal=("internvl",))

@@ -120,9 +120,9 @@ RUN = """
     from hf_longctx.tasks.language import language_for
     language = language_for(AutoTokenizer.from_pretrained(asset("tiny-llama")))
     told["task"] = [task_from("pin").name, task_from("pin").make(language, 200).length]
-    olmo = model_of("olmo2")
-    dense = logits(olmo)
-    told["family"] = ["olmo2" in families(), apart(logits(olmo, **whole), dense)]
+    nanochat = model_of("nanochat")
+    dense = logits(nanochat)
+    told["family"] = ["nanochat" in families(), apart(logits(nanochat, **whole), dense)]
     told["reference"] = reference()
     print(json.dumps(told))
 """
@@ -175,6 +175,6 @@ def test_the_tests_of_the_copy_hold_for_the_new_files(copy):
     told = run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen, "-rA")
     assert not [
         some
-        for some in ("rounded", "local_blocks", "few_pages", "Pin", "-pin", "olmo2", "textbook")
+        for some in ("rounded", "local_blocks", "few_pages", "Pin", "-pin", "nanochat", "textbook")
         if some not in told
     ]

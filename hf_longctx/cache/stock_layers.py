@@ -135,6 +135,11 @@ class StockLayers:
         """Bytes of what they hold."""
         return storage_bytes(tensor for layer in self.stock.values() for tensor in tensors_of(layer))
 
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
+        """As in Transformers; a layer that decodes changes the state in place and gives none back."""
+        self.read[layer_idx] = self.reading
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """As in Transformers."""
         self.read[layer_idx] = self.reading

@@ -65,6 +65,14 @@ def reference() -> None:
     typer.echo(text(), nl=False)
 
 
+@app.command()
+def models() -> None:
+    """The model types that can be patched, and which cannot and why, as Markdown: docs/models.md."""
+    from ..model.models_page import models_page
+
+    typer.echo(models_page(), nl=False)
+
+
 @app.command("table")
 def print_table() -> None:
     """The published checkpoints as Markdown, best first: the table of the README."""

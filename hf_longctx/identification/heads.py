@@ -14,7 +14,7 @@ from ..config.bounds import TOKENS
 from ..config.config import LongCtxConfig
 from ..config.find import checkpoint_name
 from ..config.head_map import usable_fraction
-from ..config.model import made_for
+from ..config.model import made_for, model_facts
 from ..config.words import build, convert, dump, is_spec, spec_word, words
 from ..errors import ConfigError, UnsupportedModeError, UnsupportedModelError
 from ..model.modules import language_model, name_of, state_of, unwrap
@@ -162,7 +162,7 @@ def probe_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int, 
     inner = unwrap(model)
     hf_config = language_model(inner).config
     plans = state_of(model).plans
-    kv_heads = hf_config.num_key_value_heads
+    kv_heads = model_facts(hf_config)["num_key_value_heads"]
     if inner.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{type(inner).__name__} has no LM head: load it with AutoModelForCausalLM.")
     if any(plan.kv_heads != kv_heads for plan in plans):

@@ -10,6 +10,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +35,15 @@ class StockMask:
 
     Attributes:
         window: tokens of the sliding window or of the chunks that the mask shows, None for all before a token.
+        padding: the mask ``[batch, tokens]`` that it was to be made of, or None.
     """
 
     ndim = 4
 
-    def __init__(self, make: Callable[[], Tensor | None], window: int | None = None):
+    def __init__(self, make: Callable[[], Tensor | None], window: int | None = None, padding: Tensor | None = None):
         self.make = make
         self.window = window
+        self.padding = padding
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -100,7 +103,14 @@ def longctx_mask(*args, allow_is_causal_skip: bool = True, config=None, **kwargs
     )
     only_padding = allow_is_causal_skip and "allow_is_bidirectional_skip" not in kwargs
     ours = only_padding and getattr(config, "longctx", None) is not None
-    return StockMask(make, kwargs.get("local_size")) if ours else make()
+    return StockMask(make, kwargs.get("local_size"), kwargs.get("attention_mask")) if ours else make()
+
+
+def padding_of(attention_mask: Any) -> Any:
+    """The mask ``[batch, tokens]`` of which a model made one for each kind of layer beforehand; any other as given."""
+    if not isinstance(attention_mask, dict) or not all(isinstance(one, StockMask) for one in attention_mask.values()):
+        return attention_mask
+    return next((one.padding for one in attention_mask.values()), None)
 
 
 def _tell(module: nn.Module) -> None:

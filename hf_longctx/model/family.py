@@ -37,6 +37,7 @@ class Family:
             attention) go on as Transformers computes them.
         scores: keyword that its attention passes to the attention function -> field of
             `hf_longctx.layout.scores.Scores`: ``{"softcap": "softcap", "s_aux": "sinks"}``. Any other is refused.
+        multimodal: model types whose language model is of this type, tested with an image in the prompt.
 
     Raises:
         ConfigError: another word for ``sliding``, or fields other than ``softcap`` and ``sinks``.
@@ -48,6 +49,7 @@ class Family:
     key_projection: str = "k_proj"
     sliding: SLIDING = "none"
     scores: Mapping[str, str] = field(default_factory=dict, hash=False)
+    multimodal: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_word(self.sliding, typing.get_args(SLIDING), f"Family({self.model_type!r}).sliding")

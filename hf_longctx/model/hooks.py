@@ -23,6 +23,7 @@ from ..errors import CacheError, UnsupportedModeError
 from ..layout.forward import Forward
 from ..layout.mask_errors import Known
 from ..layout.rows import read_mask
+from .as_stock import padding_of
 from .attention import FORWARD, NAME, register
 from .graphs import refuse_graphs
 from .modules import language_model
@@ -74,18 +75,19 @@ class BeforeForward:
         if isinstance(cache, LongCtxCache):
             self._check_cache(base, cache)
         past = cache.get_seq_length() if cache is not None else 0
-        mask = given.get("attention_mask")
+        mask = padding_of(given.get("attention_mask"))
         ids = given.get("input_ids")
         known = partial(Known.by, self.state.patched, config, cache)
         rows = read_mask(mask, inputs.shape[0], past, inputs.shape[1], ids=ids, known=known)
-        refuse_positions(given.get("position_ids"), rows)
+        staggered = getattr(cache, "staggered", False)
+        refuse_positions(given.get("position_ids"), rows, staggered)
         if note := check_rotary(config, rows):
             self.state.note(note)
         observer = observers.get().get(id(base))
         forward = Forward(rows, self.state.log, observer, isinstance(cache, LongCtxCache))
         if isinstance(cache, LongCtxCache):
             cache.begin(forward, ids)
-            if cache.staggered and given.get("position_ids") is None:  # the model would count pads
+            if staggered and given.get("position_ids") is None:  # the model would count pads
                 given["position_ids"] = rows.positions(inputs.device)
         elif cache is not None:
             self.state.note(f"dense memory: a {type(cache).__name__} kept every token of every head")

@@ -27,8 +27,8 @@ _inside: ContextVar[bool] = ContextVar("hf_longctx_inside_from_pretrained", defa
 _installed: dict[type, tuple[classmethod, classmethod]] = {}  # class -> (its own from_pretrained, ours)
 
 
-class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
-    """``transformers.AutoModelForCausalLM`` whose ``from_pretrained`` takes ``longctx=``."""
+class _TakesFlag:
+    """What the auto classes below have before Transformers' own."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, longctx: Flag = None, **kwargs: Any) -> Any:
@@ -45,6 +45,14 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             ConfigError: as ``patch_model``.
         """
         return _load(super().from_pretrained, args, kwargs, longctx)
+
+
+class AutoModelForCausalLM(_TakesFlag, transformers.AutoModelForCausalLM):
+    """``transformers.AutoModelForCausalLM`` whose ``from_pretrained`` takes ``longctx=``."""
+
+
+class AutoModelForImageTextToText(_TakesFlag, transformers.AutoModelForImageTextToText):
+    """``transformers.AutoModelForImageTextToText`` whose ``from_pretrained`` takes ``longctx=``."""
 
 
 def install() -> None:

@@ -9,6 +9,9 @@ from ..errors import UnsupportedModelError
 from .family import Family, families
 from .state import PatchState
 
+# Styles of tensor parallelism by which every process gets the keys of all heads.
+GATHERED = ("colwise_gather_output", "colwise_rep")
+
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The Transformers model inside PEFT and torch.compile wrappers.
@@ -90,6 +93,9 @@ def attention_copies(module: nn.Module, family: Family) -> list[nn.Module]:
 
 def tensor_parallel(module: nn.Module, family: Family, kv_heads: int) -> tuple[int, int]:
     """(rank, size) of the tensor-parallel group over which this attention's KV heads are spread; (0, 1) for none."""
+    styles = getattr(module.config, "base_model_tp_plan", None) or {}
+    if styles.get(f"{family.layers}.*.{family.attention}.{family.key_projection}") in GATHERED:
+        return 0, 1
     projection = getattr(module, family.key_projection)
     weight = getattr(projection, "weight", None)
     # Transformers keeps the global shape in a DTensor, or (5.2 to 5.12) the local one and the mesh on the projection.

@@ -30,6 +30,10 @@ from .private_config import PrivateConfig, around
 from .state import PatchState
 
 UNMEASURED = "the heads of this model were not measured, so all of them keep every token and no memory is saved"
+WINDOWS_ALONE = (
+    "every layer has a sliding window of the model's own, so no head has a role. Where no text is longer than that, "
+    "load with sliding_window=None"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +56,8 @@ def patch_model(
     the new config. No weight is touched.
 
     Args:
-        model: a loaded Llama, Mistral, Qwen2 or Qwen3 model, also inside a PEFT wrapper or under tensor parallel.
+        model: a loaded Llama, Mistral or Qwen model, or of another type in ``patches/``, also inside a PEFT wrapper or
+            under tensor parallel.
         config: "auto" (the model's own ``config.longctx``, else the shipped config made for it), a shipped name or a
             hub id that a shipped config lists (both in any case), the path of a YAML, a Hub repository with a
             ``longctx.yaml`` ("user/repo" or "user/repo@revision"), a dict, or a ``LongCtxConfig``. Only a repository
@@ -78,6 +83,8 @@ def patch_model(
         config = state.config  # given in this process: it may name paths, which a config that came with a model may not
     settings = resolve(config, hf_config, name_of(model), sections)
     _apply(_patched_as(model), settings)
+    if WINDOWS_ALONE in state_of(model).log.notes:
+        logger.warning("%s", WINDOWS_ALONE)
     if UNMEASURED in state_of(model).log.notes:
         logger.warning("%s: hf-longctx identify measures them", UNMEASURED)
     if (scaled := settings.model.rope_note(hf_config)) is not None:
@@ -128,6 +135,8 @@ def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
     base.longctx_state = PatchState(settings, configs, tuple(plans), weakref.ref(model))
     if settings.heads.source and settings.heads.confidence == "none" and "S" not in "".join(settings.roles()):
         base.longctx_state.note(UNMEASURED)
+    if all(plan.window is not None for plan in plans):
+        base.longctx_state.note(WINDOWS_ALONE)
     if settings.kernel == "stock" and family.scores:
         base.longctx_state.note(
             f"kernel stock: it computes no {', '.join(family.scores.values())}, the default kernel ran"

@@ -9,12 +9,23 @@ from ..errors import UnsupportedModeError
 from ..layout.rows import Rows
 
 
-def refuse_positions(position_ids: Tensor | None, rows: Rows) -> None:
+def refuse_positions(position_ids: Tensor | None, rows: Rows, staggered: bool = False) -> None:
     """Refuse positions that do not count on by one among the real tokens of a row.
 
+    Args:
+        position_ids: ``[B or 1, T]``, or of a multimodal model, which has several for each token, ``[n, B, T]``.
+        staggered: of the cache.
+
     Raises:
-        UnsupportedModeError: they go back, which Transformers reads as packed sequences, or skip or repeat.
+        UnsupportedModeError: they go back, which Transformers reads as packed sequences, or skip or repeat; or a
+            multimodal model counted them over a cache that was staggered, whose pads it takes for tokens.
     """
+    if staggered and position_ids is not None and position_ids.dim() > 2:
+        raise UnsupportedModeError(
+            "this model has several positions for each token and counts them from the length of the cache, in which "
+            "staggered sequences have pads: the positions would be wrong. Read texts of one length together, or each "
+            "with a cache of its own (fork)."
+        )
     if position_ids is None or rows.new == 1 or position_ids.dim() != 2:
         return
     jumps = position_ids.diff(dim=-1) != 1  # [B or 1, T - 1]

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from ..cache.seam import CACHE, OTHER, checkpointing_drops_cache
 from ..errors import UnsupportedModeError
 from ..layout.prompt_learning import active_config, kind_of, virtual_tokens
+from .as_stock import padding_of
 from .attention import KNOWN
 
 BY_CACHE = ("PREFIX_TUNING", "CARTRIDGE")  # bring their virtual tokens as a filled cache
@@ -38,7 +39,7 @@ def refuse_call(base: nn.Module, given: dict[str, Any]) -> None:
 
 def _refuse_inputs(given: dict) -> None:
     cache = given.get(CACHE)
-    mask = given.get("attention_mask")
+    mask = padding_of(given.get("attention_mask"))
     if cache is not None and not isinstance(cache, Cache):
         raise UnsupportedModeError(
             f"{CACHE} is a {type(cache).__name__}, which a patched model cannot read: it takes a LongCtxCache or "
@@ -50,6 +51,11 @@ def _refuse_inputs(given: dict) -> None:
             "cache_implementation out, or reserve memory with LongCtxCache(model, max_tokens=...)."
         )
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        if isinstance(mask, dict):
+            raise UnsupportedModeError(
+                f"the model made masks of its own ({', '.join(mask)}), which ask for more than causal attention: as "
+                "where the tokens of an image see each other. Run it dense: model.set_attn_implementation('sdpa')."
+            )
         shape = tuple(mask.shape) if hasattr(mask, "shape") else type(mask).__name__
         raise UnsupportedModeError(
             f"attention_mask is {shape}; a patched model takes a 2D mask [batch, tokens] or none. Other masks run "
@@ -99,6 +105,12 @@ def _refuse_modes(given: dict, config: Any, training: bool) -> None:
     if given.get("is_causal") is False or getattr(config, "is_causal", None) is False:
         raise UnsupportedModeError(
             "is_causal=False: a patched model is causal. Unpatch it for bidirectional attention."
+        )
+    both = getattr(config, "use_bidirectional_attention", None)
+    if both in (True, "all"):
+        raise UnsupportedModeError(
+            f"use_bidirectional_attention={both!r} in the config: each token of this model reads the later ones too, "
+            "and a patched model is causal. Unpatch it."
         )
     if training and getattr(config, "attention_dropout", 0.0):
         raise UnsupportedModeError(

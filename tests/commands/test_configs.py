@@ -16,6 +16,8 @@ from hf_longctx.config.files import shipped
 from hf_longctx.config.ranking import readme_table
 from hf_longctx.config.reference import FOLDERS, _section, meanings, reference
 from hf_longctx.config.words import words
+from hf_longctx.model.family import families
+from hf_longctx.model.models_page import LEFT_OUT
 
 ROOT = Path(__file__).parents[2]
 SHOWN = ("llama-3.1-8b-instruct", "llama-3.1-70b-instruct", "llama-2-7b-32k-instruct")  # 8B, 70B, no groups
@@ -131,6 +133,19 @@ def test_the_reference_is_in_step_with_the_code():
     assert done.exit_code == 0, done.output
     written = (ROOT / "docs" / "reference.md").read_text("utf-8")
     assert written == done.output, "run: hf-longctx configs reference > docs/reference.md"
+
+
+def test_the_page_of_models_is_in_step_with_the_records():
+    done = invoke("models")
+    assert done.exit_code == 0, done.output
+    assert (ROOT / "docs" / "models.md").read_text("utf-8") == done.output, (
+        "run: hf-longctx configs models > docs/models.md"
+    )
+    left_out = [name for names in LEFT_OUT.values() for name in names.split()]
+    assert len(set(left_out)) == len(left_out)
+    assert not set(left_out) & set(families())
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert f"It knows {len(families())} [model types](docs/models.md)" in readme
 
 
 def test_the_reference_says_something_of_every_key():

@@ -192,10 +192,10 @@ KERNEL = {"NAME": "mine", "PREFERENCE": 1, "READS": frozenset({Causal}), "suppor
             ("READS: got", "BlockList"),
         ),
         ("family", None, FAMILY, ("word: got None, expected the model_type",)),
-        ("family", ["olmo2"], FAMILY, ("word: got [",)),
+        ("family", ["nanochat"], FAMILY, ("word: got [",)),
         ("family", "", FAMILY, ("word: got ''",)),
-        ("family", "olmo2", Rounded, ("expected a hf_longctx.Family",)),
-        ("family", "olmo", FAMILY, ("model_type: got 'olmo2', expected the word, 'olmo'",)),
+        ("family", "nanochat", Rounded, ("expected a hf_longctx.Family",)),
+        ("family", "olmo", FAMILY, ("model_type: got 'nanochat', expected the word, 'olmo'",)),
     ],
 )
 def test_what_does_not_fit_its_kind_is_refused_with_what_it_lacks(kind, word, thing, parts):
@@ -412,9 +412,9 @@ def test_a_task_runs_as_word_and_as_object(tmp_path):
 
 
 def test_a_family_is_patched():
-    model = AutoModelForCausalLM.from_config(tiny_config("olmo2"), dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_config(tiny_config("nanochat"), dtype=torch.float64).eval()
     dense = logits(model)
-    with pytest.raises(UnsupportedModelError, match="olmo2"):
+    with pytest.raises(UnsupportedModelError, match="nanochat"):
         patch_model(model, config_for(model, "retrieval"))
     own("family")
     patch_model(model, config_for(model, "retrieval"))

@@ -95,7 +95,7 @@ class Plain:
 
 
 PLAIN = Plain()
-FAMILY = Family(model_type="olmo2")
+FAMILY = Family(model_type="nanochat")
 WORDS = {  # kind -> (word, what is registered)
     "store": ("rounded", Rounded),
     "prefill": ("strided", Strided),
@@ -103,5 +103,5 @@ WORDS = {  # kind -> (word, what is registered)
     "heads": ("weight_norm", WeightNorm),
     "task": ("pin", Pin),
     "kernel": ("plain", PLAIN),
-    "family": ("olmo2", FAMILY),
+    "family": ("nanochat", FAMILY),
 }

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from helpers.tiny import config_for, tiny_config, tiny_model
+from helpers.tiny import FAMILIES, config_for, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -16,7 +16,7 @@ import hf_longctx.model.patch
 from hf_longctx import LongCtxCache, UnsupportedModeError, UnsupportedModelError, patch_model, report, unpatch_model
 from hf_longctx.cache.seam import CACHE, checkpointing_drops_cache
 from hf_longctx.model.attention import KNOWN, UNUSED
-from hf_longctx.model.family import Family, families
+from hf_longctx.model.family import Family
 from hf_longctx.model.rotary import BY_LENGTH, length_limit
 
 IDS = torch.arange(3, 43)[None]
@@ -67,7 +67,7 @@ def test_a_family_without_that_projection_is_told_which_there_are(monkeypatch):
         patch_model(model, config_for(model, "retrieval"))
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_families_ask_for_nothing_else(family, monkeypatch):
     seen = set()
     attend = hf_longctx.model.attention.attend

@@ -178,5 +178,15 @@ def test_two_ranks_give_the_tokens_of_one_process(family, tmp_path):
         assert retrieval_heads(unlike)[0] != retrieval_heads(unlike)[1]
 
 
+@pytest.mark.parametrize("family", ["olmo2", "phi3"])
+def test_a_rank_whose_keys_are_gathered_keeps_all_heads(family, tmp_path):
+    """Norms over all heads, or one projection for q, k and v: every rank computes attention whole."""
+    model = load(checkpoint(family, tmp_path / "model"))
+    want, ranks = everything(model), run_ranks(tmp_path)
+    assert ranks == [want] * RANKS
+    assert want["all retrieval"]["tokens"] == want["plain"]["tokens"]
+    assert want["mixed, unlike"]["tokens"] != want["plain"]["tokens"]
+
+
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))

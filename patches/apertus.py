@@ -1,0 +1,5 @@
+"""Apertus 8B and 70B."""
+
+from hf_longctx import Family
+
+FAMILY = Family(model_type="apertus")

@@ -1,0 +1,5 @@
+"""Command R, Command R+ and Aya 23."""
+
+from hf_longctx import Family
+
+FAMILY = Family(model_type="cohere")
