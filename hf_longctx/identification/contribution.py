@@ -19,6 +19,7 @@ from ..config.bounds import MOST_HEADS, MOST_LAYERS, SCORE, SHARE
 from ..config.config import LongCtxConfig
 from ..config.find import checkpoint_name
 from ..config.hub import repository
+from ..config.model import text_config
 from ..config.sections import check_rows
 from ..config.words import build, check_word, dump, make, wrong
 from ..errors import ConfigError
@@ -201,12 +202,15 @@ def about(model: nn.Module, licence: str, model_id: str | None = None) -> dict[s
 
 
 def excerpt_of(hf_config: Any) -> dict[str, Any]:
-    """The part of a Transformers config that tells the sizes; ConfigError where they do not follow from it."""
-    told = hf_config.to_dict()
+    """The part of a Transformers config that tells the sizes; ConfigError where they do not follow from it.
+
+    Of a multimodal model it is a part of its language model's config.
+    """
+    told = text_config(hf_config).to_dict()
     excerpt = {key: told[key] for key in EXCERPT if told.get(key) is not None}
     if described(excerpt) != LongCtxConfig.describe(hf_config):
         raise ConfigError(
-            f"contribution: a {hf_config.model_type} made from {', '.join(excerpt)} of its config.json has other sizes."
+            f"contribution: a {told['model_type']} made from {', '.join(excerpt)} of its config.json has other sizes."
         )
     return excerpt
 
