@@ -17,7 +17,7 @@ from ..config.files import shipped
 from ..config.find import load_named, resolve
 from ..config.head_map import NONE
 from ..config.hub import PIN
-from ..config.ranking import ranked, readme_table
+from ..config.ranking import published_table, ranked
 from ..config.words import spec_word
 from ..errors import ConfigError
 from ..io.console import console
@@ -74,9 +74,11 @@ def models() -> None:
 
 
 @app.command("table")
-def print_table() -> None:
-    """The published checkpoints as Markdown, best first: the table of the README."""
-    typer.echo(readme_table(), nl=False)
+def print_table(
+    best: Annotated[int | None, typer.Option(min=1, help="So many rows only; the README has 10.")] = None,
+) -> None:
+    """The published checkpoints as Markdown, best first: the table of docs/heads.md."""
+    typer.echo(published_table(best), nl=False)
 
 
 def _list(console: Console) -> None:

@@ -69,6 +69,11 @@ def shipped() -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(SUFFIX) for name in files if name.endswith(SUFFIX)))
 
 
+def check_shipped(name: object, where: str) -> None:
+    """Raise ConfigError unless ``name`` is that of a shipped config."""
+    check_word(name, shipped(), where, command="hf-longctx configs")
+
+
 def read_shipped(name: object, where: str = "config") -> dict[str, Any]:
     """The mapping of a shipped config.
 
@@ -80,7 +85,7 @@ def read_shipped(name: object, where: str = "config") -> dict[str, Any]:
 
 def shipped_text(name: object, where: str = "config") -> str:
     """The YAML text of a shipped config; ConfigError as ``read_shipped``."""
-    check_word(name, shipped(), where)
+    check_shipped(name, where)
     return (shipped_folder() / f"{name}{SUFFIX}").read_text("utf-8")
 
 

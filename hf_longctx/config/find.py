@@ -14,9 +14,9 @@ from typing import Any
 
 from ..errors import ConfigError
 from . import hub
-from .checks import LONGEST, check_word, short, wrong
+from .checks import LONGEST, short, wrong
 from .config import LongCtxConfig, load_shipped
-from .files import shipped, shipped_model
+from .files import check_shipped, shipped, shipped_model
 from .model import ModelSection, text_config
 from .paths import refuse_paths
 from .words import make
@@ -117,7 +117,7 @@ def shipped_name(name: str, where: str = "config") -> str:
             "config of a model that was loaded from a folder."
         )
     if "/" not in name:
-        check_word(name, shipped(), where)
+        check_shipped(name, where)
     raise ConfigError(
         f"{where}: got {short(name)}, but no shipped config has this name or lists this id; `hf-longctx configs` lists "
         f"the shipped ones, `hf-longctx identify` makes one.{_nearest(name)}"
