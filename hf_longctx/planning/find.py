@@ -30,7 +30,7 @@ def find(name: str, settings: MemorySettings, config: str | None = None) -> Memo
     The ids of shipped configs are known: for them nothing is fetched, and config.json is read where it was before.
 
     Args:
-        config: for a folder or hub id, what to patch with: a shipped name or id, or a YAML; None: "auto".
+        config: for a folder or hub id, what to patch with: what ``load_named`` takes; None: "auto".
 
     Raises:
         ConfigError: there is no such model, no config fits it, or a YAML does not say how large the model is.

@@ -70,6 +70,16 @@ def test_every_config_is_listed_whole(width):
     assert "4295 ->  2168" in done.output and "17180 ->  8611" in done.output and "50.0%" in done.output
 
 
+@pytest.mark.parametrize("name", shipped())
+def test_show_says_how_to_measure_what_nobody_measured(name):
+    config, said = load_shipped(name), " ".join(invoke("show", name).output.split())
+    command = f"hf-longctx identify {config.model.ids[0]} --out my.yaml To give the map away: --share my.json --licence"
+    assert (command in said) == (config.heads.confidence == "none")
+    if config.heads.confidence == "none" and config.heads.alternatives:
+        used = invoke("show", name, "--use", next(iter(config.heads.alternatives)), "--retrieval-fraction", "0")
+        assert used.exit_code == 0 and "hf-longctx identify" not in used.output
+
+
 def test_the_best_are_listed_first():
     listed = [line.split()[0] for line in invoke(width=100).output.splitlines() if line.split()[:1]]
     listed = [name for name in listed if name in shipped()]
