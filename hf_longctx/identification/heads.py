@@ -89,6 +89,8 @@ def identify(
         documents = RandomTokens(_plain_ids(unwrap(model))) if without else documents_for(tokenizer, text)
         probe = probe_of(model, tokenizer, documents, seed, work, progress)
         search = None if target_drop is None else ShareSearch(probe, measure_tokens, target_drop)
+        if text is not None:
+            probe.measured["text"] = Path(text).name
         scores = chosen.scores(probe)
         scores[list(probe.windowed)] = 0  # their heads keep the model's own window, whatever they score
         config = _config(plain, model, method, chosen, scores, probe)
@@ -168,8 +170,9 @@ def probe_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int, 
             f"identify measures all {kv_heads} KV heads of a layer at once, and this process holds a part of them. "
             "Load the model without tensor parallelism; the config then serves any number of processes."
         )
-    windowed = tuple(plan.layer_idx for plan in plans if plan.window is not None)
-    if len(windowed) == len(plans):
+    measurable = {plan.layer_idx for plan in plans if plan.window is None}
+    windowed = tuple(i for i in range(hf_config.num_hidden_layers) if i not in measurable)
+    if not measurable:
         raise ConfigError("identify: every layer has a sliding window of its own, so there is nothing to measure.")
     reach = 0 if tokenizer is None else max(tokenizer.get_vocab().values(), default=0)
     if reach >= (known := inner.get_input_embeddings().num_embeddings):

@@ -84,15 +84,23 @@ def find_family(model_type: str) -> Family:
     Raises:
         UnsupportedModelError: no file of ``patches/`` is named so, and nothing was registered for it.
     """
-    known = families()
-    if model_type not in known:
-        raise UnsupportedModelError(
-            f"model_type '{model_type}' cannot be patched; supported: {', '.join(known)}. If its attention hands "
-            f"rotated keys straight to Transformers' attention interface, as Llama's does, three lines in "
-            f"patches/{model_type}.py add it:\n\n"
-            f"    from hf_longctx import Family\n\n    FAMILY = Family(model_type={model_type!r})\n\n"
-            f"or, in your program, hf_longctx.register('family', {model_type!r}, Family(model_type={model_type!r}))."
-        )
+    if model_type not in families():
+        raise UnsupportedModelError(no_record(model_type))
     if model_type in registered["patches"]:
         return registered["patches"][model_type]
     return importlib.import_module(f"hf_longctx.patches.{model_type}").FAMILY
+
+
+def no_record(model_type: str, tried: str = "patch_model(model) tries one on a tiny copy of the model") -> str:
+    """The message about a model type that has no record.
+
+    Args:
+        tried: a sentence without its full stop, about what is known of this type.
+    """
+    return (
+        f"model_type '{model_type}' cannot be patched: no record in patches/ is for it. {tried}. "
+        f"`hf-longctx configs models` lists the types that work. If its attention hands rotated keys straight "
+        f"to Transformers' attention interface, as Llama's does, three lines in patches/{model_type}.py add it:\n\n"
+        f"    from hf_longctx import Family\n\n    FAMILY = Family(model_type={model_type!r})\n\n"
+        f"or, in your program, hf_longctx.register('family', {model_type!r}, Family(model_type={model_type!r}))."
+    )

@@ -11,8 +11,9 @@ LEFT_OUT = {
     "Multi-head latent attention: one vector per token stands for the keys and values of all heads, so there are no KV "
     "heads of which each could keep its own tokens.": (
         "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa hy_v4 longcat_flash "
-        "minicpm3 mistral4 sarvam_mla youtu"
+        "minicpm3 mistral4 mistral_large4_text sarvam_mla youtu"
     ),
+    "An indexer of its own that chooses the tokens which a query reads.": "qwen4_exp_text",
     "Layers of another number of KV heads, or of another head_dim, than the rest.": "gemma4_text mimo_v2_flash",
     "Layers of another number of query heads than the rest.": "laguna",
     "Layers that read the keys of an earlier layer.": "gemma3n_text",
@@ -25,16 +26,17 @@ LEFT_OUT = {
     "Query heads that are experts, of which each token takes some.": "jetmoe",
     "An attention that does not go through Transformers' attention interface.": "bloom falcon gpt_neo mpt xglm",
     "An attention that takes its cache by another name, or inside of another module.": "dbrx gpt_bigcode gpt_neox",
-    "Layers without attention: state spaces, linear attention, convolutions.": (
-        "bailing_hybrid bamba falcon_h1 granitemoehybrid jamba kimi_linear lara_mini lfm2 lfm2_moe minimax nemotron_h "
-        "olmo_hybrid recurrent_gemma zamba zamba2 zaya"
+    "State spaces or linear attention whose states are not in Transformers' common cache, or which stand beside "
+    "attention in one layer, or which Transformers itself does not read in parts.": (
+        "bailing_hybrid bamba falcon_h1 granitemoehybrid jamba kimi_linear lara_mini minimax nemotron_h "
+        "recurrent_gemma zamba zamba2 zaya"
     ),
     "Nothing is in the way: it serves as the example of [write your own](write_your_own.md).": "nanochat",
 }
 WINDOWS = {
     "none": "none",
     "all": "every layer, if `sliding_window` is set",
-    "layer_types": "the layers that `layer_types` names",
+    "layer_types": "as `layer_types` says",
 }
 TOP = """# Models
 
@@ -48,10 +50,12 @@ is done with Transformers 5.23 and 5.24; older ones do not have all of them, or 
 `hf-longctx configs` lists the checkpoints for which head maps ship.
 
 Windows are the model's own: such a layer keeps its window, and none of its heads is a retrieval or streaming head.
-Scores are what attention adds to the product of queries and keys.
+Where `layer_types` says so, layers of linear attention, convolutions or chunked attention go on as Transformers
+computes them, and their states are in the same cache. Scores are what attention adds to the product of queries and
+keys. Multimodal: the models around such a language model that are tested with an image in the prompt.
 
-| model type | checkpoints | windows | scores |
-|---|---|---|---|
+| model type | checkpoints | windows | scores | multimodal |
+|---|---|---|---|---|
 """
 LEFT = """
 ## Left out
@@ -72,4 +76,6 @@ def models_page() -> str:
 def _row(family: Family) -> str:
     about = importlib.import_module(f"hf_longctx.patches.{family.model_type}").__doc__
     scores = ", ".join(family.scores.values()) or "none"
-    return f"| `{family.model_type}` | {' '.join(about.split())} | {WINDOWS[family.sliding]} | {scores} |\n"
+    around = ", ".join(f"`{name}`" for name in family.multimodal)
+    cells = (f"`{family.model_type}`", " ".join(about.split()), WINDOWS[family.sliding], scores, around)
+    return f"| {' | '.join(cells)} |\n"

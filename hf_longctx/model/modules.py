@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .family import Family, families
+from .family import Family
 from .state import PatchState
 
 # Styles of tensor parallelism by which every process gets the keys of all heads.
@@ -26,7 +26,8 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no Transformers model; supported model types: {', '.join(families())}."
+            f"{type(model).__name__} is no Transformers model. Give the model itself, not a pipeline or a tokenizer; "
+            "`hf-longctx configs models` lists the model types that work."
         )
     return inner
 

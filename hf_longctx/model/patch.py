@@ -21,13 +21,14 @@ from ..kernels import base as kernels
 from ..layout.blocks import BlockList
 from .attention import NAME, register
 from .contract import check_transformers
-from .family import find_family
+from .family import Family, find_family
 from .hooks import ON_MODEL, BeforeForward, OnModel
 from .modules import attention_copies, attention_modules, language_model, name_of, state_of, unwrap
 from .overrides import keywords
 from .plans import make_plan
 from .private_config import PrivateConfig, around
 from .state import PatchState
+from .trial import refusal
 
 UNMEASURED = "the heads of this model were not measured, so all of them keep every token and no memory is saved"
 WINDOWS_ALONE = (
@@ -59,14 +60,16 @@ def patch_model(
         model: a loaded Llama, Mistral or Qwen model, or of another type in ``patches/``, also inside a PEFT wrapper or
             under tensor parallel.
         config: "auto" (the model's own ``config.longctx``, else the shipped config made for it), a shipped name or a
-            hub id that a shipped config lists (both in any case), the path of a YAML, a dict, or a ``LongCtxConfig``.
+            hub id that a shipped config lists (both in any case), the path of a YAML, a Hub repository with a
+            ``longctx.yaml`` ("user/repo" or "user/repo@revision"), a dict, or a ``LongCtxConfig``. Only a repository
+            is fetched.
         heads, stores, prefill, decode, kernel: sections merged into the config, e.g.
             ``heads={"retrieval_fraction": 0.25}``. None: as in the config.
         others: ``model={...}``, the section that says which model the config fits, merged as well.
             ``model={"fingerprint": {"vocab_size": None}}`` stops checking the vocabulary.
 
     Raises:
-        UnsupportedModelError: the family is not in ``patches/``.
+        UnsupportedModelError: the model type has no record in ``patches/``; the message says what a tiny copy shows.
         ConfigError: no config fits, the config was made for another model, or an unknown keyword.
         UnsupportedModeError: the config names a kernel that cannot run its prefill pattern, or a store of retrieval
             heads that does not read every token.
@@ -76,11 +79,11 @@ def patch_model(
     given = {"heads": heads, "stores": stores, "prefill": prefill, "decode": decode, "kernel": kernel}
     model, sections = keywords("patch_model", model, given, others)
     hf_config = language_model(model).config
-    find_family(hf_config.model_type)
+    family = _family_of(model)
     if config == "auto" and (state := state_of(model)) and hf_config.longctx == state.config.to_dict():
         config = state.config  # given in this process: it may name paths, which a config that came with a model may not
     settings = resolve(config, hf_config, name_of(model), sections)
-    _apply(_patched_as(model), settings)
+    _apply(_patched_as(model), settings, family)
     if WINDOWS_ALONE in state_of(model).log.notes:
         logger.warning("%s", WINDOWS_ALONE)
     if UNMEASURED in state_of(model).log.notes:
@@ -90,11 +93,19 @@ def patch_model(
     return model
 
 
-def _apply(model: nn.Module, settings: LongCtxConfig) -> None:
+def _family_of(model: nn.Module) -> Family:
+    """The family of the model; where there is no record of it, the error says what a tiny copy shows."""
+    base = language_model(model)
+    try:
+        return find_family(base.config.model_type)
+    except UnsupportedModelError:
+        raise refusal(base, _apply) from None
+
+
+def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
     """Patch with a config that fits: all plans are made before anything is changed."""
     inner = unwrap(model)
     base = language_model(model)
-    family = find_family(base.config.model_type)
     every = attention_modules(base, family)
     modules = [module for module in every if family.has_roles(base.config, module.layer_idx)]
     if not modules:
@@ -230,7 +241,7 @@ def _patch_kept(model: nn.Module) -> Iterator[None]:
         if before is None:
             unpatch_model(model)
         else:
-            _apply(whole, before.config)
+            _apply(whole, before.config, _family_of(whole))
             state_of(model).go_on_from(before)
             language_model(model).config._attn_implementation = attention
 

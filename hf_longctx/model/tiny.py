@@ -196,6 +196,8 @@ def _fit(config: PreTrainedConfig, before: dict[str, Any]) -> None:
     for name in ("head_dim", "num_key_value_heads"):
         if name in own and own[name] is None:
             setattr(config, name, NEW[name])
+    if before.get("attention_hidden_size") and before["attention_hidden_size"] == before["hidden_size"]:
+        config.attention_hidden_size = HIDDEN
     if own.get("num_heads") and own.get("state_size"):  # of a state space
         config.num_heads = own.get("expand", 2) * HIDDEN // DIM
     if own.get("kv_lora_rank"):

@@ -11,10 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..assets import embedded
 from ..config.config import LongCtxConfig, load_shipped
-from ..config.files import shipped
+from ..config.files import check_shipped, shipped
 from ..config.find import find_name, is_file_name, resolve
 from ..config.model import made_for, text_config
-from ..config.words import check_word
 from ..errors import ConfigError
 from ..model.family import find_family
 from ..model.modules import name_of, state_of, unwrap
@@ -30,7 +29,7 @@ def find(name: str, settings: MemorySettings, config: str | None = None) -> Memo
     config.json is read where it was before.
 
     Args:
-        config: for a folder or hub id, what to patch with: a shipped name or id, or a YAML; None: "auto".
+        config: for a folder or hub id, what to patch with: what ``load_named`` takes; None: "auto".
 
     Raises:
         ConfigError: there is no such model, no config fits it, or a YAML does not say how large the model is.
@@ -109,7 +108,7 @@ def _read(name: str, fetch: bool) -> Any:
     """The Transformers config of a folder or a hub id; without ``fetch`` None where it was never fetched."""
     path = embedded(name)
     if "/" not in name and not Path(name).exists():
-        check_word(name, shipped(), "MODEL (with no / in it, a shipped config)")
+        check_shipped(name, "MODEL (with no / in it, a shipped config)")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=not fetch)
     except (OSError, ValueError) as error:

@@ -108,7 +108,7 @@ def test_a_folder_and_a_yaml_are_names(args, tmp_path, asked):
     assert asked == []
 
 
-def test_configs_show_fetches_nothing_for_unknown_names(asked):
+def test_configs_show_names_the_nearest_and_offline_reaches_no_network(asked):
     for name, near in (
         ("meta-llama/Llama-3.1-8B-Instrct", "meta-llama/Llama-3.1-8B-Instruct"),
         ("qwen3-8", "qwen3-8b"),

@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_longctx.cache.seam import CACHE
+from hf_longctx.config.model import text_config
 from hf_longctx.model.family import families, find_family
 from hf_longctx.model.tiny import tiny_copy
 
@@ -19,6 +25,9 @@ OPEN = {
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
 }  # what some configs leave to the checkpoint
+CONVOLUTIONS = {"layer_types": ["conv", "full_attention"]}
+# What the checkpoints have and the default config has not, or what makes Transformers count pads.
+SET = {"lfm2": CONVOLUTIONS, "lfm2_moe": CONVOLUTIONS, "llama4_text": {"attn_temperature_tuning": False}}
 
 
 class Case(NamedTuple):
@@ -49,27 +58,35 @@ ONE_EACH = tuple({record(name): name for name in reversed(TYPES)}.values())
 
 
 def tiny_config(case: Case):
-    """A config that has a layer of each kind; without windows of its own where the type can do without."""
-    sliding = find_family(case.model_type).sliding
-    default = AutoConfig.for_model(case.model_type)
-    default = AutoConfig.for_model(case.model_type, **{k: v for k, v in OPEN.items() if getattr(default, k, 0) is None})
-    small = tiny_copy(default)
-    changes = {}
+    """A config that has a layer of each kind; without windows of its own where the type can do without.
+
+    Of a type that no causal language model is made of it is that of the multimodal model around it.
+    """
+    family = find_family(case.model_type)
+    sliding = family.sliding
+    alone = CONFIG_MAPPING[case.model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
+    name = case.model_type if alone else family.multimodal[0]
+    default = AutoConfig.for_model(name)
+    default = AutoConfig.for_model(name, **{k: v for k, v in OPEN.items() if getattr(default, k, 0) is None})
+    changes = dict(SET.get(case.model_type, {}))
+    small = text_config(tiny_copy(default, **changes))
     if sliding == "all":
-        changes = {"sliding_window": WINDOW if case.window else None}
+        changes["sliding_window"] = WINDOW if case.window else None
     elif sliding == "layer_types" and len(set(small.layer_types)) == 1:
         types = [("sliding_attention", "full_attention")[i % 2] for i in range(small.num_hidden_layers)]
-        changes = {"layer_types": types, "sliding_window": WINDOW}
+        changes |= {"layer_types": types, "sliding_window": WINDOW}
     if hasattr(small, "use_sliding_window"):
         changes["use_sliding_window"] = case.window
     small = tiny_copy(default, initializer_range=0.3, **changes)
-    small._experts_implementation = "eager"  # grouped products know no float64
+    text_config(small)._experts_implementation = "eager"  # grouped products know no float64
     return small
 
 
 def tiny_model(case: Case):
     """A random model in float64, on eager attention; sinks are logits of about 1."""
-    model = AutoModelForCausalLM.from_config(tiny_config(case), dtype=torch.float64, attn_implementation="eager")
+    config = tiny_config(case)
+    make = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    model = make.from_config(config, dtype=torch.float64, attn_implementation="eager")
     in_float64(model)
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):

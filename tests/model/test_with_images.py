@@ -118,7 +118,8 @@ def test_image_tokens_that_see_each_other_are_refused_and_text_alone_is_not():
     patch_model(model, everything(model))
     with pytest.raises(UnsupportedModeError, match="masks of its own .*image see each other"):
         logits(model, prompt)
-    got = logits(model, {"input_ids": ids, "attention_mask": mask})
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    got = logits(model, {"input_ids": ids, "attention_mask": mask, "position_ids": positions})
     assert (got[0] - want[0]).abs().max() < 1e-10 and (got[1, 9:] - want[1]).abs().max() < 1e-10
 
 

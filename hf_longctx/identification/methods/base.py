@@ -33,7 +33,7 @@ class HeadProbe:
         layers, heads, kv_heads: its attention dimensions.
         documents: makes texts with facts in the tokenizer's language.
         seed: random seed.
-        windowed: layers with a sliding window of the model's own, whose heads are never retrieval heads.
+        windowed: layers with a sliding window of the model's own or without attention: their heads have no role.
         longest: tokens the model was made for.
         work: a folder for what a long run saves and goes on from, or None.
         progress: show on stderr how far it is.
