@@ -1,7 +1,8 @@
 """Make configs/*.yaml from published head data: ``python examples/build_configs.py [--out configs] [--data FOLDER]``.
 
 ``checkpoints.yaml`` in the data folder says which checkpoints are shipped, under which name, and which ids share a
-config; the JSON files beside it are what others measured. The same data gives the same bytes.
+config; the JSON files beside it are what others measured. A file of ``hf-longctx identify --share`` needs no entry: it
+says the sizes of its model itself. The same data gives the same bytes.
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ import yaml
 from transformers import AutoConfig
 
 from hf_longctx import LongCtxConfig
-from hf_longctx.config.head_map import usable_fraction
+from hf_longctx.assets import assets
+from hf_longctx.config.head_map import NONE, usable_fraction
 from hf_longctx.errors import ConfigError
+from hf_longctx.identification.contribution import described
+from hf_longctx.identification.contribution import read as read_contribution
 
 ROOT = Path(__file__).parents[1]
 SHARE_MHA, SHARE_GQA = 0.25, 0.5  # the shares of retrieval heads that DuoAttention publishes, arXiv:2410.10819
 STREAMING = {"store": "sink_recent", "sink": 64, "recent": 256}  # tokens; DuoAttention's deployment
-LOW = {"retrieval-head-profile"}  # 4096 tokens, 8-bit weights, no paper
+LOW = {"retrieval-head-profile", "moa"}  # 4096 tokens, 8-bit weights, no paper; spans of a search for a memory budget
+SPAN_AT = 131072  # tokens of the text at which spans are compared
+WORTH = 0.1  # share of the KV heads with a constant span, from which on spans are worth a map
 UNMEASURED = {
     "method": "heads not measured",
-    "note": "every head keeps all tokens; a published set of best heads, if any, is under alternatives",
+    "note": "every head keeps all tokens; published best heads or spans, if any, are under alternatives",
 }
 PATTERNS = {"vertical_and_slash": "vertical_slash"}
 HINTS = {  # (vertical, slash) -> what the search of MInference also wrote so
@@ -45,6 +51,10 @@ HEADER = """\
 SHARED = """\
 # Base and instruct checkpoints share one config: which heads retrieve is settled in pre-training and stays so in
 # fine-tuning (arXiv:2404.15574). `source.model` says which checkpoint was measured.
+"""
+ONLY_FACTS = """\
+# Nothing was published about the heads of these checkpoints, so all of them keep every token: `hf-longctx identify`
+# measures which do not need to.
 """
 
 log = logging.getLogger("build_configs")
@@ -75,26 +85,41 @@ def build(entry: Data, files: Iterable[Data]) -> str:
 
     Args:
         entry: ``name``, ``ids`` and ``config`` (an excerpt of config.json) of ``checkpoints.yaml``; ``made_for`` where
-            that excerpt has another number of tokens than the checkpoint was made for.
+            that excerpt has another number of tokens than the checkpoint was made for; ``measured: false`` where there
+            are no files.
         files: the data measured on its ids, each with its file name under ``file``.
 
     Raises:
-        ConfigError: data and table disagree, a pattern this library has not, or a config that does not load.
+        ConfigError: data and table disagree, files where the entry says there are none or none where it does not, a
+            pattern this library has not, or a config that does not load.
     """
     excerpt = copy.deepcopy(entry["config"])  # Transformers writes into rope_scaling
     ids, facts = entry["ids"], LongCtxConfig.describe(AutoConfig.for_model(**excerpt))
     files = list(files)
-    if not files:
-        raise ConfigError(f"{entry['name']}: no data file was measured on one of {', '.join(ids)}.")
+    measured = entry.get("measured", True)
+    if not files and measured:
+        raise ConfigError(
+            f"{entry['name']}: no data file was measured on one of {', '.join(ids)}; is that so, its entry of "
+            f"checkpoints.yaml says `measured: false`."
+        )
+    if not measured and any(not is_contribution(data) for data in files):
+        raise ConfigError(
+            f"{entry['name']}: checkpoints.yaml says `measured: false`, but there is {files[0]['file']}: "
+            "take that line out."
+        )
+    measured = bool(files)
     for data in files:
         check(data, facts)
     if "made_for" in entry:
         facts["max_position_embeddings"] = entry["made_for"]
     model = {"ids": Row(ids), **facts, "fingerprint": Line(facts["fingerprint"])}
+    if "full_attention_layers" in facts:
+        model["full_attention_layers"] = Row(facts["full_attention_layers"])
+    measured_heads, streaming = heads(ids, facts, ranked(ids, files))
     whole = {
         "model": model,
-        "heads": heads(ids, facts, [data for data in files if data["kind"] != "prefill_pattern"]),
-        "stores": {"retrieval": Line(store="full"), "streaming": Line(STREAMING)},
+        "heads": measured_heads,
+        "stores": {"retrieval": Line(store="full"), "streaming": Line(streaming)},
         "prefill": {"min_tokens": 4096, "retrieval": Line(pattern="dense"), "streaming": Line(pattern="sink_recent")},
         "decode": {"retrieval": Line(select="dense")},
         "kernel": "auto",
@@ -104,7 +129,7 @@ def build(entry: Data, files: Iterable[Data]) -> str:
         whole["prefill"]["tables"] = found
     LongCtxConfig.from_dict(whole)
     text = yaml.dump(whole, Dumper=Dumper, sort_keys=False, default_flow_style=False, width=math.inf)
-    return HEADER + (SHARED if len(ids) > 1 else "") + text
+    return HEADER + ("" if measured else ONLY_FACTS) + (SHARED if measured and len(ids) > 1 else "") + text
 
 
 def check(data: Data, facts: Data) -> None:
@@ -117,39 +142,108 @@ def check(data: Data, facts: Data) -> None:
         raise ConfigError(
             f"{data['file']}: got {got} layers, heads and KV heads and rows of {sorted(shape)}, the table has {want}."
         )
+    told = described(data["config"]) if is_contribution(data) else facts
+    other = [key for key in facts if key != "max_position_embeddings" and told.get(key) != facts[key]]
+    if other:
+        raise ConfigError(
+            f"{data['file']}: got {', '.join(f'{key} {told.get(key)}' for key in other)} of {data['model']}, expected "
+            f"{', '.join(f'{key} {facts[key]}' for key in other)}, as the table or another file says."
+        )
 
 
-def heads(ids: list[str], facts: Data, files: list[Data]) -> Data:
-    """The ``heads`` section: the best measurement, the others as alternatives."""
-    files = sorted(files, key=lambda data: (rank(data), ids.index(data["model"]), data["file"]))
-    width = facts["num_key_value_heads"]
+def heads(ids: list[str], facts: Data, files: list[Data]) -> tuple[Data, Data]:
+    """(``heads`` section of ranked files: the best measurement, the others as alternatives; the streaming store)."""
+    layers, width = facts["num_hidden_layers"], facts["num_key_value_heads"]
+    own = facts.get("full_attention_layers", range(layers))
     names = labels(ids, files, lambda data: f"{short(data)}.{data['kind']}")
-    first = files[0] if files and files[0]["kind"] != "retrieval_set" else None
+    first, share, streaming = best_share(ids, files, facts)
     if first is None:
-        made = {"source": UNMEASURED, "roles": ["R" * width] * facts["num_hidden_layers"], "confidence": "none"}
+        rows = [("R" if layer in own else NONE) * width for layer in range(layers)]
+        made = {"source": UNMEASURED, "roles": rows, "confidence": "none"}
     else:
-        scores = kv_scores(first, width)
-        share = SHARE_MHA if width == facts["num_attention_heads"] else SHARE_GQA
-        made = {"source": source(first), "scores": scores, "retrieval_fraction": usable_fraction(scores, share)}
-        made["confidence"] = "low" if short(first) in LOW else "measured"
+        made = {"source": source(first), "scores": kv_scores(first, width), "retrieval_fraction": share}
+        made["confidence"] = "low" if is_low(first) else "measured"
+        made |= {"measured": measured(first)} if is_contribution(first) else {}
     others = {
         name: {"source": source(data), "scores": kv_scores(data, width)}
         for name, data in zip(names, files, strict=True)
         if data is not first
     }
-    return made | ({"alternatives": others} if others else {})
+    return made | ({"alternatives": others} if others else {}), streaming
 
 
-def rank(data: Data) -> tuple[int, bool]:
-    """What is taken first: gates per KV head, scores per KV head, scores per query head, sets."""
-    kinds = [("duo_gate", "kv_head"), ("retrieval_score", "kv_head"), ("retrieval_score", "query_head")]
+def growing(data: Data, width: int) -> tuple[float, int]:
+    """(share of the KV heads with a span that grows with the text, longest of the constant spans in tokens)."""
+    group = data["num_heads"] // width
+    spans = [row[i : i + group] for row in data["values"] for i in range(0, len(row), group)]
+    constant = [max(alpha for alpha, _ in one) for one in spans if not any(beta for _, beta in one)]
+    return 1 - len(constant) / len(spans), int(max(constant, default=0))
+
+
+def best_share(ids: list[str], files: list[Data], facts: Data) -> tuple[Data | None, float, Data]:
+    """(the measurement that the head map is made of, share of retrieval heads, streaming store); None, without one."""
+    first = best(ids, files)
+    if first is None:
+        return None, 1.0, STREAMING
+    width = facts["num_key_value_heads"]
+    if is_contribution(first):
+        return first, first["retrieval_fraction"], first.get("streaming", STREAMING)
+    share = SHARE_MHA if width == facts["num_attention_heads"] else SHARE_GQA
+    streaming = STREAMING
+    if first["kind"] == "attention_span":
+        share, recent = growing(first, width)
+        streaming = {**STREAMING, "recent": recent}
+        if share > 1 - WORTH:
+            return None, 1.0, STREAMING
+    scores = kv_scores(first, width)
+    own = facts.get("full_attention_layers", range(facts["num_hidden_layers"]))
+    return first, usable_fraction([scores[layer] for layer in own], share), streaming
+
+
+def ranked(ids: list[str], files: Iterable[Data]) -> list[Data]:
+    """The files about heads, best first."""
+    files = [data for data in files if data["kind"] != "prefill_pattern"]
+    return sorted(files, key=lambda data: (rank(data), ids.index(data["model"]), data["file"]))
+
+
+def best(ids: list[str], files: Iterable[Data]) -> Data | None:
+    """The best measurement; None where there are lists of best heads at most."""
+    return next((data for data in ranked(ids, files) if data["kind"] != "retrieval_set"), None)
+
+
+def rank(data: Data) -> tuple[int, bool, bool]:
+    """What is taken first: gates per KV head, scores per KV head, per query head, spans, sets; published ones."""
+    kinds = [
+        ("duo_gate", "kv_head"),
+        ("retrieval_score", "kv_head"),
+        ("retrieval_score", "query_head"),
+        ("attention_span", "query_head"),
+    ]
     kind = (data["kind"], data["granularity"])
-    return kinds.index(kind) if kind in kinds else len(kinds), short(data) in LOW
+    return kinds.index(kind) if kind in kinds else len(kinds), is_low(data), is_contribution(data)
+
+
+def is_contribution(data: Data) -> bool:
+    """Whether a file is one of ``hf-longctx identify --share``."""
+    return "contribution" in data
+
+
+def is_low(data: Data) -> bool:
+    """Whether the numbers are of low confidence."""
+    return short(data) in LOW or data.get("confidence") == "low"
+
+
+def measured(data: Data) -> Data:
+    """The settings of a contribution and the curve of its share, a line each."""
+    flow = {dict: Line, list: Row}
+    found = {key: flow[type(value)](value) if type(value) in flow else value for key, value in data["settings"].items()}
+    return found | ({"curve": [Line(row) for row in data["curve"]]} if data["curve"] else {})
 
 
 def kv_scores(data: Data, width: int) -> list[Row]:
     """``[layers][KV heads]``: the best query head of a group stands for its KV head."""
-    rows = set_scores(data) if data["kind"] == "retrieval_set" else data["values"]
+    made = {"retrieval_set": set_scores, "attention_span": span_scores}.get(data["kind"], lambda data: data["values"])
+    rows = made(data)
     group = len(rows[0]) // width
     return [Row(float(max(row[i : i + group])) for i in range(0, len(row), group)) for row in rows]
 
@@ -166,6 +260,11 @@ def set_scores(data: Data) -> list[list[float]]:
     for place, (layer, head) in enumerate(order):
         rows[layer][head] = round(1 - place / len(order), 4)
     return rows
+
+
+def span_scores(data: Data) -> list[list[float]]:
+    """The share of a text of ``SPAN_AT`` tokens that each head's span of alpha + beta * length tokens covers."""
+    return [[round(min(max(alpha / SPAN_AT + beta, 0), 1), 4) for alpha, beta in row] for row in data["values"]]
 
 
 def tables(ids: list[str], files: list[Data]) -> Data:
@@ -225,15 +324,18 @@ def labels(ids: list[str], files: list[Data], stem: Callable[[Data], str]) -> li
 
 
 def short(data: Data) -> str:
-    """The short name of a source, the second part of the file name."""
-    return data["file"].split(".")[1].lower()
+    """The short name of a source: the second part of the file name, or the method of a contribution."""
+    return f"hf_longctx-{data['method']}" if is_contribution(data) else data["file"].split(".")[1].lower()
 
 
 def source(data: Data) -> Data:
     """Where the numbers come from."""
     said = {"method": data["kind"], "what": data["method"], "from": data["source"]}
-    said |= {key: data[key] for key in ("commit", "licence", "paper", "model", "file")}
+    told = ("revision", "licence", "paper", "model", "file", "date", "device", "dtype", "versions")
+    told = told if is_contribution(data) else ("commit", "licence", "paper", "model", "file")
+    said |= {key: Line(data[key]) if key == "versions" else data[key] for key in told if key in data}
     said |= {"trained_with": Line(data["trained_with"])} if "trained_with" in data else {}
+    said |= {"compared_at": SPAN_AT} if data["kind"] == "attention_span" else {}
     return said | ({"note": data["note"]} if "note" in data else {})
 
 
@@ -244,8 +346,36 @@ def read(folder: Path) -> tuple[list[Data], list[Data]]:
     twice = sorted(one for one, count in Counter(every).items() if count > 1)
     if twice:
         raise ConfigError(f"checkpoints.yaml: got {twice} in several entries, expected every id once.")
-    paths = sorted(folder.glob("*.json"))
-    return table, [{**json.loads(path.read_text("utf-8")), "file": path.name} for path in paths]
+    files = [{**read_file(path), "file": path.name} for path in sorted(folder.glob("*.json"))]
+    known = {one.lower(): one for one in every}
+    files = [{**data, "model": known.get(data["model"].lower(), data["model"])} for data in files]
+    return table + added(table, files), files
+
+
+def read_file(path: Path) -> Data:
+    """One data file; a contribution may be anybody's, and is checked as a whole."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path.name}: cannot be read: {error}") from None
+    if not isinstance(data, dict) or not {"model", "kind"} <= set(data):
+        raise ConfigError(f"{path.name}: got no model and kind, expected a file as README.md describes them.")
+    return read_contribution(path) if is_contribution(data) else data
+
+
+def added(table: list[Data], files: list[Data]) -> list[Data]:
+    """An entry for every model that only contributions know: named by its id, with the sizes that they tell."""
+    taken = {one for entry in table for one in entry["ids"]}
+    found: dict[str, Data] = {}
+    for data in (data for data in files if is_contribution(data) and data["model"] not in taken):
+        name = data["model"].rpartition("/")[2].lower()
+        entry = found.setdefault(name, {"name": name, "ids": [data["model"]], "config": data["config"]})
+        if data["model"] not in entry["ids"] or name in {*assets(), *(entry["name"] for entry in table)}:
+            raise ConfigError(
+                f"{data['file']}: got {data['model']}, but another model's config is called {name}. Give it an entry "
+                "in checkpoints.yaml."
+            )
+    return list(found.values())
 
 
 def main(arguments: list[str] | None = None) -> None:

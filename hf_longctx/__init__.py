@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .config.register import register
     from .errors import CacheError, ConfigError, LongCtxError, UnsupportedModeError, UnsupportedModelError
     from .evaluate.compare import compare
+    from .identification.contribution import contribution
     from .identification.heads import identify
     from .identification.prefill import identify_prefill
     from .model.family import Family
@@ -39,6 +40,7 @@ __all__ = [
     "UnsupportedModeError",
     "UnsupportedModelError",
     "compare",
+    "contribution",
     "identify",
     "identify_prefill",
     "install",
@@ -65,6 +67,7 @@ _MODULES = {
     "UnsupportedModeError": "errors",
     "UnsupportedModelError": "errors",
     "compare": "evaluate.compare",
+    "contribution": "identification.contribution",
     "identify": "identification.heads",
     "identify_prefill": "identification.prefill",
     "install": "model.loading",

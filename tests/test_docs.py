@@ -27,12 +27,12 @@ from hf_longctx.assets import embedded
 from hf_longctx.commands._app import app
 from hf_longctx.config.config import load_shipped
 from hf_longctx.config.files import shipped
-from hf_longctx.config.ranking import readme_table
+from hf_longctx.config.ranking import published_table
 
 MODEL = "hf-longctx/tiny-llama"
 PROGRAM = ("hf-longctx", ".venv/bin/hf-longctx")
 # Snippets that no test runs, by page. A new one needs a reason on the page and a number here.
-NOT_RUN = Counter({"README.md": 3, "CONTRIBUTING.md": 4, "benchmarks.md": 17, "evaluation.md": 4, "heads.md": 2})
+NOT_RUN = Counter({"README.md": 3, "CONTRIBUTING.md": 4, "benchmarks.md": 17, "evaluation.md": 4, "heads.md": 4})
 
 
 def check_command(command: str) -> None:
@@ -113,10 +113,13 @@ def test_the_published_configs_of_each_confidence_are_counted():
     assert {word: int(n) for word, n in rows} == Counter(load_shipped(name).heads.confidence for name in names)
 
 
-def test_the_readme_has_the_published_checkpoints_best_first():
-    text = (ROOT / "README.md").read_text("utf-8")
-    assert readme_table() in text, "hf-longctx configs table prints it"
-    rows = [re.split(r" *\| *", line)[1:4] for line in readme_table().splitlines()[2:]]
+def test_the_docs_have_the_published_checkpoints_best_first():
+    text, page = (ROOT / "README.md").read_text("utf-8"), (ROOT / "docs" / "heads.md").read_text("utf-8")
+    table, best = published_table(), published_table(10)
+    assert best in text, "hf-longctx configs table --best 10 prints it"
+    assert table in page, "hf-longctx configs table prints it"
+    assert table.startswith(best) and len(best.splitlines()) == 12
+    rows = [re.split(r" *\| *", line)[1:4] for line in table.splitlines()[2:]]
     found, order = {}, []
     for ids, confidence, share in rows:
         word, percent = confidence.partition(":")[0], float(share.removesuffix(" %"))
@@ -124,7 +127,9 @@ def test_the_readme_has_the_published_checkpoints_best_first():
         found |= dict.fromkeys(ids.split(", "), (word, percent))
     assert order == sorted(order)
     names = [name for name in shipped() if not name.startswith("tiny-")]
-    assert len(found) == len(names) and f"Those of {len(names)} published" in " ".join(text.split())
+    measured = sum(word != "none" for word, _ in found.values())
+    said = f"Those of {len(names)} published checkpoints ship, {measured} of them with a measured head map"
+    assert len(found) == len(names) and said in " ".join(text.split())
     for config in map(load_shipped, names):
         dense, patched = config.kv_bytes(131072)
         first, confidence = config.model.ids[0], config.heads.confidence

@@ -11,8 +11,8 @@ import yaml
 from torch import Tensor
 
 from ..cache.plan import FEWEST
-from ..config.config import LongCtxConfig, load_shipped
-from ..config.find import is_file_name
+from ..config.config import LongCtxConfig
+from ..config.find import load_named
 from ..errors import ConfigError
 from ..prefill.base import select
 from ..prefill.dense import Dense
@@ -57,7 +57,7 @@ def case_of(
 
     Args:
         settings: how to measure; without a config also the shape: half of its KV heads, as retrieval heads.
-        config: a shipped name, or the path of a .yaml: shape, roles and prefill section come from there.
+        config: what ``load_named`` takes: shape, roles and prefill section come from there.
         pattern: ``WORD:field=value:...`` for all heads; without it the config's own, or ``PATTERN``.
         table: the name of one of the config's tables.
         kernel: the kernel word; without it the config's own.
@@ -67,8 +67,7 @@ def case_of(
     """
     if min(settings.tokens) < FEWEST:
         raise ConfigError(f"tokens: patterns run for at least {FEWEST} tokens, given {min(settings.tokens)}.")
-    read = LongCtxConfig.from_yaml if config is not None and is_file_name(config) else load_shipped
-    own = None if config is None else read(config)
+    own = None if config is None else load_named(config)
     if kernel == ("auto" if own is None else own.kernel):
         kernel = None  # nothing to override
     given = _given(config, pattern, table, kernel)

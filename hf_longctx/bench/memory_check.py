@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from ..cache.cache import LongCtxCache, cache_bytes
+from ..cache.stock_layers import changed
 from ..errors import LongCtxError
 from ..planning.memory import DENSE, RESERVED, MemoryModel
 from ..planning.sizes import dtype_of
@@ -42,19 +43,24 @@ def check(memory_model: MemoryModel, way: str, tokens: int) -> int:
 def fill(memory_model: MemoryModel, way: str, tokens: int) -> int:
     """Most bytes that the layers of a new cache hold while they are filled with zeros, but for pages in host memory."""
     if way == DENSE:
-        cache: Cache = DynamicCache(config=memory_model.dense)
+        cache: Cache = DynamicCache(config=memory_model.text)
     else:
         own = way == RESERVED
         cache = LongCtxCache(memory_model.patch(), tokens if own else None, rollback=own)
+    windows = {plan.layer_idx: plan.window if way == DENSE else None for plan in memory_model.plans}
     most = 0
-    for index, plan in enumerate(memory_model.plans):
-        step = memory_model.chunk(tokens) if way == DENSE and plan.window is not None else tokens
+    for index, window in sorted({**windows, **memory_model.stock_windows}.items()):
+        step = tokens if window is None else memory_model.chunk(tokens)
         before = cache_bytes(cache)
         largest = 0
         for past in range(0, tokens, step):
-            cache.update(*_zeros(memory_model, plan.kv_heads, min(step, tokens - past)), index)
+            cache.update(*_zeros(memory_model, memory_model.kv_heads, min(step, tokens - past)), index)
             largest = max(largest, cache_bytes(cache) - before)
         most += largest
+    before = cache_bytes(cache)
+    for index, states in memory_model.activations.states.items():
+        cache.layers[index] = changed(states, lambda _, tensor: torch.zeros_like(tensor, device="cpu"))
+    most += cache_bytes(cache) - before
     return most if way == DENSE else most - cache.nbytes_offloaded.get("in host memory", 0)
 
 

@@ -116,7 +116,8 @@ class Crossover(Measured):
     tokens: Prompts = "512,1024,2048,4096,8192,16384,32768"
     dtype: Dtypes = "fp32"
     config: Annotated[
-        str | None, typer.Option(help="Take shape, roles and patterns from this shipped config or .yaml.")
+        str | None,
+        typer.Option(help="Take shape, roles and patterns from this shipped config, .yaml, or Hub repository."),
     ] = None
     pattern: Annotated[
         str | None, typer.Option(help="WORD or WORD:field=value:field=value.", show_default="the config's")

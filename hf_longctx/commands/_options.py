@@ -25,7 +25,7 @@ PICTURES = (*PNG, ".pdf", ".svg")
 
 # Of a model that is loaded.
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or an embedded model (hf-longctx/tiny-llama).")]
-Config = Annotated[str, typer.Option(help="What to patch with: auto, a shipped name, or a .yaml.")]
+Config = Annotated[str, typer.Option(help="What to patch with: auto, a shipped name, a .yaml, or a Hub repository.")]
 Dtype = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
 Device = Annotated[
     str | None,

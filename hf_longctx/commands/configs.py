@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..config.config import LongCtxConfig, load_shipped
+from ..config.config import LongCtxConfig
 from ..config.files import shipped
-from ..config.find import is_file_name, resolve, shipped_name
+from ..config.find import load_named, resolve
 from ..config.head_map import NONE
-from ..config.ranking import ranked, readme_table
+from ..config.hub import PIN
+from ..config.ranking import published_table, ranked
 from ..config.words import spec_word
 from ..errors import ConfigError
 from ..io.console import console
@@ -40,7 +41,9 @@ def configs(context: typer.Context) -> None:
 
 @app.command("show", **short_names(fraction="retrieval-fraction"))
 def show(
-    name: Annotated[str, typer.Argument(help="Shipped config, one of its hub ids, YAML, or a model's folder.")],
+    name: Annotated[
+        str, typer.Argument(help="Shipped config, one of its hub ids, YAML, Hub repository, or a model's folder.")
+    ],
     use: Annotated[str | None, typer.Option(help="Draw the head map of this alternative.")] = None,
     retrieval_fraction: Annotated[float | None, typer.Option(help=SHARE)] = None,
 ) -> None:
@@ -71,9 +74,11 @@ def models() -> None:
 
 
 @app.command("table")
-def print_table() -> None:
-    """The published checkpoints as Markdown, best first: the table of the README."""
-    typer.echo(readme_table(), nl=False)
+def print_table(
+    best: Annotated[int | None, typer.Option(min=1, help="So many rows only; the README has 10.")] = None,
+) -> None:
+    """The published checkpoints as Markdown, best first: the table of docs/heads.md."""
+    typer.echo(published_table(best), nl=False)
 
 
 def _list(console: Console) -> None:
@@ -94,17 +99,13 @@ def _list(console: Console) -> None:
 
 
 def find_config(name: str) -> LongCtxConfig:
-    """The config that a name stands for: a shipped one, a hub id that it lists, a YAML, or a model's folder.
-
-    Nothing is fetched, and no weight is read.
+    """The config that a name stands for: as of ``load_named``, or of a model's folder. No weight is read.
 
     Raises:
         ConfigError: there is none; the message says what there is.
     """
-    if is_file_name(name):
-        return LongCtxConfig.from_yaml(name)
     if not os.path.isdir(name) or name in shipped():
-        return load_shipped(shipped_name(name, "NAME"))
+        return load_named(name, "NAME")
     from transformers import AutoConfig  # a second, which only a folder is worth
 
     try:
@@ -131,10 +132,14 @@ def _facts(console: Console, name: str, config: LongCtxConfig) -> None:
     if model.max_position_embeddings is not None:
         grid.add_row("made for", f"{model.max_position_embeddings} tokens")
     grid.add_row("heads from", _origin(config))
-    for key in [key for key in heads.active.source if key not in ("method", "from")]:
+    if PIN in heads.source:
+        grid.add_row("  read from", Text(f"the Hub, {_plain(heads.source[PIN])}"))
+    for key in [key for key in heads.active.source if key not in ("method", "from", PIN)]:
         grid.add_row(f"  {key}", Text(_plain(heads.active.source[key])))
     if heads.use is None:
         grid.add_row("  confidence", heads.confidence)
+    if heads.use is None and heads.confidence == "none":
+        grid.add_row("  to measure", Text(_how_to_measure(model.ids[0] if model.ids else "MODEL")))
     grid.add_row("retrieval", f"{config.retrieval_heads} of {config.kv_heads} KV heads ({_share(config):.1%})")
     grid.add_row("KV MB", "\n".join(_memory(config)) + "\nof one row, dense -> patched, 2 bytes per number")
     for other, alternative in heads.alternatives.items():
@@ -188,6 +193,14 @@ def _origin(config: LongCtxConfig) -> str:
         return "heads not measured: run identify"
     low = " (low confidence)" if config.heads.confidence == "low" and config.heads.use is None else ""
     return f"{source.get('method', '?')}{low}, {source.get('from', '?')}"
+
+
+def _how_to_measure(model_id: str) -> str:
+    """The command that measures the heads of a model, and what gives the result away."""
+    return (
+        f"hf-longctx identify {model_id} --out my.yaml\n"
+        "To give the map away: --share my.json --licence LICENCE as well (docs/heads.md, Share a map)."
+    )
 
 
 def _share(config: LongCtxConfig) -> float:

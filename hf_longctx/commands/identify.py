@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,11 +13,13 @@ from rich.table import Table
 from ..assets import embedded
 from ..config.find import YAML
 from ..config.words import build, check_word, read_fields, words
+from ..errors import ConfigError
 from ..io.console import console
 from ..io.plots import head_map, save
 from ..planning.sizes import parse_tokens
 from ._options import (
     DTYPES,
+    JSON,
     PICTURES,
     Device,
     Dtype,
@@ -30,6 +32,7 @@ from ._options import (
     check_picture,
     device_of,
     load_model,
+    write_json,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +43,11 @@ Share = Annotated[float | None, typer.Option(help="Share of retrieval heads to w
 Drop = Annotated[float | None, typer.Option(help="Find the smallest share that loses at most this much of dense.")]
 Tokens = Annotated[str | None, typer.Option(help="Tokens of a document or text --target-drop is measured on (4k).")]
 Options = Annotated[list[str] | None, typer.Option("--set", help="An option of the method: --set steps=500. Repeat.")]
+Give = Annotated[
+    Path | None, typer.Option("--share", help="Also write a .json to give the head map away.", dir_okay=False)
+]
+Licence = Annotated[str | None, typer.Option(help="Of the numbers in --share, e.g. MIT.", show_default="none")]
+ModelId = Annotated[str | None, typer.Option(help="MODEL's hub id in --share, where it is loaded from a folder.")]
 Work = Annotated[Path | None, typer.Option(help="Folder where duo_gates saves its state.", show_default="beside --out")]
 
 
@@ -57,6 +65,9 @@ def command(
     options: Options = None,
     work: Work = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the scores (.png, .pdf or .svg).")] = None,
+    share: Give = None,
+    licence: Licence = None,
+    model_id: ModelId = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -64,6 +75,7 @@ def command(
 
     duo_gates also trains on several processes: `accelerate launch -m hf_longctx identify ...`; docs/heads.md has more.
     """
+    from ..identification.contribution import about
     from ..identification.heads import identify, needs_tokenizer
     from ..io.processes import Processes
 
@@ -72,9 +84,12 @@ def command(
     check_word(dtype, DTYPES, "--dtype")
     check_output(out, YAML, "--out")
     check_picture(plot, PICTURES, "--plot")
+    _check_share(share, licence, model_id)
     place = device_of(device)
     processes = Processes(place)
     loaded, tokenizer = load_model(embedded(model), dtype, place, needs_tokenizer(chosen, text, target_drop))
+    if share is not None:
+        about(loaded, licence, model_id)  # what is missing is said before hours of measuring
     config = identify(
         loaded,
         tokenizer,
@@ -93,12 +108,42 @@ def command(
     if processes.main:
         _write(config, out, plot)
         show(console(), config, out, retrieval_fraction is None and target_drop is None)
+        _give(share, loaded, config, licence, model_id)
 
 
 def _write(config: LongCtxConfig, out: Path, plot: Path | None) -> None:
     config.to_yaml(out)
     if plot is not None:
         save(head_map(config), plot)
+
+
+def _check_share(share: Path | None, licence: str | None, model_id: str | None) -> None:
+    """Refuse a share without a licence, and what only a share has a use for."""
+    check_output(share, JSON, "--share")
+    if share is not None and licence is None:
+        raise ConfigError("--share: say under which licence you give the numbers away, e.g. --licence MIT.")
+    if share is not None:
+        from ..identification.contribution import check_licence
+
+        check_licence(licence)
+    for name, given in (("--licence", licence), ("--model-id", model_id)):
+        if share is None and given is not None:
+            raise ConfigError(f"{name}: got {given!r}, but only --share FILE has a use for it.")
+
+
+def _give(share: Path | None, model: Any, config: LongCtxConfig, licence: str, model_id: str | None) -> None:
+    """Write what ``--share`` asked for, and say what to do with it."""
+    if share is None:
+        return
+    from ..identification.contribution import contribution
+
+    write_json(share, contribution(model, config, licence=licence, model_id=model_id))
+    console().print(
+        f"To give it away: {share} goes into examples/published_heads of hf_longctx (docs/heads.md, Share a map).",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 DEFAULTS = {0.5: "Half of the heads", 0.25: "A quarter of the heads"}

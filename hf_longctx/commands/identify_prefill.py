@@ -25,9 +25,9 @@ LENGTH = "32768, or what there is"
 def command(
     model: Model,
     out: Yaml,
-    config: Annotated[str, typer.Option(help="What the patterns are added to: auto, a shipped name, or a .yaml.")] = (
-        "auto"
-    ),
+    config: Annotated[
+        str, typer.Option(help="What the patterns are added to: auto, a shipped name, a .yaml, or a Hub repository.")
+    ] = ("auto"),
     text: Annotated[Path | None, typer.Option(help="File or folder to read the prompt from.")] = None,
     length: Annotated[str | None, typer.Option(help="Tokens of the prompt, e.g. 32k.", show_default=LENGTH)] = None,
     cost: Annotated[float, typer.Option(help="Share of the key blocks that a head may read.")] = 0.2,

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 
 DEEPEST = 16  # levels of a free mapping; a YAML alias can make one that never ends
 LONGEST = 80  # characters of a word that a message repeats, or that is compared with the known ones
+MANY = 30  # words that an error lists at most, where a command lists them too
 MOST_ITEMS = 2**16  # of a list or mapping; with fewer layers and heads than that, rows are counted before they are read
 
 
@@ -58,11 +59,17 @@ def check_count(value: Sized, where: str) -> None:
         raise ConfigError(f"{where}: got {len(value)} entries, expected at most {MOST_ITEMS}.")
 
 
-def check_word(value: object, known: Iterable[str], where: str, hint: str = "") -> None:
-    """Raise ConfigError unless ``value`` is one of the ``known`` words; ``hint`` ends the message."""
+def check_word(value: object, known: Iterable[str], where: str, hint: str = "", command: str = "") -> None:
+    """Raise ConfigError unless ``value`` is one of the ``known`` words.
+
+    ``hint`` ends the message; it names the ``command`` that lists the words, where there are more than ``MANY``.
+    """
     known = tuple(known)
     if not isinstance(value, str) or value not in known:
-        raise wrong(where, value, f"one of: {', '.join(known) or 'none'}", near(value, known) + hint)
+        fits = f"one of: {', '.join(known) or 'none'}"
+        if command and len(known) > MANY:
+            fits = f"one of {len(known)} names, which `{command}` lists"
+        raise wrong(where, value, fits, near(value, known) + hint)
 
 
 def join(where: str, name: str) -> str:

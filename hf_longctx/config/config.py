@@ -21,6 +21,8 @@ from .sections import DecodeSection, HeadsSection, PrefillSection, StoresSection
 from .words import check_mapping, check_word, dump, make, register_first, words
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
     from ..planning.plan import Plan
 
 ITEMSIZE = 2  # bytes of an element in bf16 and fp16
@@ -76,11 +78,7 @@ class LongCtxConfig:
         Raises:
             ConfigError: the message starts with the path of the file.
         """
-        given = read_file(path)
-        try:
-            return cls.from_dict(given)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+        return checked(read_file(path), str(path), cls)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LongCtxConfig:
@@ -108,8 +106,49 @@ class LongCtxConfig:
         Raises:
             ConfigError: as ``to_dict``.
         """
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
-        Path(path).write_text(text, "utf-8")
+        Path(path).write_text(self.to_text(), "utf-8")
+
+    def to_text(self) -> str:
+        """What ``to_yaml`` writes.
+
+        Raises:
+            ConfigError: as ``to_dict``.
+        """
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload longctx.yaml",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Upload the config to a repository of the Hugging Face Hub, which ``patch_model(model, repo_id)`` then reads.
+
+        The repository and the branch are made where they are missing. It gets the file ``longctx.yaml`` and, where it
+        has none, a README.md that says what the config is made for and how to use it.
+
+        Args:
+            repo_id: "user/repo", or "repo" of the user who is logged in.
+            private: whether a repository made here is private; None: as its owner's settings say.
+            token: of the Hub; None: of the login that ``hf auth login`` stored.
+            revision: the branch; None: the main one.
+            create_pr: open a pull request with it instead.
+
+        Returns:
+            What ``huggingface_hub.HfApi.create_commit`` returns.
+
+        Raises:
+            ConfigError: as ``to_dict``, or the config names a path or is too large to be read.
+            huggingface_hub.errors.HfHubHTTPError: what the Hub refuses.
+        """
+        from .hub import push  # stands on this file
+
+        commit = {"commit_message": commit_message, "create_pr": create_pr, "private": private}
+        return push(self, repo_id, revision=revision, token=token, **commit)
 
     def override(self, **sections: Any) -> LongCtxConfig:
         """A config with these sections laid over this one's; see ``files.merge`` for what replaces what.
@@ -237,8 +276,12 @@ def load_shipped(name: str) -> LongCtxConfig:
     Raises:
         ConfigError: there is none; the message lists them.
     """
-    given = read_shipped(name)
+    return checked(read_shipped(name), name)
+
+
+def checked(given: Mapping[str, Any], where: str, cls: type[LongCtxConfig] = LongCtxConfig) -> LongCtxConfig:
+    """The config of plain data whose errors start with ``where``, the file that it was read from."""
     try:
-        return LongCtxConfig.from_dict(given)
+        return cls.from_dict(given)
     except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
+        raise ConfigError(f"{where}: {error}") from None

@@ -31,26 +31,30 @@ def parse(text: str, where: str) -> dict[str, Any]:
     return check_mapping(strict_yaml.read(text, where), where)
 
 
-def read_file(path: str | os.PathLike) -> dict[str, Any]:
+def read_file(path: str | os.PathLike, where: str = "") -> dict[str, Any]:
     """The mapping of a config file, laid over the shipped config that its ``extends`` names.
+
+    Args:
+        where: what an error starts with; the path without it.
 
     Raises:
         ConfigError: no such file, not YAML, or ``extends`` names no shipped config.
     """
+    where = where or str(path)
     try:
         with open(path, "rb") as file:
             data = file.read(strict_yaml.LARGEST_TEXT + 1)
-        strict_yaml.check_size(len(data), str(path))
+        strict_yaml.check_size(len(data), where)
         text = data.decode("utf-8")
     except ConfigError:
         raise
     except (OSError, ValueError) as error:  # a path with a NUL in it, or bytes that are no text, are ValueErrors
-        shown = str(path) if str(path).isprintable() else repr(str(path))
+        shown = where if where.isprintable() else repr(where)
         raise ConfigError(f"{shown}: cannot be read: {error}") from None
-    given = parse(text, str(path))
+    given = parse(text, where)
     if "extends" not in given:
         return given
-    base = read_shipped(given.pop("extends"), f"{path}: extends")
+    base = read_shipped(given.pop("extends"), f"{where}: extends")
     return merge(base, given)
 
 
@@ -65,6 +69,11 @@ def shipped() -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(SUFFIX) for name in files if name.endswith(SUFFIX)))
 
 
+def check_shipped(name: object, where: str) -> None:
+    """Raise ConfigError unless ``name`` is that of a shipped config."""
+    check_word(name, shipped(), where, command="hf-longctx configs")
+
+
 def read_shipped(name: object, where: str = "config") -> dict[str, Any]:
     """The mapping of a shipped config.
 
@@ -76,7 +85,7 @@ def read_shipped(name: object, where: str = "config") -> dict[str, Any]:
 
 def shipped_text(name: object, where: str = "config") -> str:
     """The YAML text of a shipped config; ConfigError as ``read_shipped``."""
-    check_word(name, shipped(), where)
+    check_shipped(name, where)
     return (shipped_folder() / f"{name}{SUFFIX}").read_text("utf-8")
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .checks import LONGEST, check_word, short, wrong
+from . import hub
+from .checks import LONGEST, short, wrong
 from .config import LongCtxConfig, load_shipped
-from .files import shipped, shipped_model
+from .files import check_shipped, shipped, shipped_model
 from .model import ModelSection, text_config
+from .paths import refuse_paths
 from .words import make
 
 log = logging.getLogger(__name__)
@@ -33,11 +35,10 @@ def resolve(
     name_or_path: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> LongCtxConfig:
-    """The config to patch a model with, checked against the model. Nothing is fetched.
+    """The config to patch a model with, checked against the model.
 
     Args:
-        config: ``"auto"``, the name of a shipped config or a hub id that it lists, a path that ends in .yaml or .yml,
-            plain data, or a config.
+        config: ``"auto"`` (nothing is fetched), what ``load_named`` takes, the path of a YAML, plain data, or a config.
         hf_config: the model's Transformers config.
         name_or_path: what the model was loaded from; without it, ``hf_config._name_or_path``.
         overrides: sections laid over the config before it is checked.
@@ -49,18 +50,40 @@ def resolve(
         found = LongCtxConfig.from_dict(config.to_dict())  # dataclasses.replace checks no bounds
     elif isinstance(config, Mapping):
         found = LongCtxConfig.from_dict(config)
-    elif isinstance(config, os.PathLike) or (isinstance(config, str) and is_file_name(config)):
+    elif isinstance(config, os.PathLike):
         found = LongCtxConfig.from_yaml(config)
     elif not isinstance(config, str):
-        raise wrong("config", config, "'auto', a shipped name, a path to a .yaml file, a mapping or a LongCtxConfig")
+        raise wrong(
+            "config",
+            config,
+            "'auto', a shipped name, a path to a .yaml file, a Hub repository, a mapping or a LongCtxConfig",
+        )
     elif config == "auto":
         found = _auto(hf_config, name_or_path or getattr(hf_config, "_name_or_path", None) or "")
     else:
-        found = load_shipped(shipped_name(config))
+        found = load_named(config)
     if overrides:
         found = found.override(**overrides)
     found.check_model(hf_config)
     return found
+
+
+def load_named(name: str, where: str = "config") -> LongCtxConfig:
+    """The config that a text names: a path that ends in .yaml or .yml, a shipped one, or a repository of the Hub.
+
+    A shipped config goes by its name or a hub id that it lists, and nothing is fetched then. Any other
+    ``user/repo`` or ``user/repo@revision`` is asked for its ``longctx.yaml`` (``hub.load``).
+
+    Raises:
+        ConfigError: there is none, or it is wrong.
+    """
+    if is_file_name(name):
+        return LongCtxConfig.from_yaml(name)
+    known = find_name(name)
+    wanted = hub.repository(name)
+    if known is None and wanted is not None and not os.path.exists(name):
+        return hub.load(wanted, where, _nearest(name))
+    return load_shipped(known or shipped_name(name, where))
 
 
 def is_file_name(name: str) -> bool:
@@ -94,14 +117,18 @@ def shipped_name(name: str, where: str = "config") -> str:
             "config of a model that was loaded from a folder."
         )
     if "/" not in name:
-        check_word(name, shipped(), where)
-    ids = {known.lower(): known for model in _models().values() for known in model.ids}
-    match = difflib.get_close_matches(name.lower(), ids, 1, 0.5) if len(name) <= LONGEST else []
-    hint = f" Did you mean {ids[match[0]]!r}?" if match else ""
+        check_shipped(name, where)
     raise ConfigError(
         f"{where}: got {short(name)}, but no shipped config has this name or lists this id; `hf-longctx configs` lists "
-        f"the shipped ones, `hf-longctx identify` makes one.{hint}"
+        f"the shipped ones, `hf-longctx identify` makes one.{_nearest(name)}"
     )
+
+
+def _nearest(name: str) -> str:
+    """`` Did you mean ...?`` with the id of a shipped config, or nothing."""
+    ids = {known.lower(): known for model in _models().values() for known in model.ids}
+    match = difflib.get_close_matches(name.lower(), ids, 1, 0.5) if len(name) <= LONGEST else []
+    return f" Did you mean {ids[match[0]]!r}?" if match else ""
 
 
 def _models() -> dict[str, ModelSection]:
@@ -116,7 +143,7 @@ def _auto(hf_config: Any, name_or_path: str) -> LongCtxConfig:
             found = LongCtxConfig.from_dict(own)
         except ConfigError as error:
             raise ConfigError(f"config.longctx of the model: {error}") from None
-        _refuse_paths(found)
+        refuse_paths(found, "config.longctx of the model", "comes with a model")
         return found
     models = _models()
     by_id = [name for name, model in models.items() if _names(name_or_path, model.ids)]
@@ -154,17 +181,6 @@ def checkpoint_name(name_or_path: str) -> tuple[str, bool]:
 def _mismatches(model: ModelSection, hf_config: Any) -> list[str]:
     missing = [field.name for field in fields(model.fingerprint) if getattr(model.fingerprint, field.name) is None]
     return model.mismatches(hf_config) + [f"fingerprint.{name} is missing in the config" for name in missing]
-
-
-def _refuse_paths(found: LongCtxConfig) -> None:
-    """What came with a model may be anybody's, so it names no place to write to."""
-    for role, spec in (("retrieval", found.stores.retrieval), ("streaming", found.stores.streaming)):
-        for field in fields(spec):
-            if field.metadata.get("path") and (given := getattr(spec, field.name)) is not None:
-                raise ConfigError(
-                    f"config.longctx of the model: stores.{role}.{field.name} is {given!r}, and a config that comes "
-                    "with a model may name no path. Give the config yourself: a .yaml or a dict with that path in it."
-                )
 
 
 def _nothing_found(name_or_path: str, wrongs: Mapping[str, list[str]], fits: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The shipped configs, best first: the order of ``hf-longctx configs``, and the table of the README."""
+"""The shipped configs, best first: the order of ``hf-longctx configs``, and the table of the docs."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ def ranked() -> list[Listed]:
     )
 
 
-def readme_table() -> str:
-    """The published checkpoints as a Markdown table; those that save nothing share the last row."""
+def published_table(best: int | None = None) -> str:
+    """The published checkpoints as a Markdown table, or the ``best`` of them; those that save nothing share a row."""
     published = [one for one in ranked() if not one.embedded]
+    measured = [one for one in published if one.config.heads.confidence != "none"]
     rows = [
         f"| {one.config.model.ids[0]} | {one.config.heads.confidence} | {one.share:.0%} |".replace("%", " %")
-        for one in published
-        if one.config.heads.confidence != "none"
+        for one in measured
     ]
-    rest = [one.config.model.ids[0].rpartition("/")[2] for one in published if one.config.heads.confidence == "none"]
+    rest = [one.config.model.ids[0].rpartition("/")[2] for one in published if one not in measured]
+    rows.append(f"| {', '.join(rest)} | none: run `identify` | 100 % |")
     head = ["| checkpoint | head map | KV memory at 128k tokens, of dense |", "|---|---|---|"]
-    return "\n".join([*head, *rows, f"| {', '.join(rest)} | none: run `identify` | 100 % |"]) + "\n"
+    return "\n".join([*head, *rows[:best]]) + "\n"

@@ -89,6 +89,8 @@ def identify(
         documents = RandomTokens(_plain_ids(unwrap(model))) if without else documents_for(tokenizer, text)
         probe = probe_of(model, tokenizer, documents, seed, work, progress)
         search = None if target_drop is None else ShareSearch(probe, measure_tokens, target_drop)
+        if text is not None:
+            probe.measured["text"] = Path(text).name
         scores = chosen.scores(probe)
         scores[list(probe.windowed)] = 0  # their heads keep the model's own window, whatever they score
         config = _config(plain, model, method, chosen, scores, probe)

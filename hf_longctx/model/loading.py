@@ -35,8 +35,9 @@ class _TakesFlag:
         """Load a model and patch it.
 
         Args:
-            longctx: what ``patch_model`` takes ("auto", a shipped name, a path, a dict, a ``LongCtxConfig``), or True
-                for "auto". None: patch when the checkpoint's config.json says so. False: load it dense.
+            longctx: what ``patch_model`` takes ("auto", a shipped name, a path, a Hub repository, a dict, a
+                ``LongCtxConfig``), or True for "auto". None: patch when the checkpoint's config.json says so. False:
+                load it dense.
             args, kwargs: as in Transformers.
 
         Raises:

@@ -60,7 +60,9 @@ def patch_model(
         model: a loaded Llama, Mistral or Qwen model, or of another type in ``patches/``, also inside a PEFT wrapper or
             under tensor parallel.
         config: "auto" (the model's own ``config.longctx``, else the shipped config made for it), a shipped name or a
-            hub id that a shipped config lists (both in any case), the path of a YAML, a dict, or a ``LongCtxConfig``.
+            hub id that a shipped config lists (both in any case), the path of a YAML, a Hub repository with a
+            ``longctx.yaml`` ("user/repo" or "user/repo@revision"), a dict, or a ``LongCtxConfig``. Only a repository
+            is fetched.
         heads, stores, prefill, decode, kernel: sections merged into the config, e.g.
             ``heads={"retrieval_fraction": 0.25}``. None: as in the config.
         others: ``model={...}``, the section that says which model the config fits, merged as well.

@@ -7,31 +7,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..assets import embedded
 from ..config.config import LongCtxConfig, load_shipped
-from ..config.files import shipped
+from ..config.files import check_shipped, shipped
 from ..config.find import find_name, is_file_name, resolve
-from ..config.model import made_for
-from ..config.words import check_word
-from ..errors import ConfigError, UnsupportedModelError
+from ..config.model import made_for, text_config
+from ..errors import ConfigError
 from ..model.family import find_family
-from ..model.modules import language_model, name_of, state_of, unwrap
+from ..model.modules import name_of, state_of, unwrap
 from .memory import MemoryModel, MemorySettings
 from .sizes import dtype_of
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # what families call their number
+from .skeleton import make_skeleton
 
 
 def find(name: str, settings: MemorySettings, config: str | None = None) -> MemoryModel:
     """A model by a shipped config, a YAML, a local folder or a hub id (of which only config.json is read).
 
-    The ids of shipped configs are known: for them nothing is fetched, and config.json is read where it was before.
+    The ids of shipped configs are known: for them nothing is fetched where the config says how large the model is, and
+    config.json is read where it was before.
 
     Args:
-        config: for a folder or hub id, what to patch with: a shipped name or id, or a YAML; None: "auto".
+        config: for a folder or hub id, what to patch with: what ``load_named`` takes; None: "auto".
 
     Raises:
         ConfigError: there is no such model, no config fits it, or a YAML does not say how large the model is.
@@ -43,7 +41,7 @@ def find(name: str, settings: MemorySettings, config: str | None = None) -> Memo
     if named is not None:
         return _described(name, name, named, settings)
     known = None if os.path.isdir(name) or embedded(name) != name else find_name(name)
-    dense = _read(name, fetch=known is None)
+    dense = _read(name, fetch=known is None or _unsaid(load_shipped(known)) is not None)
     if dense is None:
         memory_model = _described(name, known, load_shipped(known), settings)
         return (
@@ -51,9 +49,13 @@ def find(name: str, settings: MemorySettings, config: str | None = None) -> Memo
             if config is None
             else replace(memory_model, config=resolve(config, memory_model.config.model.as_model()))
         )
-    _check_dense(name, dense)
+    find_family(text_config(dense).model_type)
     chosen = resolve(config or "auto", dense)
-    return _checked(MemoryModel(name, _meta(dense, settings), dense, settings, chosen, *_told(dense, chosen)))
+    return _checked(
+        MemoryModel(
+            name, make_skeleton(dense, dtype_of(settings.dtype)), dense, settings, chosen, *_told(dense, chosen)
+        )
+    )
 
 
 def loaded(model: Any, settings: MemorySettings, config: str | None = None) -> MemoryModel:
@@ -67,33 +69,24 @@ def loaded(model: Any, settings: MemorySettings, config: str | None = None) -> M
         UnsupportedModelError: this is no Transformers model, or its family cannot be patched.
     """
     state = state_of(model)
-    base = language_model(model)
-    dense = base.config if state is None else state.original
+    dense = unwrap(model).config if state is None else state.configs[-1].original
     name = name_of(model) or type(unwrap(model)).__name__
-    _check_dense(name, dense)
+    find_family(text_config(dense).model_type)
     if settings.weights is None:
         held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         settings = replace(settings, weights=held)
     chosen = resolve(config or ("auto" if state is None else state.config), dense)
-    return _checked(MemoryModel(name, _meta(dense, settings), dense, settings, chosen, *_told(dense, chosen)))
+    return _checked(
+        MemoryModel(
+            name, make_skeleton(dense, dtype_of(settings.dtype)), dense, settings, chosen, *_told(dense, chosen)
+        )
+    )
 
 
 def _told(dense: Any, config: LongCtxConfig) -> tuple[int | None, tuple[str, ...]]:
     """(tokens it was made for, notes) of a model whose own config is known."""
     scaled = config.model.rope_note(dense)
     return made_for(dense), () if scaled is None else (scaled,)
-
-
-def _check_dense(name: str, dense: Any) -> None:
-    """Refuse what cannot be patched, or whose working memory the rule above does not give."""
-    find_family(dense.model_type)
-    for key in EXPERTS:
-        count = getattr(dense, key, None)
-        if isinstance(count, int) and count > 1:
-            raise UnsupportedModelError(
-                f"{name} is a mixture of experts ({key} {count}). What its experts hold while a prompt is read is not "
-                "calculated, and a dense MLP would be counted instead; plan and bench memory are for dense MLPs only."
-            )
 
 
 def _config_of(name: str) -> LongCtxConfig | None:
@@ -104,17 +97,10 @@ def _config_of(name: str) -> LongCtxConfig | None:
     return None if known is None else load_shipped(known)
 
 
-def _meta(dense: Any, settings: MemorySettings) -> Any:
-    """The model of a Transformers config, without weights."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(dense, dtype=dtype_of(settings.dtype))
-    model.tie_weights()  # Transformers 5.0 leaves that out on the meta device
-    return model
-
-
 def _checked(memory_model: MemoryModel) -> MemoryModel:
     """The model, once its model was patched: what cannot be patched is refused before anything is counted."""
     memory_model.patch()
+    memory_model.activations  # noqa: B018
     return memory_model
 
 
@@ -122,7 +108,7 @@ def _read(name: str, fetch: bool) -> Any:
     """The Transformers config of a folder or a hub id; without ``fetch`` None where it was never fetched."""
     path = embedded(name)
     if "/" not in name and not Path(name).exists():
-        check_word(name, shipped(), "MODEL (with no / in it, a shipped config)")
+        check_shipped(name, "MODEL (with no / in it, a shipped config)")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=not fetch)
     except (OSError, ValueError) as error:
@@ -132,6 +118,19 @@ def _read(name: str, fetch: bool) -> Any:
             f"{name!r} is no shipped config and no id of one (hf-longctx configs lists them), no YAML, and its "
             f"config.json cannot be read as a folder's or hub id's: {error}"
         ) from None
+
+
+def _unsaid(named: LongCtxConfig) -> str | None:
+    """What takes memory in the model of a config and is not said in the config, in words; None for nothing."""
+    model = named.model
+    if model.full_attention_layers is not None:
+        return "what the layers keep that are not among full_attention_layers"
+    dense = AutoConfig.for_model(model.model_type)
+    if any("expert" in key and isinstance(value, int) and value > 1 for key, value in dense.to_dict().items()):
+        return f"how large and how many the experts of a {model.model_type} are"
+    if type(dense) not in AutoModelForCausalLM._model_mapping:
+        return f"how large the model around a {model.model_type} is"
+    return None
 
 
 def _described(name: str, known: str, named: LongCtxConfig, settings: MemorySettings) -> MemoryModel:
@@ -145,6 +144,8 @@ def _described(name: str, known: str, named: LongCtxConfig, settings: MemorySett
     heads = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     sizes |= {key: getattr(model, key) for key in heads}
     find_family(model.model_type)
+    if (unsaid := _unsaid(named)) is not None:
+        raise ConfigError(f"{known} is a config, which does not say {unsaid}. Name the model's folder or hub id.")
     dense = AutoConfig.for_model(model.model_type, **sizes, sliding_window=None, tie_word_embeddings=False)
     shared = dense.vocab_size * dense.hidden_size * dtype_of(settings.dtype).itemsize
     note = (
@@ -154,5 +155,13 @@ def _described(name: str, known: str, named: LongCtxConfig, settings: MemorySett
     )
     notes = (note,) if settings.weights is None else ()
     return _checked(
-        MemoryModel(name, _meta(dense, settings), dense, settings, named, model.max_position_embeddings, notes)
+        MemoryModel(
+            name,
+            make_skeleton(dense, dtype_of(settings.dtype)),
+            dense,
+            settings,
+            named,
+            model.max_position_embeddings,
+            notes,
+        )
     )

@@ -5,11 +5,13 @@ slot by slot, spare room included, and ``bench memory --check`` allocates it for
 ``max_tokens``, where it also holds what streaming heads remember to take tokens back. The working memory is what one
 layer's forward of one chunk of the prompt holds:
 
-- its activations, in numbers per token: 4 hidden + 3 intermediate + 2 head_dim in the MLP, or
-  3 hidden + 2 query heads x head_dim + 2 KV heads x head_dim + 2 head_dim in the attention, whichever needs more;
-- dense, from the second chunk on: Transformers' sdpa takes a mask of chunk x context (one byte each, and once more in
-  the dtype for every row) and, with grouped query heads, copies of the keys and values for every query head;
-- patched: in place of these, while a layer's buffer grows, its old one, at most as large as the new one.
+- what Transformers' own code makes, followed without memory (``activations``): in the attention, or outside of it,
+  whichever needs more;
+- dense: the masks that the type makes, and what its attention holds. From the second chunk on sdpa takes the mask once
+  more in the dtype for every sequence and, with grouped query heads, copies of the keys and values for every query
+  head. ``eager`` attention, which some types need, holds every score of chunk x context, several times;
+- patched: in place of these, the queries, keys and results of a role's heads, or while a layer's buffer grows, its old
+  one, at most as large as the new one.
 
 On a CPU torch's profiler agrees with this (tests/bench), but for one thing that depends on the processor: with AMX,
 sdpa holds the keys and values of all query heads once more in bf16. Kernels for GPUs may hold more as well.
@@ -22,13 +24,16 @@ from functools import cached_property
 from typing import Any
 
 from ..cache.plan import LayerPlan
+from ..cache.stock_layers import stock_layers, tensors_of
 from ..config.config import LongCtxConfig
+from ..config.model import text_config
 from ..config.words import check_word, wrong
 from ..model.family import find_family
 from ..model.modules import attention_modules, language_model
 from ..model.patch import patch_model
 from ..model.plans import make_plan
 from ..stores.base import SLACK, Reserve
+from .activations import Activations, Subject, activations, masks
 from .sizes import DTYPES, dtype_of
 
 MOST = 1 << 40  # tokens: what fits more than this has no limit
@@ -93,7 +98,7 @@ class MemoryModel:
 
     Attributes:
         model: on the ``meta`` device.
-        dense: the Transformers config, for a dense cache.
+        dense: the Transformers config, of a multimodal model the whole.
         config: what to patch with. Its ``model`` section may say less than ``dense``, or more.
         made_for: tokens the model was made for; None where that is not known.
         notes: what is not known of it, in words.
@@ -107,6 +112,11 @@ class MemoryModel:
     made_for: int | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def text(self) -> Any:
+        """The Transformers config of what reads the text."""
+        return text_config(self.dense)
+
     def patch(self) -> Any:
         """The model, patched with the config; errors as ``patch_model``."""
         return patch_model(self.model, {**self.config.to_dict(), "model": LongCtxConfig.describe(self.dense)})
@@ -114,9 +124,11 @@ class MemoryModel:
     @cached_property
     def plans(self) -> tuple[LayerPlan, ...]:
         """The plan of every layer, as a patched model has it."""
-        family = find_family(self.dense.model_type)
+        family = find_family(self.text.model_type)
         modules = attention_modules(language_model(self.model), family)
-        return tuple(make_plan(module, self.config, family, self.dense) for module in modules)
+        modules = [module for module in modules if family.has_roles(self.text, module.layer_idx)]
+        modules = [module for module in modules if family.has_roles(self.text, module.layer_idx)]
+        return tuple(make_plan(module, self.config, family, self.text) for module in modules)
 
     @property
     def kv_heads(self) -> int:
@@ -142,8 +154,17 @@ class MemoryModel:
         return Need(tokens, self.weights, self.kv(way, tokens), self._working(way, tokens))
 
     def kv(self, way: str, tokens: int) -> int:
-        """Bytes of the KV cache of all rows. With several chunks a growing buffer may have less spare room."""
-        return sum(self.layer_bytes(plan, way, tokens) for plan in self.plans)
+        """Bytes of the cache of all sequences. With several chunks a growing buffer may have less spare room."""
+        windowed = sum(self._windowed(tokens, window) for window in self.stock_windows.values())
+        states = (tensor for layer in self.activations.states.values() for tensor in tensors_of(layer))
+        others = windowed * self.kv_heads * self._slot + sum(one.numel() * one.element_size() for one in states)
+        return others + sum(self.layer_bytes(plan, way, tokens) for plan in self.plans)
+
+    @cached_property
+    def stock_windows(self) -> dict[int, int]:
+        """Layer index -> tokens of its window or chunk, of the layers that are not patched and have keys."""
+        others = stock_layers(self.text, {plan.layer_idx for plan in self.plans})
+        return {index: one.sliding_window for index, one in others.items() if hasattr(one, "sliding_window")}
 
     def layer_bytes(self, plan: Any, way: str, tokens: int) -> int:
         """Bytes of all KV heads of a layer, in all rows."""
@@ -177,23 +198,49 @@ class MemoryModel:
         last = (tokens - 1) // chunk * chunk
         return max(min(past, window - 1) + min(chunk, tokens - past) for past in (0, full, last))
 
+    @cached_property
+    def _subject(self) -> Subject:
+        return Subject.of(self.dense, dtype_of(self.settings.dtype), self.settings.batch)
+
+    @cached_property
+    def activations(self) -> Activations:
+        """What its layers hold while a chunk is read.
+
+        Raises:
+            UnsupportedModelError: that cannot be calculated.
+        """
+        return activations(self._subject)
+
     def _working(self, way: str, tokens: int) -> int:
-        config = self.dense
         chunk = self.chunk(tokens)
-        hidden = config.hidden_size
-        heads = config.num_attention_heads
-        width = self.head_dim
-        mlp = 4 * hidden + 3 * config.intermediate_size + 2 * width
-        attention = 3 * hidden + 2 * (heads + self.kv_heads + 1) * width
-        mlp, attention = (chunk * part * self.number * self.settings.batch for part in (mlp, attention))
-        if way == DENSE and chunk < tokens:
-            mask = chunk * tokens
-            mlp = mlp + mask
-            attention = attention + mask * (1 + self.number * self.settings.batch)
-            if heads > self.kv_heads:
-                attention += tokens * heads * self._slot
+        outside = self.activations.outside(chunk)
+        attention = self.activations.attention(chunk)
+        if way == DENSE:
+            masked, made = masks(self._subject, chunk, tokens)
+            inside, after = zip(*(self._dense_attention(chunk, tokens, one) for one in self._windows), strict=True)
+            return max(made, outside + masked + max(after), attention + masked + max(inside))
+        shared = [role for plan in self.plans if len(plan.filled) > 1 for role in plan.filled]
+        keys = max((len(role.heads.kv_heads) for role in shared), default=0)
+        parts = (2 * self.text.num_attention_heads + keys) * chunk * self._slot // 2
         grown = max(self.layer_bytes(plan, way, tokens) for plan in self.plans) if way == PATCHED else 0
-        return max(mlp, attention, grown)
+        return max(outside, attention + parts, grown)
+
+    @cached_property
+    def _windows(self) -> set[int | None]:
+        return {*(plan.window for plan in self.plans), *self.stock_windows.values()}
+
+    def _dense_attention(self, chunk: int, tokens: int, window: int | None) -> tuple[int, int]:
+        """Bytes that the dense attention of a layer holds beside its result, and that it leaves to the layer."""
+        keys = tokens if window is None else self._windowed(tokens, window)
+        found = self.activations
+        if found.eager is not None:
+            return found.eager(chunk, keys), found.weights(chunk, keys)
+        masked = chunk < tokens or (window is not None and tokens >= window)
+        if found.implementation != "sdpa" or not masked:
+            return 0, 0
+        heads = self.text.num_attention_heads
+        copies = keys * heads * self._slot if heads > self.kv_heads else 0
+        return copies + chunk * keys * self.number * self.settings.batch, 0
 
 
 def longest(memory_model: MemoryModel, way: str) -> int | None:

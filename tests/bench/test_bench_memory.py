@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from dataclasses import replace
 
@@ -10,18 +9,13 @@ import pytest
 import torch
 from helpers.store_cases import CASES, role_of
 from helpers.tiny import config_for, tiny_config, tiny_model
-from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from hf_longctx import ConfigError, LongCtxCache, LongCtxConfig, LongCtxError, patch_model
+from hf_longctx import ConfigError, LongCtxConfig, LongCtxError
 from hf_longctx.bench import environment, memory_check
 from hf_longctx.bench.memory_check import check, fill
-from hf_longctx.cache.seam import CACHE, cache_of
 from hf_longctx.commands._app import app
 from hf_longctx.config.config import load_shipped
-from hf_longctx.planning import find as memory_find
-from hf_longctx.planning import memory
 from hf_longctx.planning.find import find
 from hf_longctx.planning.memory import DENSE, MOST, PATCHED, RESERVED, WAYS, MemoryModel, MemorySettings, longest
 from hf_longctx.stores.base import SPARE, Reserve, StoreSpec
@@ -236,71 +230,6 @@ def test_free_memory_is_the_smaller_of_machine_and_group(monkeypatch):
     assert environment.free_memory() == 1024000
     files.clear()
     assert environment.free_memory() is None
-
-
-# The working memory of a prefill, against torch's own record of what was allocated.
-
-
-def peak(model, ids, chunk: int, patched: bool) -> int:
-    """Most bytes allocated at once while the prompt is read, into a cache as generate() makes it."""
-
-    def read():
-        cache = LongCtxCache(model, rollback=False) if patched else None
-        for piece in ids.split(chunk, 1):
-            cache = cache_of(model(piece, **{CACHE: cache}, use_cache=True, logits_to_keep=1))
-        return cache
-
-    return allocated(read)
-
-
-def allocated(run) -> int:
-    """Most bytes allocated at once while ``run()`` runs."""
-    gc.collect()  # what an earlier profile saw allocated would be seen freed in this one
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, torch.no_grad():
-        kept = run()
-    del kept
-    held = most = 0
-    events = (event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
-def packed_by_sdpa(batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> float:
-    """Bytes per key token that this processor's sdpa holds beside its arguments and its result; often 0."""
-
-    def most(tokens: int) -> int:
-        q, k = (torch.randn(batch, heads, length, head_dim, dtype=dtype) for length in (256, tokens))
-        return allocated(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, k))
-
-    return (most(2048) - most(1024)) / 1024
-
-
-@pytest.mark.parametrize("chunk", [0, 256])
-@pytest.mark.parametrize(("word", "batch"), [("fp32", 1), ("bf16", 2)])
-@pytest.mark.parametrize("kv_heads", [2, 8])
-def test_the_rule_for_working_memory_is_what_a_prefill_takes(chunk, word, batch, kv_heads, monkeypatch):
-    monkeypatch.undo()  # memory that is filled with NaN is allocated twice
-    sizes = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 2, "num_attention_heads": 8}
-    config = AutoConfig.for_model("llama", vocab_size=64, num_key_value_heads=kv_heads, head_dim=32, **sizes)
-    settings, tokens = MemorySettings(1, word, batch, chunk), 2048
-    model = memory_find.AutoModelForCausalLM.from_config(config, dtype=memory.dtype_of(word)).eval()
-    roles = ["RS" * (kv_heads // 2)] * 2
-    stores = {"streaming": {"store": "sink_recent", "sink": 4, "recent": 64}}
-    ours = {"model": LongCtxConfig.describe(config), "heads": {"roles": roles}, "stores": stores}
-    with torch.device("meta"):
-        counted = memory_find.AutoModelForCausalLM.from_config(config, dtype=memory.dtype_of(word))
-    memory_model = MemoryModel("", counted, config, settings, LongCtxConfig.from_dict(ours))
-    ids = torch.randint(64, (batch, tokens))
-    for way in (DENSE, PATCHED):
-        if way == PATCHED:
-            patch_model(model, ours)
-        need = memory_model.need(way, tokens)
-        got, want = peak(model, ids, chunk or tokens, way == PATCHED), need.kv + need.working
-        if way == DENSE and chunk:  # in one piece the MLP needs more than that
-            want += tokens * packed_by_sdpa(batch, 8, 32, memory.dtype_of(word))
-        assert 0.93 * want < got <= 1.01 * want, (way, got, want)
 
 
 # The longest context.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from typer.testing import CliRunner
 
 from hf_longctx.commands._app import app
 from hf_longctx.commands.configs import SHADES, _shades
-from hf_longctx.config.config import load_shipped
+from hf_longctx.config import ranking
+from hf_longctx.config.config import load_shipped as read_shipped
 from hf_longctx.config.files import shipped
-from hf_longctx.config.ranking import readme_table
+from hf_longctx.config.ranking import published_table
 from hf_longctx.config.reference import FOLDERS, _section, meanings, reference
 from hf_longctx.config.words import words
 from hf_longctx.model.family import families
@@ -21,6 +23,15 @@ from hf_longctx.model.models_page import LEFT_OUT
 
 ROOT = Path(__file__).parents[2]
 SHOWN = ("llama-3.1-8b-instruct", "llama-3.1-70b-instruct", "llama-2-7b-32k-instruct")  # 8B, 70B, no groups
+
+
+load_shipped = functools.cache(read_shipped)
+
+
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch):
+    """Every shipped config is read once for all tests."""
+    monkeypatch.setattr(ranking, "load_shipped", load_shipped)
 
 
 def invoke(*args: str, width: int = 80):
@@ -59,6 +70,16 @@ def test_every_config_is_listed_whole(width):
     assert "4295 ->  2168" in done.output and "17180 ->  8611" in done.output and "50.0%" in done.output
 
 
+@pytest.mark.parametrize("name", shipped())
+def test_show_says_how_to_measure_what_nobody_measured(name):
+    config, said = load_shipped(name), " ".join(invoke("show", name).output.split())
+    command = f"hf-longctx identify {config.model.ids[0]} --out my.yaml To give the map away: --share my.json --licence"
+    assert (command in said) == (config.heads.confidence == "none")
+    if config.heads.confidence == "none" and config.heads.alternatives:
+        used = invoke("show", name, "--use", next(iter(config.heads.alternatives)), "--retrieval-fraction", "0")
+        assert used.exit_code == 0 and "hf-longctx identify" not in used.output
+
+
 def test_the_best_are_listed_first():
     listed = [line.split()[0] for line in invoke(width=100).output.splitlines() if line.split()[:1]]
     listed = [name for name in listed if name in shipped()]
@@ -72,7 +93,9 @@ def test_the_best_are_listed_first():
 
     assert listed == sorted(shipped(), key=rank) and listed[0] == "llama-2-7b-32k-instruct"
     assert listed[-3:] == ["tiny-llama", "tiny-mistral", "tiny-qwen3"], "the embedded ones last"
-    assert invoke("table").output == readme_table()
+    assert invoke("table").output == published_table()
+    assert invoke("table", "--best", "10").output == published_table(10)
+    assert invoke("table", "--best", "0").exit_code == 2
 
 
 @pytest.mark.parametrize("width", [80, 100])

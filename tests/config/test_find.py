@@ -9,6 +9,7 @@ import yaml
 from helpers.config_cases import FINGERPRINT, config, hf, plain, refused, ship, write
 
 from hf_longctx.config import files as config_files
+from hf_longctx.config import find
 from hf_longctx.config.config import load_shipped
 from hf_longctx.config.find import find_name, resolve, shipped_name
 
@@ -177,9 +178,12 @@ def test_names_that_say_too_little_or_too_much(folder, tmp_path):
     assert len(refused(lambda: shipped_name("org/" + "x" * 10**6))) < 400
 
 
-def test_every_shipped_id_leads_to_one_config():
-    for name in config_files.shipped():
-        for known in load_shipped(name).model.ids:
+def test_every_shipped_id_leads_to_one_config(monkeypatch):
+    sections = find._models()
+    monkeypatch.setattr(find, "_models", lambda: sections)  # which each name would read anew
+    assert list(sections) == list(config_files.shipped())
+    for name, section in sections.items():
+        for known in section.ids:
             assert find_name(known.upper()) == name
 
 

@@ -181,7 +181,7 @@ def test_long_words_are_neither_compared_nor_repeated(monkeypatch):
     data = plain()
     data["model"]["model_type"] = data["model"]["fingerprint"]["rope_type"] = word
     assert len(refused(lambda: patch_model(tiny_model(), data))) < 700
-    assert len(refused(lambda: patch_model(tiny_model(), word))) < 900
+    assert len(refused(lambda: patch_model(tiny_model(), word))) < 400
     assert all(len(one) <= checks.LONGEST for one in asked)
 
 

@@ -49,12 +49,12 @@ def search(model, tokenizer, config, **kwargs) -> LongCtxConfig:
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The (q, k, scaling) of every layer that was measured, in order."""
+    """The (q, k, scores) of every layer that was measured, in order."""
     calls, measure = [], MODULE.measure
 
-    def record(candidates, q, k, scaling, blocks):
-        calls.append((q, k, scaling))
-        return measure(candidates, q, k, scaling, blocks)
+    def record(candidates, q, k, scores, blocks):
+        calls.append((q, k, scores))
+        return measure(candidates, q, k, scores, blocks)
 
     monkeypatch.setattr(MODULE, "measure", record)
     return calls
@@ -79,8 +79,8 @@ def slow(spec, q, k, scaling, queries=slice(None)) -> list[tuple[float, float]]:
 def brute_force(calls, cost: float) -> list[list]:
     """The best candidate of every head of every layer."""
     best = []
-    for q, k, scaling in calls:
-        table = [slow(spec, q, k, scaling) for spec in CANDIDATES]
+    for q, k, scores in calls:
+        table = [slow(spec, q, k, scores.scale) for spec in CANDIDATES]
         row = []
         for head in range(q.shape[1]):
             fits = [i for i in range(len(CANDIDATES)) if table[i][head][1] <= cost]
@@ -103,8 +103,8 @@ def test_every_head_gets_the_best_candidate_within_the_cost(seen):
     assert len({spec for row in want for spec in row}) > 1, "a choice among one would show nothing"
     assert patterns(found) != brute_force(seen, 1.0), "a control: the cost must bind"
     each = [
-        slow(spec, q, k, scaling)[head]
-        for (q, k, scaling), row in zip(seen, want, strict=True)
+        slow(spec, q, k, scores.scale)[head]
+        for (q, k, scores), row in zip(seen, want, strict=True)
         for head, spec in enumerate(row)
     ]
     mass, density = np.array(each).T

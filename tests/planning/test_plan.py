@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny import config_for, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_longctx import ConfigError, LongCtxConfig, LongCtxError, patch_model
@@ -21,7 +22,6 @@ from hf_longctx.commands._app import app
 from hf_longctx.config import words as registry
 from hf_longctx.config.config import load_shipped
 from hf_longctx.model.modules import state_of
-from hf_longctx.planning import find as memory_find
 from hf_longctx.planning import ladder
 from hf_longctx.planning.find import find
 from hf_longctx.planning.ladder import BITS, RULE, fewer_heads
@@ -354,7 +354,7 @@ def test_the_rule_is_said_and_stands_in_the_docs(given):
 
 
 def test_a_shipped_config_needs_no_weights(monkeypatch):
-    monkeypatch.setattr(memory_find.AutoModelForCausalLM, "from_pretrained", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args: pytest.fail("loaded"))
     found = LongCtxConfig.plan("llama-3.1-8b-instruct", context=131072, memory="24GB")
     memory_model = find("llama-3.1-8b-instruct", MemorySettings(24 * 10**9))
     assert found.rungs[0].need == memory_model.need(PATCHED, 131072) and found.rungs[0].need.total > 24 * 10**9
