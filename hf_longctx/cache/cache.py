@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..errors import CacheError, UnsupportedModelError
+from ..errors import CacheError, UnsupportedModeError, UnsupportedModelError
 from ..layout.dtypes import as_autocast
 from ..layout.forward import Forward
 from ..layout.rows import Rows
@@ -43,6 +43,7 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
 
     Raises:
         UnsupportedModelError: the model is not patched.
+        UnsupportedModeError: the model was cut to layers none of which is patched.
     """
 
     def __init__(self, model: nn.Module, max_tokens: int | None = None, *, rollback: bool = True):
@@ -54,6 +55,11 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         # Early-exit drafting lowers the number of layers for a while.
         count = patched.config.num_hidden_layers
         plans = tuple(plan for plan in patched.longctx_state.plans if plan.layer_idx < count)
+        if not plans:
+            raise UnsupportedModeError(
+                f"the first {count} layers of this model have no attention over the text, so a model cut to them (as "
+                "assistant_early_exit does) has no keys to count its tokens by. Leave that out."
+            )
         slack = SLACK if rollback else 0
         self.own = [LongCtxLayer(plan, max_tokens, slack) for plan in plans]
         self._blank = stock_layers(patched.config, {plan.layer_idx for plan in plans})
@@ -170,12 +176,14 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
             )
         self._check_room(rows)
         self._check_starts(rows)
+        self._thaw_stock()
         self.forward = forward
         self._reading = rows.total
         self.token_ids.append(rows.past, ids)
 
     def check(self) -> None:
         """Raise CacheError when an earlier forward was interrupted."""
+        self._refuse_apart()
         if (most := max(layer.seen for layer in self.own)) != self.seen:
             instead = "Call cache.crop(0) to go back to before it, or cache.reset()."
             if self.seen and self._stuck(self.seen) is not None:
@@ -184,7 +192,6 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
                 f"the layers of this cache have seen between {self.seen} and {most} tokens: "
                 f"an earlier forward was interrupted. {instead}"
             )
-        self._refuse_ahead()
         self._refuse_half_written()
 
     def _refuse_half_written(self) -> None:

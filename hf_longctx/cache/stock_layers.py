@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..errors import CacheError, UnsupportedModelError
@@ -85,8 +85,9 @@ def saved_stock(layer: Any) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in named_tensors(layer):
         if hasattr(layer, "sliding_window"):
             yield name, tensor[:, :, -layer.sliding_window + 1 :]
-        elif name.startswith("conv_states."):  # longer where the past is recorded
-            yield name, tensor[..., -layer.conv_kernel_size[_key(name, layer.conv_states)] :]
+        elif name.startswith("conv_states."):  # longer where the past is recorded, shorter where it is short
+            size = layer.conv_kernel_size[_key(name, layer.conv_states)]
+            yield name, nn.functional.pad(tensor[..., -size:], (max(0, size - tensor.shape[-1]), 0))
         else:
             yield name, tensor
 
@@ -156,6 +157,12 @@ class StockLayers:
         for index, layer in self.stock.items():
             self.layers[index] = changed(layer, lambda _, tensor: change(tensor))
 
+    def _thaw_stock(self) -> None:
+        """Linear layers change their states in place, which those made in inference mode refuse outside of it."""
+        frozen = (tensor.is_inference() for layer in self.stock.values() for tensor in tensors_of(layer))
+        if not torch.is_inference_mode_enabled() and any(frozen):
+            self._change_stock(torch.clone)
+
     def _reset_stock(self) -> None:
         """Empty them."""
         for index, layer in self._blank.items():
@@ -174,13 +181,14 @@ class StockLayers:
         """Fewest tokens that all of them can still be cropped to."""
         return max((self.seen - _croppable(layer, self.seen) for layer in self.stock.values()), default=0)
 
-    def _refuse_ahead(self) -> None:
-        """Raise CacheError where a forward was interrupted after some of these layers had read its tokens."""
+    def _refuse_apart(self) -> None:
+        """Raise CacheError where a forward was interrupted and these layers have read other tokens than ours."""
         seen = self.seen
-        ahead = [index for index, read in self._read.items() if read != seen]
-        if ahead:
+        read = {index: self._read.get(index, 0) for index in self._blank}
+        apart = [index for index in read if read[index] != seen]
+        if apart:
             raise CacheError(
-                f"layer {ahead[0]} of this cache has read {self._read[ahead[0]]} tokens and the others {seen}: an "
+                f"layer {apart[0]} of this cache has read {read[apart[0]]} tokens and the others {seen}: an "
                 "earlier forward was interrupted, and a layer without keys cannot go back. Call cache.reset() and read "
                 "the prompt again."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
@@ -37,9 +38,16 @@ def _eager_in_float64(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=None, **kwargs: x.softmax(dim))
 
 
-def hybrid(kind: str):
+def hybrid(kind: str, **more):
     """A tiny random model on eager attention; linear attention computes in float32 whatever the dtype."""
-    changes = {"initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **MORE.get(kind, {})}
+    changes = {
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **MORE.get(kind, {}),
+        **more,
+    }
     config = tiny_copy(AutoConfig.for_model(kind), **changes)
     config._experts_implementation = "eager"
     torch.manual_seed(5)
@@ -211,6 +219,71 @@ def test_a_forward_that_was_interrupted_is_noticed(kind, monkeypatch):
 
 def _interrupted(*args, **kwargs):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("past", [0, 20])
+@pytest.mark.parametrize("kind", ["qwen3_next", "lfm2"])
+def test_what_is_said_of_an_interrupted_forward_helps_wherever_it_was(kind, past, monkeypatch):
+    """In each layer, of which the last is not ours."""
+    other = "conv" if kind == "lfm2" else "linear_attention"
+    types = [other, "full_attention"] * 2 + [other]
+    model, ids = hybrid(kind, layer_types=types, num_hidden_layers=len(types)), text()
+    patch_model(model, config_for(model, "retrieval"))
+    for layer in language_model(model).layers:
+        cache = LongCtxCache(model)
+        if past:
+            read(model, ids, (past,), cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(layer, "mlp", None) or layer.feed_forward, "forward", _interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                read(model, ids, (30,), cache, past)
+        if layer is language_model(model).layers[-1]:  # every layer had read its tokens
+            read(model, ids, (40,), cache, 30)
+            continue
+        with pytest.raises(CacheError, match="interrupted, and a layer without keys cannot go back.*reset"):
+            read(model, ids, (40,), cache, 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", _interrupted)  # before it read them
+        with pytest.raises(KeyboardInterrupt):
+            read(model, ids, (30,), cache := LongCtxCache(model))
+    with pytest.raises(CacheError, match="layer 4 of this cache has read 0 tokens and the others 30"):
+        read(model, ids, (40,), cache, 30)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "lfm2"])
+def test_states_of_inference_mode_are_continued_outside_of_it(kind, tmp_path):
+    """As keys and values are: however the cache came to be there."""
+    model, ids = hybrid(kind), text()
+    patch_model(model, config_for(model, "mixed", sink=2, recent=6))
+    read(model, ids, (30,), before := LongCtxCache(model))
+    want = read(model, ids, (31, 60), before.fork(), 30)
+    before.save(tmp_path / "c.safetensors")
+    with torch.inference_mode():
+        read(model, ids, (30,), filled := LongCtxCache(model))
+        caches = [filled, before.fork(), copy.deepcopy(before), LongCtxCache.load(tmp_path / "c.safetensors", model)]
+    for cache in caches:
+        assert torch.equal(read(model, ids, (31, 60), cache, 30), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recorded_past_is_saved_however_short_it_is(kind, tmp_path):
+    model, ids = hybrid(kind), text()
+    patch_model(model, config_for(model, "retrieval"))
+    for count in (1, 2, 30):
+        cache = LongCtxCache(model)
+        cache.activate_past_recording()
+        read(model, ids, (count,), cache)
+        cache.save(tmp_path / "c.safetensors")
+        loaded = LongCtxCache.load(tmp_path / "c.safetensors", model)
+        want = read(model, ids, (count + 1, 60), cache, count)
+        assert (read(model, ids, (count + 1, 60), loaded, count) - want).abs().max() < 1e-10
+
+
+def test_a_model_cut_before_its_first_attention_is_refused():
+    model = hybrid("lfm2")
+    patch_model(model, config_for(model, "retrieval"))
+    with pytest.raises(UnsupportedModeError, match="first 1 layers .*assistant_early_exit"):
+        model.generate(text(1, 20), max_new_tokens=4, do_sample=False, assistant_early_exit=1)
 
 
 def test_no_sequence_is_realigned():
