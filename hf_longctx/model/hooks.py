@@ -220,6 +220,18 @@ class StartBatching(OnModel):
         )
 
 
+class SetAttention(OnModel):
+    """Replaces ``set_attn_implementation``, which would give our word to the vision part of the model as well."""
+
+    name = "set_attn_implementation"
+
+    def __call__(self, attn_implementation: Any, *args, **kwargs) -> None:
+        if attn_implementation != NAME:
+            return self.original(attn_implementation, *args, **kwargs)
+        language_model(self.model).config._attn_implementation = NAME
+        return None
+
+
 class PrepareCache(OnModel):
     """Replaces ``_prepare_cache_for_generation``: generate() starts with a ``LongCtxCache``."""
 
@@ -239,7 +251,7 @@ class PrepareCache(OnModel):
         return None
 
 
-ON_MODEL: tuple[type[OnModel], ...] = (Generate, StartBatching, PrepareCache)
+ON_MODEL: tuple[type[OnModel], ...] = (Generate, StartBatching, SetAttention, PrepareCache)
 
 
 def _refuse_generate(model: nn.Module, cache: Any, generation_config: Any, given: tuple) -> None:

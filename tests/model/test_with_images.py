@@ -92,6 +92,24 @@ def test_what_is_changed_on_either_config_stays():
     assert (whole.note_of_mine, text.note_of_mine) == ("whole", "text")
 
 
+def test_the_vision_part_is_not_switched_to_our_attention(caplog):
+    """And nothing says that it was, to somebody who switches the model to dense and back."""
+    model = model_with_images("qwen2_vl")
+    prompt = prompt_with_image(model)
+    vision = model.config.vision_config
+    patch_model(model, config_for(language_model(model), "mixed", sink=2, recent=6))
+    want = logits(model, prompt)
+    model.set_attn_implementation("sdpa")
+    assert (logits(model, prompt) - want).abs().max() > 1e-3
+    caplog.clear()
+    model.set_attn_implementation("longctx")
+    assert (logits(model, prompt) - want).abs().max() < 1e-10
+    assert vision._attn_implementation == "sdpa" and not caplog.records
+    unpatch_model(model)
+    model.set_attn_implementation("eager")
+    assert "set_attn_implementation" not in vars(model) and vision._attn_implementation == "eager"
+
+
 def test_the_language_model_alone_is_patched_as_well():
     model = model_with_images("qwen2_vl")
     prompt = prompt_with_image(model)
