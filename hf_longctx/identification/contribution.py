@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig
 
@@ -21,7 +22,7 @@ from ..config.find import checkpoint_name
 from ..config.hub import repository
 from ..config.model import text_config
 from ..config.sections import check_rows
-from ..config.words import build, check_word, dump, make, wrong
+from ..config.words import build, check_word, convert, dump, make, wrong
 from ..errors import ConfigError
 from ..io.environment import environment
 from ..model.modules import language_model, name_of, unwrap
@@ -236,9 +237,11 @@ def described(excerpt: dict[str, Any]) -> dict[str, Any]:
     """
     for key in excerpt:
         check_word(key, EXCERPT, "config")
+    # Transformers lists the kind of each layer, however many there are.
+    convert(excerpt.get("num_hidden_layers"), int | None, "config.num_hidden_layers", LAYERS)
     try:
         made = AutoConfig.for_model(**copy.deepcopy(excerpt))  # Transformers writes into what it is given
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, StrictDataclassError, TypeError, ValueError) as error:
         raise ConfigError(f"config: Transformers makes no config of it: {error}") from None
     return LongCtxConfig.describe(made)
 

@@ -179,6 +179,9 @@ CHANGES = [
     ({"confidence": "none"}, "confidence: got 'none'"),
     ({"config": {"model_type": "llama", "auto_map": {}}}, "config: got 'auto_map', expected one of: model_type"),
     ({"config": {"model_type": "no_such_type"}}, "config: Transformers makes no config of it"),
+    ({"config": {"model_type": "llama", "hidden_size": "x"}}, "config: Transformers makes no config of it"),
+    ({"config": {"model_type": "llama", "hidden_size": -3}}, "config: Transformers makes no config of it"),
+    ({"config": {"model_type": "qwen3", "num_hidden_layers": 10**12}}, "config.num_hidden_layers: got 1000000000000"),
     ({"config": {}}, "config: Transformers makes no config of it"),
     ({"note": "x"}, "note: unknown key"),
 ]
