@@ -73,6 +73,7 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         self.max_tokens = max_tokens
         self.token_ids = TokenIds(max_tokens)
         self.staggered = False
+        self.ahead: tuple[int, ...] | None = None  # positions by sequence, of a multimodal model
         self.starts: tuple[int, ...] | None = None
         self.ends: tuple[int, ...] | None = None
         self.forward: Forward | None = None
@@ -269,6 +270,7 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         self.forward = None
         self.starts = None
         self.ends = None
+        self.ahead = None
         self.staggered = False
 
     def fork(self) -> LongCtxCache:

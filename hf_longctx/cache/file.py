@@ -36,6 +36,7 @@ READS = ("1", str(VERSION))  # in 1 the history of a ring has all its slots at o
 STOCK = "stock"  # begins the names of tensors of layers that are not ours: "stock.0.conv_states.0"
 IDS = "ids"  # the tensor of token ids; those of layers are "layers.0.streaming...."
 SAVED = ("starts", "ends", "staggered")  # attributes of the cache itself
+AHEAD = "ahead"  # one more, where it is not None
 PRIVATE = 0o600  # the file holds somebody's text
 BIAS = ".bias"  # ends the names of tensors that may hold -inf
 
@@ -53,7 +54,7 @@ def save(cache: Any, path: str | os.PathLike, ids: Tensor | None, model: nn.Modu
         "model": fingerprint(base),
         "layers": [describe(plan) for plan in cache.plans],
         "max_tokens": cache.max_tokens,
-        "cache": {name: getattr(cache, name) for name in SAVED},
+        "cache": {name: getattr(cache, name) for name in (*SAVED, *((AHEAD,) if cache.ahead else ()))},
         "kept": [],
     }
     tensors = {IDS: _ids_of(cache, ids, _known_ids(base)).to(torch.int32)}
@@ -144,7 +145,7 @@ def _check(
     known = _known_ids(base)
     if not _within(file[IDS], known):
         Told(tensors.path, f"tensor {IDS}", None).refuse(f"ids are not all from 0 to {known - 1}, those of this model")
-    saved = _check_rows(told["cache"].fields(*SAVED), batch, seen)
+    saved = _check_rows(told["cache"], batch, seen)
     rows = Rows(batch, 0, seen, saved["starts"], saved["ends"])
     head_dim = model_facts(base.config)["head_dim"]
     for number, (layer, plain) in enumerate(zip(cache.own, layers, strict=True)):
@@ -156,8 +157,11 @@ def _check(
     return saved
 
 
-def _check_rows(told: Mapping[str, Told], batch: int, seen: int) -> dict[str, Any]:
-    """Starts and ends of the rows (slots, or None where all are alike), and whether they were staggered."""
+def _check_rows(told: Told, batch: int, seen: int) -> dict[str, Any]:
+    """Starts and ends of the rows (slots, or None where all are alike), whether they were staggered, and positions."""
+    more = (AHEAD,) if isinstance(told.value, dict) and AHEAD in told.value else ()
+    told = told.fields(*SAVED, *more)
+    ahead = tuple(one.number(-seen, MOST) for name in more for one in told[name].items(batch)) or None
     starts, ends = (
         None if told[name].value is None else tuple(one.number(0, seen) for one in told[name].items(batch))
         for name in ("starts", "ends")
@@ -165,7 +169,7 @@ def _check_rows(told: Mapping[str, Told], batch: int, seen: int) -> dict[str, An
     if any(start > end for start, end in zip(starts or (), ends or (), strict=False)):
         told["ends"].refuse(f"got {short(ends)}, expected none before the row's start in {short(starts)}")
     staggered = told["staggered"].one_of(*((False,) if starts is None else (False, True)))
-    return {"starts": starts, "ends": ends, "staggered": staggered}
+    return {"starts": starts, "ends": ends, "staggered": staggered, AHEAD: ahead}
 
 
 def _fill(cache: Any, told: list[dict], saved: Mapping[str, Any], file: TensorFile, base: nn.Module) -> None:

@@ -86,8 +86,9 @@ class SequenceOperations:
         if self.batch_size == -1:
             return
         self._refuse_half_written()
-        if self.starts is not None or self.ends is not None:
+        if any(one is not None for one in (self.starts, self.ends, self.ahead)):
             rows = picked.tolist()
+            self.ahead = self.ahead and tuple(self.ahead[row] for row in rows)
             self.starts = self.starts and tuple(self.starts[row] for row in rows)
             self.ends = self.ends and tuple(self.ends[row] for row in rows)
         filled = [layer for layer in self.own if layer.is_initialized]

@@ -27,7 +27,7 @@ from .as_stock import padding_of
 from .attention import FORWARD, NAME, register
 from .graphs import refuse_graphs
 from .modules import language_model
-from .positions import refuse_positions
+from .positions import positions_ahead, refuse_other_prompt, refuse_positions
 from .refusals import refuse_call, refuse_lost_prompt
 from .rotary import check_rotary
 from .state import PatchState
@@ -86,7 +86,10 @@ class BeforeForward:
         observer = observers.get().get(id(base))
         forward = Forward(rows, self.state.log, observer, isinstance(cache, LongCtxCache))
         if isinstance(cache, LongCtxCache):
+            if past and cache is not self.state.last_cache:
+                refuse_other_prompt(given.get("position_ids"), rows, cache.ahead)
             cache.begin(forward, ids)
+            cache.ahead = positions_ahead(given.get("position_ids"), rows, cache.ahead)
             if staggered and given.get("position_ids") is None:  # the model would count pads
                 given["position_ids"] = rows.positions(inputs.device)
         elif cache is not None:

@@ -39,6 +39,62 @@ def refuse_positions(position_ids: Tensor | None, rows: Rows, staggered: bool = 
         raise _wrong_positions(position_ids, jumps)
 
 
+def positions_ahead(position_ids: Tensor | None, rows: Rows, before: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """How far the next position of each sequence is ahead of its tokens after this forward; None for nowhere.
+
+    An image takes as many positions as it is high or wide, whatever number of tokens it is.
+
+    Args:
+        position_ids: as for `refuse_positions`.
+        before: of the cache before this forward.
+    """
+    if position_ids is None or position_ids.dim() < 3 or rows.new == 1:
+        return before
+    starts = rows.starts or (0,) * rows.batch
+    ends = rows.ends or (rows.total,) * rows.batch
+    slots = torch.arange(rows.past, rows.total)
+    real = torch.stack([(slots >= start) & (slots < end) for start, end in zip(starts, ends, strict=True)])
+    places = _axes(position_ids).masked_fill(~real.to(position_ids.device), -1)  # [n, B, T]
+    last = places.amax(dim=(0, 2)).tolist()
+    counts = [min(end, rows.total) - start for start, end in zip(starts, ends, strict=True)]
+    ahead = tuple(one + 1 - count if count > 0 else 0 for one, count in zip(last, counts, strict=True))
+    return ahead if any(ahead) else None
+
+
+def refuse_other_prompt(position_ids: Tensor | None, rows: Rows, ahead: tuple[int, ...] | None) -> None:
+    """Refuse to go on from a cache by positions that were counted on from another prompt.
+
+    A multimodal model keeps in ``rope_deltas`` how far the positions of the prompt that it read last are ahead.
+
+    Args:
+        position_ids: as for `refuse_positions`.
+        ahead: of the cache, as `positions_ahead` has it.
+
+    Raises:
+        UnsupportedModeError: a sequence's first position is not the one after its last.
+    """
+    several = position_ids is not None and position_ids.dim() > 2
+    if not several and ahead is None:
+        return
+    first = _axes(position_ids)[:, :, 0].amax(0).expand(rows.batch).tolist() if several else None
+    for index in range(rows.batch):
+        count = rows.past - (rows.starts or (0,) * rows.batch)[index]
+        given = 0 if first is None else first[index] - count
+        wanted = 0 if ahead is None else ahead[index]
+        if count > 0 and given != wanted:
+            raise UnsupportedModeError(
+                f"sequence {index} of this cache goes on at position {count + wanted}, and this forward at "
+                f"{count + given}: a multimodal model keeps how far images move the positions (rope_deltas) of the "
+                "prompt it read last alone, and that was another. Read this prompt again with a new cache, or put back "
+                "the rope_deltas that the model had when it had read it (None for text alone)."
+            )
+
+
+def _axes(position_ids: Tensor) -> Tensor:
+    """The rotary positions ``[n, B, T]``; the first of four counts tokens."""
+    return position_ids[1:] if len(position_ids) == 4 else position_ids
+
+
 def _wrong_positions(position_ids: Tensor, jumps: Tensor) -> UnsupportedModeError:
     """The error for positions that go back (packed sequences), or that skip or repeat."""
     row, place = jumps.expand(len(jumps), -1).nonzero()[0].tolist()

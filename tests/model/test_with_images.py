@@ -10,7 +10,15 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import hf_longctx
-from hf_longctx import LongCtxCache, LongCtxConfig, UnsupportedModeError, patch_model, report, unpatch_model
+from hf_longctx import (
+    LongCtxCache,
+    LongCtxConfig,
+    PromptCache,
+    UnsupportedModeError,
+    patch_model,
+    report,
+    unpatch_model,
+)
 from hf_longctx.cache.seam import CACHE
 from hf_longctx.model.family import families, find_family
 from hf_longctx.model.modules import language_model
@@ -155,6 +163,76 @@ def test_positions_of_three_dimensions_are_refused_where_sequences_were_realigne
         mask[1, :3] = 0
         with pytest.raises(UnsupportedModeError, match="several positions for each token"):
             model(prompt["input_ids"][:, :1].repeat(2, 1), attention_mask=mask, **{CACHE: cache})
+
+
+OWN_POSITIONS = sorted({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "qwen3_5"} & set(KINDS))
+
+
+@pytest.mark.parametrize("kind", OWN_POSITIONS)
+def test_a_cache_does_not_go_on_by_the_positions_of_another_prompt(kind, tmp_path):
+    """The model keeps how far the image of the last prompt moves them."""
+    model = model_with_images(kind)
+    patch_model(model, everything(model))
+    prompt = prompt_with_image(model)
+    ids, more = torch.randint(3, 97, (1, 30)), torch.randint(3, 97, (1, 3))
+    caches = LongCtxCache(model), LongCtxCache(model)
+    went_on = []
+    deltas = []
+    for given, cache in zip(({"input_ids": ids}, prompt), caches, strict=True):
+        model.model.rope_deltas = None
+        logits(model, {**given, CACHE: cache})
+        deltas.append(model.model.rope_deltas)
+        went_on.append(logits(model, {"input_ids": more, CACHE: cache.fork()}))
+    assert caches[0].ahead is None and caches[1].ahead == (int(deltas[1]),) and caches[1].ahead != (0,)
+    caches[1].save(tmp_path / "image.safetensors", ids=prompt["input_ids"])
+    loaded = LongCtxCache.load(tmp_path / "image.safetensors", model)
+    for cache, own, other, want in (
+        (caches[0], *deltas, went_on[0]),
+        (caches[1], *reversed(deltas), went_on[1]),
+        (loaded, *reversed(deltas), went_on[1]),
+    ):
+        cache.batch_repeat_interleave(2)
+        twice = {"input_ids": more.repeat(2, 1), CACHE: cache}
+        model.model.rope_deltas = other
+        with pytest.raises(UnsupportedModeError, match="goes on at position .*rope_deltas"):
+            logits(model, twice)
+        model.model.rope_deltas = own
+        assert (logits(model, twice) - want).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl"])
+def test_a_prompt_of_text_is_not_asked_by_the_positions_of_an_image(kind):
+    model = model_with_images(kind)
+    patch_model(model, everything(model))
+    ids, more = torch.randint(3, 97, (30,)), torch.randint(3, 97, (3,))
+    prompt = PromptCache(model).prefill(ids)
+    want = prompt.generate(more, **NEW)
+    model.generate(**prompt_with_image(model), **NEW)
+    with pytest.raises(UnsupportedModeError, match="goes on at position 29, and this forward at 26"):
+        prompt.generate(more, **NEW)
+    model.model.rope_deltas = None
+    assert prompt.generate(more, **NEW) == want
+
+
+def test_chunks_pads_and_turns_of_one_prompt_go_on():
+    """With an image in each sequence, of which one is padded; a second turn and a chunk that ends in an image."""
+    model = model_with_images("qwen2_vl")
+    prompts = [prompt_with_image(model, seed=seed) for seed in (0, 1)]
+    batch = {name: torch.cat([one[name] for one in prompts]) for name in prompts[0]}
+    for name in ("input_ids", "mm_token_type_ids"):
+        batch[name][1] = torch.nn.functional.pad(batch[name][1], (5, 0))[:40]
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][1, :5] = 0
+    model.set_attn_implementation("sdpa")
+    wants = [model.generate(**batch, **NEW, prefill_chunk_size=size) for size in (None, 10)]
+    patch_model(model, everything(model))
+    for size, want in zip((None, 10), wants, strict=True):
+        cache = LongCtxCache(model)
+        got = model.generate(**batch, **NEW, prefill_chunk_size=size, **{CACHE: cache})
+        assert torch.equal(got, want) and cache.ahead == (-3, -3)
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 6, dtype=torch.long)], 1)
+    turn = model.generate(got, attention_mask=mask, **NEW, **{CACHE: cache})
+    assert turn.shape == (2, 52)
 
 
 def test_text_alone_is_realigned_as_with_a_model_of_text():
