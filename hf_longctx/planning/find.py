@@ -114,9 +114,11 @@ def _read(name: str, fetch: bool) -> Any:
     except (OSError, ValueError) as error:
         if not fetch:
             return None
+        said = "is no shipped config and no id of one (hf-longctx configs lists them), no YAML"
+        if "/" in name and not os.path.isdir(name) and (known := find_name(name)) is not None:
+            said = f"is an id of the config {known}, which does not say {_unsaid(load_shipped(known))}"
         raise ConfigError(
-            f"{name!r} is no shipped config and no id of one (hf-longctx configs lists them), no YAML, and its "
-            f"config.json cannot be read as a folder's or hub id's: {error}"
+            f"{name!r} {said}, and its config.json cannot be read as a folder's or hub id's: {error}"
         ) from None
 
 

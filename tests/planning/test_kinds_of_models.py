@@ -94,6 +94,20 @@ def test_a_config_that_does_not_say_the_experts_is_refused(tmp_path, monkeypatch
 # Eager attention, masks.
 
 
+def test_an_id_whose_config_json_cannot_be_fetched_is_not_called_unknown(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", no_network)
+    for name, said in (
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "an id of the config mixtral-8x7b-instruct-v0.1, .* the experts"),
+        ("google/gemma-2-2b", "an id of the config gemma-2-2b, .* what the layers keep"),
+        ("you/unknown", "no shipped config and no id of one"),
+    ):
+        with pytest.raises(ConfigError, match=f"'{name}' is {said}.*cannot be read.*no network"):
+            memory_find.find(name, MemorySettings(1))
+
+
 def test_eager_attention_holds_every_score():
     config = tiny_copy(AutoConfig.for_model("gpt_oss"))
     found = activations(Subject.of(config, torch.float32, 1))
