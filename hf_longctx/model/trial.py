@@ -27,12 +27,14 @@ from .spy import Spy, candidate
 from .tiny import VOCAB, tiny_copy
 
 TOKENS = 48
+UNCACHED = "without a cache"  # as in training: its keywords alone tell a layer where the sequences start
 # How the patched copy reads the text: tokens of each forward, and pads before it. It is to give what one forward gives.
 WAYS = {
     "in one forward": ((TOKENS,), 0),
     "in chunks": ((17, 20, 11), 0),
     "decoded": ((44, 1, 1, 1, 1), 0),
     "left-padded": ((TOKENS, 5), 5),
+    UNCACHED: ((TOKENS + 5,), 5),
 }
 FIRST_ID = 5  # what stands below is special in some vocabulary
 DTYPE = torch.float32  # eager attention computes its softmax in it, and experts are multiplied in nothing wider
@@ -110,7 +112,8 @@ def _run(model: PreTrainedModel, ids: Tensor, cuts: tuple[int, ...], pads: int, 
     for end, part in zip(itertools.accumulate(cuts), whole.split(cuts, dim=1), strict=True):
         more = {"position_ids": positions[:, end - part.shape[1] : end]} if placed else {}
         more |= {"attention_mask": mask[:, :end]} if pads else {}
-        outs.append(model(input_ids=part, use_cache=True, **{CACHE: cache}, **more)[0])
+        more |= {CACHE: cache} if cache is not None else {}
+        outs.append(model(input_ids=part, use_cache=cache is not None, **more)[0])
     return torch.cat(outs, dim=1)[:, pads:]
 
 
@@ -118,21 +121,23 @@ def _compared(tiny: PreTrainedModel, ids: Tensor, family: Family, patch: Callabl
     """The record, layers and largest difference of a copy that is equal; else what differs."""
     patched = copy.deepcopy(tiny)
     largest = 0.0
+    when = ""
     try:
         described = LongCtxConfig.describe(tiny.config)
         roles = ["R" * described["num_key_value_heads"]] * described["num_hidden_layers"]
         patch(patched, LongCtxConfig.from_dict({"model": described, "heads": {"roles": roles}}), family)
         for way, how in WAYS.items():
-            got = _run(patched, ids, *how, LongCtxCache(patched))
+            when = f" when the text is read {way}"
+            got = _run(patched, ids, *how, None if way == UNCACHED else LongCtxCache(patched))
             difference = _difference(tiny, ids, how, got)
             if not difference <= EQUAL * got.abs().max().item():
                 return (
                     f"a tiny random copy of it, patched as {written(family)}, differs from its eager attention by "
-                    f"{difference:.1e} when the text is read {way}"
+                    f"{difference:.1e}{when}"
                 )
             largest = max(largest, difference)
     except FAULTS as error:
-        return f"a tiny random copy of it, patched as {written(family)}, does not run: {_told(error)}"
+        return f"a tiny random copy of it, patched as {written(family)}, does not run{when}: {_told(error)}"
     return family, described["num_hidden_layers"], largest
 
 
@@ -166,6 +171,6 @@ def written(family: Family) -> str:
 
 
 def _told(error: Exception) -> str:
-    """The first line of an error, not too long."""
+    """The first sentence of an error, not too long."""
     line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line[:200].rstrip('.')}"
+    return f"{type(error).__name__}: {line.partition('. ')[0][:200].rstrip('.')}"
