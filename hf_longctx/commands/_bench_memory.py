@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ..config.words import check_word
 from ..io.console import console, count, tables
-from ..planning.sizes import DTYPES, parse_bytes, parse_tokens
+from ..planning.sizes import parse_tokens
 from ._options import (
     JSON,
     PNG,
@@ -24,6 +23,7 @@ from ._options import (
     Weights,
     check_output,
     check_picture,
+    planned_settings,
     write_json,
     write_png,
 )
@@ -49,17 +49,15 @@ def command(
     png: Png = None,
 ) -> None:
     """The longest context that fits into so much memory, dense and patched: calculated, and checked by allocating."""
-    check_word(dtype, DTYPES, "--dtype")
+    options = planned_settings(memory, dtype, batch, chunk, weights)
     check_output(json, JSON, "--json")
     check_picture(png, PNG, "--png")
-    size = None if weights is None else parse_bytes(weights, "--weights")
     from ..bench.show import as_json
     from ..planning.find import find
     from ..planning.memory import MemorySettings
 
-    per_forward = parse_tokens(chunk, "--prefill-chunk-size", 0)
     tokens = None if check_tokens is None else parse_tokens(check_tokens, "--check-tokens")
-    settings = MemorySettings(parse_bytes(memory, "--memory"), dtype, batch, per_forward, size)
+    settings = MemorySettings(**options)
     memory_model = find(model, settings, config)
     results = measure(memory_model, check or tokens is not None, tokens)
     data = {**as_json("memory", settings, results), "model": model, "notes": list(memory_model.notes)}

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..assets import FOLDER
+from ..config.words import check_word
 from ..errors import ConfigError
+from ..planning.sizes import DTYPES as SIZED_DTYPES
+from ..planning.sizes import parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +90,22 @@ def check_output(path: Path | None, endings: tuple[str, ...], option: str) -> No
         raise ConfigError(f"{option}: {path.parent} cannot be made: {error}") from None
     if not os.access(path.parent, os.W_OK):
         raise ConfigError(f"{option}: the folder {path.parent} cannot be written to.")
+
+
+def planned_settings(memory: str, dtype: str, batch: int, chunk: str, weights: str | None) -> dict[str, Any]:
+    """The options of a model whose memory is calculated, as ``MemorySettings`` and ``LongCtxConfig.plan`` take them.
+
+    Raises:
+        ConfigError: one of them is no size, no number of tokens or no word.
+    """
+    check_word(dtype, SIZED_DTYPES, "--dtype")
+    return {
+        "memory": parse_bytes(memory, "--memory"),
+        "dtype": dtype,
+        "batch": batch,
+        "chunk": parse_tokens(chunk, "--prefill-chunk-size", 0),
+        "weights": None if weights is None else parse_bytes(weights, "--weights"),
+    }
 
 
 def check_picture(path: Path | None, endings: tuple[str, ...], option: str) -> None:

@@ -10,10 +10,9 @@ import typer
 
 from ..config.config import LongCtxConfig
 from ..config.find import YAML
-from ..config.words import check_word
 from ..io.console import console
 from ..io.environment import environment
-from ..planning.sizes import DTYPES, parse_bytes, parse_tokens
+from ..planning.sizes import parse_tokens
 from ._options import (
     JSON,
     Batch,
@@ -25,6 +24,7 @@ from ._options import (
     PlannedModel,
     Weights,
     check_output,
+    planned_settings,
     short_names,
     write_json,
 )
@@ -55,20 +55,11 @@ def command(
     json: Json = None,
 ) -> None:
     """The best config for so many tokens in so much memory, before anything is loaded; refused if none fits."""
-    check_word(dtype, DTYPES, "--dtype")
+    settings = planned_settings(memory, dtype, batch, chunk, weights)
     check_output(out, YAML, "--out")
     check_output(json, JSON, "--json")
-    plan = LongCtxConfig.plan(
-        model,
-        context=parse_tokens(context, "--context"),
-        memory=parse_bytes(memory, "--memory"),
-        dtype=dtype,
-        batch=batch,
-        chunk=parse_tokens(chunk, "--prefill-chunk-size", 0),
-        weights=None if weights is None else parse_bytes(weights, "--weights"),
-        config=config,
-        reserve=reserve,
-    )
+    tokens = parse_tokens(context, "--context")
+    plan = LongCtxConfig.plan(model, context=tokens, config=config, reserve=reserve, **settings)
     to = console()
     for line in str(plan).splitlines():
         if not line.startswith(" "):  # not a line of the table

@@ -208,11 +208,15 @@ def _follow(subject: Subject) -> Activations:
 
 @functools.lru_cache(maxsize=512)
 def _masks(subject: Subject, chunk: int, tokens: int) -> tuple[int, int]:
+    held, most = _before_layers(_first_layer(subject), subject.batch, chunk, tokens)
+    return held - _without_masks(subject, chunk), most
+
+
+@functools.lru_cache(maxsize=512)
+def _without_masks(subject: Subject, chunk: int) -> int:
     model = _first_layer(subject)
     with _stand_in(model, None):
-        without, _ = _before_layers(model, subject.batch, chunk, tokens)
-    held, most = _before_layers(model, subject.batch, chunk, tokens)
-    return held - without, most
+        return _before_layers(model, subject.batch, chunk, chunk)[0]
 
 
 def _first_layers(subject: Subject, count: int | None) -> tuple[PreTrainedModel, list[tuple]]:
@@ -251,8 +255,9 @@ def _first_layer(subject: Subject) -> PreTrainedModel:
 def _before_layers(model: PreTrainedModel, batch: int, chunk: int, tokens: int) -> tuple[int, int]:
     """(bytes held when the first layer is called, most until then) of a forward behind a cache of other tokens."""
     cache = DynamicCache(config=language_model(model).config)
-    for index, layer in enumerate(cache.layers):
-        if hasattr(layer, "keys") and chunk < tokens:
+    kinds = [type(layer) for layer in cache.layers]
+    for index in {kinds.index(kind) for kind in kinds}:  # masks are made for the first layer of each kind
+        if hasattr(cache.layers[index], "keys") and chunk < tokens:
             cache.update(*(torch.empty(batch, 1, tokens - chunk, 1, device="meta") for _ in "kv"), index)
     held = _held(model)
     found = []

@@ -24,6 +24,7 @@ from hf_longctx import (
 )
 from hf_longctx.assets import asset
 from hf_longctx.commands._app import app
+from hf_longctx.layout.scores import Scores
 from hf_longctx.model.modules import state_of
 from hf_longctx.prefill.base import BLOCK, select
 from hf_longctx.prefill.block_topk import BlockTopk
@@ -119,7 +120,7 @@ def test_the_mass_is_a_mean_over_the_queries_of_the_blocks_that_were_drawn():
     q, k = torch.randn(1, 4, LENGTH, 8).double(), torch.randn(1, 2, LENGTH, 8).double()
     blocks = [3, 10]
     queries = torch.cat([torch.arange(192, 256), torch.arange(640, LENGTH)])
-    kept, density = MODULE.measure(CANDIDATES, q, k, 0.7, blocks)
+    kept, density = MODULE.measure(CANDIDATES, q, k, Scores(0.7), blocks)
     want = torch.tensor([slow(spec, q, k, 0.7, queries) for spec in CANDIDATES], dtype=torch.float64)
     every = torch.tensor([slow(spec, q, k, 0.7) for spec in CANDIDATES], dtype=torch.float64)
     assert (kept - want[..., 0]).abs().max() < 1e-12 and (density - want[..., 1]).abs().max() < 1e-12
