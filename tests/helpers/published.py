@@ -9,10 +9,15 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "published_heads"
-ENTRIES = {entry["name"]: entry for entry in yaml.safe_load((DATA / "checkpoints.yaml").read_text("utf-8"))}
+ENTRIES = {
+    entry["name"]: entry
+    for entry in yaml.safe_load((DATA / "checkpoints.yaml").read_text("utf-8"))
+    if entry["config"]["model_type"] in CONFIG_MAPPING  # of the types that this Transformers has
+}
 
 
 def hf_config(name: str, **changes):
