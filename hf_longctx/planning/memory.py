@@ -13,7 +13,7 @@ layer's forward of one chunk of the prompt holds:
 - patched: in place of these, the queries, keys and results of a role's heads, or while a layer's buffer grows, its old
   one, at most as large as the new one.
 
-On a CPU torch's profiler agrees with this (tests/bench), but for one thing that depends on the processor: with AMX,
+On a CPU torch's profiler agrees with this (tests/planning), but for one thing that depends on the processor: with AMX,
 sdpa holds the keys and values of all query heads once more in bf16. Kernels for GPUs may hold more as well.
 """
 
