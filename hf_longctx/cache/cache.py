@@ -56,10 +56,10 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         plans = tuple(plan for plan in patched.longctx_state.plans if plan.layer_idx < count)
         slack = SLACK if rollback else 0
         self.own = [LongCtxLayer(plan, max_tokens, slack) for plan in plans]
-        self.blank = stock_layers(patched.config, {plan.layer_idx for plan in plans})
-        self.read: dict[int, int] = {}
-        self.reading = 0  # tokens after the forward that is being read
-        layers = {index: copied(layer) for index, layer in self.blank.items()}
+        self._blank = stock_layers(patched.config, {plan.layer_idx for plan in plans})
+        self._read: dict[int, int] = {}
+        self._reading = 0  # tokens after the forward that is being read
+        layers = {index: copied(layer) for index, layer in self._blank.items()}
         layers |= {layer.plan.layer_idx: layer for layer in self.own}
         super().__init__(layers=[layers[index] for index in range(count)])
         self.plans = plans
@@ -80,7 +80,7 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
             for layer in self.own:  # copied or unpickled in inference mode, to be continued outside of it
                 for store in layer.stores:
                     store.map_rows(torch.clone)
-            self.change_stock(torch.clone)
+            self._change_stock(torch.clone)
             self.token_ids.map_rows(torch.clone)
 
     def __repr__(self) -> str:
@@ -171,7 +171,7 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         self._check_room(rows)
         self._check_starts(rows)
         self.forward = forward
-        self.reading = rows.total
+        self._reading = rows.total
         self.token_ids.append(rows.past, ids)
 
     def check(self) -> None:
@@ -184,7 +184,7 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
                 f"the layers of this cache have seen between {self.seen} and {most} tokens: "
                 f"an earlier forward was interrupted. {instead}"
             )
-        self.refuse_ahead()
+        self._refuse_ahead()
         self._refuse_half_written()
 
     def _refuse_half_written(self) -> None:
@@ -228,7 +228,7 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         layer = self.layers[layer_idx]
         new = key_states.shape[2]
         if not isinstance(layer, LongCtxLayer):
-            self.read[layer_idx] = layer.get_seq_length() + new
+            self._read[layer_idx] = layer.get_seq_length() + new
             return layer.update(key_states, value_states)
         forward = self.forward
         if forward is None or (forward.rows.past, forward.rows.new) != (layer.seen, new):
@@ -257,7 +257,7 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         """Forget everything and free the memory."""
         for layer in self.own:
             layer.reset()
-        self.reset_stock()
+        self._reset_stock()
         self.token_ids.reset()
         self.forward = None
         self.starts = None
@@ -278,7 +278,7 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         other = type(self).__new__(type(self))
         layers = [layer.fork() if isinstance(layer, LongCtxLayer) else copied(layer) for layer in self.layers]
         own = [layer for layer in layers if isinstance(layer, LongCtxLayer)]
-        other.__dict__ |= vars(self) | {"layers": layers, "own": own, "read": dict(self.read), "forward": None}
+        other.__dict__ |= vars(self) | {"layers": layers, "own": own, "_read": dict(self._read), "forward": None}
         other.token_ids = self.token_ids.fork()
         other.model = self.model
         return other

@@ -100,9 +100,8 @@ def load(path: str | os.PathLike, model: nn.Module, make: type[AnyCache]) -> Any
         saved = _check(cache, told, file, base, one_token)
         _fill(cache, told["kept"].value, saved, file, base)
         for index, layer in one_token.items():
-            cache.put_stock(
-                index, restored_stock(layer, cache.seen, lambda name, at=index: file[f"{STOCK}.{at}.{name}"])
-            )
+            cache.layers[index] = restored_stock(layer, cache.seen, lambda name, at=index: file[f"{STOCK}.{at}.{name}"])
+            cache._read[index] = cache.seen
     except RecursionError:
         raise CacheError(f"{path} is no file that cache.save wrote: what it says is nested too deeply.") from None
     except (MemoryError, RuntimeError) as error:  # torch's own where it gets no memory; all else was checked
@@ -116,7 +115,7 @@ def load(path: str | os.PathLike, model: nn.Module, make: type[AnyCache]) -> Any
 
 def _one_token(cache: Any, base: nn.Module) -> dict[int, Any]:
     """Layer index -> what a layer of Transformers holds after one token of one sequence, which says its shapes."""
-    if not cache.blank:
+    if not cache._blank:
         return {}
     state = base.longctx_state
     before = dict(vars(state))

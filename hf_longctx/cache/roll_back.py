@@ -31,11 +31,11 @@ class RollBack:
         self._refuse_half_written()
         if (stuck := self._stuck(target)) is not None:
             raise CacheError(self._no_way_back(stuck, target))
-        if target < min(self.oldest_stock_crop, seen):
+        if target < min(self._oldest_stock_crop, seen):
             raise CacheError(self._no_way_back_of_stock(target))
         for layer in self.own:
             layer.crop_to(Rows(max(self.batch_size, 1), 0, layer.seen, self.starts), target)
-        self.crop_stock(seen - target)
+        self._crop_stock(seen - target)
         if self.starts is not None:
             self.starts = tuple(min(start, target) for start in self.starts)
         if self.ends is not None:
@@ -74,7 +74,7 @@ class RollBack:
     @property
     def oldest_crop(self) -> int:
         """Fewest tokens that `crop` can still go back to, but for 0; more than were seen where it cannot at all."""
-        return max(self.oldest_stock_crop, *(layer.oldest_crop for layer in self.own))
+        return max(self._oldest_stock_crop, *(layer.oldest_crop for layer in self.own))
 
     def activate_past_recording(self) -> None:
         """Let streaming heads remember what they drop from now on: for a cache made with ``rollback=False``."""

@@ -20,7 +20,7 @@ class SequenceOperations:
         """How far `stagger` can take rows back: tokens."""
         stores = [store for layer in self.own for store in layer.stores]
         if (
-            self.blank
+            self._blank
             or any(self.starts or ())
             or self.ends
             or not all(store.staggers and not store.state for store in stores)
@@ -95,6 +95,6 @@ class SequenceOperations:
             layer.whole = False  # also where this is interrupted between two layers
         for layer in filled:
             layer.map_rows(change, picked.numel())
-        self.change_stock(change)
+        self._change_stock(change)
         self.token_ids.map_rows(change)
         self.forward = None

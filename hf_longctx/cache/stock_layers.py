@@ -121,14 +121,15 @@ class StockLayers:
 
     Attributes:
         own: the layers of ours, in order.
-        blank: layer index -> an empty one of Transformers, of the others.
-        read: layer index -> tokens that such a layer has read; its states do not say it.
+        _blank: layer index -> an empty one of Transformers, of the others.
+        _read: layer index -> tokens that such a layer has read; its states do not say it.
+        _reading: tokens after the forward that runs.
     """
 
     @property
     def stock(self) -> dict[int, Any]:
         """Layer index -> the layer of Transformers."""
-        return {index: self.layers[index] for index in self.blank}
+        return {index: self.layers[index] for index in self._blank}
 
     @property
     def stock_nbytes(self) -> int:
@@ -137,53 +138,49 @@ class StockLayers:
 
     def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
         """As in Transformers; a layer that decodes changes the state in place and gives none back."""
-        self.read[layer_idx] = self.reading
+        self._read[layer_idx] = self._reading
         return super().get_conv_state(layer_idx, *args, **kwargs)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """As in Transformers."""
-        self.read[layer_idx] = self.reading
+        self._read[layer_idx] = self._reading
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """As in Transformers."""
-        self.read[layer_idx] = self.reading
+        self._read[layer_idx] = self._reading
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
-    def change_stock(self, change: Callable[[Tensor], Tensor]) -> None:
+    def _change_stock(self, change: Callable[[Tensor], Tensor]) -> None:
         """Give each of their tensors ``[B, ...]`` other sequences."""
         for index, layer in self.stock.items():
             self.layers[index] = changed(layer, lambda _, tensor: change(tensor))
 
-    def put_stock(self, index: int, layer: Any) -> None:
-        """A layer that has read as much as the others."""
-        self.layers[index] = layer
-        self.read[index] = self.seen
-
-    def reset_stock(self) -> None:
-        for index, layer in self.blank.items():
+    def _reset_stock(self) -> None:
+        """Empty them."""
+        for index, layer in self._blank.items():
             self.layers[index] = copied(layer)
-        self.read = {}
+        self._read = {}
 
-    def crop_stock(self, removed: int) -> None:
+    def _crop_stock(self, removed: int) -> None:
         """Take the last ``removed`` tokens back, as Transformers does."""
         for index, layer in self.stock.items():
             if removed:
                 layer.crop(-removed)
-                self.read[index] = self.read.get(index, 0) - removed
+                self._read[index] = self._read.get(index, 0) - removed
 
     @property
-    def oldest_stock_crop(self) -> int:
+    def _oldest_stock_crop(self) -> int:
         """Fewest tokens that all of them can still be cropped to."""
         return max((self.seen - _croppable(layer, self.seen) for layer in self.stock.values()), default=0)
 
-    def refuse_ahead(self) -> None:
+    def _refuse_ahead(self) -> None:
         """Raise CacheError where a forward was interrupted after some of these layers had read its tokens."""
         seen = self.seen
-        ahead = [index for index, read in self.read.items() if read != seen]
+        ahead = [index for index, read in self._read.items() if read != seen]
         if ahead:
             raise CacheError(
-                f"layer {ahead[0]} of this cache has read {self.read[ahead[0]]} tokens and the others {seen}: an "
+                f"layer {ahead[0]} of this cache has read {self._read[ahead[0]]} tokens and the others {seen}: an "
                 "earlier forward was interrupted, and a layer without keys cannot go back. Call cache.reset() and read "
                 "the prompt again."
             )

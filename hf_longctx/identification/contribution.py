@@ -19,6 +19,7 @@ from ..config.bounds import MOST_HEADS, MOST_LAYERS, SCORE, SHARE
 from ..config.config import LongCtxConfig
 from ..config.find import checkpoint_name
 from ..config.hub import repository
+from ..config.model import text_config
 from ..config.sections import check_rows
 from ..config.words import build, check_word, dump, make, wrong
 from ..errors import ConfigError
@@ -177,13 +178,7 @@ def about(model: nn.Module, licence: str, model_id: str | None = None) -> dict[s
             f"contribution: the model was loaded from {name!r}, a folder; say its hub id (model_id, or --model-id)."
         )
     check_id(model_id or name, "model_id")
-    told = hf_config.to_dict()
-    excerpt = {key: told[key] for key in EXCERPT if told.get(key) is not None}
     facts = LongCtxConfig.describe(hf_config)
-    if described(excerpt) != facts:
-        raise ConfigError(
-            f"contribution: a {hf_config.model_type} made from {', '.join(excerpt)} of its config.json has other sizes."
-        )
     weights = next(inner.parameters())
     quantised = getattr(inner.config, "quantization_config", None)
     method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
@@ -202,8 +197,22 @@ def about(model: nn.Module, licence: str, model_id: str | None = None) -> dict[s
         "device": torch.cuda.get_device_name(weights.device) if on_gpu else f"{weights.device.type}: {known['cpu']}",
         "dtype": str(inner.dtype).removeprefix("torch.") + ("" if method is None else f", {str(method)}"),
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "config": excerpt,
+        "config": excerpt_of(hf_config),
     }
+
+
+def excerpt_of(hf_config: Any) -> dict[str, Any]:
+    """The part of a Transformers config that tells the sizes; ConfigError where they do not follow from it.
+
+    Of a multimodal model it is a part of its language model's config.
+    """
+    told = text_config(hf_config).to_dict()
+    excerpt = {key: told[key] for key in EXCERPT if told.get(key) is not None}
+    if described(excerpt) != LongCtxConfig.describe(hf_config):
+        raise ConfigError(
+            f"contribution: a {told['model_type']} made from {', '.join(excerpt)} of its config.json has other sizes."
+        )
+    return excerpt
 
 
 def check_id(model_id: object, where: str) -> None:

@@ -25,6 +25,7 @@ from ..io.atomic import written_whole
 from ..io.work import check_settings, work_file
 from ..kernels import base as kernels
 from ..layout.blocks import BlockList
+from ..layout.scores import Scores
 from ..model.family import find_family
 from ..model.modules import language_model, unwrap
 from ..model.observe import observe
@@ -125,7 +126,7 @@ def default_candidates(length: int, cost: float) -> tuple[PatternSpec, ...]:
 
 
 def measure(
-    candidates: Sequence[PatternSpec], q: Tensor, k: Tensor, scaling: float, blocks: Sequence[int]
+    candidates: Sequence[PatternSpec], q: Tensor, k: Tensor, scores: Scores, blocks: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """(share of its attention that a query head keeps, its density): float64 ``[candidates, H]``, on the CPU.
 
@@ -139,12 +140,12 @@ def measure(
     queries = 0
     for block in blocks:
         positions = torch.arange(block * BLOCK, min((block + 1) * BLOCK, total), device=q.device)
-        mass.append(sum(piece.sum(1) for _, piece in weights(q, k, scaling, positions)))  # [H, T] per key
+        mass.append(sum(piece.sum(1) for _, piece in weights(q, k, scores, positions)))  # [H, T] per key
         queries += len(positions)
     kept = []
     density = []
     for spec in candidates:
-        lists = select((spec,) * q.shape[1], q, k, scaling)
+        lists = select((spec,) * q.shape[1], q, k, scores.scale)
         share = torch.zeros(q.shape[1], dtype=torch.float64)
         for block, of_keys in zip(blocks, mass, strict=True):
             # What the last query of a block reads is all that the block reads; the others have no weight on later keys.
@@ -205,7 +206,7 @@ class Search:
         def look(layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute) -> None:
             if layer_idx not in left:
                 return
-            self.layers[layer_idx] = self._layer(layer_idx, q, k, scaling)
+            self.layers[layer_idx] = self._layer(layer_idx, q, k, compute.scores)
             if file is not None:
                 with written_whole(file) as unfinished:
                     unfinished.write_text(json.dumps({"settings": settings, "layers": self.layers}), "utf-8")
@@ -227,8 +228,8 @@ class Search:
             "dtype": str(self.probe.model.dtype),
         }
 
-    def _layer(self, layer_idx: int, q: Tensor, k: Tensor, scaling: float) -> dict[str, list]:
-        kept, density = measure(self.candidates, q, k, scaling, self.blocks)
+    def _layer(self, layer_idx: int, q: Tensor, k: Tensor, scores: Scores) -> dict[str, list]:
+        kept, density = measure(self.candidates, q, k, scores, self.blocks)
         if not torch.isfinite(kept).all():
             raise ConfigError(
                 f"identify_prefill: the attention weights of layer {layer_idx} are nan or inf with a model in "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from ..layout.scores import Scores
 from ..layout.segments import HeadKV, Segment, joined
 from ..layout.streamed import Streamed
 from ..prefill.base import select
-from .observed import CachedRole
+from .observed import CachedRole, Compute
 
 STOCK = "stock"  # the kernel word that means Transformers' own attention call
 SLOWLY = "sparse prefill: ran by its slow definition (kernel reference), no faster kernel computes it "
@@ -66,7 +67,7 @@ class LayerCall:
         """`observed` of what a LongCtxCache holds; heads of one role cannot be computed by the rule of the other."""
         cached = tuple(CachedRole(part.heads, part, self.rows) for part in parts)
 
-        def compute(name: str) -> Tensor:
+        def computed(name: str) -> Tensor:
             other = [one for one in cached if one.heads.role != name]
             if other:
                 raise UnsupportedModeError(
@@ -76,17 +77,21 @@ class LayerCall:
                 )
             return self.cached(query, parts)
 
-        return self.forward.observer(self.plan.layer_idx, query, cached, cached, self.scores.scale, self.rows, compute)
+        return self._show(query, cached, cached, computed)
 
     def observed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         """Show this layer to the observer; its answer replaces the layer's output. No pattern runs in ``compute``."""
         total = key.shape[1]
 
-        def compute(name: str) -> Tensor:
+        def computed(name: str) -> Tensor:
             role = self.plan.role(name)
             heads = RoleHeads(name, tuple(range(total)), total)
             return self._rowwise(query, role, self._all_tokens(role, heads, key, value))
 
+        return self._show(query, key, value, computed)
+
+    def _show(self, query: Tensor, key: Any, value: Any, computed: Callable[[str], Tensor]) -> Tensor | None:
+        compute = Compute(computed, self.scores)
         return self.forward.observer(self.plan.layer_idx, query, key, value, self.scores.scale, self.rows, compute)
 
     def _attend(self, q: Tensor, segments: Sequence[Segment | Streamed], reads: Reads, heads: RoleHeads) -> Tensor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .family import Family
 from .state import PatchState
-
-# Styles of tensor parallelism by which every process gets the keys of all heads.
-GATHERED = ("colwise_gather_output", "colwise_rep")
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -93,20 +91,43 @@ def attention_copies(module: nn.Module, family: Family) -> list[nn.Module]:
 
 
 def tensor_parallel(module: nn.Module, family: Family, kv_heads: int) -> tuple[int, int]:
-    """(rank, size) of the tensor-parallel group over which this attention's KV heads are spread; (0, 1) for none."""
-    styles = getattr(module.config, "base_model_tp_plan", None) or {}
-    if styles.get(f"{family.layers}.*.{family.attention}.{family.key_projection}") in GATHERED:
-        return 0, 1
+    """(rank, size) of the tensor-parallel group over which this attention's KV heads are spread; (0, 1) for none.
+
+    Raises:
+        UnsupportedModelError: a process would hold a part of a KV head.
+    """
     projection = getattr(module, family.key_projection)
     weight = getattr(projection, "weight", None)
     # Transformers keeps the global shape in a DTensor, or (5.2 to 5.12) the local one and the mesh on the projection.
     mesh = getattr(weight, "device_mesh", None) or getattr(projection, "_hf_device_mesh", None)
-    if mesh is None:
+    names = getattr(mesh, "mesh_dim_names", None) or ()
+    if mesh is None or (names and "tp" not in names):  # FSDP spreads weights alone: every process has all heads
         return 0, 1
-    local = weight.to_local() if hasattr(weight, "to_local") else weight
-    size = kv_heads * module.head_dim // local.shape[0]
-    if size == 1:
+    mesh = mesh["tp"] if names else mesh
+    every = weight.shape[0] if hasattr(weight, "to_local") else kv_heads * module.head_dim
+    made = _outputs(projection, weight, getattr(module.config, "dtype", None))
+    if made >= every:
         return 0, 1
-    if "tp" in (mesh.mesh_dim_names or ()):
-        mesh = mesh["tp"]
+    size = mesh.size()
+    if kv_heads % size or made * size != every:
+        raise UnsupportedModelError(
+            f"{kv_heads} KV heads cannot be spread over {size} processes, each of which must hold whole ones. Load the "
+            "model with a tp_size that divides their number."
+        )
     return mesh.get_local_rank(), size
+
+
+@torch.no_grad()
+def _outputs(projection: nn.Module, weight: Tensor, dtype: torch.dtype | None) -> int:
+    """The numbers that a projection gives this process for a token: those of its own weight, or gathered from all.
+
+    One token of zeros is run, since a plan of the program's own may say which; all processes patch at once.
+
+    Args:
+        dtype: what a quantised weight computes in.
+    """
+    local = weight.to_local() if hasattr(weight, "to_local") else weight
+    if local.is_floating_point() and local.element_size() > 1:
+        dtype = local.dtype
+    width = getattr(projection, "in_features", weight.shape[-1])
+    return projection(torch.zeros(1, 1, width, dtype=dtype or torch.bfloat16, device=local.device)).shape[-1]

@@ -1,7 +1,8 @@
-"""What an observer is shown of a LongCtxCache: the keys and values that each role's heads still have."""
+"""What an observer is shown beside plain tensors: how a layer is computed, and what a LongCtxCache still has."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,23 @@ from torch import Tensor
 
 from ..layout.heads import RoleHeads
 from ..layout.rows import Rows
+from ..layout.scores import Scores
 from ..layout.segments import HeadKV, joined
+
+
+@dataclass(frozen=True, eq=False)
+class Compute:
+    """``compute(role)``: the layer's output ``[B, H, T, D]`` if every head had this role.
+
+    Attributes:
+        scores: how this layer makes its scores; ``softcap`` and ``sinks`` are what ``q . k * scaling`` leaves out.
+    """
+
+    _computed: Callable[[str], Tensor]
+    scores: Scores
+
+    def __call__(self, role: str) -> Tensor:
+        return self._computed(role)
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,12 +64,13 @@ NEW = {name: size for size, names in SIZES for name in names.split()}
 MOST = {name: size for size, names in AT_MOST for name in names.split()}
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth")
 DEPTH += ("num_encoder_layers", "num_decoder_layers", "conf_num_hidden_layers", "num_blocks", "num_global_layers")
+DEPTH += ("layers",)
 # Which layers are of a kind: the first so many, the last so many, or those of a list of indices.
 FIRST = ("first_k_dense_replace", "num_dense_layers")
 LAST = ("num_kv_shared_layers",)
 INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "hybrid_layer_ids")
 INDICES += ("cross_attention_layers", "ple_layer_ids", "fullatt_block_indexes", "deepstack_visual_indexes")
-INDICES += ("intermediate_layers_indices", "global_attn_indexes")
+INDICES += ("intermediate_layers_indices", "global_attn_indexes", "rope_scaling_layers")
 SOFTCAPS = ("attn_logit_softcapping", "attention_logit_softcapping")
 USUAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -227,7 +228,7 @@ def _fit_rope(config: PreTrainedConfig) -> None:
             if one.get(name):
                 one[name] = list(one[name])[:half]
         if one.get("mrope_section") or "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
-            one["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+            one["mrope_section"] = [half // 3, half // 3, half - 2 * (half // 3)]  # some want the first two equal
         if one.get("llama_4_scaling_beta"):
             one["original_max_position_embeddings"] = DIM
 

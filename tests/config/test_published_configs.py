@@ -19,13 +19,15 @@ from helpers.published import DATA, ENTRIES, ROOT, hf_config, model_of
 from helpers.tiny import config_for, tiny_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_longctx import LongCtxConfig, patch_model, patched, report
+from hf_longctx import ConfigError, LongCtxConfig, patch_model, patched, report
 from hf_longctx.assets import assets
 from hf_longctx.config import find
 from hf_longctx.config.files import shipped, shipped_text
 from hf_longctx.config.head_map import NONE
 from hf_longctx.model.family import find_family
 from hf_longctx.model.modules import state_of
+from hf_longctx.planning.find import find as find_memory
+from hf_longctx.planning.memory import MemorySettings
 
 FILES = {path.name: json.loads(path.read_text("utf-8")) for path in sorted(DATA.glob("*.json"))}
 NAMES = sorted(ENTRIES)
@@ -131,9 +133,8 @@ def test_a_config_patches_a_model_of_its_checkpoint(name):
     assert ids[0].rpartition("/")[2].lower() == name
     with patched(model, name):
         assert state_of(model).config == config
-        plans = state_of(model).plans
-        assert [plans[layer].letters for layer in config.layers] == [config.roles()[layer] for layer in config.layers]
-        assert [layer for layer, plan in enumerate(plans) if plan.window is None] == list(config.layers)
+        own = {plan.layer_idx: plan.letters for plan in state_of(model).plans if plan.window is None}
+        assert own == {layer: config.roles()[layer] for layer in config.layers}
     assert state_of(model) is None
 
 
@@ -158,6 +159,23 @@ def test_auto_finds_the_config_by_fingerprint_or_lists_the_candidates():
             shared.append(name)
             refused(lambda c=config: find.resolve("auto", c), f"{len(twins)} shipped configs fit", ", ".join(twins))
     assert shared == SAME_NUMBERS
+
+
+@pytest.mark.slow
+def test_by_its_name_a_checkpoint_is_counted_right_or_its_folder_is_asked_for():
+    asked = []
+    for name in NAMES:
+        model = model_of(name)
+        try:
+            counted = find_memory(name, MemorySettings(24 * 10**9)).weights
+        except ConfigError as error:
+            assert f"{name} is a config, which does not say" in str(error) and "Name the model's folder" in str(error)
+            asked.append(name)
+            continue
+        shared = model.get_input_embeddings().weight.numel() * model.config.tie_word_embeddings
+        assert counted == 2 * (sum(map(torch.numel, model.parameters())) + shared), name
+    plain = {"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "glm", "granite"}
+    assert asked == [name for name in NAMES if ENTRIES[name]["config"]["model_type"] not in plain]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 import yaml
 from helpers.config_cases import refused
+from helpers.every_family import CASES, ONE_EACH, tiny_config
 from helpers.published import DATA, ENTRIES, ROOT, hf_config
 from helpers.tiny import FAMILIES, config_for, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,12 +20,17 @@ from hf_longctx import LongCtxConfig, contribution, identify, patch_model
 from hf_longctx.assets import asset
 from hf_longctx.commands._app import app
 from hf_longctx.config.words import load
-from hf_longctx.identification.contribution import about, described, read
+from hf_longctx.identification.contribution import about, described, excerpt_of, read
 from hf_longctx.identification.heads import methods
 
 ID = "Me/Tiny-One"
 STREAMING = {"sink": 4, "recent": 64}
 ECHO = {"method": "echo_induction", "tokens": 40}
+
+
+def quick(cases) -> list:
+    """The cases, those of a record that an earlier one has for the slow suite."""
+    return [pytest.param(one, marks=[] if one.model_type in ONE_EACH else [pytest.mark.slow]) for one in cases]
 
 
 def builder():
@@ -115,6 +121,13 @@ def test_the_part_of_config_json_describes_every_family(family, extra):
     found = about(model, "MIT", ID)
     assert described(found["config"]) == LongCtxConfig.describe(model.config) and "revision" in found
     assert about(patch_model(model, config_for(model)), "MIT", ID) == found, "patched or not"
+
+
+@pytest.mark.parametrize("case", quick(CASES), ids=str)
+def test_the_part_of_config_json_describes_every_type(case):
+    hf_config = tiny_config(case)
+    excerpt = json.loads(json.dumps(excerpt_of(hf_config)))
+    assert described(excerpt) == LongCtxConfig.describe(hf_config)
 
 
 def test_a_model_with_windows_of_its_own(folder):

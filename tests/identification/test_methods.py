@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.every_family import Case
+from helpers.every_family import tiny_model as random_model
 from helpers.tiny import FAMILIES, config_for, tiny_model
 from helpers.tiny_tokenizer import byte_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_longctx import ConfigError, UnsupportedModelError, patched
+from hf_longctx import ConfigError, UnsupportedModelError, observe, patch_model, patched
 from hf_longctx.assets import asset
 from hf_longctx.identification import attention as _attention
 from hf_longctx.identification import share as _share
@@ -19,6 +21,7 @@ from hf_longctx.identification.methods.base import HeadProbe
 from hf_longctx.identification.methods.echo_induction import EchoInduction, union_order
 from hf_longctx.identification.methods.retrieval_score import RetrievalScore, copies
 from hf_longctx.identification.methods.two_needle import TwoNeedle
+from hf_longctx.layout.scores import Scores
 from hf_longctx.tasks.documents import Document, documents_for
 from hf_longctx.tasks.haystack import TextHaystack
 
@@ -80,14 +83,33 @@ def test_weights_by_pieces_are_the_causal_softmax(monkeypatch, group, new, total
     scores = q[0] @ k[0].repeat_interleave(group, 0).transpose(1, 2) * 0.3
     hidden = torch.arange(total) > torch.arange(total - new, total)[:, None]
     want = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    pieces = list(weights(q, k, 0.3, torch.arange(total - new, total)))
+    pieces = list(weights(q, k, Scores(0.3), torch.arange(total - new, total)))
     assert torch.cat([at for at, _ in pieces]).tolist() == list(range(total - new, total))
     got = torch.cat([piece for _, piece in pieces], 1)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
     assert all(piece.numel() <= max(entries, 2 * group * total) for _, piece in pieces)
     some = torch.arange(total - new, total)[::2]
-    got = torch.cat([piece for _, piece in weights(q, k, 0.3, some)], 1)
+    got = torch.cat([piece for _, piece in weights(q, k, Scores(0.3), some)], 1)
     torch.testing.assert_close(got, want[:, ::2], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss"])
+def test_weights_of_observed_layers_make_their_outputs(kind):
+    """With softcap and sinks as well; without them they make another output, which is the control."""
+    model = random_model(Case(kind, True))
+    patch_model(model, config_for(model, "retrieval"))
+    errors, controls = [], []
+
+    def look(layer_idx, q, k, v, scaling, rows, compute):
+        want, group = compute("retrieval")[0], q.shape[1] // k.shape[1]
+        for scores, found in ((compute.scores, errors), (Scores(scaling), controls)):
+            made = torch.cat([w for _, w in weights(q, k, scores, torch.arange(q.shape[2]))], 1)
+            found.append((made @ v[0].repeat_interleave(group, 0) - want).abs().max().item())
+
+    with observe(model, look), torch.no_grad():
+        model(torch.randint(3, 97, (1, 9)), use_cache=False)  # as long as the windows
+    assert len(errors) == model.config.num_hidden_layers and max(errors) < 1e-12
+    assert max(controls) == max(errors) if kind == "llama" else min(controls) > 1e-6
 
 
 # Echo and induction.

@@ -24,6 +24,7 @@ from hf_longctx import (
 )
 from hf_longctx.assets import asset
 from hf_longctx.commands._app import app
+from hf_longctx.layout.scores import Scores
 from hf_longctx.model.modules import state_of
 from hf_longctx.prefill.base import BLOCK, select
 from hf_longctx.prefill.block_topk import BlockTopk
@@ -49,12 +50,12 @@ def search(model, tokenizer, config, **kwargs) -> LongCtxConfig:
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The (q, k, scaling) of every layer that was measured, in order."""
+    """The (q, k, scores) of every layer that was measured, in order."""
     calls, measure = [], MODULE.measure
 
-    def record(candidates, q, k, scaling, blocks):
-        calls.append((q, k, scaling))
-        return measure(candidates, q, k, scaling, blocks)
+    def record(candidates, q, k, scores, blocks):
+        calls.append((q, k, scores))
+        return measure(candidates, q, k, scores, blocks)
 
     monkeypatch.setattr(MODULE, "measure", record)
     return calls
@@ -79,8 +80,8 @@ def slow(spec, q, k, scaling, queries=slice(None)) -> list[tuple[float, float]]:
 def brute_force(calls, cost: float) -> list[list]:
     """The best candidate of every head of every layer."""
     best = []
-    for q, k, scaling in calls:
-        table = [slow(spec, q, k, scaling) for spec in CANDIDATES]
+    for q, k, scores in calls:
+        table = [slow(spec, q, k, scores.scale) for spec in CANDIDATES]
         row = []
         for head in range(q.shape[1]):
             fits = [i for i in range(len(CANDIDATES)) if table[i][head][1] <= cost]
@@ -103,8 +104,8 @@ def test_every_head_gets_the_best_candidate_within_the_cost(seen):
     assert len({spec for row in want for spec in row}) > 1, "a choice among one would show nothing"
     assert patterns(found) != brute_force(seen, 1.0), "a control: the cost must bind"
     each = [
-        slow(spec, q, k, scaling)[head]
-        for (q, k, scaling), row in zip(seen, want, strict=True)
+        slow(spec, q, k, scores.scale)[head]
+        for (q, k, scores), row in zip(seen, want, strict=True)
         for head, spec in enumerate(row)
     ]
     mass, density = np.array(each).T
@@ -119,7 +120,7 @@ def test_the_mass_is_a_mean_over_the_queries_of_the_blocks_that_were_drawn():
     q, k = torch.randn(1, 4, LENGTH, 8).double(), torch.randn(1, 2, LENGTH, 8).double()
     blocks = [3, 10]
     queries = torch.cat([torch.arange(192, 256), torch.arange(640, LENGTH)])
-    kept, density = MODULE.measure(CANDIDATES, q, k, 0.7, blocks)
+    kept, density = MODULE.measure(CANDIDATES, q, k, Scores(0.7), blocks)
     want = torch.tensor([slow(spec, q, k, 0.7, queries) for spec in CANDIDATES], dtype=torch.float64)
     every = torch.tensor([slow(spec, q, k, 0.7) for spec in CANDIDATES], dtype=torch.float64)
     assert (kept - want[..., 0]).abs().max() < 1e-12 and (density - want[..., 1]).abs().max() < 1e-12

@@ -12,7 +12,13 @@ import torch
 from helpers.every_family import CASES, tiny_config
 from helpers.registered import nothing_kept
 from helpers.tiny import config_for
-from transformers import CONFIG_MAPPING, AttentionInterface, AutoModel, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 from transformers.masking_utils import AttentionMaskInterface
 
 import hf_longctx.model.family
@@ -149,6 +155,12 @@ def test_no_number_of_the_model_is_read(unknown):
     unknown("qwen3")
     with pytest.raises(UnsupportedModelError, match="most likely works"):
         patch_model(of_type("qwen3", AutoModelForCausalLM))
+
+
+def test_a_multimodal_model_is_tried_by_its_language_model():
+    """No image is asked for, and the vision model is not built."""
+    text = str(refusal(language_model(of_type("gemma3", AutoModelForImageTextToText)), _apply))
+    assert "patched as Family('gemma3_text', sliding='layer_types'), gives what its eager attention gives" in text
 
 
 def test_a_copy_that_is_not_equal_is_no_record():

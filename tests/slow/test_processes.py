@@ -21,6 +21,10 @@ from hf_longctx import LongCtxCache, LongCtxConfig, patch_model, report
 pytestmark = pytest.mark.slow
 
 NEW = 10
+MORE = {"qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}}
+# Rules of a program's own plan, by which a Llama computes attention whole on every rank.
+OWN = {f"model.layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "qkv"}
+OWN |= {"model.layers.*.self_attn.o_proj": "rowwise_split_input"}
 RANKS = 2
 KV_HEADS, LAYERS = 4, 3
 ROLES = {
@@ -36,7 +40,7 @@ SHARES = {"unbalanced": 1, "balance 2": 2}
 def checkpoint(family: str, folder: Path) -> Path:
     """A tiny random model whose vocabulary can be cut in two."""
     torch.manual_seed(0)
-    config = tiny_config(family, kv_heads=KV_HEADS, layers=LAYERS)
+    config = tiny_config(family, kv_heads=KV_HEADS, layers=LAYERS, **MORE.get(family, {}))
     config.vocab_size, config.eos_token_id = 96, None
     AutoModelForCausalLM.from_config(config, dtype=torch.float64).save_pretrained(folder)
     return folder
@@ -44,9 +48,8 @@ def checkpoint(family: str, folder: Path) -> Path:
 
 def load(folder: Path, **kwargs):
     """In float64, so that sums in another order give the same tokens."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="sdpa", **kwargs
-    ).eval()
+    kwargs |= {"attn_implementation": "sdpa", "experts_implementation": "eager"}  # grouped products know no float64
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **kwargs).eval()
 
 
 def configs(model) -> dict[str, LongCtxConfig]:
@@ -116,13 +119,15 @@ def test_layers_on_disk_give_the_same_tokens(family, tmp_path):
 # Tensor parallelism.
 
 
-def parallel() -> dict:
+def parallel(folder: Path) -> dict:
     """The arguments by which this version of Transformers spreads a model over the ranks."""
     from transformers.distributed import DistributedConfig
 
+    own = folder / "plan.json"
+    plan = json.loads(own.read_text()) if own.exists() else "auto"
     if "tp_plan" in getattr(DistributedConfig, "__dataclass_fields__", {}):
-        return {"distributed_config": DistributedConfig(tp_plan="auto")}
-    return {"tp_plan": "auto"}
+        return {"distributed_config": DistributedConfig(tp_plan=plan)}
+    return {"tp_plan": plan}
 
 
 def worker(folder: Path) -> None:
@@ -130,7 +135,7 @@ def worker(folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    seen = everything(load(folder / "model", **parallel()))
+    seen = everything(load(folder / "model", **parallel(folder)))
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -147,7 +152,7 @@ def run_ranks(folder: Path) -> list[dict]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
 def test_two_ranks_give_the_tokens_of_one_process(family, tmp_path):
     model = load(checkpoint(family, tmp_path / "model"))
     want, ranks = everything(model), run_ranks(tmp_path)
@@ -178,9 +183,11 @@ def test_two_ranks_give_the_tokens_of_one_process(family, tmp_path):
         assert retrieval_heads(unlike)[0] != retrieval_heads(unlike)[1]
 
 
-@pytest.mark.parametrize("family", ["olmo2", "phi3"])
-def test_a_rank_whose_keys_are_gathered_keeps_all_heads(family, tmp_path):
-    """Norms over all heads, or one projection for q, k and v: every rank computes attention whole."""
+@pytest.mark.parametrize(("family", "plan"), [("olmo2", None), ("phi3", None), ("llama", OWN)])
+def test_a_rank_whose_keys_are_gathered_keeps_all_heads(family, plan, tmp_path):
+    """Norms over all heads, one projection for q, k and v, or a plan of one's own: every rank has attention whole."""
+    if plan is not None:
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
     model = load(checkpoint(family, tmp_path / "model"))
     want, ranks = everything(model), run_ranks(tmp_path)
     assert ranks == [want] * RANKS

@@ -47,7 +47,7 @@ class EchoInduction(Method):
 
         def look(layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute) -> None:
             queries = torch.arange(tokens, tokens * count, device=q.device)
-            for positions, weight in weights(q, k, scaling, queries):
+            for positions, weight in weights(q, k, compute.scores, queries):
                 for back in range(1, count):
                     same = (positions - back * tokens).clamp(min=-1)
                     had = same >= 0

@@ -101,7 +101,7 @@ def copies(probe: HeadProbe, document: Document) -> tuple[float, Tensor]:
 
     def look(layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute) -> None:
         last = torch.tensor([k.shape[2] - 1], device=q.device)
-        for _, weight in weights(q, k, scaling, last):
+        for _, weight in weights(q, k, compute.scores, last):
             looked_at[layer_idx] = weight[:, 0].argmax(-1).cpu()
 
     place_of = torch.full((len(document.ids),), -1)

@@ -43,7 +43,7 @@ class TwoNeedle(Method):
         def look(
             late: Tensor, early: slice, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute
         ) -> None:
-            for _, weight in weights(q, k, scaling, late.to(q.device)):
+            for _, weight in weights(q, k, compute.scores, late.to(q.device)):
                 mass[layer_idx] += weight[..., early].sum((-1, -2)).cpu().double() / len(late)
             bar.advance()
 
