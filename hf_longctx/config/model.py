@@ -112,7 +112,10 @@ class ModelSection:
 def text_config(hf_config: Any) -> Any:
     """The part of a Transformers config that says how text is read: itself, but for a multimodal model's."""
     inner = getattr(hf_config, "get_text_config", None)
-    return hf_config if inner is None else inner(decoder=True)
+    try:
+        return hf_config if inner is None else inner(decoder=True)
+    except ValueError:  # it has several such parts, so it is no language model
+        return hf_config
 
 
 def made_for(hf_config: Any) -> int | None:

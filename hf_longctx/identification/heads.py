@@ -151,7 +151,7 @@ def needs_tokenizer(chosen: Method, text: Any, target_drop: Any) -> bool:
 def _plain_ids(inner: nn.Module) -> list[int]:
     """The model's token ids but those that its configs call special."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    configs = (inner.config.get_text_config(), inner.generation_config)
+    configs = (language_model(inner).config, inner.generation_config)
     given = [getattr(one, name, None) for one in configs for name in names]
     special = {i for one in given if one is not None for i in (one if isinstance(one, (list, tuple)) else [one])}
     return [i for i in range(inner.get_input_embeddings().num_embeddings) if i not in special]

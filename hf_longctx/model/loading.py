@@ -17,6 +17,7 @@ from transformers.models.auto import modeling_auto as auto_classes
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from ..config.config import LongCtxConfig
+from ..config.model import text_config
 from ..errors import ConfigError
 from .patch import patch_model
 
@@ -111,7 +112,7 @@ def _load(load: Callable, args: tuple, kwargs: dict[str, Any], longctx: Flag) ->
         _inside.reset(token)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if longctx is None:
-        longctx = getattr(model.config.get_text_config(), "longctx", None) not in (None, False)
+        longctx = getattr(text_config(model.config), "longctx", None) not in (None, False)
     if longctx is not False:
         patch_model(model, "auto" if longctx is True else longctx)
     return loaded

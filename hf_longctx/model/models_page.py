@@ -31,6 +31,7 @@ LEFT_OUT = {
         "bailing_hybrid bamba falcon_h1 granitemoehybrid jamba kimi_linear lara_mini minimax nemotron_h "
         "recurrent_gemma zamba zamba2 zaya"
     ),
+    "Models that also speak: their thinkers were tried in one forward only.": "qwen2_5_omni_text qwen3_omni_moe_text",
     "Nothing is in the way: it serves as the example of [write your own](write_your_own.md).": "nanochat",
 }
 WINDOWS = {

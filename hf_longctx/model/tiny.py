@@ -227,7 +227,9 @@ def _fit_rope(config: PreTrainedConfig) -> None:
         for name in ("short_factor", "long_factor"):
             if one.get(name):
                 one[name] = list(one[name])[:half]
-        if one.get("mrope_section") or "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
+        if one.get("mrope_section") or "mrope_section" in (
+            getattr(config, "ignore_keys_at_rope_validation", None) or ()
+        ):
             one["mrope_section"] = [half // 3, half // 3, half - 2 * (half // 3)]  # some want the first two equal
         if one.get("llama_4_scaling_beta"):
             one["original_max_position_embeddings"] = DIM

@@ -164,7 +164,7 @@ def activations(subject: Subject) -> Activations:
     """
     try:
         return _follow(subject)
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (NotImplementedError, RuntimeError) as error:  # what operations on the meta device raise
         raise UnsupportedModelError(
             f"what {text_config(subject.dense).model_type} holds while a prompt is read cannot be calculated: its "
             f"forward does not run without numbers ({type(error).__name__}: {str(error).splitlines()[0]}). plan and "

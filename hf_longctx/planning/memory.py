@@ -13,7 +13,7 @@ layer's forward of one chunk of the prompt holds:
 - patched: in place of these, the queries, keys and results of a role's heads, or while a layer's buffer grows, its old
   one, at most as large as the new one.
 
-On a CPU torch's profiler agrees with this (tests/bench), but for one thing that depends on the processor: with AMX,
+On a CPU torch's profiler agrees with this (tests/planning), but for one thing that depends on the processor: with AMX,
 sdpa holds the keys and values of all query heads once more in bf16. Kernels for GPUs may hold more as well.
 """
 
@@ -213,17 +213,27 @@ class MemoryModel:
 
     def _working(self, way: str, tokens: int) -> int:
         chunk = self.chunk(tokens)
-        outside = self.activations.outside(chunk)
-        attention = self.activations.attention(chunk)
+        windows = self._windows if way == DENSE else set(self.stock_windows.values())
+        masked, made = self._masks(way, chunk, tokens)
+        stock = [self._dense_attention(chunk, tokens, window) for window in windows]
+        after = max((held for _, held in stock), default=0)
+        inside = max((held for held, _ in stock), default=0)
+        outside = self.activations.outside(chunk) + masked + after
+        attention = self.activations.attention(chunk) + masked
         if way == DENSE:
-            masked, made = masks(self._subject, chunk, tokens)
-            inside, after = zip(*(self._dense_attention(chunk, tokens, one) for one in self._windows), strict=True)
-            return max(made, outside + masked + max(after), attention + masked + max(inside))
+            return max(made, outside, attention + inside)
         shared = [role for plan in self.plans if len(plan.filled) > 1 for role in plan.filled]
         keys = max((len(role.heads.kv_heads) for role in shared), default=0)
         parts = (2 * self.text.num_attention_heads + keys) * chunk * self._slot // 2
         grown = max(self.layer_bytes(plan, way, tokens) for plan in self.plans) if way == PATCHED else 0
-        return max(outside, attention + parts, grown)
+        return max(outside, attention + max(inside, parts), grown)
+
+    def _masks(self, way: str, chunk: int, tokens: int) -> tuple[int, int]:
+        """(bytes of the masks of a forward, most while they are made); patched, of layers left to Transformers."""
+        if way == DENSE:
+            return masks(self._subject, chunk, tokens)
+        windows = set(self.stock_windows.values())
+        return sum(chunk * self._windowed(tokens, window) for window in windows), 0
 
     @cached_property
     def _windows(self) -> set[int | None]:

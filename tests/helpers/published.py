@@ -9,10 +9,13 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "published_heads"
-ENTRIES = {entry["name"]: entry for entry in yaml.safe_load((DATA / "checkpoints.yaml").read_text("utf-8"))}
+LISTED = {entry["name"]: entry for entry in yaml.safe_load((DATA / "checkpoints.yaml").read_text("utf-8"))}
+# Of the model types that this Transformers has.
+ENTRIES = {name: entry for name, entry in LISTED.items() if entry["config"]["model_type"] in CONFIG_MAPPING}
 
 
 def hf_config(name: str, **changes):

@@ -16,6 +16,8 @@ PARTS = {
     "qwen2_5_vl": {"window_size": 56},
     "gemma3": {"image_size": 28, "patch_size": 7},
 }
+# Models that are not told which tokens are an image's.
+UNTYPED = ("mistral3", "llava", "internvl", "llama4")
 
 
 def model_with_images(kind: str, dtype: torch.dtype = torch.float64, **text):
@@ -59,6 +61,6 @@ def prompt_with_image(model, tokens: int = 40, seed: int = 0) -> dict[str, torch
         more["image_sizes"] = torch.tensor([[28, 28]])
     ids[0, 8 : 8 + count] = token
     kind = "token_type_ids" if config.model_type == "gemma3" else "mm_token_type_ids"
-    if config.model_type not in ("mistral3", "llava", "internvl", "llama4"):
+    if config.model_type not in UNTYPED:
         more[kind] = (ids == token).int()
     return {"input_ids": ids, **more}

@@ -102,7 +102,7 @@ def test_sliding_layers_score_nothing(llama):
     sliding = [i for i, kind in enumerate(model.config.layer_types) if kind == "sliding_attention"]
     scores = np.array(config.heads.scores)
     assert sliding == [1, 3] and (scores[sliding] == 0).all() and (scores[[0, 2]] > 0).all()
-    assert "".join(config.roles()).count("R") == 8 and config.roles()[1] == "SSSS"
+    assert (config.kv_heads, config.retrieval_heads) == (8, 4) and config.roles()[1] == "----"
 
 
 def test_a_low_precision_model_is_measured(llama):

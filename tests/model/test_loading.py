@@ -6,15 +6,17 @@ import json
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from helpers.tiny import config_for, tiny_model
-from transformers import AutoModel, DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 import hf_longctx
 from hf_longctx import AutoModelForCausalLM, ConfigError, LongCtxCache, LongCtxConfig, patch_model, unpatch_model
+from hf_longctx.model import loading
 
 IDS = torch.arange(3, 63)[None]
 NEW = 8
@@ -312,3 +314,11 @@ def test_a_config_of_another_model_is_refused(folder):
         AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ConfigError, match="made for another model"):
         AutoModelForCausalLM.from_pretrained(folder, longctx=LongCtxConfig.from_dict(config_for(other).to_dict()))
+
+
+def test_a_model_with_two_texts_inside_is_loaded_as_it_is():
+    """MusicGen reads one and writes another, so it has no text config of which one could ask for the flag."""
+    model = SimpleNamespace(config=AutoConfig.for_model("musicgen"))
+    with pytest.raises(ValueError, match="Multiple valid text configs"):
+        model.config.get_text_config()
+    assert loading._load(lambda: model, (), {}, None) is model

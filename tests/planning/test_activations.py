@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_longctx import LongCtxCache, LongCtxConfig, patch_model
 from hf_longctx.cache.seam import CACHE, cache_of
+from hf_longctx.config.model import text_config
 from hf_longctx.model import tiny
 from hf_longctx.planning import memory
 from hf_longctx.planning.memory import DENSE, PATCHED, MemoryModel, MemorySettings
@@ -90,7 +91,7 @@ LARGER = {tiny.HIDDEN: 256, tiny.INNER: 512, tiny.DIM: 64}  # so that a constant
 
 def grouped(config):
     """The config with the experts that Transformers takes by itself; those of the other tests know float64."""
-    config._experts_implementation_internal = None
+    text_config(config)._experts_implementation_internal = None
     return config
 
 
@@ -99,11 +100,13 @@ def grouped(config):
 def test_the_working_memory_of_every_type_is_what_a_prefill_takes(case, chunk, monkeypatch):
     monkeypatch.undo()  # memory that is filled with NaN is allocated twice
     monkeypatch.setattr(tiny, "NEW", {name: LARGER.get(size, size) for name, size in tiny.NEW.items()})
+    monkeypatch.setattr(tiny, "DIM", LARGER[tiny.DIM])
     config = grouped(tiny_config(case))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    skeleton = make_skeleton(config, torch.float32)
+    model = type(skeleton)._from_config(config, dtype=torch.float32).eval()
     ours = config_for(model, "mixed")
     settings = MemorySettings(1, "fp32", 1, chunk)
-    memory_model = MemoryModel("", make_skeleton(config, torch.float32), config, settings, ours)
+    memory_model = MemoryModel("", skeleton, config, settings, ours)
     ids = torch.randint(64, (1, TOKENS))
     for way in (DENSE, PATCHED):
         if way == PATCHED:
