@@ -151,6 +151,10 @@ class Shadow:
         monkeypatch.setattr(hf_longctx.model.attention, "attend", shadow_attend)
         AttentionInterface.register(hf_longctx.model.attention.NAME, shadow_attend)
 
+    def differ(self, layer: int, got: torch.Tensor, right: torch.Tensor) -> None:
+        """Keep the largest difference of a layer."""
+        self.errors[layer] = max(self.errors.get(layer, 0.0), (got - right).abs().max().item())
+
     @property
     def error(self) -> float:
         """The largest of all layers."""
@@ -180,8 +184,7 @@ class Shadow:
             got, right = out[row, real:], want[row].transpose(0, 1)[real:]
             if got.numel():
                 assert not torch.isnan(got).any()
-                worst = self.errors.get(module.layer_idx, 0.0)
-                self.errors[module.layer_idx] = max(worst, (got - right).abs().max().item())
+                self.differ(module.layer_idx, got, right)
         self.calls += 1
 
 

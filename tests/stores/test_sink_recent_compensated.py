@@ -67,7 +67,7 @@ class Watch(Shadow):
 
     compensated = True
 
-    def check(self, module, q, kept, out, scaling) -> None:
+    def check(self, module, q, kept, out, given: dict) -> None:
         k, v = self.keys[module.layer_idx]
         rows, plan, group = kept.forward.rows, module.longctx_plan, q.shape[1] // k.shape[1]
         store, everything = self.config.stores.streaming, 10**9
@@ -81,10 +81,10 @@ class Watch(Shadow):
                 own = slice(head * group, (head + 1) * group)
                 keys, values = (x[row, head, start:].expand(group, -1, -1) for x in (k, v))
                 means = self.compensated and role == "S" and plan.window is None
-                want = expected(q[row, own, pads:], keys, values, *rules[role], scaling, means)
+                want = expected(q[row, own, pads:], keys, values, *rules[role], given["scaling"], means)
                 got = out[row, pads:, own].transpose(0, 1)
                 assert not torch.isnan(got).any()
-                self.error = max(self.error, (got - want).abs().max().item())
+                self.differ(module.layer_idx, got, want)
         self.calls += 1
 
 
@@ -150,7 +150,8 @@ def test_a_window_off_by_one_and_a_missing_mean_are_seen(watch):
     seen = watch(config, recent_off_by=1)
     run(model, case)
     assert seen.error > 1e-4
-    seen.off, seen.error = 0, 0.0
+    seen.off = 0
+    seen.errors.clear()
     seen.keys.clear()
     run(model, case)
     assert seen.error <= 1e-12
@@ -219,7 +220,7 @@ def test_a_rollback_that_forgets_the_sums_is_seen(watch, monkeypatch):
         if forget:
             store.state["k"].copy_(sums)
         seen.keys = {layer: (k[:, :, :280], v[:, :, :280]) for layer, (k, v) in seen.keys.items()}
-        seen.error = 0.0
+        seen.errors.clear()
         read(model, cache, ids[:, 280:])
         errors.append(seen.error)
     assert errors[0] <= 1e-12 < 1e-4 < errors[1]
