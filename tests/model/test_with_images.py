@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.forgeries import Forger
 from helpers.tiny import config_for
 from helpers.with_images import model_with_images, prompt_with_image
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -11,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import hf_longctx
 from hf_longctx import (
+    CacheError,
     LongCtxCache,
     LongCtxConfig,
     PromptCache,
@@ -19,6 +21,7 @@ from hf_longctx import (
     report,
     unpatch_model,
 )
+from hf_longctx.cache.file import AHEAD
 from hf_longctx.cache.seam import CACHE
 from hf_longctx.model.family import families, find_family
 from hf_longctx.model.modules import language_model
@@ -198,6 +201,25 @@ def test_a_cache_does_not_go_on_by_the_positions_of_another_prompt(kind, tmp_pat
             logits(model, twice)
         model.model.rope_deltas = own
         assert (logits(model, twice) - want).abs().max() < 1e-10
+
+
+def test_a_forged_number_of_positions_is_refused(tmp_path):
+    model = model_with_images("qwen2_vl")
+    patch_model(model, everything(model))
+    prompt, cache = prompt_with_image(model), LongCtxCache(model)
+    logits(model, {**prompt, CACHE: cache})
+    cache.save(tmp_path / "true.safetensors", ids=prompt["input_ids"])
+    forger = Forger(tmp_path / "true.safetensors")
+    refused = 0
+    for what, edit in forger.every():
+        if AHEAD in what:
+            try:
+                ahead = LongCtxCache.load(forger.write(tmp_path / "forged.safetensors", edit), model).ahead
+            except CacheError:
+                refused += 1
+            else:  # another number of positions is as good as this one
+                assert type(ahead[0]) is int and -40 <= ahead[0] < 2**40 and len(ahead) == 1, what
+    assert refused > 10
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl"])
