@@ -73,7 +73,11 @@ def given():
     return {"name": str(folder), "model": model, "tokenizer": tokenizer, "inputs": inputs, "prompt": prompt}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    # The page of evaluation runs every task.
+    [pytest.param(one, marks=[pytest.mark.slow] * (one.name == "evaluation.md"), id=one.name) for one in PAGES],
+)
 def test_every_snippet_of_a_page_runs(page, given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("prompt.txt").write_text(given["prompt"], "utf-8")

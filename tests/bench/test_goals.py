@@ -72,6 +72,7 @@ def test_goals_belong_to_the_default_sizes_and_to_two_kernels(benchmark, tokens,
     assert goals(benchmark, Settings((100,)), fake_results(benchmark, (100,))) == []
 
 
+@pytest.mark.slow
 def test_every_goal_says_reached_or_by_how_much_it_is_short(tmp_path):
     settings = Settings((8192, 32768))
     path = tmp_path / "out.json"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.caches import patched_tiny, read
 from helpers.generation import prompt
-from helpers.store_cases import CASES, patched_case, role_of
+from helpers.store_cases import CASES, PAGED_SLOWLY, patched_case, role_of
 from helpers.tiny import config_for, left_padded
 
 from hf_longctx import CacheError, LongCtxCache, patch_model, report, unpatch_model
@@ -33,7 +33,7 @@ def history(cache) -> int:
 
 
 @pytest.mark.parametrize("lengths", [[300], [300, 120, 9]])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PAGED_SLOWLY)
 @torch.no_grad()
 def test_the_answers_do_not_depend_on_what_is_remembered(case, lengths):
     model = patched_case(case, torch.float64)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 from helpers.cases import cases
 from helpers.tiny import config_for, tiny_model
 from hf_longctx import patch_model
 from hf_longctx.config.words import load
 
 CASES = {name: {"store": word, **fields} for name, (word, fields) in cases("stores").items()}
+# For tests that are long where a store reads pages back: those of such stores run in the slow suite.
+PAGED_SLOWLY = [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("offloaded")) for name in CASES]
 SPECS = {name: load("stores", given["store"]) for name, given in CASES.items()}
 ROUNDED = {case for case, spec in SPECS.items() if not spec.exact}
 

@@ -202,6 +202,7 @@ def test_layers_that_cannot_checkpoint_are_refused():
 # The training.
 
 
+@pytest.mark.slow
 def test_the_gates_find_the_heads_that_an_ablation_found():
     path = asset("tiny-llama")
     model = AutoModelForCausalLM.from_pretrained(path).eval()

@@ -44,6 +44,7 @@ WRITERS = """
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_the_file_of_before(tmp_path):
     model = tiny_model()
     patch_model(model, config_for(model))

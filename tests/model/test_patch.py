@@ -186,6 +186,7 @@ def test_the_base_model_alone():
     assert isinstance(positional.past_key_values, LongCtxCache)
 
 
+@pytest.mark.slow
 def test_compile_with_graph_breaks_gives_the_same_tokens():
     model = tiny_model(layers=2)
     patch_model(model, config_for(model, "mixed"))

@@ -10,7 +10,7 @@ import torch
 from helpers.caches import read
 from helpers.device_reads import CountReads
 from helpers.generation import MODES, NEW, prompt, run
-from helpers.store_cases import CASES, ROUNDED, SPECS, case_config, patched_case, role_of
+from helpers.store_cases import CASES, PAGED_SLOWLY, ROUNDED, SPECS, case_config, patched_case, role_of
 from helpers.tiny import left_padded, tiny_model
 from transformers import DynamicCache
 
@@ -170,7 +170,7 @@ def test_reset_and_crop_to_nothing_free_the_memory(case):
         assert torch.equal(read(model, cache, ids), want)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PAGED_SLOWLY)
 @torch.no_grad()
 def test_max_tokens_never_allocates_again(case):
     model = patched_case(case, torch.float32)

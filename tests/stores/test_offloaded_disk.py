@@ -397,6 +397,7 @@ LIMITED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and limits the address space")
 @pytest.mark.parametrize("word", ["offloaded_disk", "full"])
 def test_a_context_of_64_times_resident_in_a_process_that_cannot_hold_it(word, tmp_path):
