@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from helpers.tiny import config_for, tiny_model
-from transformers import AutoConfig, AutoModel, DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import hf_longctx
 from hf_longctx import AutoModelForCausalLM, ConfigError, LongCtxCache, LongCtxConfig, patch_model, unpatch_model
@@ -317,8 +317,10 @@ def test_a_config_of_another_model_is_refused(folder):
 
 
 def test_a_model_with_two_texts_inside_is_loaded_as_it_is():
-    """MusicGen reads one and writes another, so it has no text config of which one could ask for the flag."""
-    model = SimpleNamespace(config=AutoConfig.for_model("musicgen"))
+    """As MusicGen, which reads one and writes another: it has no text config of which one could ask for the flag."""
+    config = PreTrainedConfig()
+    config.text_encoder, config.decoder = LlamaConfig(), LlamaConfig()
+    model = SimpleNamespace(config=config)
     with pytest.raises(ValueError, match="Multiple valid text configs"):
         model.config.get_text_config()
     assert loading._load(lambda: model, (), {}, None) is model
