@@ -80,17 +80,18 @@ class BeforeForward:
         known = partial(Known.by, self.state.patched, config, cache)
         rows = read_mask(mask, inputs.shape[0], past, inputs.shape[1], ids=ids, known=known)
         staggered = getattr(cache, "staggered", False)
-        refuse_positions(given.get("position_ids"), rows, staggered)
+        positions = given.get("position_ids")
+        refuse_positions(positions, rows, staggered)
         if note := check_rotary(config, rows):
             self.state.note(note)
         observer = observers.get().get(id(base))
         forward = Forward(rows, self.state.log, observer, isinstance(cache, LongCtxCache))
         if isinstance(cache, LongCtxCache):
             if past and cache is not self.state.last_cache:
-                refuse_other_prompt(given.get("position_ids"), rows, cache.ahead)
+                refuse_other_prompt(positions, rows, cache.ahead)
             cache.begin(forward, ids)
-            cache.ahead = positions_ahead(given.get("position_ids"), rows, cache.ahead)
-            if staggered and given.get("position_ids") is None:  # the model would count pads
+            cache.ahead = positions_ahead(positions, rows, cache.ahead)
+            if staggered and positions is None:  # the model would count pads
                 given["position_ids"] = rows.positions(inputs.device)
         elif cache is not None:
             self.state.note(f"dense memory: a {type(cache).__name__} kept every token of every head")

@@ -56,7 +56,12 @@ class PrivateConfig:
 
 def around(model: nn.Module, private: PrivateConfig) -> Iterator[PrivateConfig]:
     """Copies of the configs that have the text's inside, from the inner to the outer, each with the copy inside it."""
-    held = {id(value): value for module in model.modules() for value in vars(module).values() if _is_config(value)}
+    held = {
+        id(value): value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, PreTrainedConfig)
+    }
     inner = private
     while True:
         found = [(one, name) for one in held.values() for name, value in vars(one).items() if value is inner.original]
@@ -67,10 +72,6 @@ def around(model: nn.Module, private: PrivateConfig) -> Iterator[PrivateConfig]:
         setattr(copied, name, inner.private)
         inner = PrivateConfig.of(outer, copied)
         yield inner
-
-
-def _is_config(value: Any) -> bool:
-    return isinstance(value, PreTrainedConfig)
 
 
 def _swap(model: nn.Module, old: Any, new: Any) -> None:

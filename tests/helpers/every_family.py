@@ -102,9 +102,19 @@ def in_float64(model) -> None:
         parameter.data = parameter.data.double()
 
 
+def softmax_in_float64(monkeypatch) -> None:
+    """Eager attention of Transformers takes its softmax in float32; here not of float64."""
+    softmax = torch.nn.functional.softmax
+
+    def in_its_dtype(x, dim=None, dtype=None, **more):
+        return softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", in_its_dtype)
+
+
 def stay_in_float64(monkeypatch) -> None:
     """Norms, routers and eager softmaxes of Transformers go to float32 and back; here they do not."""
-    tensor, softmax = torch.Tensor, torch.nn.functional.softmax
+    tensor = torch.Tensor
     to, kind, single = tensor.to, tensor.type, tensor.float
 
     def kept(x, args, kwargs) -> bool:
@@ -113,11 +123,7 @@ def stay_in_float64(monkeypatch) -> None:
     monkeypatch.setattr(tensor, "to", lambda x, *args, **more: x if kept(x, args, more) else to(x, *args, **more))
     monkeypatch.setattr(tensor, "type", lambda x, *args, **more: x if kept(x, args, more) else kind(x, *args, **more))
     monkeypatch.setattr(tensor, "float", lambda x, **more: x if x.dtype == torch.float64 else single(x, **more))
-
-    def in_its_dtype(x, dim=None, dtype=None, **more):
-        return softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
-
-    monkeypatch.setattr(torch.nn.functional, "softmax", in_its_dtype)
+    softmax_in_float64(monkeypatch)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from helpers.every_family import CONVOLUTIONS, softmax_in_float64
 from helpers.forgeries import Forger
 from helpers.tiny import config_for
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -27,7 +28,7 @@ from hf_longctx.cache.seam import CACHE
 from hf_longctx.model.modules import language_model
 from hf_longctx.model.tiny import tiny_copy
 
-MORE = {"lfm2": {"layer_types": ["conv", "full_attention"]}, "lfm2_moe": {"layer_types": ["conv", "full_attention"]}}
+MORE = {"lfm2": CONVOLUTIONS, "lfm2_moe": CONVOLUTIONS}
 LINEAR = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
 KINDS = [kind for kind in (*LINEAR, "llama4_text", "lfm2", "lfm2_moe") if kind in CONFIG_MAPPING_NAMES]
 CUTS = (7, 20, 21, 22, 40, 60)
@@ -35,7 +36,7 @@ CUTS = (7, 20, 21, 22, 40, 60)
 
 @pytest.fixture(autouse=True)
 def _eager_in_float64(monkeypatch):
-    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=None, **kwargs: x.softmax(dim))
+    softmax_in_float64(monkeypatch)
 
 
 def hybrid(kind: str, **more):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.every_family import softmax_in_float64
 from helpers.forgeries import Forger
 from helpers.tiny import config_for
 from helpers.with_images import model_with_images, prompt_with_image
@@ -32,7 +33,7 @@ NEW = {"max_new_tokens": 6, "do_sample": False}
 
 @pytest.fixture(autouse=True)
 def _eager_in_float64(monkeypatch):
-    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=None, **kwargs: x.softmax(dim))
+    softmax_in_float64(monkeypatch)
 
 
 @torch.no_grad()
