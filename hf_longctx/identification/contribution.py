@@ -16,11 +16,11 @@ from torch import nn
 from transformers import AutoConfig
 
 from ..config import strict_yaml
-from ..config.bounds import MOST_HEADS, MOST_LAYERS, SCORE, SHARE
+from ..config.bounds import SCORE, SHARE
 from ..config.config import LongCtxConfig
 from ..config.find import checkpoint_name
-from ..config.hub import repository
-from ..config.model import text_config
+from ..config.hub import COMMIT, repository
+from ..config.model import HEADS, LAYERS, text_config
 from ..config.sections import check_rows
 from ..config.words import build, check_word, convert, dump, make, wrong
 from ..errors import ConfigError
@@ -51,9 +51,6 @@ EXCERPT = (  # keys of config.json that say which heads there are, and where a l
 LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+ ()-]{1,79}")
 METHOD = re.compile(r"[a-z][a-z0-9_]{0,79}")
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
-COMMIT = re.compile(r"[0-9a-f]{40}")
-LAYERS = {"min": 1, "max": MOST_LAYERS, "unit": "layers"}
-HEADS = {"min": 1, "max": MOST_HEADS, "unit": "heads"}
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..config.checks import check_mapping, check_word
+from ..config.model import FULL
 from ..config.words import registered, words
 from ..errors import ConfigError, UnsupportedModelError
 
 SLIDING = Literal["none", "all", "layer_types"]
-PATCHED = ("full_attention", "sliding_attention")  # words of config.layer_types
+PATCHED = (FULL, "sliding_attention")  # words of config.layer_types
 # Not ``first_bias``: one decoded token's segments do not say where a padded sequence has its first token, nor whether a
 # window still has it.
 MAPPED = ("softcap", "sinks")
