@@ -12,9 +12,20 @@ from helpers.tiny import config_for, left_padded, tiny_model
 from transformers import DynamicCache
 
 import hf_longctx.model.attention
-from hf_longctx import CacheError, ConfigError, LongCtxCache, LongCtxConfig, observe, patch_model, patched, report
+from hf_longctx import (
+    CacheError,
+    ConfigError,
+    LongCtxCache,
+    LongCtxConfig,
+    PromptCache,
+    observe,
+    patch_model,
+    patched,
+    report,
+)
 from hf_longctx.config.words import load, words
 from hf_longctx.layout.rows import Rows
+from hf_longctx.prompts.prompt import Prompt
 from hf_longctx.stores.sink_recent import SinkRecent
 
 FIXED = {"store": "sink_recent", "sink": 4, "recent": 16}
@@ -408,6 +419,22 @@ def test_taking_back_and_forking_after_a_tail():
     cache.crop(300)
     for one in (cache, fork):
         assert torch.equal(model(ids[:, 300:301], past_key_values=one).logits, want)
+
+
+def test_questions_over_one_prompt_are_answered_as_each_alone(monkeypatch):
+    """Shorter ones than the batch's would read the end of the prompt again, and it would see less."""
+    model = small()
+    document = torch.randint(3, 97, (300,)).tolist()
+    questions = [torch.randint(3, 97, (length,)).tolist() for length in (30, 9, 140, 30)]
+    patch_model(model, tailed(model, 64))
+    prompt = PromptCache(model).prefill(document)
+    want = [prompt.ask([one], max_new_tokens=5)[0] for one in questions]
+    before = report(model)
+    assert prompt.ask(questions, max_new_tokens=5) == want
+    assert report(model).forwards - before.forwards == 3 * 5, "the two of one length together"
+    assert report(model).tails - before.tails == 2, "of the long question, in two layers"
+    monkeypatch.setattr(Prompt, "_room", lambda self: self.cache.stagger_room)
+    assert prompt.ask(questions, max_new_tokens=5) != want, "a control"
 
 
 class Everywhere(SinkRecent):
