@@ -12,7 +12,7 @@ from ..assets import embedded
 from ..config.words import check_word, make, words
 from ..io.console import console, tables
 from ..planning.sizes import parse_tokens
-from ..tasks import HAYSTACKS, MODES, tasks_from
+from ..tasks import ANSWERS, HAYSTACKS, MODES, tasks_from
 from ._options import DTYPES, Config, Device, Dtype, Model, Seed, device_of, load_model
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 THERE = ", ".join(words("tasks.synthetic"))
 TASKS = f"Commas between tasks, colons before fields (needle:variant=multi_key). There are: {THERE}."
 SHORT = ("tokens", "variant", "accuracy", "to dense", "95% interval", "KV of dense", "prefill s", "decode ms")
+SHORT += ("NLL", "NLL to dense", "NLL interval", "all tokens right")
 SWEEP = "A field of the config and its values, one more variant each: retrieval_fraction=0.1,0.25."
 Depths = Annotated[str, typer.Option(help="Where the facts are, 0 to 1. Empty: anywhere.")]
 Sweep = Annotated[str | None, typer.Option(help=SWEEP)]
@@ -32,6 +33,9 @@ WINDOW = "the longest of --lengths"
 Window = Annotated[str | None, typer.Option(help="Tokens a token of it is predicted in.", show_default=WINDOW)]
 Chunk = Annotated[str | None, typer.Option(help="Tokens of a context per forward.", show_default="all")]
 Mode = Annotated[str, typer.Option(help=f"How the questions about one context are asked: {', '.join(MODES)}.")]
+
+HOW = f"{', '.join(ANSWERS)}: decoded; or only how likely the expected answers are, several times faster."
+Answers = Annotated[str, typer.Option(help=HOW)]
 
 
 def command(
@@ -45,6 +49,7 @@ def command(
     sweep: Sweep = None,
     seed: Seed = 0,
     mode: Mode = MODES[0],
+    answers: Answers = ANSWERS[0],
     text: Text = None,
     haystack: Haystack = None,
     chat: Chat = False,
@@ -73,6 +78,7 @@ def command(
         "samples": samples,
         "seed": seed,
         "mode": mode,
+        "answers": answers,
         "prefill_chunk_size": _tokens(prefill_chunk_size, "--prefill-chunk-size"),
         "perplexity_window": _tokens(perplexity_window, "--perplexity-window", 2),
     }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..cache.cache import cache_bytes
 from ..tasks.answer import Reader, ask_all, input_device
 from ..tasks.base import Sample
+from ..tasks.forced import ForcedAnswer, answer_logits, scored
 from .forwards import follow, now
 
 
@@ -22,7 +23,7 @@ class Costs:
     Attributes:
         cache_bytes: bytes that the cache really held once the context was read.
         prefill_s: seconds to read the context and the first question, until the first token is known.
-        decode_ms: milliseconds per token after the first of each answer; None where there is none.
+        decode_ms: milliseconds per token after the first of each answer; None where none is decoded.
     """
 
     cache_bytes: int
@@ -54,11 +55,69 @@ class Meter(Reader):
         return Costs(held, prefill, 1000 * sum(decoded) / len(decoded) if decoded else None)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a sample showed of one variant.
+
+    Attributes:
+        said: token ids of the decoded answers; None where nothing is decoded.
+        costs: of reading and answering.
+        expected: how likely each expected answer is.
+        states: hidden states ``[P, D]`` along the given answers, or where nothing is decoded logits ``[P, V]`` along
+            the expected ones.
+    """
+
+    said: list[list[int]] | None
+    costs: Costs
+    expected: list[ForcedAnswer]
+    states: Tensor
+
+
+@torch.no_grad()
+def forced_of(model: nn.Module, sample: Sample, mode: str, chunk: int | None) -> Found:
+    """The expected answers alone, nothing decoded; their logits are the states."""
+    device = input_device(model)
+    meter = Meter(model, sample.stop, chunk)
+    meter.read(sample.context)
+    held = cache_bytes(meter.cache)
+    start = now(device)
+    expected, logits, first = expected_of(meter, sample, mode)
+    return Found(None, Costs(held, meter.noted[0][1] + first - start, None), expected, torch.cat(logits))
+
+
+@torch.no_grad()
+def expected_of(reader: Reader, sample: Sample, mode: str) -> tuple[list[ForcedAnswer], list[Tensor], float]:
+    """(how likely each expected answer is, the logits ``[A, V]`` of each, the clock after the first of them).
+
+    Args:
+        reader: has read the context. "requests" are asked of copies of its cache; the last, and "turns", where each
+            question follows the expected answer to the one before, of the cache itself.
+    """
+    device = input_device(reader.model)
+    turns = mode == "turns"
+    expected = []
+    logits = []
+    first = 0.0
+    unread: list[int] = []
+    for i, question in enumerate(sample.questions):
+        own = turns or i + 1 == len(sample.questions)
+        cache = reader.cache if own else reader.copy().cache
+        before = [*unread, *sample.between] if turns and i else []
+        prompt = torch.tensor([*before, *question.prompt.tolist()], device=device)
+        target = torch.as_tensor(question.target, device=device)
+        logits.append(answer_logits(reader.model, cache, prompt, target))
+        first = first or now(device)
+        expected.append(scored(logits[-1], target))
+        unread = question.target[-1:].tolist()
+    return expected, logits, first
+
+
 @torch.no_grad()
 def answers_of(
     model: nn.Module, sample: Sample, mode: str, chunk: int | None, along: Sequence[Sequence[int]] | None = None
-) -> tuple[list[list[int]], Costs, Tensor]:
-    """(the answers, their costs, hidden states ``[P, D]`` that predict the answers ``along`` and what follows each).
+) -> Found:
+    """The greedy answers, how likely the expected ones are, and hidden states that predict the answers ``along`` and
+    what follows each.
 
     The hidden states need a copy of the context's cache, so two of them are in memory for a while; of several
     "requests" each is a copy anyway.
@@ -74,10 +133,11 @@ def answers_of(
     said = ask_all(meter, sample, mode)
     if once:
         meter.cache = None
+    expected, _, _ = expected_of(spare.copy(), sample, mode)
     states = []
     for i, (question, answer) in enumerate(zip(sample.questions, said if along is None else along, strict=True)):
         cache = spare.cache if once else spare.copy().cache
         prompt = [*(sample.between if once and i else ()), *question.prompt.tolist()]
         ids = torch.tensor([*prompt, *answer], device=input_device(model))
         states.append(follow(model, cache, ids)[len(prompt) - 1 :])
-    return said, meter.costs(held), torch.cat(states)
+    return Found(said, meter.costs(held), expected, torch.cat(states))

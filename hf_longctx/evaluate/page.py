@@ -114,11 +114,15 @@ def conditions(summary: Summary, headers: Sequence[Record]) -> list[str]:
     first = headers[0]
     on = first["environment"]
     options = first["settings"]
+    greedy = options["answers"] == "greedy"
+    own = "dense's" if greedy else "the expected"
     lines = [
         f"{summary.overall.cells[DENSE].cases} prompts per variant, {options['dtype']}, seed {options['seed']}; all "
-        "variants answered the same prompts in turns, greedily.",
+        f"variants answered the same prompts in turns, {'greedily' if greedy else 'teacher-forced, nothing decoded'}.",
         RULE,
-        "Same next token and KL(dense || variant): along dense's answers. KV MB: bytes really held once the context is "
+        f"All tokens right{'' if greedy else ', and accuracy'}: share of the questions each token of whose expected "
+        "answer is the greedy choice after those before it. NLL: of the expected answers, in nats per token. Same next "
+        f"token and KL(dense || variant): along {own} answers. KV MB: bytes really held once the context is "
         "read. Prefill: until the first token; both times are medians over the prompts.",
         f"hf_longctx {on['hf_longctx']}, torch {on['torch']}, transformers {on['transformers']}, Python "
         f"{on['python']}, on {on.get('gpu', on['cpu'])}, threads: {on['threads']}, cores: {on['cores']}.",

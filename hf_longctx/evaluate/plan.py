@@ -19,7 +19,7 @@ from ..config.words import near, short
 from ..errors import ConfigError
 from ..model.modules import state_of
 from ..model.patch import patched
-from ..tasks import MODES
+from ..tasks import ANSWERS, MODES
 from ..tasks.base import DEPTH, LENGTH, SEED, Sample, Task
 from ..tasks.haystack import TextHaystack
 from ..tasks.language import Language
@@ -41,6 +41,8 @@ class Options:
         samples: prompts per task, length and depth.
         seed: random seed.
         mode: how the questions about one context are asked, "requests" or "turns" as in ``tasks.answer``.
+        answers: "greedy": decoded, and the expected answers' likelihood beside them. "forced": that alone, nothing is
+            decoded; an answer is right where each of its tokens is the greedy choice.
         prefill_chunk_size: tokens of a context per forward; None: all of them at once.
         perplexity_window: tokens that a token of the perplexity text is predicted in; None: the longest of ``lengths``.
     """
@@ -50,6 +52,7 @@ class Options:
     samples: int = field(default=8, metadata={"min": 1, "max": 2**31, "unit": "prompts"})
     seed: int = field(default=0, metadata=SEED)
     mode: str = field(default="requests", metadata={"choices": MODES})
+    answers: str = field(default="greedy", metadata={"choices": ANSWERS})
     prefill_chunk_size: int | None = field(default=None, metadata=LENGTH)
     perplexity_window: int | None = field(default=None, metadata={**LENGTH, "min": 2})
 

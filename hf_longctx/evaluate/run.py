@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..cache.fingerprint import weights_digest
 from ..config.config import LongCtxConfig
@@ -32,8 +32,8 @@ from ..tasks.answer import end_tokens, input_device, score
 from ..tasks.base import Sample, Task
 from ..tasks.language import Language, language_for
 from .forwards import output_head, window_nll
-from .measures import next_token
-from .meter import answers_of
+from .measures import NextToken, next_token
+from .meter import Found, answers_of, forced_of
 from .page import check_plots, write_report
 from .plan import Case, EvalPlan, Options, Variant, Window, make_plan, prompts_digest
 from .prompts import read_text, token_ids
@@ -201,8 +201,10 @@ class Runner:
     def way(self, variant: Variant) -> AbstractContextManager:
         return nullcontext() if variant.config is None else patched(self.model, variant.config)
 
-    def answers(self, sample: Sample, along: Any) -> tuple[list[list[int]], Any, Tensor]:
+    def answers(self, sample: Sample, along: Any) -> Found:
         options = self.plan.options
+        if options.answers == "forced":
+            return forced_of(self.model, sample, options.mode, options.prefill_chunk_size)
         return answers_of(self.model, sample, options.mode, options.prefill_chunk_size, along)
 
     def records(self, case: Case | Window, missing: Collection[str], number: int) -> Iterator[Record]:
@@ -224,19 +226,19 @@ class Runner:
             if variant is not dense and variant.name not in missing:
                 continue
             with self.way(variant):
-                said, costs, states = self.answers(sample, along)
+                found = self.answers(sample, along)
                 told = None if variant.config is None else report(self.model)
             if variant is dense:
-                along = said
-                base = states
+                along = found.said
+                base = found.states
             if variant.name in missing:
                 yield {
                     "variant": variant.name,
                     "case": case.key,
                     **sample.metadata,
-                    **self.scored(sample, said),
-                    **asdict(costs),
-                    **({} if told is None else asdict(next_token(base, states, self.head))),
+                    **self.scored(sample, found),
+                    **asdict(found.costs),
+                    **({} if told is None else asdict(self.agreement(base, found))),
                     "density": told and told.density,
                     "kernels": told.kernels if told else (),
                     "notes": (*self.too_long(case), *(told.notes if told else ())),
@@ -248,17 +250,24 @@ class Runner:
             return ()
         return (f"some prompts are longer than the {longest} tokens that the model was made for",)
 
-    def scored(self, sample: Sample, said: Sequence[Sequence[int]]) -> dict[str, Any]:
-        outputs = [self.language.decode(ids) for ids in said]
-        scores = score(sample.questions, outputs)
-        return {
-            "score": sum(scores) / len(scores),
-            "scores": scores,
-            "outputs": outputs,
+    def agreement(self, base: Any, found: Found) -> NextToken:
+        return next_token(base, found.states, self.head if found.said is not None else None)
+
+    def scored(self, sample: Sample, found: Found) -> dict[str, Any]:
+        told = {
             "expected": [question.answers for question in sample.questions],
             "questions": [self.language.decode(question.prompt) for question in sample.questions],
-            "output_ids": said,
+            "expected_nll": [one.nll for one in found.expected],
+            "expected_tokens": [one.tokens for one in found.expected],
+            "expected_right": [one.right for one in found.expected],
         }
+        if found.said is None:
+            scores = [float(one.right) for one in found.expected]
+        else:
+            outputs = [self.language.decode(ids) for ids in found.said]
+            scores = score(sample.questions, outputs)
+            told |= {"outputs": outputs, "output_ids": found.said}
+        return {"score": sum(scores) / len(scores), "scores": scores, **told}
 
     def window(self, case: Window, variant: Variant) -> Record:
         with self.way(variant):

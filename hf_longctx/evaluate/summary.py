@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, median
@@ -20,6 +21,10 @@ class Cell:
     Attributes:
         cases: how many; ``accuracy`` is the mean of their scores.
         difference: of the accuracy to dense on the same cases, with its confidence interval; None for dense.
+        nll: negative log-likelihood of the expected answers in nats per token: the mean over each case's questions, and
+            of that over the cases. ``nll_difference``: to dense on the same cases, with its interval unless some are
+            not finite; None for dense.
+        right: share of the questions each token of whose expected answer is the greedy choice, likewise.
         positions: tokens of dense's answers and what follows each answer; ``agreement`` is the share of them where the
             most likely token is the same as dense's, ``kl`` the mean of KL(dense || variant) in nats; None for dense.
         cache_bytes: mean of the bytes held once the context was read; ``cache_share``: of dense.
@@ -30,6 +35,9 @@ class Cell:
     cases: int
     accuracy: float
     difference: Interval | None
+    nll: float
+    nll_difference: Interval | None
+    right: float
     positions: int | None
     agreement: float | None
     kl: float | None
@@ -148,10 +156,14 @@ def cell(dense: Sequence[Record], own: Sequence[Record], same: bool) -> Cell:
     decode = [one["decode_ms"] for one in own if one["decode_ms"] is not None]
     densities = [one["density"] for one in own if one["density"] is not None]
     scores = [[one["score"] for one in records] for records in (dense, own)]
+    losses = [[answer_nll(one) for one in records] for records in (dense, own)]
     return Cell(
         cases=len(own),
         accuracy=mean(scores[1]),
         difference=None if same else paired_bootstrap(*scores),
+        nll=mean(losses[1]),
+        nll_difference=None if same else _difference(*losses),
+        right=mean(mean(one["expected_right"]) for one in own),
         positions=positions,
         agreement=pooled("agreement"),
         kl=pooled("kl"),
@@ -164,7 +176,20 @@ def cell(dense: Sequence[Record], own: Sequence[Record], same: bool) -> Cell:
     )
 
 
-LINE = ("task", "tokens", "variant", "cases", "accuracy", "to dense", "95% interval", "same next token", "KL, nats")
+def answer_nll(record: Record) -> float:
+    """Nats per token of the expected answers of a record, the mean over its questions."""
+    answers = zip(record["expected_nll"], record["expected_tokens"], strict=True)
+    return mean(nll / tokens for nll, tokens in answers)
+
+
+def _difference(dense: Sequence[float], own: Sequence[float]) -> Interval:
+    if all(map(math.isfinite, (*dense, *own))):
+        return paired_bootstrap(dense, own)
+    return Interval(mean(own) - mean(dense), None, None, len(own), 0.95)
+
+
+LINE = ("task", "tokens", "variant", "cases", "accuracy", "to dense", "95% interval", "all tokens right", "NLL")
+LINE += ("NLL to dense", "NLL interval", "same next token", "KL, nats")
 LINE += ("KV MB", "KV of dense", "prefill s", "decode ms")
 
 
@@ -180,6 +205,10 @@ def line(row: Row, name: str) -> list[str]:
         f"{cell.accuracy:.3f}",
         marked(lost),
         interval(lost),
+        f"{cell.right:.3f}",
+        f"{cell.nll:.3f}",
+        "" if cell.nll_difference is None else f"{cell.nll_difference.difference:+.3f}",
+        interval(cell.nll_difference),
         "" if cell.agreement is None else f"{cell.agreement:.1%}",
         "" if cell.kl is None else f"{cell.kl:.2g}",
         f"{cell.cache_bytes / 1e6:.2f}",

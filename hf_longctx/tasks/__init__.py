@@ -14,6 +14,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from .base import Task
 
+ANSWERS = ("greedy", "forced")  # decoded by the model, or given to it: teacher-forced
 MODES = ("requests", "turns")  # SCBench's multi-request and multi-turn modes
 HAYSTACKS = ("sentences", "book", "noise")  # filler where the user gives no text
 

@@ -64,9 +64,17 @@ def forced_answers(
                 logits = torch.cat([logits, _read(model, target[:-1], cache, len(target) - 1)[0]])
         else:
             cache = read if i + 1 == len(sample.questions) else copy.deepcopy(read)
-            logits, _ = _read(model, torch.cat([prompt, target[:-1]]), cache, len(target))
-        found.append(_scored(logits, target))
+            logits = answer_logits(model, cache, prompt, target)
+        found.append(scored(logits, target))
     return found
+
+
+@torch.no_grad()
+def answer_logits(model: nn.Module, cache: Any, prompt: Tensor, target: Tensor) -> Tensor:
+    """Logits ``[A, V]`` that predict ``target [A]`` after ``prompt [T]``, in one forward; the cache grows by both but
+    the last token of the target.
+    """
+    return _read(model, torch.cat([prompt, target[:-1]]), cache, len(target))[0]
 
 
 def _read(model: nn.Module, ids: Tensor, cache: Any, keep: int, chunk: int | None = None) -> tuple[Tensor, Any]:
@@ -77,7 +85,7 @@ def _read(model: nn.Module, ids: Tensor, cache: Any, keep: int, chunk: int | Non
     return out.logits[0], cache
 
 
-def _scored(logits: Tensor, target: Tensor) -> ForcedAnswer:
+def scored(logits: Tensor, target: Tensor) -> ForcedAnswer:
     """The answer ``target [A]`` by the logits ``[A, V]`` that predict it."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     target = target.to(logits.device)

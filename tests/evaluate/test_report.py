@@ -91,7 +91,9 @@ def test_the_tables_have_the_figures(written):
         f"{lost.difference:+.3f} worse",
         f"{lost.low:+.3f} to {lost.high:+.3f}",
     ]
-    assert found[7:] == ["80.0%", "0.1", "0.26", "50%", "256", "3"]
+    nll = cell.nll_difference
+    assert found[7:11] == ["0.000", "0.100", "+0.050", f"{nll.low:+.3f} to {nll.high:+.3f}"]
+    assert found[11:] == ["80.0%", "0.1", "0.26", "50%", "256", "3"]
     assert ["dense", "1.404"] in rows, "exp(20 / 59) of the two windows"
     assert sum(row[:1] == ["needle"] and len(row) == 3 + len(SWEPT) for row in rows) == 9, "by length and depth"
     assert "Several processes ran at once" in text
@@ -230,3 +232,14 @@ def test_no_matplotlib_is_said_at_the_start(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="matplotlib"):
         evaluate(None, None, tmp_path / "out", tasks="needle", lengths=[128])
     assert not (tmp_path / "out").exists() and plots.new_figure is not missing
+
+
+def test_answers_that_are_no_finite_numbers_have_no_interval():
+    plan = plan_of(text=False)
+    records = [
+        record | {"expected_nll": [float("nan")]} if record["variant"] == "patched" else record
+        for record in records_of(plan)
+    ]
+    lost = summarize(plan, records).overall.cells["patched"].nll_difference
+    assert (lost.low, lost.high) == (None, None) and lost.difference != lost.difference
+    assert lost.pairs == len(plan.cases)

@@ -158,6 +158,39 @@ def test_the_summary_is_what_the_records_say(done):
     )
 
 
+def test_the_likelihood_of_expected_answers_tells_heads_apart(done):
+    _, summary = done
+    cells = summary.overall.cells
+    assert cells["dense"].nll < 0.3 and cells["dense"].nll_difference is None
+    assert abs(cells["patched"].nll_difference.difference) < 0.1
+    wrong = cells["retrieval_fraction=0.0625"]
+    assert wrong.nll_difference.low > 1 and wrong.right <= 0.3 < 0.9 <= cells["dense"].right
+    assert wrong.nll_difference.difference == pytest.approx(wrong.nll - cells["dense"].nll)
+    _, records = lines(done[0])
+    own = [one for one in records if one["variant"] == "patched" and "task" in one]
+    means = [mean(map(float.__truediv__, one["expected_nll"], map(float, one["expected_tokens"]))) for one in own]
+    assert cells["patched"].nll == pytest.approx(mean(means))
+    assert cells["patched"].right == mean(mean(one["expected_right"]) for one in own)
+
+
+def test_forced_answers_decode_nothing_and_score_the_same_likelihood(llama, done, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_longctx.tasks.answer.Reader.ask", lambda *_: pytest.fail("something was decoded"))
+    asked = ASKED | {"tasks": "needle", "lengths": [256]}
+    summary = evaluate(*llama, tmp_path, sweep="retrieval_fraction=0.0625", answers="forced", **asked)
+    greedy = next(row for row in done[1].by_task if (row.task, row.length) == ("needle", 256))
+    for name, cell in summary.overall.cells.items():
+        assert (cell.nll, cell.right) == pytest.approx((greedy.cells[name].nll, greedy.cells[name].right), abs=1e-4)
+        assert cell.accuracy == cell.right and cell.decode_ms is None
+        assert cell.cache_bytes == greedy.cells[name].cache_bytes
+    cells = summary.overall.cells
+    assert cells["retrieval_fraction=0.0625"].kl > 0.1 > cells["patched"].kl
+    assert all("outputs" not in one for one in lines(tmp_path)[1])
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "nothing decoded" in page and "What was said" not in page
+    with pytest.raises(ConfigError, match="other settings: answers"):
+        evaluate(*llama, tmp_path, sweep="retrieval_fraction=0.0625", **asked)
+
+
 def test_perplexity_is_that_of_the_whole_text(llama, text, done):
     model, tokenizer = llama
     ids = tokenizer(text.read_text(), return_tensors="pt")["input_ids"][0]

@@ -58,6 +58,11 @@ def records_of(plan: EvalPlan, score: Callable[[int, int, Case], float] = fallin
                     "decode_ms": 2.0 + v,
                 }
                 | {
+                    "expected_nll": [0.25 * (1 + v)],
+                    "expected_tokens": [5],
+                    "expected_right": [v == 0],
+                }
+                | {
                     "positions": 5,
                     "agreement": 0.8,
                     "kl": 0.1 * v,
@@ -72,7 +77,7 @@ def records_of(plan: EvalPlan, score: Callable[[int, int, Case], float] = fallin
 
 def headers_of(plan: EvalPlan, processes=1) -> list[dict]:
     on = {"hf_longctx": "1", "torch": "2", "transformers": "5", "python": "3", "cpu": "C", "threads": 1, "cores": 2}
-    settings = {"dtype": "float32", "seed": 0}
+    settings = {"dtype": "float32", "seed": 0, "answers": "greedy"}
     heads = {variant.name: [4, 16] for variant in plan.variants[1:]}
     header = {"model": EVIL, "settings": settings, "environment": on, "retrieval_heads": heads, "processes": processes}
     return [header] * processes
