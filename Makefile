@@ -47,7 +47,7 @@ demo: $(PACKAGE)
 	$(BIN)/hf-longctx demo
 
 real: $(REAL)
-	$(BIN)/python -c "from hf_longctx.model.checkpoint import real_checkpoint as made; print(made())"
+	$(BIN)/hf-longctx demo --real
 
 notebooks: $(EVERYTHING) $(REAL)
 	$(BIN)/python examples/run_notebooks.py

