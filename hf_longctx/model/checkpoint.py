@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import constants
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..errors import ConfigError
 from ..io.atomic import alone, folder_written_whole
@@ -124,13 +124,12 @@ def _source() -> Path:
 def _convert(source: Path, folder: Path) -> None:
     """Fill ``folder`` with the checkpoint of a GGUF file, and with the digests of what was written."""
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, model_max_length=TOKENS)
-    # A Transformers that has GgufConfig may keep weights packed, and saves no model that it read from GGUF.
+    # A Transformers that has GgufConfig may keep weights packed, and saves only a model that it was told to unpack.
     unpack = getattr(transformers, "GgufConfig", None)
     how = {} if unpack is None else {"quantization_config": unpack(dequantize=True)}
-    packed = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32, **how)
-    config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32, **how)
+    config = model.config
     vars(config).pop("_model_name_or_path", None)  # a name of the file's own, which is no hub id
-    model = type(packed).from_pretrained(None, config=config, state_dict=packed.state_dict(), dtype=torch.float32)
     ends = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(folder)

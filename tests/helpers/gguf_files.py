@@ -23,7 +23,8 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-TEMPLATE = "{% for message in messages %}<|chat|>{{ message['content'] }}{% endfor %}"
+TEMPLATE = "{% for message in messages %}Question: {{ message['content'] }}{% endfor %}"
+UNKNOWN = "<|endoftext|>"  # which Transformers adds where a vocabulary has none
 
 
 def tiny_gguf(path: Path) -> LlamaForCausalLM:
@@ -61,7 +62,8 @@ def tiny_gguf(path: Path) -> LlamaForCausalLM:
 def _add_tokenizer(writer, tokenizer) -> None:
     made = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(made["vocab"], key=made["vocab"].get))
+    tokens = sorted(made["vocab"], key=made["vocab"].get)
+    writer.add_token_list([UNKNOWN if token == "<|chat|>" else token for token in tokens])
     writer.add_token_merges([" ".join(pair) for pair in made["merges"]])
     writer.add_token_types([3 if i in tokenizer.all_special_ids else 1 for i in range(len(made["vocab"]))])
     writer.add_bos_token_id(tokenizer.bos_token_id)

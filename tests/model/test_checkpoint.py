@@ -45,7 +45,7 @@ def test_a_gguf_is_converted_to_the_same_model(tmp_path):
     ids = tokenizer("bababob babacoc Passkey 4821", return_tensors="pt").input_ids
     assert ids.shape[1] > 3 and torch.equal(model(ids).logits, dense(ids).logits)
     assert model.dtype == torch.float32 and tokenizer.model_max_length == 8192
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<|chat|>hi"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "Question: hi"
     assert tokenizer.chat_template == TEMPLATE
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 1
     said = json.loads((tmp_path / "config.json").read_text())
