@@ -27,6 +27,7 @@ from .haystack import (
 
 REACH = 128  # tokens that a fact moves towards the beginning, to stand between two sentences
 SAID = "0123456789abcdefghijklmnopqrstuvwxyz"
+OPEN = "\"'([ \n"  # characters after which an answer needs no space
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,10 @@ class Language(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
+
+    @abstractmethod
+    def target(self, prompt: Sequence[int], answers: Sequence[str]) -> list[int]:
+        """Ids of the answers, as the model is expected to say them after ``prompt``."""
 
     @abstractmethod
     def room(self, answers: Sequence[str]) -> int:
@@ -184,6 +189,11 @@ class TextLanguage(Language):
             np.asarray(ids).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
+    def target(self, prompt, answers):
+        # Inside of a quote, or after a space or a line's end, the answer begins at once.
+        begun = self.decode(prompt[-8:])[-1:] in tuple(OPEN)
+        return self.encode(("" if begun else " ") + listed(answers))
+
     def room(self, answers):
         return 2 * len(self.encode(" " + ", ".join(answers))) + 16
 
@@ -270,6 +280,9 @@ class TinyLanguage(Language):
 
     def decode(self, ids):
         return " ".join(tiny_language.VOCAB[i] for i in ids)
+
+    def target(self, prompt, answers):
+        return self._encode(answers[0])
 
     def room(self, answers):
         return len(self._encode(answers[0])) + 1  # and the full stop
