@@ -53,20 +53,32 @@ def forced_answers(
     """
     if model.training:
         raise UnsupportedModeError("forced_answers() needs the model in eval mode: call model.eval() first.")
-    device = input_device(model)
-    context = torch.as_tensor(sample.context, device=device)
-    read = None if together else _read(model, context, None, chunk_size)[1]
+    context = torch.as_tensor(sample.context, device=input_device(model))
+    if not together:
+        return forced_over(model, sample, _read(model, context, None, chunk_size)[1], keep=False)
+    found = []
+    for question in sample.questions:
+        prompt, target = (torch.as_tensor(ids, device=context.device) for ids in (question.prompt, question.target))
+        last, cache = _read(model, torch.cat([context, prompt]), None, chunk_size)
+        states = _read(model, target[:-1], cache, None)[0] if len(target) > 1 else last[:0]
+        found.append(_scored(model, torch.cat([last[-1:], states]), target))
+    return found
+
+
+@torch.no_grad()
+def forced_over(model: nn.Module, sample: Sample, cache: Any, keep: bool = True) -> list[ForcedAnswer]:
+    """As ``forced_answers``, over copies of a cache that has read the context.
+
+    Args:
+        keep: leave the cache as it is; else the last question takes it, and one copy less is made.
+    """
     found = []
     for i, question in enumerate(sample.questions):
-        prompt = torch.as_tensor(question.prompt, device=device)
-        target = torch.as_tensor(question.target, device=device)
-        if together:
-            last, cache = _read(model, torch.cat([context, prompt]), None, chunk_size)
-            states = _read(model, target[:-1], cache, None)[0] if len(target) > 1 else last[:0]
-            states = torch.cat([last[-1:], states])
-        else:
-            cache = read if i + 1 == len(sample.questions) else copy.deepcopy(read)
-            states = _read(model, torch.cat([prompt, target[:-1]]), cache, None)[0][-len(target) :]
+        prompt, target = (
+            torch.as_tensor(ids, device=input_device(model)) for ids in (question.prompt, question.target)
+        )
+        own = copy.deepcopy(cache) if keep or i + 1 < len(sample.questions) else cache
+        states = _read(model, torch.cat([prompt, target[:-1]]), own, None)[0][-len(target) :]
         found.append(_scored(model, states, target))
     return found
 
