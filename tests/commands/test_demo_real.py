@@ -132,7 +132,6 @@ def test_a_long_answer_is_cut_between_words():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("real checkpoint")
 def test_the_demo_on_the_real_checkpoint(tmp_path):
     folder = real_checkpoint()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()

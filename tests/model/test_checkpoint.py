@@ -15,6 +15,7 @@ import torch
 from helpers.gguf_files import TEMPLATE, stub_package, tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hf_longctx
 from hf_longctx import ConfigError, patch_model
 from hf_longctx.assets import embedded
 from hf_longctx.model import checkpoint
@@ -185,3 +186,14 @@ def test_the_real_checkpoint():
     assert "Paris" in answer
     patch_model(model)
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in state_of(model).config.model.ids
+
+
+@pytest.mark.slow
+def test_the_gguf_file_of_the_package_is_the_same_model_as_the_folder():
+    """Loaded straight from the file, with the flag: the config is found by the model's sizes."""
+    source = checkpoint._source()
+    direct = hf_longctx.AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, longctx="auto")
+    folder = hf_longctx.AutoModelForCausalLM.from_pretrained(real_checkpoint(), longctx="auto")
+    assert direct.config.longctx == folder.config.longctx
+    ids = torch.arange(3, 500)[None]
+    assert torch.equal(*(one.eval().generate(ids, max_new_tokens=4, do_sample=False) for one in (direct, folder)))
