@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..errors import ConfigError
 from ..io.atomic import alone, folder_written_whole
@@ -40,8 +46,8 @@ def real_checkpoint() -> Path:
     tokenizer and chat template, 540 MB. A folder whose files have changed is made again.
 
     Raises:
-        ConfigError: the package with the GGUF, or ``gguf``, is not installed; the GGUF is another one; or the folder
-            cannot be written.
+        ConfigError: the package with the GGUF, or ``gguf``, is not installed; the GGUF is another one, or this
+            Transformers cannot read it; or the folder cannot be written.
     """
     folder = _folder()
     try:
@@ -75,19 +81,23 @@ def _fault(folder: Path) -> str | None:
         if _checked.get(folder) == state:
             return None
         listed = json.loads((folder / LISTED).read_text("utf-8"))
-        if (listed["conversion"], listed["gguf"]) != (CONVERSION, SHA256):
-            return "is of another version"
-        changed = sorted(set(listed["sha256"].items()) ^ set(_digests(folder).items()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        version, written = (listed["conversion"], listed["gguf"]), dict(listed["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
         return f"has no {LISTED} that can be read"
+    if version != (CONVERSION, SHA256):
+        return "is of another version"
+    found = _digests(folder)
+    changed = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
     if changed:
-        return f"has changed ({changed[0][0]})"
+        return f"has changed ({changed[0]})"
     _checked[folder] = state
     return None
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {one.name: _sha256(one) for one in folder.iterdir() if one.name != LISTED}
+    """Of every file but the list itself; what is no file has none."""
+    others = (one for one in folder.iterdir() if one.name != LISTED)
+    return {one.name: _sha256(one) if one.is_file() else "" for one in others}
 
 
 def _sha256(path: Path) -> str:
@@ -122,7 +132,27 @@ def _source() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Fill ``folder`` with the checkpoint of a GGUF file, and with the digests of what was written."""
+    """Fill ``folder`` with the checkpoint of a GGUF file, and with the digests of what was written.
+
+    Raises:
+        ConfigError: this Transformers cannot read the file.
+        OSError: the folder cannot be written.
+    """
+    try:
+        model, tokenizer = _read(source)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"Transformers {transformers.__version__} cannot read {source}: {error}. The checkpoint {NAME} was made "
+            "with 5.23 and 5.24; `pip install -U gguf` if it asks for a newer gguf."
+        ) from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    listed = {"conversion": CONVERSION, "gguf": SHA256, "sha256": _digests(folder)}
+    (folder / LISTED).write_text(json.dumps(listed, indent=1) + "\n", "utf-8")
+
+
+def _read(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a GGUF file in float32, with nothing of GGUF in its config, and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, model_max_length=TOKENS)
     # A Transformers that has GgufConfig may keep weights packed, and saves only a model that it was told to unpack.
     unpack = getattr(transformers, "GgufConfig", None)
@@ -132,7 +162,4 @@ def _convert(source: Path, folder: Path) -> None:
     vars(config).pop("_model_name_or_path", None)  # a name of the file's own, which is no hub id
     ends = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ends)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    listed = {"conversion": CONVERSION, "gguf": SHA256, "sha256": _digests(folder)}
-    (folder / LISTED).write_text(json.dumps(listed, indent=1) + "\n", "utf-8")
+    return model, tokenizer

@@ -93,9 +93,11 @@ DAMAGE = {
     "a file with another byte": (flip, "has changed (model.safetensors)"),
     "a file that is gone": (lambda folder: (folder / "tokenizer.json").unlink(), "has changed (tokenizer.json)"),
     "a file more": (lambda folder: (folder / "adapter_config.json").touch(), "has changed (adapter_config.json)"),
+    "a folder in it": (lambda folder: (folder / "more").mkdir(), "has changed (more)"),
     "no digests": (lambda folder: (folder / "converted.json").unlink(), "has no converted.json that can be read"),
     "cut digests": (lambda folder: (folder / "converted.json").write_text("{"), "has no converted.json"),
     "digests of another kind": (lambda folder: (folder / "converted.json").write_text("[1]"), "has no converted.json"),
+    "digests of nothing": (lambda folder: (folder / "converted.json").write_text("{}"), "has no converted.json"),
     "an older conversion": (older, "is of another version"),
 }
 
@@ -135,6 +137,18 @@ def test_a_conversion_that_fails_leaves_nothing(source, monkeypatch):
     with pytest.raises(ConfigError, match=r"cannot be written to .*No space left.*HF_LONGCTX_CHECKPOINTS=FOLDER"):
         real_checkpoint()
     assert [one.name for one in (source.parents[2] / "made").iterdir()] == [".SmolLM2-135M-Instruct.lock"]
+
+
+def test_a_file_that_transformers_cannot_read_is_said(source, monkeypatch):
+    """And not called a folder that cannot be written."""
+    for error in (OSError("no tokenizer in it"), ValueError("no such architecture"), ImportError("a newer gguf")):
+
+        def fails(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(checkpoint.AutoTokenizer, "from_pretrained", fails)
+        with pytest.raises(ConfigError, match=rf"^Transformers 5\S+ cannot read .*{checkpoint.GGUF}: {error}\. "):
+            real_checkpoint()
 
 
 def test_what_is_missing_is_said_with_what_to_run(source, monkeypatch):
