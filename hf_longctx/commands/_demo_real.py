@@ -1,4 +1,4 @@
-"""``hf-longctx demo --real``: a real checkpoint reads a book with facts hidden in it, and is asked for them."""
+"""``hf-longctx demo --real``: a real checkpoint reads a long text with facts hidden in it, and is asked for them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HAYSTACK = None
 WARM = 256  # tokens that every way reads before its time is taken
 SHORT = 44  # characters of an answer that are shown
 SPARE = 4  # tokens that an answer may have beside those of the expected one
-EITHER_SIDE = 24  # tokens of the book around the fact that is shown
+EITHER_SIDE = 24  # tokens of the text around the fact that is shown
 
 SCORES = {
     "right answers": lambda way: f"{sum(way.hits)} of {len(way.hits)}",
