@@ -1,6 +1,6 @@
-"""The embedded tiny models, trained by the scripts in ``examples/train_tiny``: real weights, real retrieval heads.
+"""What ships beside the code: tiny models, trained by the scripts in ``examples/train_tiny``, and a book to read.
 
-Beside them goes by a name of ours one that comes in a package: SmolLM2-135M-Instruct (``model/checkpoint.py``).
+Beside the models one that comes in a package goes by a name of ours: SmolLM2-135M-Instruct (``model/checkpoint.py``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from ..errors import ConfigError
 FOLDER = Path(__file__).parent
 OWNER = "hf-longctx"
 REAL = "smollm2-135m-instruct"
+BOOK = FOLDER / "texts" / "war_of_the_worlds.txt"  # H. G. Wells, 1898; public domain, see the README beside it
 
 
 def asset(name: str) -> Path:

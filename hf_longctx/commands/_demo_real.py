@@ -1,4 +1,4 @@
-"""``hf-longctx demo --real``: a real checkpoint reads a long text with facts hidden in it, and is asked for them."""
+"""``hf-longctx demo --real``: a real checkpoint reads a book with facts hidden in it, and is asked for them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torch import nn
 from ..assets import OWNER, REAL, embedded
 from ..cache.cache import cache_bytes
 from ..errors import ConfigError
-from ..evaluate.forced_answer import forced_over
-from ..evaluate.forwards import output_head
 from ..evaluate.meter import Meter
 from ..io.console import count
 from ..io.progress import Progress
@@ -21,18 +19,19 @@ from ..model.patch import patch_model, unpatch_model
 from ..tasks import task_from
 from ..tasks.answer import ask_all, score
 from ..tasks.base import Question, Sample
+from ..tasks.forced import forced_over
 from ..tasks.haystack import is_tiny_language
 from ..tasks.language import Language, language_for
 from ._demo import Way, show, ways
 from ._options import device_of, load_model
 
 MODEL = f"{OWNER}/{REAL}"
-TASK = "needle:variant=multi_key:needles={0}:questions={0}"
-HAYSTACK = None
+TASK = "facts:facts={}"
+HAYSTACK = "book"
 WARM = 256  # tokens that every way reads before its time is taken
 SHORT = 44  # characters of an answer that are shown
 SPARE = 4  # tokens that an answer may have beside those of the expected one
-EITHER_SIDE = 24  # tokens of the text around the fact that is shown
+EITHER_SIDE = 24  # tokens of the book around the fact that is shown
 
 SCORES = {
     "right answers": lambda way: f"{sum(way.hits)} of {len(way.hits)}",
@@ -63,7 +62,7 @@ def run(
 
     Raises:
         ConfigError: no such model or config, or one whose heads have no scores; or the documents cannot be made.
-        UnsupportedModelError: the model cannot be patched, or its answers' likelihood not be measured.
+        UnsupportedModelError: the model cannot be patched.
     """
     loaded, tokenizer = load_model(embedded(model), "auto", device_of(None))
     if is_tiny_language(tokenizer):
@@ -71,7 +70,6 @@ def run(
     language = language_for(tokenizer, haystack=HAYSTACK, chat=bool(tokenizer.chat_template))
     task = task_from(TASK.format(notes))
     samples = [task.make(language, length, seed=seed + i) for i in range(prompts)]
-    output_head(loaded)
     compared = ways(loaded, config)
     said: list[list[str]] = []
     with Progress("demo", prompts * len(compared), "prompts and ways", shown=console is not None) as bar:

@@ -9,7 +9,7 @@ import typer
 from ..errors import ConfigError
 from ..io.console import console
 
-Real = Annotated[bool, typer.Option("--real", help="SmolLM2-135M-Instruct reads long texts, and answers in English.")]
+Real = Annotated[bool, typer.Option("--real", help="SmolLM2-135M-Instruct reads a book, and answers in English.")]
 Length = Annotated[int, typer.Option(help="Tokens of a prompt with its question.", min=512, max=8192)]
 Notes = Annotated[
     int | None,

@@ -18,9 +18,9 @@ from hf_longctx import ConfigError, LongCtxConfig, identify
 from hf_longctx.commands._app import app
 from hf_longctx.commands._demo import Way
 from hf_longctx.commands._demo_real import HAYSTACK, TASK, one_line, run, tell
-from hf_longctx.evaluate.forced_answer import forced_answers
 from hf_longctx.model.checkpoint import real_checkpoint
 from hf_longctx.tasks import task_from
+from hf_longctx.tasks.forced import forced_answers
 from hf_longctx.tasks.language import language_for
 
 LENGTH = 1536

@@ -12,8 +12,8 @@ from hf_longctx import patched
 from hf_longctx.assets import asset
 from hf_longctx.cache.seam import cache_of
 from hf_longctx.errors import UnsupportedModeError
-from hf_longctx.evaluate.forced_answer import forced_answers, forced_over
 from hf_longctx.tasks import task_from
+from hf_longctx.tasks.forced import forced_answers, forced_over
 from hf_longctx.tasks.language import language_for
 
 
