@@ -41,8 +41,8 @@ SCORES = {
 
 def run(
     length: int = 4096,
-    notes: int = 8,
-    prompts: int = 2,
+    notes: int = 4,
+    prompts: int = 3,
     seed: int = 2024,
     model: str = MODEL,
     config: str = "auto",

@@ -13,9 +13,9 @@ Real = Annotated[bool, typer.Option("--real", help="SmolLM2-135M-Instruct reads 
 Length = Annotated[int, typer.Option(help="Tokens of a prompt with its question.", min=512, max=8192)]
 Notes = Annotated[
     int | None,
-    typer.Option(help="Notes hidden in a prompt; each is asked for.", min=1, max=24, show_default="16; with --real 8"),
+    typer.Option(help="Notes hidden in a prompt; each is asked for.", min=1, max=24, show_default="16; with --real 4"),
 ]
-Prompts = Annotated[int | None, typer.Option(help="Number of prompts.", min=1, show_default="13; with --real 2")]
+Prompts = Annotated[int | None, typer.Option(help="Number of prompts.", min=1, show_default="13; with --real 3")]
 Model = Annotated[str | None, typer.Option(help="With --real: another model, a hub id or a folder.")]
 Config = Annotated[str | None, typer.Option(help="With --real: what to patch it with.", show_default="auto")]
 

@@ -138,11 +138,11 @@ def test_the_demo_on_the_real_checkpoint(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     identify(model, tokenizer, "two_needle").to_yaml(tmp_path / "heads.yaml")
     console = Console(file=io.StringIO(), width=80)
-    dense, right, wrong = run(length=2048, notes=8, prompts=1, config=str(tmp_path / "heads.yaml"), console=console)
+    dense, right, wrong = run(2048, 4, 2, model=str(folder), config=str(tmp_path / "heads.yaml"), console=console)
     assert right.config.retrieval_heads == wrong.config.retrieval_heads == 45
     assert mean(dense.megabytes) == pytest.approx(30 * 2 * 3 * 64 * 4 * 2048 / 1e6, rel=0.05)
     assert mean(right.megabytes) < 0.75 * mean(dense.megabytes)
-    assert sum(dense.hits) >= 4, "the model answers at all"
-    assert sum(right.hits) >= sum(dense.hits) - 2 and sum(wrong.hits) <= sum(dense.hits) / 2
-    assert mean(dense.nll) < mean(right.nll) + 0.1 < mean(wrong.nll) - 1
-    assert console.file.getvalue().count("  expected ") == 8
+    assert sum(dense.hits) >= 5, "the model answers at all"
+    assert sum(right.hits) >= sum(dense.hits) - 1 and sum(wrong.hits) <= 3
+    assert mean(right.nll) < mean(dense.nll) + 0.1 and mean(wrong.nll) > mean(right.nll) + 0.3
+    assert console.file.getvalue().count("  expected ") == 4
