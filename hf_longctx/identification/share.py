@@ -44,24 +44,19 @@ class ExactMatch(Yardstick):
     Args:
         length: tokens of a document.
         questions: asked in all, at least.
-        stream: of the probe's random numbers, so that one method can rank heads on texts that no other one judges by.
     """
 
-    def __init__(self, probe: HeadProbe, length: int, questions: int, stream: int = 8):
+    def __init__(self, probe: HeadProbe, length: int, questions: int):
         self.probe = probe
         self.texts = []
         asked = 0
         while asked < questions:
-            document = probe.documents.draw(probe.rng(stream, len(self.texts)), length)
+            document = probe.documents.draw(probe.rng(8, len(self.texts)), length)
             asked += len(document.answers)
             self.texts.append(document)
 
-    def measure(self, model: torch.nn.Module) -> Quality:
-        return {name: round(value, 4) for name, value in self.exactly(model).items()}
-
     @torch.no_grad()
-    def exactly(self, model: torch.nn.Module) -> Quality:
-        """As ``measure``, not rounded."""
+    def measure(self, model: torch.nn.Module) -> Quality:
         hits = []
         loss = 0.0
         tokens = 0
@@ -75,7 +70,7 @@ class ExactMatch(Yardstick):
             hits += (logits.argmax(-1) == right).all(-1).tolist()
             loss += torch.nn.functional.cross_entropy(logits.flatten(0, 1), right.flatten(), reduction="sum").item()
             tokens += right.numel()
-        return {"exact_match": sum(hits) / len(hits), "nll": loss / tokens}
+        return {"exact_match": round(sum(hits) / len(hits), 4), "nll": round(loss / tokens, 4)}
 
     def drop(self, dense: Quality, patched: Quality) -> float:
         return dense["exact_match"] - patched["exact_match"]

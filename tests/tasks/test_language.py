@@ -25,7 +25,6 @@ DRAWS = {
     "ids": 16**12,
     "coded": 857375,
     "prices": 8000,
-    "years": 298,
 }
 
 
