@@ -20,7 +20,7 @@ from ..errors import ConfigError, UnsupportedModeError, UnsupportedModelError
 from ..model.modules import language_model, name_of, state_of, unwrap
 from ..model.patch import patched
 from ..tasks.documents import Documents, RandomTokens, documents_for
-from .methods.base import HeadProbe, Method, modes_kept
+from .methods.base import HeadProbe, Method, check_scores, modes_kept
 from .share import ShareSearch
 
 SHARE = {"min": 0.0, "max": 1.0}
@@ -196,13 +196,7 @@ def probe_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int, 
 def _config(
     plain: LongCtxConfig, model: nn.Module, method: str, chosen: Method, scores: torch.Tensor, probe: HeadProbe
 ) -> LongCtxConfig:
-    if not torch.isfinite(scores).all():
-        raise ConfigError(f"identify: {method} gave scores that are nan or inf; is the model's dtype too narrow?")
-    if not (scores > 0).any():
-        raise ConfigError(
-            f"identify: {method} scored every head 0, so none of them can be called a retrieval head. Measure longer "
-            "or with other options, or with another method."
-        )
+    check_scores(scores, method)
     name, _ = checkpoint_name(name_of(model))
     data = plain.to_dict()
     data["model"]["ids"] = [name] if name else []
