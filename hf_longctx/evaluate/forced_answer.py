@@ -67,7 +67,7 @@ def forced_answers(
         else:
             cache = read if i + 1 == len(sample.questions) else copy.deepcopy(read)
             states = _read(model, torch.cat([prompt, target[:-1]]), cache, None)[0][-len(target) :]
-        found.append(_scored(model, states, target))
+        found.append(scored(model, states, target))
     return found
 
 
@@ -80,7 +80,7 @@ def _read(model: nn.Module, ids: Tensor, cache: Any, chunk: int | None) -> tuple
     return out.last_hidden_state[0], cache
 
 
-def _scored(model: nn.Module, states: Tensor, target: Tensor) -> ForcedAnswer:
+def scored(model: nn.Module, states: Tensor, target: Tensor) -> ForcedAnswer:
     """The answer ``target [A]`` by the hidden states ``[A, D]`` that predict it."""
     head = model.get_output_embeddings()
     rows = max(1, LOGITS // language_model(model).config.vocab_size)
