@@ -1,4 +1,4 @@
-"""The embedded tiny models, trained by the scripts in ``examples/train_tiny``: real weights, real retrieval heads."""
+"""What ships beside the code: tiny models, trained by the scripts in ``examples/train_tiny``, and a book to read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from ..errors import ConfigError
 
 FOLDER = Path(__file__).parent
 OWNER = "hf-longctx"
+BOOK = FOLDER / "texts" / "war_of_the_worlds.txt"  # H. G. Wells, 1898; public domain, see the README beside it
 
 
 def asset(name: str) -> Path:

@@ -20,8 +20,7 @@ from ..model.modules import state_of
 from ..model.patch import patched, unpatched
 from ..model.report import report
 from .compare import check_counts, length_notes
-from .forced_answer import scored
-from .forwards import answer_along, output_head
+from .forwards import answer_along, nll_along, output_head
 from .measures import Mean, NextToken, SameTokens, mean_of, next_token, same_tokens
 from .plan import DENSE, PATCHED, Variant, variants_of
 from .prompt_set import Asked, prompt_set
@@ -204,15 +203,15 @@ class _Runner:
                 if variant.config is not None:
                     self.notes.setdefault(variant.name, {}).update(dict.fromkeys(report(self.model).notes))
                 along = one.ids.new_tensor(tokens) if along is None else along
-                told = scored(self.model, states, along)
-            if not math.isfinite(told.nll):
-                raise ConfigError(f"prompt {one.id}: the NLL of its answer is {told.nll} ({variant.name}).")
+                nll = nll_along(self.model, self.head, states, along)
+            if not math.isfinite(nll):
+                raise ConfigError(f"prompt {one.id}: the NLL of its answer is {nll} ({variant.name}).")
             base = states if base is None else base
             other = runs.get(DENSE)
             runs[variant.name] = Run(
                 tokens=tuple(tokens),
                 text=None if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=True),
-                nll=told.nll / told.tokens,
+                nll=nll / len(along),
                 cache_bytes=held,
                 same=None if other is None else same_tokens(other.tokens, tokens),
                 next_token=None if other is None else next_token(base, states, self.head),

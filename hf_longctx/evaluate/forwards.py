@@ -186,11 +186,20 @@ def window_nll(
 
     ``head``: as ``output_head`` gives it.
     """
-    rows = max(1, LOGITS // language_model(model).config.vocab_size)
     hidden = language_model(model)(input_ids=ids[None, begin:end], use_cache=False).last_hidden_state[0]
+    return nll_along(model, head, hidden[scored - begin - 1 : -1], ids[scored:end])
+
+
+@torch.no_grad()
+def nll_along(model: nn.Module, head: Callable[[Tensor], Tensor], states: Tensor, ids: Tensor) -> float:
+    """The sum of the negative log-likelihoods, in nats, of ``ids [A]``, which hidden states ``[A, D]`` predict.
+
+    ``head``: as ``output_head`` gives it.
+    """
+    rows = max(1, LOGITS // language_model(model).config.vocab_size)
     nll = 0.0
-    for states, right in zip(hidden[scored - begin - 1 : -1].split(rows), ids[scored:end].split(rows), strict=True):
-        logits = head(states).float()
+    for some, right in zip(states.split(rows), ids.split(rows), strict=True):
+        logits = head(some).float()
         nll += cross_entropy(logits, right.to(logits.device), reduction="sum").item()
     return nll
 

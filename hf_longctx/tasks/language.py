@@ -129,7 +129,8 @@ class TextLanguage(Language):
 
     Args:
         text: a file or folder to take the filler from.
-        haystack: "sentences" (made up) or "noise" (random tokens), where there is no text; default sentences.
+        haystack: "sentences" (made up), "book" (a novel that ships with the package) or "noise" (random tokens), where
+            there is no text; default sentences.
         chat: put the tokenizer's chat template around every question.
 
     Raises:
@@ -153,6 +154,8 @@ class TextLanguage(Language):
         self._anchor = self._plain(".")
         self._check()
         self.apart = tuple(self.encode("\n\n"))
+        if haystack == "book":
+            from ..assets import BOOK as text
         if text is not None:
             self.haystack = TextHaystack.read(tokenizer, text)
         else:

@@ -12,10 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from ..cache.seam import CACHE, cache_of
 from ..errors import UnsupportedModeError
-from ..model.modules import language_model
-from ..tasks.answer import input_device
-from ..tasks.base import Sample
-from .measures import LOGITS
+from .answer import input_device
+from .base import Sample
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def forced_answers(
     that the model makes for itself, dense or patched.
 
     Args:
-        model: a causal language model in eval mode whose logits are its output embedding's (``output_head``).
+        model: a causal language model in eval mode.
         chunk_size: tokens of a context per forward; None: all of them at once.
         together: read the context and each question in one forward, as a prompt that holds both; the context is then
             read once per question.
@@ -55,41 +53,33 @@ def forced_answers(
         raise UnsupportedModeError("forced_answers() needs the model in eval mode: call model.eval() first.")
     device = input_device(model)
     context = torch.as_tensor(sample.context, device=device)
-    read = None if together else _read(model, context, None, chunk_size)[1]
+    read = None if together else _read(model, context, None, 1, chunk_size)[1]
     found = []
     for i, question in enumerate(sample.questions):
         prompt = torch.as_tensor(question.prompt, device=device)
         target = torch.as_tensor(question.target, device=device)
         if together:
-            last, cache = _read(model, torch.cat([context, prompt]), None, chunk_size)
-            states = _read(model, target[:-1], cache, None)[0] if len(target) > 1 else last[:0]
-            states = torch.cat([last[-1:], states])
+            logits, cache = _read(model, torch.cat([context, prompt]), None, 1, chunk_size)
+            if len(target) > 1:
+                logits = torch.cat([logits, _read(model, target[:-1], cache, len(target) - 1)[0]])
         else:
             cache = read if i + 1 == len(sample.questions) else copy.deepcopy(read)
-            states = _read(model, torch.cat([prompt, target[:-1]]), cache, None)[0][-len(target) :]
-        found.append(scored(model, states, target))
+            logits, _ = _read(model, torch.cat([prompt, target[:-1]]), cache, len(target))
+        found.append(_scored(logits, target))
     return found
 
 
-def _read(model: nn.Module, ids: Tensor, cache: Any, chunk: int | None) -> tuple[Tensor, Any]:
-    """Hidden states ``[T, D]`` of the last of the forwards that read ``ids [T]``, and the cache, which has grown."""
-    base = language_model(model)
+def _read(model: nn.Module, ids: Tensor, cache: Any, keep: int, chunk: int | None = None) -> tuple[Tensor, Any]:
+    """Logits ``[keep, V]`` after the last of ``ids [T]``, and the cache, which has grown by all of them."""
     for piece in ids.split(chunk or len(ids)):
-        out = base(input_ids=piece[None], **{CACHE: cache}, use_cache=True)
+        out = model(piece[None], **{CACHE: cache}, use_cache=True, logits_to_keep=keep)
         cache = cache_of(out)
-    return out.last_hidden_state[0], cache
+    return out.logits[0], cache
 
 
-def scored(model: nn.Module, states: Tensor, target: Tensor) -> ForcedAnswer:
-    """The answer ``target [A]`` by the hidden states ``[A, D]`` that predict it."""
-    head = model.get_output_embeddings()
-    rows = max(1, LOGITS // language_model(model).config.vocab_size)
-    nll = 0.0
-    right = True
-    for some, expected in zip(states.split(rows), target.split(rows), strict=True):
-        logits = head(some)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        expected = expected.to(logits.device)
-        nll += cross_entropy(logits, expected, reduction="sum").item()
-        right &= bool((logits.argmax(-1) == expected).all())
-    return ForcedAnswer(nll, len(target), right)
+def _scored(logits: Tensor, target: Tensor) -> ForcedAnswer:
+    """The answer ``target [A]`` by the logits ``[A, V]`` that predict it."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    target = target.to(logits.device)
+    nll = cross_entropy(logits, target, reduction="sum").item()
+    return ForcedAnswer(nll, len(target), bool((logits.argmax(-1) == target).all()))

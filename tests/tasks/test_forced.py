@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_longctx import patched
 from hf_longctx.assets import asset
 from hf_longctx.errors import UnsupportedModeError
-from hf_longctx.evaluate.forced_answer import forced_answers
 from hf_longctx.tasks import task_from
+from hf_longctx.tasks.forced import forced_answers
 from hf_longctx.tasks.language import language_for
 
 
