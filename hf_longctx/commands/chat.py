@@ -73,14 +73,13 @@ class Loop:
     def __init__(self, chat: Chat):
         self.chat = chat
         self.last: Turn | None = None
+        self.ended = False
 
     def run(self) -> None:
         self.tell(f"{self.way()}. /help lists the commands, /quit ends.")
         for line in typed():
             try:
                 if line.startswith("/"):
-                    if line.split()[0] == "/quit":
-                        return
                     self.do(*line.split(None, 1))
                 elif line.strip():
                     self.answer(line)
@@ -88,6 +87,8 @@ class Loop:
                 self.tell(str(error))
             except KeyboardInterrupt:
                 self.tell("\nStopped; what you typed is taken back.")
+            if self.ended:
+                return
 
     def answer(self, line: str) -> None:
         turn = self.last = self.chat.say(line, say)
@@ -127,12 +128,16 @@ class Loop:
             "/report": self.report,
             "/reset": self.reset,
             "/help": lambda: say(HELP + "\n"),
+            "/quit": self.end,
         }
         does[word]()
 
     def switch(self, patched: bool) -> None:
         self.chat.use(patched)
         self.tell(f"{self.way()}; the conversation is read again at your next message.")
+
+    def end(self) -> None:
+        self.ended = True
 
     def reset(self) -> None:
         self.chat.reset()
@@ -163,16 +168,16 @@ class Loop:
 
 
 def live_line(turn: Turn, patched: bool) -> str:
-    """What an answer took, in 80 columns."""
+    """What an answer took: tokens read and reused, the KV cache, and when its tokens came."""
     parts = [f"read {turn.read}, reused {turn.reused}"]
     if turn.nbytes is not None:
-        share = f"{turn.nbytes / turn.nbytes_dense:.0%} of dense {turn.nbytes_dense / 1e6:.1f}"
-        parts.append(f"KV {turn.nbytes / 1e6:.1f} MB, {share if patched else 'dense'}")
+        name, unit = ("GB", 1e9) if turn.nbytes_dense >= 1e9 else ("MB", 1e6)
+        dense = f"of dense {turn.nbytes_dense / unit:.3g} {name}, {turn.nbytes / turn.nbytes_dense:.0%}"
+        parts.append(f"KV {turn.nbytes / unit:.3g} {dense if patched else f'{name}, dense'}")
     if turn.first_s is not None:
-        parts.append(f"first {turn.first_s:.2f} s")
-    if turn.tokens_per_s is not None:
-        parts.append(f"{turn.tokens_per_s:.1f} tokens/s")
-    return f"[{' | '.join(parts)}]"
+        after = "" if turn.tokens_per_s is None else f", {turn.tokens_per_s:.1f}/s"
+        parts.append(f"first {turn.first_s:.3g} s{after}")
+    return " | ".join(parts)
 
 
 def say(text: str) -> None:
