@@ -193,9 +193,7 @@ class TextLanguage(Language):
         )
 
     def target(self, prompt, answers):
-        # Inside of a quote, or after a space or a line's end, the answer begins at once.
-        begun = self.decode(prompt[-8:])[-1:] in tuple(OPEN)
-        return self.encode(("" if begun else " ") + listed(answers))
+        return self.encode(parted(self.decode(prompt[-8:]), listed(answers)))
 
     def room(self, answers):
         return 2 * len(self.encode(" " + ", ".join(answers))) + 16
@@ -292,6 +290,11 @@ class TinyLanguage(Language):
 
     def _encode(self, words: str) -> list[int]:
         return [self._ids[word] for word in words.split()]
+
+
+def parted(before: str, answer: str) -> str:
+    """The answer with a space before it, but not inside of a quote, nor after a space or a line's end."""
+    return answer if before[-1:] in tuple(OPEN) else f" {answer}"
 
 
 def listed(words: Sequence[str]) -> str:

@@ -220,7 +220,7 @@ def test_a_draw_without_room_is_found_at_the_start(monkeypatch):
 
 def test_options_and_their_fields_are_plain():
     assert {field.name for field in dataclasses.fields(Options)} == {
-        *("lengths", "depths", "samples", "seed", "mode", "prefill_chunk_size", "perplexity_window")
+        *("lengths", "depths", "samples", "seed", "mode", "answers", "prefill_chunk_size", "perplexity_window")
     }
     assert list(values_of("kernel=cpu,stock")) == [
         ("kernel=cpu", "cpu", {"kernel": "cpu"}),
