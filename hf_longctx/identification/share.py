@@ -44,19 +44,24 @@ class ExactMatch(Yardstick):
     Args:
         length: tokens of a document.
         questions: asked in all, at least.
+        stream: of the probe's random numbers, so that one yardstick does not measure on the documents of another.
     """
 
-    def __init__(self, probe: HeadProbe, length: int, questions: int):
+    def __init__(self, probe: HeadProbe, length: int, questions: int, stream: int = 8):
         self.probe = probe
         self.texts = []
         asked = 0
         while asked < questions:
-            document = probe.documents.draw(probe.rng(8, len(self.texts)), length)
+            document = probe.documents.draw(probe.rng(stream, len(self.texts)), length)
             asked += len(document.answers)
             self.texts.append(document)
 
-    @torch.no_grad()
     def measure(self, model: torch.nn.Module) -> Quality:
+        return {name: round(figure, 4) for name, figure in self.exact(model).items()}
+
+    @torch.no_grad()
+    def exact(self, model: torch.nn.Module) -> Quality:
+        """``exact_match``, and ``nll`` in nats per token of the expected answers, not rounded."""
         hits = []
         loss = 0.0
         tokens = 0
@@ -70,7 +75,7 @@ class ExactMatch(Yardstick):
             hits += (logits.argmax(-1) == right).all(-1).tolist()
             loss += torch.nn.functional.cross_entropy(logits.flatten(0, 1), right.flatten(), reduction="sum").item()
             tokens += right.numel()
-        return {"exact_match": round(sum(hits) / len(hits), 4), "nll": round(loss / tokens, 4)}
+        return {"exact_match": sum(hits) / len(hits), "nll": loss / tokens}
 
     def drop(self, dense: Quality, patched: Quality) -> float:
         return dense["exact_match"] - patched["exact_match"]

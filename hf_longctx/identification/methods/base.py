@@ -5,6 +5,7 @@ A YAML word of this folder names a frozen dataclass in the file of the same name
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -17,9 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...cache.fingerprint import weights_digest
+from ...config.words import dump
 from ...io.progress import Progress
+from ...model.modules import state_of, unwrap
 from ...tasks.answer import input_device
-from ...tasks.documents import Documents
+from ...tasks.documents import Document, Documents
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +79,15 @@ class HeadProbe:
         """Note that the scores may say nothing, and warn of it."""
         logger.warning("%s. Compare with another method, or measure the share with target_drop.", reason)
         self.doubts.append(reason)
+
+    def settings(self, document: Document) -> dict[str, Any]:
+        """What every saved state depends on, plain data; ``document`` is one of those that the method reads."""
+        return {
+            "seed": self.seed,
+            "streaming": dump(state_of(self.model).config.stores.streaming, "store"),
+            "model": weights_digest(unwrap(self.model), complete=False),
+            "documents": hashlib.sha256(document.ids.tobytes()).hexdigest()[:16],
+        }
 
     def track(self, label: str, total: int, unit: str, done: int = 0, shown: bool = True) -> Progress:
         """Shows how many of ``total`` are done, where that is wanted; ``done`` of them by an earlier run."""

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...cache.fingerprint import weights_digest
-from ...config.words import dump
 from ...errors import ConfigError, UnsupportedModeError
 from ...io.processes import Processes
-from ...io.work import work_file
-from ...model.modules import state_of, unwrap
+from ...io.work import found_state, save_state
 from ...tasks.documents import Document
-from ..gates import Gates, distance, frozen, load, save
+from ..gates import SAVED, Gates, distance, frozen
 from .base import HeadProbe, Method
 
 FILE = "duo_gates.safetensors"
@@ -73,7 +68,7 @@ class DuoGates(Method):
         gates = Gates(probe.layers, probe.kv_heads, probe.device)
         file = probe.work / FILE if probe.work is not None else None
         settings = self._settings(probe, lengths, ranks) if file is not None else {}
-        if file is not None and (state := self._found(file, settings, ranks)) is not None:
+        if file is not None and (state := found_state(file, settings, SAVED, "duo_gates", ranks)) is not None:
             gates.go_on_from(state)
         done = len(gates.losses)
         bar = probe.track("gates", self.steps, "steps", done=done, shown=ranks.main)
@@ -84,7 +79,7 @@ class DuoGates(Method):
                 due = (step + 1) % self.checkpoint_every == 0 or step + 1 == self.steps
                 due = due and file is not None
                 if due and ranks.main:
-                    save(file, gates.state(), settings)
+                    save_state(file, gates.state(), settings)
                 bar.advance(saved=due)
         self._measure(probe, gates, lengths, ranks)
         return gates.values.detach().double().cpu()
@@ -138,36 +133,13 @@ class DuoGates(Method):
 
     def _settings(self, probe: HeadProbe, lengths: tuple[int, int], ranks: Processes) -> dict[str, Any]:
         """What a saved state depends on, plain data."""
-        config = state_of(probe.model).config
         documents = ranks.count * self.documents_per_step
         return {
             **{name: getattr(self, name) for name in ("steps", "lr", "reg_weight", "facts")},
             "lengths": list(lengths),
             "documents_per_step": documents,
-            "seed": probe.seed,
-            "streaming": dump(config.stores.streaming, "store"),
-            "model": weights_digest(unwrap(probe.model), complete=False),
-            "documents": hashlib.sha256(self.document(probe, 0, 0, lengths).ids.tobytes()).hexdigest()[:16],
+            **probe.settings(self.document(probe, 0, 0, lengths)),
         }
-
-    def _found(self, file: Path, settings: dict[str, Any], ranks: Processes) -> dict[str, Tensor] | None:
-        """The state in ``file``, read by the main process, because the others may not see its disk.
-
-        The folder is made at once, because the first state may be hours away.
-
-        Raises:
-            ConfigError: the folder cannot be made, or the file is of another run.
-        """
-        found = None
-        if ranks.main:
-            try:
-                found = load(work_file(file.parent, FILE), settings)
-            except ConfigError as error:
-                found = error
-        found = ranks.share(found)
-        if isinstance(found, ConfigError):
-            raise found
-        return found
 
     def _measure(self, probe: HeadProbe, gates: Gates, lengths: tuple[int, int], ranks: Processes) -> None:
         last = gates.losses[-max(1, self.steps // 10) :]
