@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .config.register import register
     from .errors import CacheError, ConfigError, LongCtxError, UnsupportedModeError, UnsupportedModelError
     from .evaluate.compare import compare
+    from .evaluate.compare_prompts import compare_prompts
     from .identification.contribution import contribution
     from .identification.heads import identify
     from .identification.prefill import identify_prefill
@@ -40,6 +41,7 @@ __all__ = [
     "UnsupportedModeError",
     "UnsupportedModelError",
     "compare",
+    "compare_prompts",
     "contribution",
     "identify",
     "identify_prefill",
@@ -67,6 +69,7 @@ _MODULES = {
     "UnsupportedModeError": "errors",
     "UnsupportedModelError": "errors",
     "compare": "evaluate.compare",
+    "compare_prompts": "evaluate.compare_prompts",
     "contribution": "identification.contribution",
     "identify": "identification.heads",
     "identify_prefill": "identification.prefill",

@@ -14,7 +14,7 @@ from ..prefill.base import PatternSpec
 from ..stores.base import StoreSpec
 
 LETTERS = {"retrieval": "R", "streaming": "S"}
-FEWEST = 128  # real tokens a forward must add to a sequence for its pattern to run; verification steps add fewer
+FEWEST = 128  # real tokens that make a forward the prompt of a sequence; verification steps add fewer
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class RolePlan:
         heads: which heads these are; there may be none.
         store: the spec of their store.
         prefill: their patterns; None where all of them read densely.
+        dense_tail: last tokens of a prompt that read all that the store still has of it, not by the store's rule.
         decode: which cached tokens a decoded token reads.
         as_stock: Transformers' own attention call computes them (``kernel: stock``), wherever it can be made.
     """
@@ -51,8 +52,13 @@ class RolePlan:
     heads: RoleHeads
     store: StoreSpec
     prefill: PrefillPlan | None = None
+    dense_tail: int = 0
     decode: SelectSpec = field(default_factory=Dense)
     as_stock: bool = False
+
+    def tail(self, new: int) -> int:
+        """How many of the ``new`` real tokens that a forward adds to a sequence are its dense tail."""
+        return min(self.dense_tail, new) if new >= FEWEST else 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class LayerPlan:
         kernel: str = "auto",
         *,
         prefill: PrefillPlan | None = None,
+        dense_tail: int = 0,
         decode: SelectSpec | None = None,
         window: int | None = None,
         scores: Mapping[str, str] | None = None,
@@ -92,11 +99,13 @@ class LayerPlan:
             letters: the role of each KV head, R or S.
             stores: role -> spec of its store.
             prefill, decode: of the retrieval heads.
+            dense_tail: of the streaming heads, in tokens.
         """
         roles = []
         for role, letter in LETTERS.items():
             heads = RoleHeads(role, tuple(i for i, given in enumerate(letters) if given == letter), len(letters))
-            own = {"prefill": prefill, "decode": decode or Dense()} if role == "retrieval" else {}
+            retrieval = {"prefill": prefill, "decode": decode or Dense()}
+            own = retrieval if role == "retrieval" else {"dense_tail": dense_tail}
             as_stock = kernel == "stock" and stores[role].reads_all and not scores
             roles.append(RolePlan(heads, stores[role], as_stock=as_stock, **own))
         return cls(layer_idx, tuple(roles), kernel, window, tuple((scores or {}).items()))
@@ -122,6 +131,11 @@ class LayerPlan:
         """The kernel where Transformers' own call cannot be made."""
         return "auto" if self.kernel == "stock" else self.kernel
 
+    @cached_property
+    def tells_prompts(self) -> bool:
+        """Whether the tokens of a prompt read otherwise than those that are decoded, in some head."""
+        return any(role.prefill is not None or role.dense_tail for role in self.filled)
+
     def role(self, name: str) -> RolePlan:
         """The plan of ``retrieval`` or ``streaming`` heads."""
         return next(role for role in self.roles if role.heads.role == name)
@@ -131,7 +145,7 @@ class LayerPlan:
         return {
             "roles": self.letters,
             "stores": [role.store for role in self.roles],
-            "prefill": [role.prefill for role in self.roles],
+            "prefill": [(role.prefill, role.dense_tail) for role in self.roles],
             "decode": [role.decode for role in self.roles],
             "kernel": self.kernel,
             "window": self.window,

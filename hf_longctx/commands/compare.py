@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..assets import embedded
 from ..config.words import check_word
+from ..errors import ConfigError
 from ..io.console import console
 from ..io.environment import environment
 from ._options import (
@@ -25,42 +26,78 @@ from ._options import (
     write_json,
 )
 
-Chat = Annotated[bool, typer.Option("--chat", help="The file is a user's message: the chat template goes around it.")]
-Positions = Annotated[int, typer.Option(help="Tokens at the end of the prompt whose prediction is compared.", min=0)]
+FILE = "A prompt, a UTF-8 text; or --prompts."
+SET = "Many: JSON lines with prompt or messages, and where wanted answer and id; or --prompt-file."
+SWEEP = "With --prompts: a field of the config and its values, one more variant each: retrieval_fraction=0.1,0.25."
+ROUNDS = "With --prompt-file: timed runs of either way; 0 measures no times."
+TAIL = "With --prompt-file: tokens at the end of the prompt whose prediction is compared."
+File = Annotated[Path | None, typer.Option(help=FILE, dir_okay=False)]
+Prompts = Annotated[Path | None, typer.Option(help=SET, dir_okay=False)]
+Chat = Annotated[bool, typer.Option("--chat", help="A text is a user's message: the chat template goes around it.")]
+Sweep = Annotated[str | None, typer.Option(help=SWEEP)]
+Positions = Annotated[int | None, typer.Option(help=TAIL, min=0, show_default="256")]
+Rounds = Annotated[int | None, typer.Option(help=ROUNDS, min=0, show_default="3")]
 Chunk = Annotated[int | None, typer.Option(help="Tokens of the prompt per forward.", min=1, show_default="all")]
 
 
 def command(
     model: Model,
-    prompt_file: Annotated[Path, typer.Option(help="The prompt, a UTF-8 text.", dir_okay=False)],
+    prompt_file: File = None,
+    prompts: Prompts = None,
     config: Config = "auto",
+    sweep: Sweep = None,
     chat: Chat = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)] = 64,
-    prompt_positions: Positions = 256,
-    rounds: Annotated[int, typer.Option(help="Timed runs of either way; 0 measures no times.", min=0)] = 3,
+    prompt_positions: Positions = None,
+    rounds: Rounds = None,
     prefill_chunk_size: Chunk = None,
     json: Json = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Dense against patched on a prompt of yours: where the answers part, agreement, KL, KV bytes and times."""
+    """Dense against patched on prompts of yours: where answers part, agreement, KL, likelihood, KV bytes and times.
+
+    One prompt (--prompt-file) or many (--prompts): means with intervals, the worst first.
+    """
     from ..evaluate.compare import compare
+    from ..evaluate.compare_prompts import compare_prompts
+    from ..evaluate.plan import values_of
     from ..evaluate.prompts import read_text
+    from ..io.json_lines import json_lines
 
     check_word(dtype, DTYPES, "--dtype")
     check_output(json, JSON, "--json")
-    text = read_text(prompt_file, "--prompt-file")
+    one = {"prompt_positions": prompt_positions, "rounds": rounds}
+    one = {name: value for name, value in one.items() if value is not None}
+    _check_either(prompt_file, prompts, one, sweep)
+    text = None if prompt_file is None else read_text(prompt_file, "--prompt-file")
+    if prompts is not None:  # these two: what is wrong is refused before the model loads
+        json_lines(prompts, "--prompts")
+        list(values_of(sweep) if sweep is not None else ())
     loaded, tokenizer = load_model(embedded(model), dtype, device_of(device))
-    comparison = compare(
-        loaded,
-        [{"role": "user", "content": text}] if chat else text,
-        config=config,
-        tokenizer=tokenizer,
-        max_new_tokens=max_new_tokens,
-        prompt_positions=prompt_positions,
-        rounds=rounds,
-        prefill_chunk_size=prefill_chunk_size,
-        progress=True,
-    )
-    write_json(json, {"environment": environment(), **comparison.as_dict()})
-    console().print(str(comparison), markup=False, highlight=False, soft_wrap=True)
+    both = {
+        "config": config,
+        "tokenizer": tokenizer,
+        "max_new_tokens": max_new_tokens,
+        "prefill_chunk_size": prefill_chunk_size,
+        "progress": True,
+    }
+    if prompts is not None:
+        found = compare_prompts(loaded, prompts, sweep=sweep, chat=chat, **both)
+    else:
+        found = compare(loaded, [{"role": "user", "content": text}] if chat else text, **one, **both)
+    write_json(json, {"environment": environment(), **found.as_dict()})
+    console().print(str(found), markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_either(prompt_file: Path | None, prompts: Path | None, one: dict[str, Any], sweep: str | None) -> None:
+    if (prompt_file is None) == (prompts is None):
+        raise ConfigError(
+            f"--prompt-file and --prompts: got {'both' if prompts else 'neither'}, expected one of them: the text of "
+            "one prompt, or JSON lines with many."
+        )
+    if prompts is None and sweep is not None:
+        raise ConfigError("--sweep: varies a field over many prompts; it goes with --prompts, not with --prompt-file.")
+    if prompts is not None and one:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in one)
+        raise ConfigError(f"{options}: of one prompt alone, with --prompt-file; leave it out with --prompts.")

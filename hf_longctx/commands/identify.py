@@ -49,7 +49,7 @@ Give = Annotated[
 Licence = Annotated[str | None, typer.Option(help="Of the numbers in --share, e.g. MIT.", show_default="none")]
 ModelId = Annotated[str | None, typer.Option(help="MODEL's hub id in --share, where it is loaded from a folder.")]
 Work = Annotated[
-    Path | None, typer.Option(help="Folder where a long method saves its state.", show_default="beside --out")
+    Path | None, typer.Option(help="Folder where duo_gates or ablation saves its state.", show_default="beside --out")
 ]
 
 

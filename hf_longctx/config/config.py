@@ -18,7 +18,7 @@ from .files import merge, read_file, read_shipped
 from .head_map import NONE
 from .model import ModelSection, made_for, model_facts
 from .sections import DecodeSection, HeadsSection, PrefillSection, StoresSection, check_counts, check_rows
-from .words import check_mapping, check_word, dump, make, register_first, words
+from .words import check_mapping, check_word, dump, load, make, register_first, spec_word, words
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -59,7 +59,19 @@ class LongCtxConfig:
         for name, table in self.prefill.tables.items():
             where = f"prefill.tables.{name}.map"
             check_rows(table.map, layers, model.num_attention_heads, where, "query heads")
+        self._check_tail()
         self.roles()
+
+    def _check_tail(self) -> None:
+        """Raise ConfigError for a dense tail over a store that does not say what it would read."""
+        tail = self.prefill.streaming.dense_tail
+        store = self.stores.streaming
+        if tail and not store.has_tail_reads():
+            able = [name for name in words("stores") if load("stores", name).has_tail_reads()]
+            raise ConfigError(
+                f"prefill.streaming.dense_tail: got {tail}, but store {spec_word(store)!r} does not say what such "
+                f"tokens read. What works: 0, or for stores.streaming one of: {', '.join(able)}."
+            )
 
     def __repr__(self) -> str:
         """What a notebook shows: for which model, and how many heads keep every token. ``to_dict`` has all of it."""

@@ -153,7 +153,12 @@ def compare(
         UnsupportedModelError: as ``patch_model``, or the model's logits are not its output embedding's.
         UnsupportedModeError: as ``patch_model``.
     """
-    _check_counts(max_new_tokens, prompt_positions, rounds, prefill_chunk_size)
+    check_counts(
+        max_new_tokens=(max_new_tokens, 1),
+        prompt_positions=(prompt_positions, 0),
+        rounds=(rounds, 0),
+        **({} if prefill_chunk_size is None else {"prefill_chunk_size": (prefill_chunk_size, 1)}),
+    )
     state = state_of(model)
     if config is None:
         config = "auto" if state is None else state.config
@@ -202,17 +207,19 @@ def compare(
         prompt=on_prompt,
         answer=on_answer,
         kernels=told.kernels,
-        notes=(*_length_notes(model, ids.shape[1] + max_new_tokens), *told.notes),
+        notes=(*length_notes(model, ids.shape[1] + max_new_tokens), *told.notes),
         rounds=rounds,
         **sides,
     )
 
 
-def _check_counts(max_new_tokens: int, prompt_positions: int, rounds: int, chunk: int | None) -> None:
-    least = {"max_new_tokens": (max_new_tokens, 1), "prompt_positions": (prompt_positions, 0), "rounds": (rounds, 0)}
-    if chunk is not None:
-        least["prefill_chunk_size"] = (chunk, 1)
-    for name, (given, bound) in least.items():
+def check_counts(**counts: tuple[int, int]) -> None:
+    """Refuse numbers below their bound: (given, least) by name.
+
+    Raises:
+        ConfigError: one of them is below, or no whole number.
+    """
+    for name, (given, bound) in counts.items():
         if type(given) is not int or given < bound:
             raise ConfigError(f"{name} must be a whole number of at least {bound}, given {given!r}.")
 
@@ -232,7 +239,8 @@ def _side(first: Answer, timed: list[Answer], same: SameTokens, tokenizer: Any) 
     )
 
 
-def _length_notes(model: nn.Module, tokens: int) -> list[str]:
+def length_notes(model: nn.Module, tokens: int) -> list[str]:
+    """What to say of a prompt and its answer that are longer than the model was made for."""
     longest = made_for(unwrap(model).config)
     if longest is None or tokens <= longest:
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -58,11 +59,50 @@ def greedy(model: nn.Module, ids: Tensor, most: int, stop: Collection[int] = (),
     read = now(ids.device)
     held = cache_bytes(cache)
     first = time.perf_counter()
-    while len(tokens) < most and tokens[-1] not in stop:
-        out = model(input_ids=ids.new_tensor([tokens[-1:]]), **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-        tokens.append(int(out.logits[0, -1].argmax()))
+    _decode(model, cache, tokens, most, stop)
     decoded = 1000 * (now(ids.device) - first) / (len(tokens) - 1) if len(tokens) > 1 else None
     return Answer(tuple(tokens), held, read - start, decoded)
+
+
+def _decode(model: nn.Module, cache: Any, tokens: list[int], most: int, stop: Collection[int]) -> None:
+    """Go on from the first of the answer's ``tokens``, which the cache lacks."""
+    device = input_device(model)
+    while len(tokens) < most and tokens[-1] not in stop:
+        last = torch.tensor([tokens[-1:]], device=device)
+        out = model(input_ids=last, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        tokens.append(int(out.logits[0, -1].argmax()))
+
+
+@torch.no_grad()
+def answer_along(
+    model: nn.Module,
+    head: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    most: int,
+    stop: Collection[int],
+    chunk: int | None,
+    along: Tensor | None,
+) -> tuple[list[int], int, Tensor]:
+    """(the greedy answer, bytes of the cache once the prompt was read, hidden states ``[A, D]`` that predict another).
+
+    The prompt is read once, as ``greedy`` reads it; for a while there are two copies of its cache.
+
+    Args:
+        head: as ``output_head`` gives it.
+        along: the answer ``[A]`` that the hidden states follow; None: the greedy one.
+    """
+    base = language_model(model)
+    cache = None
+    for piece in ids.split(chunk or ids.shape[1], 1):
+        out = base(input_ids=piece, **{CACHE: cache}, use_cache=True)
+        cache = cache_of(out)
+    state = out.last_hidden_state[0, -1:].clone()
+    held = cache_bytes(cache)
+    tokens = [int(head(state)[0].argmax())]
+    spare = copy.deepcopy(cache)
+    _decode(model, cache, tokens, most, stop)
+    along = ids.new_tensor(tokens) if along is None else along
+    return tokens, held, torch.cat([state, follow(model, spare, along[:-1])]) if len(along) > 1 else state
 
 
 @torch.no_grad()
@@ -146,11 +186,20 @@ def window_nll(
 
     ``head``: as ``output_head`` gives it.
     """
-    rows = max(1, LOGITS // language_model(model).config.vocab_size)
     hidden = language_model(model)(input_ids=ids[None, begin:end], use_cache=False).last_hidden_state[0]
+    return nll_along(model, head, hidden[scored - begin - 1 : -1], ids[scored:end])
+
+
+@torch.no_grad()
+def nll_along(model: nn.Module, head: Callable[[Tensor], Tensor], states: Tensor, ids: Tensor) -> float:
+    """The sum of the negative log-likelihoods, in nats, of ``ids [A]``, which hidden states ``[A, D]`` predict.
+
+    ``head``: as ``output_head`` gives it.
+    """
+    rows = max(1, LOGITS // language_model(model).config.vocab_size)
     nll = 0.0
-    for states, right in zip(hidden[scored - begin - 1 : -1].split(rows), ids[scored:end].split(rows), strict=True):
-        logits = head(states).float()
+    for some, right in zip(states.split(rows), ids.split(rows), strict=True):
+        logits = head(some).float()
         nll += cross_entropy(logits, right.to(logits.device), reduction="sum").item()
     return nll
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..assets import embedded
+from ..cache.plan import FEWEST
 from ..config.config import LongCtxConfig
 from ..config.words import check_mapping, check_word
 from ..errors import ConfigError, UnsupportedModelError
@@ -99,16 +100,17 @@ class LongCtxLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """``HFLM``'s, but rows long enough for a prefill pattern run one at a time.
+        """``HFLM``'s, but rows long enough for a prefill pattern or a dense tail run one at a time.
 
-        HFLM pads on the right and passes no mask: a pattern would take the pads for the row's last tokens.
+        HFLM pads on the right and passes no mask: both would take the pads for the row's last tokens.
         """
         state = self._state()
-        roles = () if state is None else [plan.role("retrieval") for plan in state.plans]
-        plans = [role.prefill for role in roles if role.prefill is not None]
-        if not plans or len(requests) == 1 or self.batch_size == 1:
+        roles = () if state is None else [role for plan in state.plans for role in plan.filled]
+        least = [role.prefill.min_tokens for role in roles if role.prefill is not None]
+        least += [FEWEST for role in roles if role.dense_tail]
+        if not least or len(requests) == 1 or self.batch_size == 1:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        shortest = min(plan.min_tokens for plan in plans)
+        shortest = min(least)
         inputs = [min(len(context) + len(continuation) - 1, self.max_length) for _, context, continuation in requests]
         answers: dict[int, tuple[float, bool]] = {}
         for alone in (True, False):

@@ -160,6 +160,21 @@ def paired_bootstrap(
 
 
 @dataclass(frozen=True)
+class Mean:
+    """A mean and its confidence interval of 95 %; ``low`` and ``high`` are None for a single number."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def mean_of(numbers: Sequence[float]) -> Mean:
+    """The mean of a set, with the interval of ``paired_bootstrap``."""
+    found = paired_bootstrap([0.0] * len(numbers), numbers)
+    return Mean(found.difference, found.low, found.high)
+
+
+@dataclass(frozen=True)
 class Perplexity:
     """How well a text was predicted: the sum of its tokens' negative log-likelihoods, in nats."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..model.modules import unwrap
 from ..tasks.answer import input_device
+from ..tasks.language import parted
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | Tensor
 
@@ -61,17 +62,68 @@ def _read(prompt: Prompt, tokenizer: Any) -> Tensor:
     items = list(prompt) if isinstance(prompt, Sequence) else []
     if items and all(isinstance(item, Mapping) for item in items):
         _need(tokenizer)
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ConfigError("prompt: got messages, but the tokenizer has no chat template. Give the text itself.")
-        return torch.tensor(
-            tokenizer.apply_chat_template(items, add_generation_prompt=True, return_dict=True)["input_ids"]
-        )
+        return torch.tensor(_templated(tokenizer, items, tokenize=True, return_dict=True)["input_ids"])
     if items and all(isinstance(item, int) for item in items):
         return torch.tensor(items)
     raise ConfigError(
         f"prompt: got {type(prompt).__name__}, expected a text, a list of chat messages, or the token ids of one "
         "prompt (inputs['input_ids'] of what a tokenizer returns)."
     )
+
+
+def answer_ids(prompt: Prompt, ids: Sequence[int], answer: str, tokenizer: Any) -> list[int]:
+    """Token ids of an answer that follows a text or a chat, without what ends it.
+
+    After messages it begins as the chat template lets an assistant's message begin. After a text a space parts it from
+    the last word, unless it has one, or the text ends in a space, a line's end, or an opening quote or bracket.
+
+    Args:
+        ids: those of the prompt.
+
+    Raises:
+        ConfigError: it has no token of its own.
+    """
+    if isinstance(prompt, str):
+        before = prompt
+        answer = answer if prompt[-1].isspace() or answer[0].isspace() else parted(prompt, answer)
+        bos = getattr(tokenizer, "bos_token", None)
+        special = not (bos and prompt.startswith(bos))
+    else:
+        before = _templated(tokenizer, prompt, tokenize=False)
+        answer = _said(tokenizer, prompt, before, answer.strip())
+        special = False
+    whole = tokenizer(before + answer, add_special_tokens=special, verbose=False)["input_ids"]
+    # A tokenizer may join the end of the prompt to what follows, or end every text in a token of its own.
+    joint = whole[: len(ids)] == list(ids) and tokenizer(before, add_special_tokens=special)["input_ids"] == list(ids)
+    found = whole[len(ids) :] if joint else tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+    if not found:
+        raise ConfigError("answer: it has no token of its own.")
+    return found
+
+
+def _said(tokenizer: Any, messages: Sequence[Mapping[str, str]], before: str, answer: str) -> str:
+    """The answer with what the template puts between the beginning of an assistant's turn and what is said there."""
+    told = [*messages, {"role": "assistant", "content": answer}]
+    rendered = _templated(tokenizer, told, tokenize=False, add_generation_prompt=False)
+    rest = rendered[len(before) :] if rendered.startswith(before) else ""
+    lead = rest.partition(answer)[0] if answer in rest else ""
+    return answer if lead.strip() else lead + answer  # else: a block that the model would write itself
+
+
+def _templated(tokenizer: Any, messages: Sequence[Mapping[str, str]], **how: Any) -> Any:
+    """The messages in the chat template.
+
+    Raises:
+        ConfigError: there is no template, or it refuses them.
+    """
+    from jinja2 import TemplateError
+
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError("prompt: got messages, but the tokenizer has no chat template. Give the text itself.")
+    try:
+        return tokenizer.apply_chat_template(list(messages), **{"add_generation_prompt": True, **how})
+    except TemplateError as error:
+        raise ConfigError(f"prompt: the tokenizer's chat template refuses these messages: {error}") from None
 
 
 def _need(tokenizer: Any) -> None:

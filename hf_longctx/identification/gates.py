@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
+from ..io.atomic import written_whole
+from ..io.work import check_settings
 from ..model.modules import language_model
 from ..model.observe import observe
 from .methods.base import modes_kept
@@ -131,3 +138,29 @@ class Gates:
         moments = {"step": torch.tensor(float(len(self.losses)))}
         moments |= {name: state[name].to(self.values.device) for name in ("exp_avg", "exp_avg_sq")}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": {0: moments}})
+
+
+def save(path: Path, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Write a state whole or not at all: a run that is cut off leaves the file of before."""
+    with written_whole(path) as unfinished:
+        save_file(dict(state), unfinished, metadata={"settings": json.dumps(settings)})
+
+
+def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The state that ``save`` wrote, or None where there is no file.
+
+    Raises:
+        ConfigError: the file is something else, or was written under other settings.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            told = dict(json.loads(file.metadata()["settings"]))
+            state = {name: file.get_tensor(name) for name in SAVED}
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"work: {path} is no state of a duo_gates run ({error}). Remove it, or give another folder."
+        ) from None
+    check_settings(path, told, settings)
+    return state

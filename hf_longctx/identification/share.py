@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..config.config import LongCtxConfig
 from ..config.head_map import usable_cuts
@@ -44,27 +45,26 @@ class ExactMatch(Yardstick):
     Args:
         length: tokens of a document.
         questions: asked in all, at least.
-        stream: of the probe's random numbers, so that one yardstick does not measure on the documents of another.
     """
 
-    def __init__(self, probe: HeadProbe, length: int, questions: int, stream: int = 8):
+    def __init__(self, probe: HeadProbe, length: int, questions: int):
         self.probe = probe
         self.texts = []
         asked = 0
         while asked < questions:
-            document = probe.documents.draw(probe.rng(stream, len(self.texts)), length)
+            document = probe.documents.draw(probe.rng(8, len(self.texts)), length)
             asked += len(document.answers)
             self.texts.append(document)
 
     def measure(self, model: torch.nn.Module) -> Quality:
-        return {name: round(figure, 4) for name, figure in self.exact(model).items()}
+        hits, losses = (torch.cat(found) for found in zip(*self.answered(model), strict=True))
+        return {"exact_match": round(hits.double().mean().item(), 4), "nll": round(losses.mean().item(), 4)}
 
     @torch.no_grad()
-    def exact(self, model: torch.nn.Module) -> Quality:
-        """``exact_match``, and ``nll`` in nats per token of the expected answers, not rounded."""
-        hits = []
-        loss = 0.0
-        tokens = 0
+    def answered(self, model: torch.nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each document, on the CPU: which of its ``n`` answers are right, bool ``[n]``, and the mean negative
+        log-likelihood of the tokens of each, float64 ``[n]``; one forward pass.
+        """
         for document in self.texts:
             places = torch.from_numpy(document.answers)
             ids = self.probe.ids(document.ids)
@@ -72,10 +72,8 @@ class ExactMatch(Yardstick):
             hidden = language_model(model)(ids, use_cache=False).last_hidden_state[0, first:]
             logits = model.get_output_embeddings()(hidden[places.to(hidden.device) - 1 - first]).float()
             right = ids[0, places.to(ids.device)].to(logits.device)
-            hits += (logits.argmax(-1) == right).all(-1).tolist()
-            loss += torch.nn.functional.cross_entropy(logits.flatten(0, 1), right.flatten(), reduction="sum").item()
-            tokens += right.numel()
-        return {"exact_match": sum(hits) / len(hits), "nll": loss / tokens}
+            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), right, reduction="none")
+            yield (logits.argmax(-1) == right).all(-1).cpu(), losses.double().mean(-1).cpu()
 
     def drop(self, dense: Quality, patched: Quality) -> float:
         return dense["exact_match"] - patched["exact_match"]

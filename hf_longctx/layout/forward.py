@@ -14,13 +14,17 @@ from .rows import Rows
 
 @dataclass
 class PrefillCounts:
-    """How retrieval heads with a pattern read their prompts, for the report; one-token forwards do not count.
+    """How retrieval heads with a pattern, and streaming heads with a dense tail, read their prompts, for the report.
+
+    One-token forwards do not count.
 
     Attributes:
         sparse, dense: sequences times layers in which the patterns ran, or were too short for them.
         reads: key tokens read by the query heads of the sparse ones (per device, so that nothing waits).
         own_reads: what they would read if each query head read its own list; as ``reads`` without ``share_groups``.
         causal: what dense attention would read.
+        tails, tail_tokens: sequences times layers in which streaming heads read the last tokens densely, and these
+            tokens times layers.
     """
 
     sparse: int = 0
@@ -28,6 +32,12 @@ class PrefillCounts:
     reads: dict[torch.device, Tensor] = field(default_factory=dict)
     own_reads: dict[torch.device, Tensor] = field(default_factory=dict)
     causal: int = 0
+    tails: int = 0
+    tail_tokens: int = 0
+
+    def add_tail(self, tokens: int, sequences: int) -> None:
+        self.tails += sequences
+        self.tail_tokens += tokens * sequences
 
     def add(self, reads: Tensor, own_reads: Tensor, causal: int, sequences: int) -> None:
         self.sparse += sequences

@@ -6,12 +6,15 @@ Made once per forward by the base model's pre-hook and handed to every layer, so
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from . import mask_errors
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,15 @@ class Rows:
         starts = torch.tensor(self.starts or (0,) * self.batch, device=device)[:, None]
         return (torch.arange(self.past, self.total, device=device) - starts).clamp_(min=0)
 
-    def memo(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor all layers of this forward share, made once."""
+    def without_last(self, count: int) -> Rows:
+        """The rows if this forward had not brought its last ``count`` slots."""
+        if not count:
+            return self
+        shorter = {"new": self.new - count, "ends": None, "_memo": {}}
+        return self.memo(("without_last", count), lambda: replace(self, **shorter))
+
+    def memo(self, key: tuple, make: Callable[[], T]) -> T:
+        """What all layers of this forward share, made once: mostly a tensor."""
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]

@@ -145,6 +145,20 @@ class HeadKV:
     def dtype(self) -> torch.dtype:
         return self.segments[0].dtype
 
+    def without_last(self, count: int) -> HeadKV:
+        """The same if this forward had not brought its last ``count`` tokens, which lie in the last segment."""
+        if not count:
+            return self
+        own = self.segments[-1]
+        end = own.length - count
+        return replace(self, segments=[*self.segments[:-1], Segment(own.k[:, :, :end], own.v[:, :, :end], end)])
+
+    def begun(self, rows: slice, start: int) -> list[Segment]:
+        """All tokens of ``rows`` that began at slot ``start``, in this forward: they lie in the last segment."""
+        own = self.segments[-1]
+        k, v = (x[rows, :, start - self.first : own.length] for x in (own.k, own.v))
+        return [Segment(k, v, k.shape[2])]
+
     def alone(self, rows: slice, start: int) -> list[Segment]:
         """The segments of ``rows``, which all start at slot ``start``, as if those rows were alone: without pads."""
         left = []

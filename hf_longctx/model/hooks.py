@@ -25,6 +25,7 @@ from ..layout.mask_errors import Known
 from ..layout.rows import read_mask
 from .as_stock import padding_of
 from .attention import FORWARD, NAME, register
+from .drafts import DraftsApart
 from .graphs import refuse_graphs
 from .modules import language_model
 from .positions import positions_ahead, refuse_other_prompt, refuse_positions
@@ -255,7 +256,19 @@ class PrepareCache(OnModel):
         return None
 
 
-ON_MODEL: tuple[type[OnModel], ...] = (Generate, StartBatching, SetAttention, PrepareCache)
+class MakeDrafts(OnModel):
+    """Replaces ``_get_candidate_generator``: drafts are never read as the end of a prompt."""
+
+    name = "_get_candidate_generator"
+
+    def __call__(self, *args, **kwargs) -> Any:
+        drafts = self.original(*args, **kwargs)
+        if not self.dense and any(plan.tells_prompts for plan in self.state.plans):
+            drafts.get_candidates = DraftsApart(drafts)
+        return drafts
+
+
+ON_MODEL: tuple[type[OnModel], ...] = (Generate, StartBatching, SetAttention, PrepareCache, MakeDrafts)
 
 
 def _refuse_generate(model: nn.Module, cache: Any, generation_config: Any, given: tuple) -> None:

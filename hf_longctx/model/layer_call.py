@@ -26,6 +26,10 @@ from .observed import CachedRole, Compute
 
 STOCK = "stock"  # the kernel word that means Transformers' own attention call
 SLOWLY = "sparse prefill: ran by its slow definition (kernel reference), no faster kernel computes it "
+TAIL_OF_A_PART = (
+    "dense tail: some prompts were read in several forwards; the last tokens of each read that forward and what was "
+    "cached before it, not the whole prompt"
+)
 MASK_ROWS = 512  # queries per mask of that call
 
 
@@ -42,8 +46,11 @@ class LayerCall:
         self.scores = scores
         self.by_head = scores.sinks is not None or scores.first_bias is not None
 
-    def cached(self, query: Tensor, parts: list[HeadKV]) -> Tensor:
-        """Attention ``[B, H, T, D]`` over what a LongCtxCache holds: ``parts``, one for each role that has heads."""
+    def cached(self, query: Tensor, parts: list[HeadKV], by_store: bool = False) -> Tensor:
+        """Attention ``[B, H, T, D]`` over what a LongCtxCache holds: ``parts``, one for each role that has heads.
+
+        ``by_store``: by the rules of the stores alone, no pattern or dense tail runs.
+        """
         if self.rows.new == 1 and (out := self._in_one_launch(query, parts)) is not None:
             return out.to(query.dtype)
         group = query.shape[1] // self.plan.kv_heads
@@ -51,7 +58,7 @@ class LayerCall:
         for role, part in zip(self.plan.filled, parts, strict=True):
             # A cache filled in another dtype (autocast, model.to) is read in its own.
             q = role.heads.take(query, group).to(part.dtype)
-            outs.append(self._role(q, role, part))
+            outs.append(self._role(q, role, part, by_store=by_store))
         return join([part.heads for part in parts], outs, group).to(query.dtype)
 
     def plain(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -75,12 +82,12 @@ class LayerCall:
                     f"{list(other[0].heads.kv_heads)} keep their own tokens in a LongCtxCache, so the others are gone. "
                     f"Observe with {CACHE}=DynamicCache(), which keeps every token."
                 )
-            return self.cached(query, parts)
+            return self.cached(query, parts, by_store=True)
 
         return self._show(query, cached, cached, computed)
 
     def observed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
-        """Show this layer to the observer; its answer replaces the layer's output. No pattern runs in ``compute``."""
+        """Show this layer to the observer; its answer replaces the layer's output. ``compute``: by the stores alone."""
         total = key.shape[1]
 
         def computed(name: str) -> Tensor:
@@ -117,13 +124,13 @@ class LayerCall:
             else launch(query, [(part.heads.kv_heads, part.segments) for part in parts], scores)[0]
         )
 
-    def _role(self, q: Tensor, role: RolePlan, part: HeadKV, rowwise: bool = False) -> Tensor:
+    def _role(self, q: Tensor, role: RolePlan, part: HeadKV, rowwise: bool = False, by_store: bool = False) -> Tensor:
         """Attention ``[B, h, T, D]`` of one role's query heads."""
-        patterns = self._runs_patterns(role)
+        patterns = not by_store and self._runs_patterns(role)
         if role.as_stock and not patterns and not self.rows.padded and _one_plain(part):
             return self._sdpa(q, *part.segments[0].contents())
         if self.rows.new > 1 or rowwise:
-            return self._rowwise(q, role, part, patterns)
+            return self._rowwise(q, role, part, patterns, not by_store)
         return self._attend(q, part.segments, ALL, part.heads)
 
     def _scores(self, heads: RoleHeads) -> Scores:
@@ -175,10 +182,11 @@ class LayerCall:
             outs.append(sdpa_attention_forward(module, part, k, v, mask, scaling=scale)[0])
         return torch.cat(outs, 1).transpose(1, 2)
 
-    def _rowwise(self, q: Tensor, role: RolePlan, part: HeadKV, patterns: bool = False) -> Tensor:
+    def _rowwise(self, q: Tensor, role: RolePlan, part: HeadKV, patterns: bool = False, tails: bool = False) -> Tensor:
         """Sequences of one start at a time, each as if it were alone; the outputs of left pads are zeros."""
         outs = []
-        for group, start in self.rows.groups(by_end=patterns):
+        tails = tails and role.dense_tail > 0
+        for group, start in self.rows.groups(by_end=patterns or tails):
             pads = min(max(0, start - self.rows.past), self.rows.new)
             alone = q[group, :, pads:]
             real = self.rows.real(group.start or 0)
@@ -186,11 +194,31 @@ class LayerCall:
                 out = torch.zeros_like(alone)
             elif patterns and role.prefill.runs(*real):
                 out = self._sparse(alone, part.alone(group, start), role, *real)
+            elif tails and (tail := role.tail(real[0])):
+                out = self._with_tail(alone, part, group, start, real[0], tail)
             else:
                 segments, reads = part.spec.reads(part, self.rows, group, start)
                 out = self._attend(alone, segments, reads, part.heads)
             outs.append(nn.functional.pad(out, (0, 0, pads, 0)) if pads else out)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _with_tail(self, q: Tensor, part: HeadKV, group: slice, start: int, new: int, tail: int) -> Tensor:
+        """As the store reads but for the last ``tail`` of ``new`` real queries, ``[B, h, T, D]``; 0 for right pads."""
+        self.forward.log.prefill.add_tail(tail, q.shape[0])
+        if start < self.rows.past:
+            self.forward.log.notes.add(TAIL_OF_A_PART)
+        pads = q.shape[2] - new
+        spec = part.spec
+        outs = []
+        if body := new - tail:
+            before = (part.without_last(pads + tail), self.rows.without_last(pads + tail))
+            outs.append(self._attend(q[:, :, :body], *spec.reads(*before, group, start), part.heads))
+        whole = (part.without_last(pads), self.rows.without_last(pads))
+        reads = spec.tail_reads(*whole, group, start, tail)
+        outs.append(self._attend(q[:, :, body:new], *reads, part.heads))
+        # Kernels write [B, T, H, D], as models want it: joined along T there, both copies are sequential.
+        out = torch.cat([one.transpose(1, 2) for one in outs], 1).transpose(1, 2) if body else outs[0]
+        return nn.functional.pad(out, (0, 0, 0, pads)) if pads else out
 
     def _sparse(
         self, q: Tensor, segments: list[Segment | Streamed], role: RolePlan, new: int, processed: int

@@ -18,12 +18,12 @@ def observe(model: nn.Module, fn: Callable) -> Iterator[nn.Module]:
 
     ``fn(layer_idx, q, k, v, scaling, rows, compute)`` gets the rotated q ``[B, H, T, D]`` and all keys and values
     ``[B, H_kv, S, D]``. It returns the layer's output ``[B, H, T, D]``, built from ``compute("retrieval")`` and
-    ``compute("streaming")`` (every head computed by the rule of that role's store, differentiable; prefill patterns do
-    not run there), or None to leave it alone; ``compute.scores`` has softcap and sinks where the model has some.
-    Inside, the model makes a DynamicCache for itself, which keeps every token. Where it is given a ``LongCtxCache``, k
-    and v are the same tuple, one `hf_longctx.model.observed.CachedRole` per role with heads: ``sequence(i)`` gives the
-    keys and values that are cached and their row positions, ``dropped(i)`` the number of tokens that are gone, and
-    ``compute(role)`` is refused in layers that have heads of the other role.
+    ``compute("streaming")`` (every head computed by the rule of that role's store, as decoded tokens are: no prefill
+    pattern and no dense tail; differentiable), or None to leave it alone; ``compute.scores`` has softcap and sinks
+    where the model has some. Inside, the model makes a DynamicCache for itself, which keeps every token. Where it is
+    given a ``LongCtxCache``, k and v are the same tuple, one `hf_longctx.model.observed.CachedRole` per role with
+    heads: ``sequence(i)`` gives the keys and values that are cached and their row positions, ``dropped(i)`` the number
+    of tokens that are gone, and ``compute(role)`` is refused in layers that have heads of the other role.
 
     Raises:
         UnsupportedModelError: the model is not patched.

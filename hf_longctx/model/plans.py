@@ -29,6 +29,7 @@ def make_plan(module: nn.Module, settings: LongCtxConfig, family: Family, hf_con
         step = len(patterns) // size
         prefill = make_prefill(settings, roles, patterns[rank * step : (rank + 1) * step])
         more = {"prefill": prefill, "decode": settings.decode.retrieval}
+        more["dense_tail"] = settings.prefill.streaming.dense_tail
     else:
         roles = "S" * len(roles)
         more = {"window": window}

@@ -21,6 +21,8 @@ class Report:
         kv_heads, retrieval_heads: KV heads of the whole model (of this process), and those that keep every token.
         window_layers: layers that keep the model's own sliding window.
         forwards: forwards since patching.
+        dense_tail: last tokens of a prompt that streaming heads read densely, by the config.
+        tails, tail_tokens: rows times layers that had such a tail, and the tokens of these tails times layers.
         seen: tokens the last cache has seen, pads included; None when the last forward made none.
         nbytes, nbytes_dense: bytes it holds, and bytes a dense cache would hold.
         layers: bytes it holds per layer.
@@ -48,6 +50,9 @@ class Report:
     dense: int = 0
     density: float | None = None
     own_density: float | None = None
+    dense_tail: int = 0
+    tails: int = 0
+    tail_tokens: int = 0
     seen: int | None = None
     nbytes: int | None = None
     nbytes_dense: int | None = None
@@ -70,6 +75,9 @@ class Report:
             if self.own_density != self.density:
                 read += f" (each query head its own list: {self.own_density:.1%})"
             lines.append(f"prefill       {self.sparse} times sparse{read}, {self.dense} times dense (rows x layers)")
+        if self.dense_tail:
+            ran = f"{self.tails} times, {self.tail_tokens} tokens (rows x layers)"
+            lines.append(f"dense tail    the last {self.dense_tail} tokens of a prompt: {ran}")
         if self.nbytes is not None and self.nbytes_dense:
             share = self.nbytes / self.nbytes_dense
             gone = "" if self.alive else " (it is gone now)"
@@ -124,6 +132,9 @@ def report(model: nn.Module) -> Report:
         dense=log.prefill.dense,
         density=log.prefill.density,
         own_density=log.prefill.own_density,
+        dense_tail=max(role.dense_tail for plan in state.plans for role in plan.filled),
+        tails=log.prefill.tails,
+        tail_tokens=log.prefill.tail_tokens,
         **({name: value for name, value in vars(kept).items() if name != "form"} if kept is not None else {}),
         saves_from=kept.form.saves_from if kept is not None and kept.seen else None,
         reserved=kept.form.reserve.max_tokens if kept is not None else None,

@@ -25,11 +25,13 @@ class PatternSpec:
         roles: the roles (``"retrieval"``, ``"streaming"``) whose heads the pattern serves.
         reads_all: the pattern always lists every causal block, so that dense attention computes the same.
         store_rule: its heads run their store's own rule, which is all that streaming heads do so far.
+        dense_tail: last tokens of a prompt that read all of it, in heads that run their store's own rule.
     """
 
     roles: ClassVar[tuple[str, ...]] = ()
     reads_all: ClassVar[bool] = False
     store_rule: ClassVar[bool] = False
+    dense_tail: int = 0
 
     @classmethod
     def select(cls, heads: Sequence[PatternSpec], q: Tensor, k: Tensor, scale: float) -> BlockList:

@@ -107,7 +107,7 @@ class Prompt:
 
         Up to ``batch_size`` of them are read and answered at once over one copy of the prompt, each costing only its
         own tokens and rings. Their lengths may differ by as many tokens as streaming heads can take back (255); where
-        a store cannot, by none.
+        a store cannot, or a config has a dense tail, by none.
         """
         self._check(kwargs)
         if isinstance(questions, str | Tensor):
@@ -118,7 +118,7 @@ class Prompt:
             batch_size = 1
         texts = [self.tokens(text) for text in questions]
         answers: list[Any] = [None] * len(texts)
-        room = self.cache.stagger_room if self.cache.seen else max(map(len, texts), default=0)
+        room = self._room() if self.cache.seen else max(map(len, texts), default=0)
         each = int(self._option("num_return_sequences", kwargs) or 1)
         for group in groups(list(map(len, texts)), room, batch_size):
             new = self._run([texts[i] for i in group], self.cache.fork(), kwargs)
@@ -126,6 +126,14 @@ class Prompt:
                 said = [self._said(questions[i], row, kwargs) for row in new[place * each : (place + 1) * each]]
                 answers[i] = said if each > 1 else said[0]
         return answers
+
+    def _room(self) -> int:
+        """By how many tokens questions that are read together may differ.
+
+        Tokens that are taken back are read again with the question. Those of a dense tail would see less of the prompt.
+        """
+        tails = any(role.dense_tail for plan in self.cache.plans for role in plan.filled)
+        return 0 if tails else self.cache.stagger_room
 
     def tokens(self, text: Text) -> Tensor:
         """Token ids ``[T]`` of a text that follows the prompt.

@@ -101,6 +101,22 @@ class StoreSpec(ABC):
         """
         return part.alone(group, start), CAUSAL
 
+    @classmethod
+    def has_tail_reads(cls) -> bool:
+        """Whether the store says what a dense tail reads: `tail_reads`, anew where a class has `reads` of its own."""
+        nearest = next(one for one in cls.__mro__ if {"reads", "tail_reads"} & vars(one).keys())
+        return nearest is not StoreSpec and "tail_reads" in vars(nearest)
+
+    def tail_reads(
+        self, part: HeadKV, rows: Rows, group: slice, start: int, queries: int
+    ) -> tuple[list[Segment | Streamed], Reads]:
+        """What the last ``queries`` of the new tokens read where they read densely; arguments as for `reads`.
+
+        Of the tokens before this forward what the first new token reads by the visibility rule, and of the new ones
+        all up to the query. For streaming stores; without it a config's ``dense_tail`` is refused.
+        """
+        raise NotImplementedError
+
     def shown(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment | Streamed], Tensor]:
         """What one sequence still has, without pads on its left: segments ``[1, n, S', D]``, each token's row position.
 

@@ -17,7 +17,7 @@ from ..config.bounds import TOKENS, TOKENS_OR_NONE
 from ..errors import CacheError
 from ..layout.dtypes import needs_grad
 from ..layout.heads import RoleHeads
-from ..layout.reads import Window
+from ..layout.reads import CAUSAL, Causal, Window
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._history import History, runs
@@ -77,6 +77,20 @@ class SinkRecent(StoreSpec):
         k, v = (t[group, :, skipped : band.length] for t in (band.k, band.v))
         segments = [Segment(sink_k, sink_v, sink_k.shape[2]), Segment(k, v, k.shape[2])]
         return segments, Window(self.recent, rows.total - start - k.shape[2])
+
+    def tail_reads(
+        self, part: HeadKV, rows: Rows, group: slice, start: int, queries: int
+    ) -> tuple[list[Segment], Causal]:
+        if start >= rows.past:
+            return part.begun(group, start), CAUSAL
+        (sinks, _), _ = self.reads(part, rows, group, start)
+        before = rows.past - start
+        count = min(self.sink, before)
+        first = start + max(count, before - self.recent + 1) - part.first
+        band = part.segments[0]
+        own = tuple(x[group, :, first : band.length] for x in (band.k, band.v))
+        pairs = [tuple(x[:, :, :count] for x in (sinks.k, sinks.v)), own] if count else [own]
+        return [Segment(*pair, pair[0].shape[2]) for pair in pairs], CAUSAL
 
     def shown(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment], Tensor]:
         group = slice(row, row + 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from ..config.bounds import MOST, TOKENS, TOKENS_OR_NONE
 from ..errors import CacheError
 from ..kernels._compensated import total
 from ..layout.heads import RoleHeads
-from ..layout.reads import Averaged
+from ..layout.reads import CAUSAL, Averaged, Reads
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Segment
 from ._saved import SavedStore, short
@@ -113,6 +113,18 @@ class SinkRecentCompensated(StoreSpec):
         )
         segments = [Segment(*pair, pair[0].shape[2]) for pair in (sinks, recent)]
         return segments, Averaged(self.sink, first, end, self.edge, edges, dropped)
+
+    def tail_reads(
+        self, part: HeadKV, rows: Rows, group: slice, start: int, queries: int
+    ) -> tuple[list[Segment], Reads]:
+        """The mean is that of the first new token: what its window dropped before this forward."""
+        if start >= rows.past:
+            return part.begun(group, start), CAUSAL
+        segments, averaged = self.reads(part, rows, group, start)
+        edge = self.edge(rows.past - start)
+        device = averaged.edges.device
+        edges = rows.memo(("tail edges", queries, edge, device), lambda: torch.full((queries,), edge, device=device))
+        return segments, replace(averaged, edge=lambda _: edge, edges=edges)
 
     def shown(self, part: HeadKV, rows: Rows, row: int) -> tuple[list[Segment], Tensor]:
         group = slice(row, row + 1)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .base import Task
 
 MODES = ("requests", "turns")  # SCBench's multi-request and multi-turn modes
-HAYSTACKS = ("sentences", "noise")  # filler where the user gives no text
+HAYSTACKS = ("sentences", "book", "noise")  # filler where the user gives no text
 
 
 def task_from(text: str) -> Task:

@@ -6,7 +6,7 @@ of another one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -31,13 +31,38 @@ FORM = "The {} {} {} the {} {} {} the {} {}."
 PARTS = [part.split(",") for part in (ADJECTIVES, NOUNS, VERBS, ADJECTIVES, NOUNS, PLACES, NOUNS, TIMES)]
 FIRST = FIRST_WORDS.split()
 LAST = LAST_WORDS.split()
+PEOPLE = (
+    "Alice Bernard Clara Dennis Edith Frank Grace Harold Irene Jacob Laura Martin Nora Oscar Philip Ruth Simon Thomas "
+    "Ursula Victor Walter Agnes Beatrice Cecil"
+)
+FAMILIES = (
+    "Aldridge Barlow Calder Denham Elwood Farrow Garland Hobson Ingram Jessop Kendall Lambert Marlow Norwood Orchard "
+    "Pickering Ransome Selby Thornton Underhill Vickers Whitlock Yardley Ashby"
+)
 CONSONANTS = "bdfghjklmnprstvwxyz"
 VOWELS = "aeiou"
 
 
 def names(rng: np.random.Generator, count: int) -> list[str]:
     """Names of two words, at most 1024."""
-    return [f"{FIRST[i % len(FIRST)]} {LAST[i // len(FIRST)]}" for i in _distinct(rng, count, len(FIRST) * len(LAST))]
+    return [" ".join(pair) for pair in _pairs(rng, count, FIRST, LAST)]
+
+
+def people(rng: np.random.Generator, count: int) -> list[str]:
+    """Names of people, at most 24, who share neither first nor last names."""
+    first, last = PEOPLE.split(), FAMILIES.split()
+    given = _distinct(rng, count, len(first))
+    return [f"{first[i]} {last[j]}" for i, j in zip(given, _distinct(rng, count, len(last)), strict=True)]
+
+
+def years(rng: np.random.Generator, count: int) -> list[str]:
+    """Years from 1600 to 1897."""
+    return [str(1600 + i) for i in _distinct(rng, count, 298)]
+
+
+def prices(rng: np.random.Generator, count: int) -> list[str]:
+    """Numbers of pounds, of four digits."""
+    return [str(2000 + i) for i in _distinct(rng, count, 8000)]
 
 
 def passkeys(rng: np.random.Generator, count: int) -> list[str]:
@@ -66,6 +91,10 @@ def sentences(rng: np.random.Generator, count: int) -> list[str]:
     """Sentences of one form, about nothing."""
     drawn = np.stack([rng.integers(0, len(part), size=count) for part in PARTS], axis=1)
     return [FORM.format(*(part[i] for part, i in zip(PARTS, row, strict=True))) for row in drawn]
+
+
+def _pairs(rng: np.random.Generator, count: int, first: Sequence[str], last: Sequence[str]) -> list[tuple[str, str]]:
+    return [(first[i % len(first)], last[i // len(first)]) for i in _distinct(rng, count, len(first) * len(last))]
 
 
 def _distinct(rng: np.random.Generator, count: int, of: int) -> list[int]:

@@ -40,6 +40,8 @@ class Question:
         metric: how they are scored, a name in ``METRICS``.
         room: tokens that an answer may have.
         told: how often each answer stands in the context.
+        target: token ids of the expected answer as it goes on from the prompt, int64 ``[A]``, without what ends it;
+            of several answers the list of them, in the order asked for.
     """
 
     prompt: np.ndarray
@@ -47,6 +49,7 @@ class Question:
     metric: str
     room: int
     told: tuple[int, ...]
+    target: np.ndarray
 
     def score(self, output: str) -> float:
         """How right the text of an answer is, 0 to 1."""
@@ -175,8 +178,9 @@ class Task(ABC):
     ) -> Question:
         """A question with this task's metric."""
         told = (told,) * len(answers) if isinstance(told, int) else tuple(told)
+        target = np.asarray(language.target(prompt, answers), dtype=np.int64)
         prompt = np.asarray(prompt, dtype=np.int64)
-        return Question(prompt, tuple(answers), self.metric, language.room(answers), told)
+        return Question(prompt, tuple(answers), self.metric, language.room(answers), told, target)
 
     def too_short(self, length: int, needed: int) -> ConfigError:
         """The error for a length without room, to be raised by the caller."""

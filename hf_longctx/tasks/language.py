@@ -27,6 +27,7 @@ from .haystack import (
 
 REACH = 128  # tokens that a fact moves towards the beginning, to stand between two sentences
 SAID = "0123456789abcdefghijklmnopqrstuvwxyz"
+OPEN = "\"'([ \n"  # characters after which an answer needs no space
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,10 @@ class Language(ABC):
         """The text of token ids."""
 
     @abstractmethod
+    def target(self, prompt: Sequence[int], answers: Sequence[str]) -> list[int]:
+        """Ids of the answers, as the model is expected to say them after ``prompt``."""
+
+    @abstractmethod
     def room(self, answers: Sequence[str]) -> int:
         """Tokens that an answer may have."""
 
@@ -124,7 +129,8 @@ class TextLanguage(Language):
 
     Args:
         text: a file or folder to take the filler from.
-        haystack: "sentences" (made up) or "noise" (random tokens), where there is no text; default sentences.
+        haystack: "sentences" (made up), "book" (a novel that ships with the package) or "noise" (random tokens), where
+            there is no text; default sentences.
         chat: put the tokenizer's chat template around every question.
 
     Raises:
@@ -148,6 +154,8 @@ class TextLanguage(Language):
         self._anchor = self._plain(".")
         self._check()
         self.apart = tuple(self.encode("\n\n"))
+        if haystack == "book":
+            from ..assets import BOOK as text
         if text is not None:
             self.haystack = TextHaystack.read(tokenizer, text)
         else:
@@ -183,6 +191,9 @@ class TextLanguage(Language):
         return self.tokenizer.decode(
             np.asarray(ids).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+    def target(self, prompt, answers):
+        return self.encode(parted(self.decode(prompt[-8:]), listed(answers)))
 
     def room(self, answers):
         return 2 * len(self.encode(" " + ", ".join(answers))) + 16
@@ -271,11 +282,19 @@ class TinyLanguage(Language):
     def decode(self, ids):
         return " ".join(tiny_language.VOCAB[i] for i in ids)
 
+    def target(self, prompt, answers):
+        return self._encode(answers[0])
+
     def room(self, answers):
         return len(self._encode(answers[0])) + 1  # and the full stop
 
     def _encode(self, words: str) -> list[int]:
         return [self._ids[word] for word in words.split()]
+
+
+def parted(before: str, answer: str) -> str:
+    """The answer with a space before it, but not inside of a quote, nor after a space or a line's end."""
+    return answer if before[-1:] in tuple(OPEN) else f" {answer}"
 
 
 def listed(words: Sequence[str]) -> str:

@@ -692,6 +692,32 @@ def test_assistant_model_crops(model: Any, probe: Probe) -> None:
     check_crops(makers[0].log, 9)
 
 
+def test_first_drafts_come_with_the_prompt(model: Any, probe: Probe) -> None:
+    """Unless ``get_candidates`` of what ``_get_candidate_generator`` makes gives none, which is a rejection."""
+    model.generation_config.eos_token_id = -1
+    hook = hook_base(model)
+    ids = make_ids(length=4).repeat(1, 4)
+    plain = generate(model, ids, new=6)
+    steps = len(hook.seen)
+    generate(model, ids, new=6, prompt_lookup_num_tokens=3)
+    lengths = [kwargs["input_ids"].shape[1] for _, kwargs in hook.seen[steps:]]
+    assert lengths[0] == 19, RELIES + f"the first forward of assisted decoding has the first drafts; saw {lengths}"
+    make = model._get_candidate_generator
+
+    def without_drafts(*args: Any, **kwargs: Any) -> Any:
+        drafts = make(*args, **kwargs)
+        drafts.get_candidates = lambda input_ids, **_: (input_ids, None)
+        return drafts
+
+    model._get_candidate_generator = without_drafts
+    del hook.seen[:]
+    out = generate(model, ids, new=6, prompt_lookup_num_tokens=3)
+    lengths = [kwargs["input_ids"].shape[1] for _, kwargs in hook.seen]
+    assert torch.equal(out, plain) and lengths[:2] == [16, 1], (
+        RELIES + "no drafts are taken as drafts that were rejected"
+    )
+
+
 @pytest.mark.parametrize("padding", [False, True])
 def test_prefill_chunks(model: Any, probe: Probe, padding: bool) -> None:
     give_cache(model)

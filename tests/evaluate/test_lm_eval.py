@@ -225,6 +225,20 @@ def test_rows_that_a_pattern_reads_are_not_padded(batch_size):
     assert padded != pytest.approx(want, abs=1e-2), "a control: pads change what the pattern reads"
 
 
+def test_rows_with_a_dense_tail_are_not_padded():
+    lm = loaded(batch_size=4, longctx_overrides={"prefill": {"streaming": {"dense_tail": 100}}})
+    ids = lm.tok_encode(document(400)["whole"])
+    lengths = (126, 380, 60, 200)  # two of them too short for a tail
+    requests = [(("", ""), ids[-length:-20], ids[-20:]) for length in lengths]
+    want = [lm._loglikelihood_tokens([one])[0][0] for one in requests]
+    forwards = report(lm.model).forwards
+    together = [log for log, _ in lm._loglikelihood_tokens(requests)]
+    assert report(lm.model).forwards - forwards == 3, "the short ones together"
+    assert together == pytest.approx(want, abs=1e-4)
+    padded = [log for log, _ in HFLM._loglikelihood_tokens(lm, requests)]
+    assert padded != pytest.approx(want, abs=1e-2), "a control: pads are the end of a row"
+
+
 def test_one_token_answers_to_one_long_context_are_one_row():
     lm = loaded(batch_size=4, longctx_overrides={"prefill": {"min_tokens": 256, "retrieval": PATTERN}})
     context = lm.tok_encode(document(300)["text"])

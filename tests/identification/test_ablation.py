@@ -1,141 +1,158 @@
-"""Ablation: a head's harm is its definition, rounds see what streams already, and a cut-off run goes on."""
+"""Ablation: harm is measured by its definition, in rounds given what already streams, and a run goes on."""
 
 from __future__ import annotations
 
-import numpy as np
+import json
+
 import pytest
 import torch
 from helpers.gate_cases import RECENT, SINK, probe_of, random_model
-from helpers.tiny import DenseMask, config_for
-from safetensors.torch import save_file
 
-from hf_longctx import ConfigError
-from hf_longctx.identification.methods.ablation import FILE, Ablation, shares
-from hf_longctx.identification.share import ExactMatch
+from hf_longctx import ConfigError, patched
+from hf_longctx.identification.methods import ablation
+from hf_longctx.identification.methods.ablation import FILE, Ablation, Losses
+from hf_longctx.model.modules import state_of
 
-METHOD = Ablation(length=128, questions=1, rounds=2)
-
-
-def by_layer(head: int, kv_heads: int) -> tuple[int, int]:
-    return head // kv_heads, head % kv_heads
+SMALL = {"length": 100, "questions": 4, "rounds": 2, "share": 0.5}
 
 
-def test_the_harm_of_a_head_is_the_answers_likelihood_under_an_explicit_mask():
+def counted(monkeypatch, losses=None) -> list[tuple]:
+    """The sets that are measured from now on; ``losses(streaming)`` in place of the model's."""
+    seen = []
+    measured = Losses._measured
+
+    def measure(self, streaming):
+        seen.append(tuple(sorted(streaming)))
+        return measured(self, streaming) if losses is None else losses(streaming)
+
+    monkeypatch.setattr(Losses, "_measured", measure)
+    return seen
+
+
+def test_the_harm_of_a_head_is_the_loss_with_it_streaming_less_the_dense_one():
     model = random_model(dtype=torch.float64)
-    probe = probe_of(model)
-    yardstick = ExactMatch(probe, 128, 2, stream=5)
-    got = {}
-    for streaming in ([], [0], [3], [0, 3]):
-        got[tuple(streaming)] = Ablation.harm(probe, yardstick, streaming)
-        roles = [["R"] * probe.kv_heads for _ in range(probe.layers)]
-        for layer, head in (by_layer(one, probe.kv_heads) for one in streaming):
-            roles[layer][head] = "S"
-        stock = random_model(dtype=torch.float64)
-        losses = []
-        for text in yardstick.texts:
-            with DenseMask(stock, config_for(stock, ["".join(row) for row in roles], SINK, RECENT)), torch.no_grad():
-                logits = stock(probe.ids(text.ids), use_cache=False).logits[0].float()
-            for answer in text.answers:
-                losses += (-logits.log_softmax(-1))[answer - 1, text.ids[answer]].tolist()
-        assert got[tuple(streaming)] == pytest.approx(np.mean(losses), abs=1e-6)
-    assert len(set(got.values())) == 4, "a control: every set of heads does another harm"
+    probe = probe_of(model, seed=3)
+    scores = Ablation(**{**SMALL, "rounds": 1}).scores(probe)
+    documents = [probe.documents.draw(probe.rng(8, i), 100) for i in range(probe.measured["documents"])]
+
+    def loss(roles) -> float:
+        config = state_of(model).config.override(heads={"roles": roles})
+        found = []
+        with patched(model, config), torch.no_grad():
+            for document in documents:
+                said = model(probe.ids(document.ids), use_cache=False).logits[0].log_softmax(-1)
+                found += [-said[i - 1, document.ids[i]].item() for i in document.answers.ravel()]
+        return sum(found) / len(found)
+
+    dense = ["RRRR"] * 3
+    want = []
+    for layer in range(3):
+        for head in range(4):
+            roles = ["".join("S" if (i, j) == (layer, head) else "R" for j in range(4)) for i in range(3)]
+            want.append(loss(roles) - loss(dense))
+    got = torch.tensor(probe.measured["harm_alone"]).flatten()
+    assert got.abs().max() > 1e-3, "a control: heads differ"
+    torch.testing.assert_close(got, torch.tensor(want), rtol=0, atol=1e-5)
+    by_harm = sorted(range(12), key=lambda i: want[i])
+    assert scores.flatten().argsort().tolist() == by_harm
+    assert (
+        state_of(model).config.stores.streaming.sink == SINK
+        and state_of(model).config.stores.streaming.recent == RECENT
+    )
 
 
-def test_shares_are_as_equal_as_may_be():
-    assert shares(90, 3) == [30, 30, 30]
-    assert shares(10, 3) == [3, 3, 4]
-    assert shares(2, 5) == [1, 1]
-    assert all(sum(shares(n, r)) == n for n in range(1, 30) for r in range(1, 30))
+def together(streaming) -> torch.Tensor:
+    """Losses of a model in which heads 0.0 and 0.1 stand in for each other, and 1.0 alone does some harm."""
+    both = {(0, 0), (0, 1)} <= set(streaming)
+    harm = 9.0 * both + 1.0 * ((1, 0) in streaming) + 0.01 * len(streaming)
+    return torch.tensor([harm, harm + 1.0, harm + 2.0, harm + 3.0], dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("rounds", "last"), [(1, {2, 3}), (2, {1, 3})])
-def test_rounds_see_what_already_streams(monkeypatch, rounds, last):
-    """Heads 0 and 1 stand in for each other, so alone neither does harm: only a second round tells one is needed."""
-    alone = {0: 0.0, 1: 0.1, 2: 0.2, 3: 0.3}
-
-    def harm(probe, yardstick, streaming):
-        return sum(alone[head] for head in streaming if head < 4) + (5 if {0, 1} <= set(streaming) else 0)
-
+def test_heads_that_stand_in_for_each_other_are_told_by_the_rounds_after_the_first(monkeypatch):
     probe = probe_of(random_model())
-    monkeypatch.setattr(Ablation, "harm", staticmethod(harm))
-    monkeypatch.setattr(Ablation, "layers", staticmethod(lambda probe: [0, 1]))
-    probe.kv_heads = 2
-    # Of four heads two stay after the first of two rounds; with four rounds the greedy order is complete.
-    scores = Ablation(length=128, questions=1, rounds=4 if rounds == 2 else 1).scores(probe).flatten()
-    assert sorted(scores[:4].tolist()) == [0.25, 0.5, 0.75, 1.0]
-    assert set(scores[:4].argsort(descending=True)[:2].tolist()) == last
+    counted(monkeypatch, together)
+    once = Ablation(**{**SMALL, "rounds": 1}).scores(probe)
+    assert once.argmax().item() == 4 and max(once[0, 0], once[0, 1]) < once[1, 0]
+    again = Ablation(**{**SMALL, "rounds": 4, "share": 0.1}).scores(probe)
+    assert max(again[0, 0], again[0, 1]) == 1.0 and again[1, 0] > again[0].min()
+    assert sorted(again.flatten().tolist()) == pytest.approx([i / 12 for i in range(1, 13)])
 
 
-def test_layers_without_roles_are_neither_measured_nor_ordered(monkeypatch):
-    asked = []
-    harm = Ablation.harm
-    monkeypatch.setattr(Ablation, "harm", staticmethod(lambda p, y, heads: asked.append(heads) or harm(p, y, heads)))
+@pytest.mark.parametrize(("rounds", "share"), [(1, 0.5), (3, 0.25), (4, 0.01), (50, 0.5)])
+def test_a_run_measures_as_many_settings_as_it_says(rounds, share, monkeypatch):
     probe = probe_of(random_model())
-    probe.windowed = (1,)
-    scores = METHOD.scores(probe)
-    assert (scores[1] == 0).all() and (np.delete(scores.numpy(), 1, axis=0) > 0).all()
-    assert {head // probe.kv_heads for heads in asked for head in heads} == set(range(probe.layers)) - {1}
-    assert probe.measured["nll_alone"][1] == [None] * probe.kv_heads
+    seen = counted(monkeypatch, together)
+    method = Ablation(length=100, questions=4, rounds=rounds, share=share)
+    method.scores(probe)
+    assert len(seen) == len(set(seen)) == 1 + method.cost(12)
+    assert seen[0] == () and [len(one) for one in seen[1:13]] == [1] * 12
 
 
-def test_documents_that_fit_the_window_are_refused():
-    with pytest.raises(
-        ConfigError, match=rf"length: got 90 tokens, all of which a streaming head reads \(66 \+ {RECENT}\)"
-    ):
-        Ablation(length=90, questions=1).scores(probe_of(random_model(), sink=90 - RECENT))
-    Ablation(length=91, questions=1, rounds=1).scores(probe_of(random_model(), sink=90 - RECENT))
+def test_layers_with_their_own_window_are_not_measured(monkeypatch):
+    probe = probe_of(random_model())
+    probe.windowed = (0, 2)
+    seen = counted(monkeypatch, together)
+    scores = Ablation(**SMALL).scores(probe)
+    assert {layer for one in seen for layer, _ in one} == {1}
+    assert (scores[[0, 2]] == 0).all() and scores[1].min() > 0
 
 
-def test_a_model_without_a_likelihood_is_refused():
+def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     model = random_model()
-    probe = probe_of(model)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.fill_(torch.nan)
-    with pytest.raises(ConfigError, match="likelihood is nan or inf with a model in torch.float32"):
-        METHOD.scores(probe)
+    want = Ablation(**SMALL).scores(probe_of(model))
+    seen = counted(monkeypatch)
+    saves = []
+    written = ablation.written_whole
+
+    def cut_off(path):
+        saves.append(path)
+        if len(saves) == 6:
+            raise KeyboardInterrupt
+        return written(path)
+
+    monkeypatch.setattr(ablation, "written_whole", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        Ablation(**SMALL).scores(probe_of(model, work=tmp_path / "work"))
+    first = seen[:5]
+    assert len(json.loads((tmp_path / "work" / FILE).read_text())["losses"]) == len(first)
+    del seen[:]
+    got = Ablation(**SMALL).scores(probe_of(model, work=tmp_path / "work"))
+    assert torch.equal(got, want) and not set(seen) & set(first)
+    assert len(first) + len(seen) == 1 + Ablation(**SMALL).cost(12)
+    more = Ablation(**{**SMALL, "rounds": 3})
+    del seen[:]
+    more.scores(probe_of(model, work=tmp_path / "work"))
+    assert len(seen) == more.rounds_of(12)[-1], "more rounds go on from those that are there"
 
 
-def cut_off(monkeypatch, work, after: int) -> None:
-    with monkeypatch.context() as patch:
-        harm, count = Ablation.harm, iter(range(after))
-
-        def stopping(*given):
-            if next(count, None) is None:
-                raise KeyboardInterrupt
-            return harm(*given)
-
-        patch.setattr(Ablation, "harm", staticmethod(stopping))
-        with pytest.raises(KeyboardInterrupt):
-            METHOD.scores(probe_of(random_model(), work=work))
-
-
-def test_a_run_that_was_cut_off_goes_on_where_it_was(monkeypatch, tmp_path):
-    whole = probe_of(random_model())
-    want = METHOD.scores(whole)
-    heads = whole.layers * whole.kv_heads
-    cut_off(monkeypatch, tmp_path, after=heads + 1)  # one head into the second round
-    harm, asked = Ablation.harm, []
-    monkeypatch.setattr(Ablation, "harm", staticmethod(lambda *given: asked.append(1) or harm(*given)))
-    resumed = probe_of(random_model(), work=tmp_path)
-    assert torch.equal(METHOD.scores(resumed), want) and resumed.measured == whole.measured
-    assert len(asked) == heads - heads // 2 - 1
-    asked.clear()
-    assert torch.equal(METHOD.scores(probe_of(random_model(), work=tmp_path)), want)
-    assert not asked, "a finished run is read back"
+def test_the_state_of_another_run_is_refused(tmp_path):
+    model = random_model()
+    Ablation(**SMALL).scores(probe_of(model, work=tmp_path))
+    for other, probe in (
+        ("length", {}),
+        ("seed", {"seed": 1}),
+        ("streaming", {"sink": SINK + 1}),
+    ):
+        options = {**SMALL, "length": 110} if other == "length" else SMALL
+        with pytest.raises(ConfigError, match=f"work: .*{FILE} is of a run with other settings: .*{other}"):
+            Ablation(**options).scores(probe_of(model, work=tmp_path, **probe))
+    with pytest.raises(ConfigError, match="with other settings: model"):
+        Ablation(**SMALL).scores(probe_of(random_model(seed=1), work=tmp_path))
 
 
-def test_a_state_of_another_run_is_refused(monkeypatch, tmp_path):
-    cut_off(monkeypatch, tmp_path, after=1)
-    others = {
-        "rounds": (Ablation(length=128, questions=1, rounds=3), {}),
-        "questions": (Ablation(length=128, questions=2, rounds=2), {}),
-        "length": (Ablation(length=140, questions=1, rounds=2), {}),
-        "seed": (METHOD, {"seed": 1}),
-        "streaming": (METHOD, {"sink": SINK + 1}),
-    }
-    for name, (method, changed) in others.items():
-        with pytest.raises(ConfigError, match=rf"{FILE} is of a run with other settings: .*{name} \(was "):
-            method.scores(probe_of(random_model(), work=tmp_path, **changed))
-    save_file({"x": torch.ones(1)}, tmp_path / FILE, {"settings": "{}"})
-    with pytest.raises(ConfigError, match=f"{FILE} is no state of a ablation run"):
-        METHOD.scores(probe_of(random_model(), work=tmp_path))
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"settings": {}, "losses": {"0.0": 3}}', '{"settings": 1, "losses": 2}']
+)
+def test_a_file_that_is_no_state_is_refused(text, tmp_path):
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(ConfigError, match="is no state of an ablation run"):
+        Ablation(**SMALL).scores(probe_of(random_model(), work=tmp_path))
+
+
+def test_harm_within_the_noise_is_said(monkeypatch):
+    probe = probe_of(random_model())
+    generator = torch.Generator().manual_seed(0)
+    counted(monkeypatch, lambda streaming: torch.rand(8, generator=generator, dtype=torch.float64))
+    Ablation(**SMALL).scores(probe)
+    assert "no head that streams alone harms the answers" in probe.doubts[0]
+    assert probe.measured["heads_clearly_harmful"] == 0 and probe.measured["standard_error"] > 0.05

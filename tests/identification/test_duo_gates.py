@@ -410,7 +410,7 @@ def test_a_save_that_is_cut_off_keeps_the_state_of_before(tmp_path, monkeypatch)
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("safetensors.torch.save_file", half)
+    monkeypatch.setattr(_gates, "save_file", half)
     with pytest.raises(OSError, match="disk full"):
         METHOD.scores(probe_of(random_model(), work=tmp_path))
     assert (tmp_path / FILE).read_bytes() == before

@@ -63,6 +63,9 @@ def test_lengths_are_exact_and_answers_stand_where_they_are_promised(kind, case)
                 assert told >= 1 and text.count(answer) == told
                 assert inside.count(answer) == (0 if case.startswith(COUNTED) else told)
                 assert answer not in language.decode(question.prompt).casefold()
+            target = language.decode([*question.prompt, *question.target])
+            assert question.score(target[len(language.decode(question.prompt)) :]) == 1
+            assert question.target.dtype == np.int64 and len(question.target) <= question.room
 
 
 @pytest.mark.parametrize(("kind", "case"), SPOKEN)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from helpers.kinds import CHAT, TEXTS, language_of, tokenizer_of
@@ -9,13 +11,21 @@ from helpers.tiny_tokenizer import byte_bpe
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hf_longctx.assets import BOOK
 from hf_longctx.errors import ConfigError
 from hf_longctx.tasks import _words, task_from
 from hf_longctx.tasks._fit import largest
 from hf_longctx.tasks.haystack import Sentences, TextHaystack, TinyFiller, TokenNoise, weave
 from hf_longctx.tasks.language import TextLanguage, TinyLanguage, language_for, listed
 
-DRAWS = {"names": 1024, "passkeys": 9 * 10**4, "numbers": 9 * 10**6, "ids": 16**12, "coded": 857375}
+DRAWS = {
+    "names": 1024,
+    "passkeys": 9 * 10**4,
+    "numbers": 9 * 10**6,
+    "ids": 16**12,
+    "coded": 857375,
+    "prices": 8000,
+}
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -64,12 +74,30 @@ def test_sentences_share_no_word_with_names_and_hold_no_digit():
     assert not any(letter.isdigit() for letter in said) and len(set(_words.sentences(rng(), 400))) == 400
 
 
+def test_the_book_is_prose_alone():
+    """Paragraphs of plain letters, and nothing of whoever digitised it."""
+    text = BOOK.read_text("utf-8")
+    assert text.isascii() and 200_000 < len(text) < 400_000 and not re.search(r"[_*\[\]\t]|  |\n\n\n", text)
+    assert not re.search("gutenberg|ebook|http|copyright|licen[sc]e agreement", text, re.IGNORECASE)
+    assert text.startswith("BOOK ONE\n\n") and text.endswith("counted me, among the dead.\n")
+
+
+def test_people_share_no_name_and_the_book_knows_none_of_them():
+    people = _words.people(rng(), 24)
+    said = [name for one in people for name in one.split()]
+    assert len(set(said)) == 48 and not any(one in BOOK.read_text("utf-8") for one in people)
+    with pytest.raises(ConfigError, match="24 different"):
+        _words.people(rng(), 25)
+
+
 def test_filler_comes_from_where_it_was_asked_for(tmp_path):
     (tmp_path / "x.txt").write_text("bacob bacob. " * 50)
     tokenizer = byte_bpe()
     assert isinstance(language_for(tokenizer).haystack, Sentences)
     assert isinstance(language_for(tokenizer, "noise").haystack, TokenNoise)
     assert isinstance(language_for(tokenizer, text=tmp_path).haystack, TextHaystack)
+    book = language_for(tokenizer, "book").haystack
+    assert isinstance(book, TextHaystack) and tokenizer.decode(book.ids.tolist()) == BOOK.read_text("utf-8")
     tiny = language_for(tokenizer_of("tiny"))
     assert isinstance(tiny, TinyLanguage) and isinstance(tiny.haystack, TinyFiller) and tiny.longest == 4096
     for language in (language_for(tokenizer, "noise"), language_for(tokenizer, text=tmp_path)):

@@ -38,6 +38,7 @@ def test_a_task_and_its_fields_by_name():
         ("needle:needles=3", "tasks.needles: got 3, but variant 'single' has one"),
         ("needle:variant=multi_key:needles=1", "at least 2"),
         ("needle:variant=multi_key:questions=5", "questions: got 5; .* at most its 4 needles"),
+        ("facts:facts=4:questions=5", "questions: got 5, but a text has 4 facts"),
         ("needle:variant=multi_value:questions=2", "questions: got 2; only multi_key"),
         ("needle:needles", "got 'needles', expected NAME=VALUE"),
         ("passkey:task=needle", "not a field"),

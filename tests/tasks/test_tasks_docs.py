@@ -22,6 +22,7 @@ DOC = Path(__file__).parents[2].joinpath("docs", "tasks.md").read_text("utf-8")
 EXAMPLES = {
     "passkey": 420,
     "needle:variant=multi_key:needles=2": 520,
+    "facts:kind=built:facts=2": 520,
     "key_value": 410,
     "threading:hops=3": 560,
     "variable_tracking:hops=2": 560,

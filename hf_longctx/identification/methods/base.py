@@ -5,7 +5,6 @@ A YAML word of this folder names a frozen dataclass in the file of the same name
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -18,12 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...cache.fingerprint import weights_digest
-from ...config.words import dump
+from ...errors import ConfigError
 from ...io.progress import Progress
-from ...model.modules import state_of, unwrap
 from ...tasks.answer import input_device
-from ...tasks.documents import Document, Documents
+from ...tasks.documents import Documents
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +77,6 @@ class HeadProbe:
         logger.warning("%s. Compare with another method, or measure the share with target_drop.", reason)
         self.doubts.append(reason)
 
-    def settings(self, document: Document) -> dict[str, Any]:
-        """What every saved state depends on, plain data; ``document`` is one of those that the method reads."""
-        return {
-            "seed": self.seed,
-            "streaming": dump(state_of(self.model).config.stores.streaming, "store"),
-            "model": weights_digest(unwrap(self.model), complete=False),
-            "documents": hashlib.sha256(document.ids.tobytes()).hexdigest()[:16],
-        }
-
     def track(self, label: str, total: int, unit: str, done: int = 0, shown: bool = True) -> Progress:
         """Shows how many of ``total`` are done, where that is wanted; ``done`` of them by an earlier run."""
         return Progress(label, total, unit, shown=shown and self.progress, done=done)
@@ -109,6 +97,17 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def check_scores(scores: Tensor, method: str) -> None:
+    """Raise ConfigError where the scores of ``method``, a word, rank no head."""
+    if not torch.isfinite(scores).all():
+        raise ConfigError(f"identify: {method} gave scores that are nan or inf; is the model's dtype too narrow?")
+    if not (scores > 0).any():
+        raise ConfigError(
+            f"identify: {method} scored every head 0, so none of them can be called a retrieval head. Measure longer "
+            "or with other options, or with another method."
+        )
 
 
 class Method(ABC):

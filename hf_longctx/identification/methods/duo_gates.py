@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from ...errors import ConfigError, UnsupportedModeError
 from ...io.processes import Processes
-from ...io.work import found_state, save_state
+from ...io.work import work_file
 from ...tasks.documents import Document
-from ..gates import SAVED, Gates, distance, frozen
+from ..gates import Gates, distance, frozen, load, save
+from ..saved import depends_on
 from .base import HeadProbe, Method
 
 FILE = "duo_gates.safetensors"
@@ -68,7 +70,7 @@ class DuoGates(Method):
         gates = Gates(probe.layers, probe.kv_heads, probe.device)
         file = probe.work / FILE if probe.work is not None else None
         settings = self._settings(probe, lengths, ranks) if file is not None else {}
-        if file is not None and (state := found_state(file, settings, SAVED, "duo_gates", ranks)) is not None:
+        if file is not None and (state := self._found(file, settings, ranks)) is not None:
             gates.go_on_from(state)
         done = len(gates.losses)
         bar = probe.track("gates", self.steps, "steps", done=done, shown=ranks.main)
@@ -79,7 +81,7 @@ class DuoGates(Method):
                 due = (step + 1) % self.checkpoint_every == 0 or step + 1 == self.steps
                 due = due and file is not None
                 if due and ranks.main:
-                    save_state(file, gates.state(), settings)
+                    save(file, gates.state(), settings)
                 bar.advance(saved=due)
         self._measure(probe, gates, lengths, ranks)
         return gates.values.detach().double().cpu()
@@ -133,13 +135,31 @@ class DuoGates(Method):
 
     def _settings(self, probe: HeadProbe, lengths: tuple[int, int], ranks: Processes) -> dict[str, Any]:
         """What a saved state depends on, plain data."""
-        documents = ranks.count * self.documents_per_step
         return {
             **{name: getattr(self, name) for name in ("steps", "lr", "reg_weight", "facts")},
             "lengths": list(lengths),
-            "documents_per_step": documents,
-            **probe.settings(self.document(probe, 0, 0, lengths)),
+            "documents_per_step": ranks.count * self.documents_per_step,
+            **depends_on(probe, self.document(probe, 0, 0, lengths)),
         }
+
+    def _found(self, file: Path, settings: dict[str, Any], ranks: Processes) -> dict[str, Tensor] | None:
+        """The state in ``file``, read by the main process, because the others may not see its disk.
+
+        The folder is made at once, because the first state may be hours away.
+
+        Raises:
+            ConfigError: the folder cannot be made, or the file is of another run.
+        """
+        found = None
+        if ranks.main:
+            try:
+                found = load(work_file(file.parent, FILE), settings)
+            except ConfigError as error:
+                found = error
+        found = ranks.share(found)
+        if isinstance(found, ConfigError):
+            raise found
+        return found
 
     def _measure(self, probe: HeadProbe, gates: Gates, lengths: tuple[int, int], ranks: Processes) -> None:
         last = gates.losses[-max(1, self.steps // 10) :]
