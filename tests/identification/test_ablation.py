@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 from helpers.gate_cases import RECENT, SINK, probe_of, random_model
+from helpers.tiny import DenseMask, config_for
 
 from hf_longctx import ConfigError, patched
 from hf_longctx.identification.methods import ablation
 from hf_longctx.identification.methods.ablation import FILE, Ablation, Losses
+from hf_longctx.identification.share import ExactMatch
 from hf_longctx.model.modules import state_of
 
 SMALL = {"length": 100, "questions": 4, "rounds": 2, "share": 0.5}
@@ -156,3 +158,36 @@ def test_harm_within_the_noise_is_said(monkeypatch):
     Ablation(**SMALL).scores(probe)
     assert "no head that streams alone harms the answers" in probe.doubts[0]
     assert probe.measured["heads_clearly_harmful"] == 0 and probe.measured["standard_error"] > 0.05
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("streaming", [1, 2])
+def test_a_loss_that_orders_nothing_is_refused_in_every_round_and_not_saved(bad, streaming, tmp_path, monkeypatch):
+    def losses(heads):
+        return torch.tensor([1.0, bad if len(heads) >= streaming else 2.0, 3.0, 4.0 + len(heads)], dtype=torch.float64)
+
+    counted(monkeypatch, losses)
+    with pytest.raises(ConfigError, match="the loss of an answer is nan or inf with a model in torch.float32"):
+        Ablation(**SMALL).scores(probe_of(random_model(), work=tmp_path))
+    saved = json.loads((tmp_path / FILE).read_text())["losses"]
+    assert all(len(name.split()) < streaming for name in saved), "the sets before it are there, it is not"
+
+
+def test_losses_are_those_under_an_explicit_mask_of_every_head():
+    model = random_model(dtype=torch.float64)
+    probe = probe_of(model)
+    yardstick = ExactMatch(probe, 100, 2)
+    losses = Losses(probe, yardstick, {}, probe.track("ablation", 9, "settings"), None, {})
+    stock = random_model(dtype=torch.float64)
+    means = set()
+    for streaming in ((), ((0, 1),), ((2, 3),), ((0, 1), (2, 3))):
+        roles = ["".join("S" if (i, j) in streaming else "R" for j in range(4)) for i in range(3)]
+        want = []
+        for text in yardstick.texts:
+            with DenseMask(stock, config_for(stock, roles, SINK, RECENT)), torch.no_grad():
+                said = stock(probe.ids(text.ids), use_cache=False).logits[0].float().log_softmax(-1)
+            want += [[-said[i - 1, text.ids[i]].item() for i in answer] for answer in text.answers]
+        got = losses.of(streaming)
+        torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64).mean(1), rtol=0, atol=1e-6)
+        means.add(round(got.mean().item(), 5))
+    assert len(means) == 4, "a control: every set of heads gives other losses"

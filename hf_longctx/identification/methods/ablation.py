@@ -160,10 +160,20 @@ class Losses:
         self.settings = settings
 
     def of(self, streaming: Collection[Head]) -> Tensor:
-        """float64 ``[questions]``."""
+        """float64 ``[questions]``.
+
+        Raises:
+            ConfigError: one is nan or inf, by which no heads can be ordered; it is not saved.
+        """
         name = " ".join(f"{layer}.{head}" for layer, head in sorted(streaming))
         if name not in self.known:
-            self.known[name] = self._measured(streaming).tolist()
+            found = self._measured(streaming)
+            if not found.isfinite().all():
+                raise ConfigError(
+                    f"ablation: the loss of an answer is nan or inf with a model in {self.probe.model.dtype}. Load the "
+                    "model in bfloat16 or float32."
+                )
+            self.known[name] = found.tolist()
             if self.file is not None:
                 with written_whole(self.file) as unfinished:
                     unfinished.write_text(json.dumps({"settings": self.settings, "losses": self.known}))
