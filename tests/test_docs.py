@@ -32,7 +32,9 @@ from hf_longctx.config.ranking import published_table
 MODEL = "hf-longctx/tiny-llama"
 PROGRAM = ("hf-longctx", ".venv/bin/hf-longctx")
 # Snippets that no test runs, by page. A new one needs a reason on the page and a number here.
-NOT_RUN = Counter({"README.md": 3, "CONTRIBUTING.md": 4, "benchmarks.md": 17, "evaluation.md": 4, "heads.md": 4})
+NOT_RUN = Counter(
+    {"README.md": 3, "CONTRIBUTING.md": 5, "benchmarks.md": 17, "evaluation.md": 7, "heads.md": 4, "faq.md": 1}
+)
 
 
 def check_command(command: str) -> None:

@@ -52,7 +52,7 @@ LAYERS = {
     "__main__": {"commands"},
 }
 # What a method imports only when it is called, to hand on to: no part of the order, and never at the top of a file.
-LATE = {"config": {"planning"}}
+LATE = {"config": {"planning"}, "assets": {"model"}}
 TRANSFORMERS = {"cache", "model", "prompts", "identification", "planning", "evaluate", "bench", "commands"}
 NOT_AT_IMPORT = ("commands", "bench", "assets", "patches", "planning")
 

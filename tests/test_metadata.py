@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_longctx.model.checkpoint import REQUIREMENT
+
 tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 ROOT = Path(__file__).parents[1]
@@ -61,18 +63,21 @@ def make(*arguments: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("target", "dev", "last"),
+    ("target", "dev", "real", "last"),
     [
-        ("demo", False, "hf-longctx demo"),
-        ("install", True, ".installed-dev"),
-        ("test", True, "-n 2 -q"),
-        ("lint", True, "ruff check ."),
-        ("notebooks", True, "run_notebooks.py"),
+        ("demo", False, False, "hf-longctx demo"),
+        ("real", False, True, "hf-longctx demo --real"),
+        ("install", True, True, ".installed-real"),
+        ("test", True, False, "-n 2 -q"),
+        ("test-slow", True, True, "-m slow"),
+        ("lint", True, False, "ruff check ."),
+        ("notebooks", True, True, "run_notebooks.py"),
     ],
 )
-def test_a_target_installs_what_it_needs(target, dev, last, tmp_path):
+def test_a_target_installs_what_it_needs(target, dev, real, last, tmp_path):
     said = make(target, folder=tmp_path)
     assert ("[dev]" in said) == dev
+    assert ("[real]" in said) == (f"--no-deps {REQUIREMENT}\n" in said) == (REQUIREMENT in said) == real
     assert said.count("pip install --quiet torch==9 --some-option") == 1 and f"python9 -m venv {tmp_path}" in said
     assert said.rstrip().endswith(last)
 
@@ -84,3 +89,5 @@ def test_nothing_is_installed_twice(tmp_path):
     assert make("test", folder=tmp_path).count("pip install") == 1, "the rest, beside the package"
     (tmp_path / "venv" / ".installed-dev").touch()
     assert "pip" not in make("test", folder=tmp_path)
+    (tmp_path / "venv" / ".installed-real").touch()
+    assert "pip" not in make("real", folder=tmp_path) + make("test-slow", folder=tmp_path)

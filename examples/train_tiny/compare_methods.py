@@ -31,6 +31,9 @@ OPTIONS = {
     "two_needle": {},
     "retrieval_score": {},
     "duo_gates": {"steps": 100, "length": 1024, "gradient_checkpointing": False},
+    "query_focused": {},
+    "kvzip": {},
+    "mean_rank": {},
 }
 
 

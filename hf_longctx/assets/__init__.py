@@ -1,4 +1,7 @@
-"""What ships beside the code: tiny models, trained by the scripts in ``examples/train_tiny``, and a book to read."""
+"""What ships beside the code: tiny models, trained by the scripts in ``examples/train_tiny``, and a book to read.
+
+Beside the models one that comes in a package goes by a name of ours: SmolLM2-135M-Instruct (``model/checkpoint.py``).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from ..errors import ConfigError
 
 FOLDER = Path(__file__).parent
 OWNER = "hf-longctx"
+REAL = "smollm2-135m-instruct"
 BOOK = FOLDER / "texts" / "war_of_the_worlds.txt"  # H. G. Wells, 1898; public domain, see the README beside it
 
 
@@ -19,7 +23,7 @@ def asset(name: str) -> Path:
     """
     known = assets()
     if name not in known:
-        raise ConfigError(f"no embedded model '{name}'; there are: {', '.join(known) or 'none'}.")
+        raise ConfigError(f"no embedded model '{name}'; there are: {', '.join(known)}; and {REAL}, from a package.")
     return FOLDER / name
 
 
@@ -29,12 +33,19 @@ def assets() -> list[str]:
 
 
 def embedded(model: str) -> str:
-    """What ``from_pretrained`` takes for ``model``: the folder of an embedded one (``hf-longctx/NAME``), else itself.
+    """What ``from_pretrained`` takes for ``model``: the folder of a model of ours (``hf-longctx/NAME``), else itself.
 
-    A folder that is really there wins over an embedded model.
+    That is an embedded one, or ``hf-longctx/smollm2-135m-instruct``, which is converted at its first use. A folder
+    that is really there wins over them.
 
     Raises:
-        ConfigError: ``hf-longctx/NAME`` names no embedded model.
+        ConfigError: ``hf-longctx/NAME`` names none of them, or the real checkpoint is not installed.
     """
     owner, _, name = model.rpartition("/")
-    return str(asset(name)) if owner == OWNER and not Path(model).exists() else model
+    if owner != OWNER or Path(model).exists():
+        return model
+    if name == REAL:
+        from ..model.checkpoint import real_checkpoint
+
+        return str(real_checkpoint())
+    return str(asset(name))

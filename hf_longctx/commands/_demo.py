@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import mean, median
 
@@ -17,6 +17,7 @@ from ..assets import asset
 from ..cache.cache import cache_bytes
 from ..cache.seam import CACHE, cache_of
 from ..config.config import LongCtxConfig
+from ..errors import ConfigError
 from ..io.console import count, tables
 from ..io.progress import Progress
 from ..model.loading import AutoModelForCausalLM
@@ -33,15 +34,18 @@ ANSWER = 4
 
 @dataclass
 class Way:
-    """One way of running the model, and what was measured: one number per prompt, but one hit per question.
+    """One way of running the model, and what was measured: one number per prompt, but hits and NLL per question.
 
-    ``retrieval`` says in words how many KV heads keep every token.
+    Attributes:
+        retrieval: in words how many KV heads keep every token.
+        nll: negative log-likelihood of the expected answer, in nats per token; where it is measured.
     """
 
     name: str
     retrieval: str
     config: LongCtxConfig | None
     hits: list[bool] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
     megabytes: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
@@ -51,13 +55,27 @@ class Way:
         return mean(self.hits)
 
 
-def ways(model: nn.Module) -> list[Way]:
-    """Dense; the shipped head roles; and as many streaming heads, but the heads that matter most among them."""
-    patch_model(model, "auto")
+EXACT_MATCH = {"exact match": lambda way: f"{way.exact_match:.3f}"}
+
+
+def ways(model: nn.Module, config: str = "auto") -> list[Way]:
+    """Dense; the head roles of a config; and as many streaming heads, but the heads that matter most among them.
+
+    Raises:
+        ConfigError: there is no such config, or it has no scores of its heads.
+        UnsupportedModelError: the model cannot be patched.
+    """
+    patch_model(model, config)
     right = state_of(model).config
     unpatch_model(model)
-    upside_down = tuple(tuple(-score for score in row) for row in right.heads.scores)
-    wrong = right.override(heads={"scores": upside_down, "retrieval_fraction": right.heads.retrieval_fraction})
+    scores = right.heads.active.scores
+    if scores is None:
+        raise ConfigError(
+            f"config: got {config!r}, whose heads have roles and no scores, so nothing says which heads are the wrong "
+            "ones. Measure them: hf-longctx identify MODEL --out my.yaml, then --config my.yaml."
+        )
+    upside_down = tuple(tuple(-score for score in row) for row in scores)
+    wrong = right.override(heads={"scores": upside_down, "confidence": right.heads.confidence})
     every = f"{right.kv_heads} of {right.kv_heads}"
     chosen = f"{right.retrieval_heads} of {right.kv_heads}"
     return [Way("dense", every, None), Way("patched", chosen, right), Way("wrong heads", chosen, wrong)]
@@ -120,7 +138,11 @@ def run(
         console.print(f"\nA prompt of {length} words hides {notes} notes, like this one:")
         console.print(f"  ... {tokenizer.decode(hidden_note(text[0]))} ...", style="cyan")
         console.print(f"and then asks: [cyan]{tokenizer.decode(questions[0])}[/] -> {tokenizer.decode(answers[0])}\n")
-        show(console, compared, length, notes, notes * prompts)
+        title = (
+            f"{notes * prompts} questions about {length}-token prompts, {notes} answered at once, "
+            f"{count(torch.get_num_threads(), 'CPU thread')}"
+        )
+        show(console, compared, title)
     return compared
 
 
@@ -130,25 +152,24 @@ def hidden_note(text: Tensor) -> Tensor:
     return text[max(1, at - 2) : at + BLOCK + 2]
 
 
-def show(console: Console, compared: list[Way], length: int, notes: int, questions: int) -> None:
-    """The table, and one sentence that says what it means."""
-    threads = torch.get_num_threads()
-    title = (
-        f"{questions} questions about {length}-token prompts, {notes} answered at once, {count(threads, 'CPU thread')}"
-    )
-    names = ("", "retrieval heads", "exact match", "KV cache MB", "prefill s", "decode ms/token")
-    rows = [
-        [
-            way.name,
-            way.retrieval,
-            f"{way.exact_match:.3f}",
-            f"{mean(way.megabytes):.2f}",
-            f"{median(way.prefill):.2f}",
-            f"{1000 * median(way.decode):.0f}",
-        ]
-        for way in compared
-    ]
-    for table in tables(title, names, rows, console.width):
+def show(
+    console: Console, compared: list[Way], title: str, scores: Mapping[str, Callable[[Way], str]] = EXACT_MATCH
+) -> None:
+    """The table, and one sentence that says what it means.
+
+    Args:
+        scores: headings of how right the answers are, and what stands under them.
+    """
+    columns = {
+        "": lambda way: way.name,
+        "retrieval heads": lambda way: way.retrieval,
+        **scores,
+        "KV cache MB": lambda way: f"{mean(way.megabytes):.2f}",
+        "prefill s": lambda way: f"{median(way.prefill):.2f}",
+        "decode ms/token": lambda way: f"{1000 * median(way.decode):.0f}",
+    }
+    rows = [[cell(way) for cell in columns.values()] for way in compared]
+    for table in tables(title, list(columns), rows, console.width):
         console.print(table)
     dense, right, wrong = compared
     share = mean(right.megabytes) / mean(dense.megabytes)

@@ -27,7 +27,8 @@ PNG = (".png",)
 PICTURES = (*PNG, ".pdf", ".svg")
 
 # Of a model that is loaded.
-Model = Annotated[str, typer.Argument(help="Hub id, local folder, or an embedded model (hf-longctx/tiny-llama).")]
+OURS = "hf-longctx/tiny-llama or hf-longctx/smollm2-135m-instruct"
+Model = Annotated[str, typer.Argument(help=f"Hub id, local folder, {OURS}.")]
 Config = Annotated[str, typer.Option(help="What to patch with: auto, a shipped name, a .yaml, or a Hub repository.")]
 Dtype = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
 Device = Annotated[

@@ -48,7 +48,9 @@ Give = Annotated[
 ]
 Licence = Annotated[str | None, typer.Option(help="Of the numbers in --share, e.g. MIT.", show_default="none")]
 ModelId = Annotated[str | None, typer.Option(help="MODEL's hub id in --share, where it is loaded from a folder.")]
-Work = Annotated[Path | None, typer.Option(help="Folder where duo_gates saves its state.", show_default="beside --out")]
+Work = Annotated[
+    Path | None, typer.Option(help="Folder where duo_gates or ablation saves its state.", show_default="beside --out")
+]
 
 
 def command(

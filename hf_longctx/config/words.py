@@ -5,7 +5,8 @@ looked up in the folder's listing, and among those the running program registere
 config can name nothing else.
 
 Field metadata: ``min``, ``max`` (inclusive), ``above`` (exclusive), ``unit``, ``choices``; they hold for the numbers
-inside lists as well. ``word`` makes a field that holds a spec.
+inside lists as well. ``word`` makes a field that holds a spec; with ``bare`` the word
+alone will do for one without fields.
 """
 
 from __future__ import annotations
@@ -266,6 +267,8 @@ def _convert_union(value: object, args: tuple, where: str, metadata: Mapping[str
 def _convert_word(value: object, where: str, metadata: Mapping[str, Any]) -> Any:
     instead = metadata["instead"]
     key = metadata["key"]
+    if metadata.get("bare") and isinstance(value, str):
+        value = {key: value}
     if instead is not None and isinstance(value, instead):
         return value
     if instead is not None and isinstance(value, Mapping) and key not in value:

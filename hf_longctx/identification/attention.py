@@ -1,14 +1,22 @@
-"""Attention weights of observed layers, by pieces of queries: no matrix of all queries and keys is ever kept."""
+"""Attention weights of observed layers, by pieces of queries: no matrix of all queries and keys is ever kept.
+
+And ``read``, by which texts are read on top of a context that is read once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..cache.seam import CACHE, cache_of
 from ..layout.pieces import pieces
 from ..layout.scores import Scores
+from ..model.modules import language_model
+from ..model.observe import observe
 
 ENTRIES = 2**24  # weights computed at once; 64 MiB in float32
 
@@ -39,3 +47,15 @@ def weights(q: Tensor, k: Tensor, scores: Scores, queries: Tensor) -> Iterator[t
             sinks = scores.sinks.to(found)[:, None, None].expand(-1, len(positions), 1)
             found = torch.cat([found, sinks], -1)
         yield positions, found.softmax(-1)[..., :total]
+
+
+def read(model: nn.Module, ids: Tensor, cache: Any = None, look: Callable | None = None) -> Any:
+    """The cache after reading ``ids`` ``[1, T]`` on top of what ``cache`` holds, which stays as it is.
+
+    Args:
+        model: patched.
+        cache: what this function gave for the text before, or None.
+        look: an observer of the layers.
+    """
+    with observe(model, look or (lambda *call: None)):
+        return cache_of(language_model(model)(ids, **{CACHE: copy.deepcopy(cache)}, use_cache=True))

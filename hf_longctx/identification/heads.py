@@ -20,7 +20,7 @@ from ..errors import ConfigError, UnsupportedModeError, UnsupportedModelError
 from ..model.modules import language_model, name_of, state_of, unwrap
 from ..model.patch import patched
 from ..tasks.documents import Documents, RandomTokens, documents_for
-from .methods.base import HeadProbe, Method, modes_kept
+from .methods.base import HeadProbe, Method, check_scores, modes_kept
 from .share import ShareSearch
 
 SHARE = {"min": 0.0, "max": 1.0}
@@ -55,8 +55,8 @@ def identify(
         tokenizer: its tokenizer; the documents are made with it. "echo_induction" needs none without ``text`` and
             ``target_drop``: given None, it draws from all of the model's token ids but the special ones.
         method: a word of ``hf_longctx/identification/methods``: "duo_gates" (arXiv:2410.10819), "retrieval_score"
-            (arXiv:2404.15574), "echo_induction" (arXiv:2407.15891) or "two_needle" (arXiv:2605.16928), a word that was
-            registered, or the object of such a class.
+            (arXiv:2404.15574), "echo_induction" (arXiv:2407.15891), "two_needle" (arXiv:2605.16928) or another one, a
+            word that was registered, or the object of such a class.
         text: a file or folder to take the documents' filler from, instead of random tokens.
         retrieval_fraction: share of retrieval heads of the config; default 0.5, or 0.25 where every query head has a KV
             head of its own, as DuoAttention uses them, lowered where fewer heads were told apart.
@@ -66,7 +66,7 @@ def identify(
             what the model was made for, at most 4096.
         sink, recent: tokens a streaming head keeps, in the measurement and in the config.
         seed: random seed.
-        work: a folder where a method that trains saves its state, and goes on from.
+        work: a folder where a method that takes long saves its state, and goes on from.
         progress: show how far it is on stderr: a bar, or where that is no terminal a line now and then.
         options: fields of the method.
 
@@ -196,13 +196,7 @@ def probe_of(model: nn.Module, tokenizer: Any, documents: Documents, seed: int, 
 def _config(
     plain: LongCtxConfig, model: nn.Module, method: str, chosen: Method, scores: torch.Tensor, probe: HeadProbe
 ) -> LongCtxConfig:
-    if not torch.isfinite(scores).all():
-        raise ConfigError(f"identify: {method} gave scores that are nan or inf; is the model's dtype too narrow?")
-    if not (scores > 0).any():
-        raise ConfigError(
-            f"identify: {method} scored every head 0, so none of them can be called a retrieval head. Measure longer "
-            "or with other options, or with another method."
-        )
+    check_scores(scores, method)
     name, _ = checkpoint_name(name_of(model))
     data = plain.to_dict()
     data["model"]["ids"] = [name] if name else []

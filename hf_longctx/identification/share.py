@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..config.config import LongCtxConfig
 from ..config.head_map import usable_cuts
@@ -55,11 +56,15 @@ class ExactMatch(Yardstick):
             asked += len(document.answers)
             self.texts.append(document)
 
-    @torch.no_grad()
     def measure(self, model: torch.nn.Module) -> Quality:
-        hits = []
-        loss = 0.0
-        tokens = 0
+        hits, losses = (torch.cat(found) for found in zip(*self.answered(model), strict=True))
+        return {"exact_match": round(hits.double().mean().item(), 4), "nll": round(losses.mean().item(), 4)}
+
+    @torch.no_grad()
+    def answered(self, model: torch.nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each document, on the CPU: which of its ``n`` answers are right, bool ``[n]``, and the mean negative
+        log-likelihood of the tokens of each, float64 ``[n]``; one forward pass.
+        """
         for document in self.texts:
             places = torch.from_numpy(document.answers)
             ids = self.probe.ids(document.ids)
@@ -67,10 +72,8 @@ class ExactMatch(Yardstick):
             hidden = language_model(model)(ids, use_cache=False).last_hidden_state[0, first:]
             logits = model.get_output_embeddings()(hidden[places.to(hidden.device) - 1 - first]).float()
             right = ids[0, places.to(ids.device)].to(logits.device)
-            hits += (logits.argmax(-1) == right).all(-1).tolist()
-            loss += torch.nn.functional.cross_entropy(logits.flatten(0, 1), right.flatten(), reduction="sum").item()
-            tokens += right.numel()
-        return {"exact_match": round(sum(hits) / len(hits), 4), "nll": round(loss / tokens, 4)}
+            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), right, reduction="none")
+            yield (logits.argmax(-1) == right).all(-1).cpu(), losses.double().mean(-1).cpu()
 
     def drop(self, dense: Quality, patched: Quality) -> float:
         return dense["exact_match"] - patched["exact_match"]

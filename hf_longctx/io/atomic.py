@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process is killed; and locks that end with their process."""
+"""Files and folders that are there whole or not at all, whenever the process is killed; locks that end with theirs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,6 +21,7 @@ except ImportError:  # Windows
     fcntl = None
 
 UNFINISHED = ".unfinished"
+WAIT = 0.1  # seconds between two looks at a lock
 
 
 @contextmanager
@@ -53,6 +56,49 @@ def written_whole(path: Path, mode: int = 0o666) -> Iterator[Path]:
         held.close()
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Only one process at a time is inside, for the same path; others wait, and one that is killed waits no more.
+
+    The lock is ``.NAME.lock`` beside the path, which stays. The folder is made if it is not there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "ab") as held:
+        while not lock(held, alone=True):
+            time.sleep(WAIT)
+        yield
+
+
+@contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """An empty folder, which becomes ``path`` in one step when the block ends, with its files on the disk; inside of
+    ``alone(path)``.
+
+    A folder that is there stays until then. A kill leaves it, or none, and unfinished ones beside it, which the next
+    call removes.
+
+    Raises:
+        OSError: it cannot be written, or something is there that is no folder.
+    """
+    if os.path.exists(path) and not path.is_dir():
+        raise FileExistsError(errno.EEXIST, "there is something that is no folder", str(path))
+    unfinished, before = (path.with_name(f".{path.name}.{secrets.token_hex(8)}{UNFINISHED}") for _ in range(2))
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        for file in unfinished.iterdir():
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
+        _sync_folder(unfinished)
+        if path.exists():
+            os.replace(path, before)
+        os.replace(unfinished, path)
+        _sync_folder(path.parent)
+    finally:
+        for left in left_over(path):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def check_place(path: Path) -> None:
     """Raise FileExistsError where something is that is no file; root would replace even a device by one."""
     if os.path.exists(path) and not os.path.isfile(path):
@@ -60,7 +106,7 @@ def check_place(path: Path) -> None:
 
 
 def left_over(path: Path) -> list[Path]:
-    """Unfinished files of ``path``: of writers that were killed, and of those that write now."""
+    """Unfinished files or folders of ``path``: of writers that were killed, and of those that write now."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}{re.escape(UNFINISHED)}")
     return sorted(entry for entry in path.parent.iterdir() if name.fullmatch(entry.name))
 

@@ -37,11 +37,15 @@ class Document:
         ids: int64 ``[T]``.
         answers: positions of the answers' tokens, ``[n, A]``.
         needles: positions of the same tokens where the facts are told, ``[n, A]``.
+        questions: where each question begins and where its answer does, ``[n, 2]``.
+        facts: where all that tells the fact begins, and where it has ended, ``[n, 2]``.
     """
 
     ids: np.ndarray
     answers: np.ndarray
     needles: np.ndarray
+    questions: np.ndarray
+    facts: np.ndarray
 
 
 class Documents(ABC):
@@ -51,11 +55,13 @@ class Documents(ABC):
         facts: how many facts a document has by default.
         longest: tokens that the models of this language were trained for, where that is known.
         haystack: where the filler comes from.
+        null: a question about no fact, token ids.
     """
 
     facts: int
     longest: int | None = None
     haystack: Haystack
+    null: np.ndarray
 
     @abstractmethod
     def draw(self, rng: np.random.Generator, length: int, facts: int | None = None, depth: float | None = None):
@@ -72,6 +78,10 @@ class Documents(ABC):
     @abstractmethod
     def noise(self, rng: np.random.Generator, length: int) -> np.ndarray:
         """Tokens ``[length]`` drawn independently, that repeat nothing on purpose."""
+
+    def repeat(self, before: np.ndarray) -> np.ndarray:
+        """Token ids that ask for the text so far again; from after ``before`` (token ids) on, unless that is empty."""
+        return before
 
     def fit(self, length: int, facts: int, each: int, fixed: int) -> int:
         """How many of ``facts`` facts of ``each`` tokens have room beside ``fixed`` tokens."""
@@ -94,6 +104,8 @@ class TinyDocuments(Documents):
     facts = 16
     longest = 4096
 
+    null = np.asarray([tiny_language.ASK, *[tiny_language.FIRST_FILLER] * 2, tiny_language.IS])
+
     def __init__(self, haystack: Haystack):
         self.haystack = haystack
 
@@ -114,7 +126,9 @@ class TinyDocuments(Documents):
         ids[first_question:] = np.concatenate(back)
         questions = first_question + block * np.arange(count)
         inside = np.arange(4, 8)
-        return Document(ids, questions[:, None] + inside, starts[asked][:, None] + inside)
+        told_at = starts[asked][:, None]
+        asked_at = questions[:, None]
+        return Document(ids, asked_at + inside, told_at + inside, asked_at + np.array([0, 4]), told_at + [0, block])
 
     def noise(self, rng, length) -> np.ndarray:
         low = tiny_language.FIRST_CODE
@@ -134,6 +148,9 @@ class PasskeyDocuments(Documents):
         self.haystack = haystack or TokenNoise(ordinary)
         self._intro = [self._encode(tokenizer, f"\nPasskey number {i + 1} is:") for i in range(self.facts)]
         self._end = self._encode(tokenizer, "\nRemember it.\n")
+        self.null = np.asarray(self._encode(tokenizer, "\nPasskey number N/A is:"))
+        self._again = self._encode(tokenizer, "\n\nWrite the text above again, word by word:\n\n")
+        self._part = self._encode(tokenizer, "\n\nWrite the text above again, word by word, from where it says:")
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
     @staticmethod
@@ -160,12 +177,20 @@ class PasskeyDocuments(Documents):
         ids = [*self._bos, *woven]
         intros = [len(self._bos) + len(self._intro[i]) for i in range(count)]
         needles = (np.asarray(starts) + intros)[:, None] + np.arange(self.words)
+        ends = [first + len(tokens) for first, tokens in zip(starts, told, strict=True)]
+        spans = len(self._bos) + np.stack([starts, ends], 1)
         answers = []
+        questions = []
         for i, tokens in zip(asked, back, strict=True):
-            answers.append(len(ids) + len(self._intro[i]) + np.arange(self.words))
+            answer = len(ids) + len(self._intro[i])
+            questions.append([len(ids), answer])
+            answers.append(answer + np.arange(self.words))
             ids.extend(tokens)
         ids = np.asarray(ids, dtype=np.int64)
-        return Document(ids, np.stack(answers), needles[asked])
+        return Document(ids, np.stack(answers), needles[asked], np.asarray(questions), spans[asked])
+
+    def repeat(self, before) -> np.ndarray:
+        return np.asarray([*self._part, *before] if len(before) else self._again)
 
     def noise(self, rng, length) -> np.ndarray:
         return rng.choice(self.vocabulary, size=length)

@@ -51,20 +51,32 @@ def forced_answers(
     """
     if model.training:
         raise UnsupportedModeError("forced_answers() needs the model in eval mode: call model.eval() first.")
+    context = torch.as_tensor(sample.context, device=input_device(model))
+    if not together:
+        return forced_over(model, sample, _read(model, context, None, 1, chunk_size)[1], keep=False)
+    found = []
+    for question in sample.questions:
+        prompt, target = (torch.as_tensor(ids, device=context.device) for ids in (question.prompt, question.target))
+        logits, cache = _read(model, torch.cat([context, prompt]), None, 1, chunk_size)
+        if len(target) > 1:
+            logits = torch.cat([logits, _read(model, target[:-1], cache, len(target) - 1)[0]])
+        found.append(_scored(logits, target))
+    return found
+
+
+@torch.no_grad()
+def forced_over(model: nn.Module, sample: Sample, cache: Any, keep: bool = True) -> list[ForcedAnswer]:
+    """As ``forced_answers``, over copies of a cache that has read the context.
+
+    Args:
+        keep: leave the cache as it is; else the last question takes it, and one copy less is made.
+    """
     device = input_device(model)
-    context = torch.as_tensor(sample.context, device=device)
-    read = None if together else _read(model, context, None, 1, chunk_size)[1]
     found = []
     for i, question in enumerate(sample.questions):
-        prompt = torch.as_tensor(question.prompt, device=device)
-        target = torch.as_tensor(question.target, device=device)
-        if together:
-            logits, cache = _read(model, torch.cat([context, prompt]), None, 1, chunk_size)
-            if len(target) > 1:
-                logits = torch.cat([logits, _read(model, target[:-1], cache, len(target) - 1)[0]])
-        else:
-            cache = read if i + 1 == len(sample.questions) else copy.deepcopy(read)
-            logits, _ = _read(model, torch.cat([prompt, target[:-1]]), cache, len(target))
+        prompt, target = (torch.as_tensor(ids, device=device) for ids in (question.prompt, question.target))
+        own = copy.deepcopy(cache) if keep or i + 1 < len(sample.questions) else cache
+        logits, _ = _read(model, torch.cat([prompt, target[:-1]]), own, len(target))
         found.append(_scored(logits, target))
     return found
 

@@ -20,6 +20,7 @@ from hf_longctx import (
     identify,
     identify_prefill,
     patch_model,
+    patched,
     unpatch_model,
 )
 from hf_longctx.assets import asset, assets, embedded
@@ -30,6 +31,7 @@ from hf_longctx.identification.heads import _plain_ids, methods
 from hf_longctx.io import plots
 from hf_longctx.model.modules import state_of
 from hf_longctx.tasks.documents import RandomTokens
+from hf_longctx.tasks.tiny_language import Filler, exam
 
 CASES = {word: load("identification.methods", word).cases for word in methods()}
 QUICK = {word: some[0] for word, some in CASES.items()}
@@ -49,7 +51,7 @@ def llama():
 def test_every_method_is_known_and_has_a_paper():
     assert {"duo_gates", "two_needle"} < set(methods())
     for method in methods():
-        assert load("identification.methods", method).paper.startswith("arXiv:")
+        assert load("identification.methods", method).paper.startswith(("arXiv:", "doi:"))
 
 
 @pytest.mark.parametrize("method", methods())
@@ -62,6 +64,23 @@ def test_every_method_finds_the_retrieval_heads_of_tiny_llama(method, llama):
     assert config.heads.measured["seed"] == 0
     config.check_model(llama[0].config)
     assert state_of(llama[0]) is None
+    worst_first = 15.0 - scores.ravel().argsort(kind="stable").argsort()
+    reversed_ = config.override(heads={"scores": worst_first.reshape(4, 4).tolist()})
+    dense, kept, lost = (
+        exact_match(llama[0], one, share) for one, share in ((config, 1.0), (config, 0.25), (reversed_, 0.75))
+    )
+    assert kept >= dense - 0.05 and lost < 0.1, (
+        "a control: even three quarters, by the reversed order, lose the answers"
+    )
+
+
+def exact_match(model, config: LongCtxConfig, share: float) -> float:
+    """Of 32 answers about two texts of 512 tokens."""
+    ids, places = exam(np.random.default_rng(0), Filler(), 2, 512, 16)
+    with patched(model, config, heads={"retrieval_fraction": share}), torch.no_grad():
+        said = model(torch.from_numpy(ids), use_cache=False).logits.argmax(-1).numpy()
+    hits = [row[at - 1] == tokens[at] for row, tokens, where in zip(said, ids, places, strict=True) for at in where]
+    return float(np.mean([one.all() for one in hits]))
 
 
 @pytest.mark.parametrize(

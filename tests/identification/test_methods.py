@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from helpers.every_family import Case
 from helpers.every_family import tiny_model as random_model
+from helpers.method_cases import Noise, eager_weights, group_max, probe_of, run
 from helpers.tiny import FAMILIES, config_for, tiny_model
 from helpers.tiny_tokenizer import byte_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,57 +20,12 @@ from hf_longctx.identification import attention as _attention
 from hf_longctx.identification import share as _share
 from hf_longctx.identification.attention import weights
 from hf_longctx.identification.methods import retrieval_score
-from hf_longctx.identification.methods.base import HeadProbe
 from hf_longctx.identification.methods.echo_induction import EchoInduction, union_order
 from hf_longctx.identification.methods.retrieval_score import RetrievalScore, copies
 from hf_longctx.identification.methods.two_needle import TwoNeedle
 from hf_longctx.layout.scores import Scores
-from hf_longctx.tasks.documents import Document, documents_for
+from hf_longctx.tasks.documents import documents_for
 from hf_longctx.tasks.haystack import TextHaystack
-
-
-class Noise:
-    """Documents for the 97 tokens of the tiny random models."""
-
-    facts = 2
-    haystack = None
-
-    def noise(self, rng, length):
-        return rng.integers(3, 97, size=length)
-
-    def draw(self, rng, length, facts=None, depth=None):
-        ids = rng.integers(3, 97, size=length)
-        needles = np.arange(5, 5 + 2 * 4).reshape(2, 4) + round((depth or 0) * (length - 40))
-        answers = length - 10 + np.arange(8).reshape(2, 4)
-        ids[answers] = ids[needles]
-        return Document(ids, answers, needles)
-
-
-def probe_of(model, **kwargs) -> HeadProbe:
-    c = model.config
-    return HeadProbe(model, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, Noise(), **kwargs)
-
-
-def eager_weights(model, ids: torch.Tensor) -> torch.Tensor:
-    """Attention matrices ``[layers, H, T, T]`` of Transformers' own eager attention."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        found = model(ids, output_attentions=True, use_cache=False).attentions
-    model.set_attn_implementation(before)
-    return torch.stack([one[0] for one in found])
-
-
-def group_max(scores: torch.Tensor, model) -> torch.Tensor:
-    group = model.config.num_attention_heads // model.config.num_key_value_heads
-    rows = [[max(row[i : i + group]) for i in range(0, len(row), group)] for row in scores.tolist()]
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def run(method, model, probe) -> torch.Tensor:
-    with patched(model, config_for(model, "retrieval")):
-        return method.scores(probe)
-
 
 # The weights.
 
@@ -234,7 +192,7 @@ def test_copied_tokens_are_counted_by_the_definition(name):
         ids = document.ids.copy()
         ids[document.answers[0, :2]] += 1
         with patched(model, config_for(model, "retrieval")):
-            right, got = copies(probe, Document(ids, document.answers, document.needles))
+            right, got = copies(probe, dataclasses.replace(document, ids=ids))
         assert right == 0.5
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 

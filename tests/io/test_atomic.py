@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from helpers.tiny import config_for, tiny_model
 
 from hf_longctx import CacheError, LongCtxCache, patch_model
-from hf_longctx.io.atomic import left_over, lock, written_whole
+from hf_longctx.io.atomic import alone, folder_written_whole, left_over, lock, written_whole
 
 KILLS, MOST = 20, 400
 
@@ -179,3 +180,68 @@ def test_what_a_killed_writer_left_is_no_cache(tmp_path):
         LongCtxCache.load(left, model)
     cache.save(tmp_path / "cache")
     assert not left.exists()
+
+
+def fill(path: Path, text: str) -> None:
+    with alone(path), folder_written_whole(path) as folder:
+        (folder / "a").write_text(text)
+        (folder / "b").write_text(text)
+
+
+def texts(path: Path) -> list[str]:
+    return [(path / name).read_text() for name in ("a", "b")]
+
+
+def test_a_folder_becomes_another_in_one_step(tmp_path):
+    path = tmp_path / "new" / "folder"
+    fill(path, "first")
+    with alone(path), folder_written_whole(path) as folder:
+        (folder / "a").write_text("second")
+        assert texts(path) == ["first", "first"]
+    assert [one.name for one in path.iterdir()] == ["a"], "nothing of the folder of before"
+    with pytest.raises(OSError, match="no more"), alone(path), folder_written_whole(path) as folder:
+        (folder / "a").write_text("third")
+        raise OSError("no more")
+    assert (path / "a").read_text() == "second" and left_over(path) == []
+
+
+def test_a_folder_takes_no_other_things_place(tmp_path):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(FileExistsError, match="no folder"):
+        fill(tmp_path / "file", "x")
+    assert (tmp_path / "file").read_text() == "a file" and left_over(tmp_path / "file") == []
+
+
+KILLED = """
+    import os, pathlib, signal, sys
+    from hf_longctx.io.atomic import alone, folder_written_whole
+    path = pathlib.Path(sys.argv[1])
+    with alone(path), folder_written_whole(path) as folder:
+        (folder / "a").write_text("killed")
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writer_of_a_folder_leaves_that_of_before(tmp_path):
+    path = tmp_path / "folder"
+    fill(path, "before")
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert texts(path) == ["before", "before"] and len(left_over(path)) == 1
+    fill(path, "after")  # nobody has the lock
+    assert texts(path) == ["after", "after"] and left_over(path) == []
+
+
+def test_only_one_is_inside(tmp_path):
+    path, inside, seen = tmp_path / "folder", [], []
+
+    def work(number: int) -> None:
+        with alone(path):
+            inside.append(number)
+            seen.append(len(inside))
+            time.sleep(0.05)
+            inside.remove(number)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+    assert seen == [1, 1, 1]

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longctx import patched
 from hf_longctx.assets import asset
+from hf_longctx.cache.seam import cache_of
 from hf_longctx.errors import UnsupportedModeError
 from hf_longctx.tasks import task_from
-from hf_longctx.tasks.forced import forced_answers
+from hf_longctx.tasks.forced import forced_answers, forced_over
 from hf_longctx.tasks.language import language_for
 
 
@@ -48,6 +49,18 @@ def test_it_equals_one_forward_over_everything(llama, way, task):
             found = forced_answers(model, sample, **options)
             assert [(one.tokens, one.right) for one in found] == [one[1:] for one in want]
             assert [one.nll for one in found] == pytest.approx([one[0] for one in want], abs=1e-6)
+
+
+def test_a_cache_that_has_read_the_context_is_kept_and_read_once(llama):
+    model, _ = llama
+    sample = sample_of(llama)
+    for context in (nullcontext(), patched(model, "auto")):
+        with context, torch.no_grad():
+            want = forced_answers(model, sample)
+            cache = cache_of(model(torch.as_tensor(sample.context)[None], use_cache=True))
+            assert forced_over(model, sample, cache) == forced_over(model, sample, cache) == want
+            assert forced_over(model, sample, cache, keep=False) == want
+            assert forced_over(model, sample, cache) != want, "a control: now it has read more"
 
 
 def test_wrong_heads_make_the_answers_unlikely(llama):

@@ -18,7 +18,14 @@ from hf_longctx.tasks._fit import largest
 from hf_longctx.tasks.haystack import Sentences, TextHaystack, TinyFiller, TokenNoise, weave
 from hf_longctx.tasks.language import TextLanguage, TinyLanguage, language_for, listed
 
-DRAWS = {"names": 1024, "passkeys": 9 * 10**4, "numbers": 9 * 10**6, "ids": 16**12, "coded": 857375, "prices": 8000}
+DRAWS = {
+    "names": 1024,
+    "passkeys": 9 * 10**4,
+    "numbers": 9 * 10**6,
+    "ids": 16**12,
+    "coded": 857375,
+    "prices": 8000,
+}
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...errors import ConfigError
 from ...io.progress import Progress
 from ...tasks.answer import input_device
 from ...tasks.documents import Documents
@@ -96,6 +97,17 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def check_scores(scores: Tensor, method: str) -> None:
+    """Raise ConfigError where the scores of ``method``, a word, rank no head."""
+    if not torch.isfinite(scores).all():
+        raise ConfigError(f"identify: {method} gave scores that are nan or inf; is the model's dtype too narrow?")
+    if not (scores > 0).any():
+        raise ConfigError(
+            f"identify: {method} scored every head 0, so none of them can be called a retrieval head. Measure longer "
+            "or with other options, or with another method."
+        )
 
 
 class Method(ABC):

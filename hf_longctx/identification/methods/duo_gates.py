@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache.fingerprint import weights_digest
-from ...config.words import dump
 from ...errors import ConfigError, UnsupportedModeError
 from ...io.processes import Processes
 from ...io.work import work_file
-from ...model.modules import state_of, unwrap
 from ...tasks.documents import Document
 from ..gates import Gates, distance, frozen, load, save
+from ..saved import depends_on
 from .base import HeadProbe, Method
 
 FILE = "duo_gates.safetensors"
@@ -138,16 +135,11 @@ class DuoGates(Method):
 
     def _settings(self, probe: HeadProbe, lengths: tuple[int, int], ranks: Processes) -> dict[str, Any]:
         """What a saved state depends on, plain data."""
-        config = state_of(probe.model).config
-        documents = ranks.count * self.documents_per_step
         return {
             **{name: getattr(self, name) for name in ("steps", "lr", "reg_weight", "facts")},
             "lengths": list(lengths),
-            "documents_per_step": documents,
-            "seed": probe.seed,
-            "streaming": dump(config.stores.streaming, "store"),
-            "model": weights_digest(unwrap(probe.model), complete=False),
-            "documents": hashlib.sha256(self.document(probe, 0, 0, lengths).ids.tobytes()).hexdigest()[:16],
+            "documents_per_step": ranks.count * self.documents_per_step,
+            **depends_on(probe, self.document(probe, 0, 0, lengths)),
         }
 
     def _found(self, file: Path, settings: dict[str, Any], ranks: Processes) -> dict[str, Tensor] | None:
