@@ -176,7 +176,7 @@ def live_line(turn: Turn, patched: bool) -> str:
         parts.append(f"KV {turn.nbytes / unit:.3g} {dense if patched else f'{name}, dense'}")
     if turn.first_s is not None:
         after = "" if turn.tokens_per_s is None else f", {turn.tokens_per_s:.1f}/s"
-        parts.append(f"first {turn.first_s:.3g} s{after}")
+        parts.append(f"first {turn.first_s:.2f} s{after}")
     return " | ".join(parts)
 
 

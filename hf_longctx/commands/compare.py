@@ -28,7 +28,7 @@ from ._options import (
 
 FILE = "A prompt, a UTF-8 text; or --prompts."
 SET = "Many: JSON lines with prompt or messages, and where wanted answer and id; or --prompt-file."
-SWEEP = "With --prompts: a field of the config and its values, one more variant each: retrieval_fraction=0.1,0.25."
+SWEEP = "With --prompts: FIELD=VALUE,VALUE of the config, one more variant each, as in eval."
 ROUNDS = "With --prompt-file: timed runs of either way; 0 measures no times."
 TAIL = "With --prompt-file: tokens at the end of the prompt whose prediction is compared."
 File = Annotated[Path | None, typer.Option(help=FILE, dir_okay=False)]
