@@ -12,7 +12,7 @@ from ..errors import ConfigError
 FOLDER = Path(__file__).parent
 OWNER = "hf-longctx"
 REAL = "smollm2-135m-instruct"
-BOOK = FOLDER / "texts" / "war_of_the_worlds.txt"  # H. G. Wells, 1898; public domain, see the README beside it
+BOOK = FOLDER / "texts" / "the-voyage-out.txt"  # Virginia Woolf, 1915; in the public domain, see the .md beside it
 
 
 def asset(name: str) -> Path:

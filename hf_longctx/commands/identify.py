@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 
 Share = Annotated[float | None, typer.Option(help="Share of retrieval heads to write.")]
 Drop = Annotated[float | None, typer.Option(help="Find the smallest share that loses at most this much of dense.")]
-Tokens = Annotated[str | None, typer.Option(help="Tokens of a document or text --target-drop is measured on (4k).")]
+Rise = Annotated[
+    float | None, typer.Option(help="Find the smallest share whose answers lose at most so many nats per token.")
+]
+Tokens = Annotated[str | None, typer.Option(help="Tokens of a document or text the share is measured on (4k).")]
 Options = Annotated[list[str] | None, typer.Option("--set", help="An option of the method: --set steps=500. Repeat.")]
 Give = Annotated[
     Path | None, typer.Option("--share", help="Also write a .json to give the head map away.", dir_okay=False)
@@ -60,6 +63,7 @@ def command(
     text: Annotated[Path | None, typer.Option(help="File or folder to take the documents' filler from.")] = None,
     retrieval_fraction: Share = None,
     target_drop: Drop = None,
+    target_nll: Rise = None,
     measure_tokens: Tokens = None,
     sink: Sink = 64,
     recent: Recent = 256,
@@ -87,9 +91,10 @@ def command(
     check_output(out, YAML, "--out")
     check_picture(plot, PICTURES, "--plot")
     _check_share(share, licence, model_id)
+    finds_share = target_drop is not None or target_nll is not None
     place = device_of(device)
     processes = Processes(place)
-    loaded, tokenizer = load_model(embedded(model), dtype, place, needs_tokenizer(chosen, text, target_drop))
+    loaded, tokenizer = load_model(embedded(model), dtype, place, needs_tokenizer(chosen, text, finds_share))
     if share is not None:
         about(loaded, licence, model_id)  # what is missing is said before hours of measuring
     config = identify(
@@ -99,6 +104,7 @@ def command(
         text=text,
         retrieval_fraction=retrieval_fraction,
         target_drop=target_drop,
+        target_nll=target_nll,
         measure_tokens=None if measure_tokens is None else parse_tokens(measure_tokens, "--measure-tokens"),
         sink=sink,
         recent=recent,
@@ -109,7 +115,7 @@ def command(
     )
     if processes.main:
         _write(config, out, plot)
-        show(console(), config, out, retrieval_fraction is None and target_drop is None)
+        show(console(), config, out, retrieval_fraction is None and not finds_share)
         _give(share, loaded, config, licence, model_id)
 
 
@@ -176,6 +182,7 @@ def _how_to_choose(config: LongCtxConfig, out: os.PathLike) -> str:
     return (
         f"\n\n{DEFAULTS.get(share, f'This share ({share:.1%})')} is a default, nothing measured it. To choose:\n"
         "  --target-drop 0.02         the smallest share that loses at most 2 % of dense\n"
+        "  --target-nll 0.02          the smallest share that loses at most 0.02 nats a token\n"
         "  --retrieval-fraction 0.25  this share\n"
         "or later, from the scores in the file:\n"
         f'  patch_model(model, "{out}", heads={{"kv_budget": 0.4}})'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from .share import ShareSearch
 
 SHARE = {"min": 0.0, "max": 1.0}
 DROP = {"min": 0.0, "max": 0.999}
+RISE = {"min": 0.0, "max": 100.0, "unit": "nats per token"}
 MEASURED = {**TOKENS, "min": 2}
 SEED = {"min": 0, "max": 2**63 - 1}
 
@@ -37,6 +38,7 @@ def identify(
     text: str | os.PathLike | None = None,
     retrieval_fraction: float | None = None,
     target_drop: float | None = None,
+    target_nll: float | None = None,
     measure_tokens: int | None = None,
     sink: int = 64,
     recent: int = 256,
@@ -53,7 +55,7 @@ def identify(
     Args:
         model: a loaded causal language model of a family in ``patches/``, on any device, patched or not.
         tokenizer: its tokenizer; the documents are made with it. "echo_induction" needs none without ``text`` and
-            ``target_drop``: given None, it draws from all of the model's token ids but the special ones.
+            a target: given None, it draws from all of the model's token ids but the special ones.
         method: a word of ``hf_longctx/identification/methods``: "duo_gates" (arXiv:2410.10819), "retrieval_score"
             (arXiv:2404.15574), "echo_induction" (arXiv:2407.15891), "two_needle" (arXiv:2605.16928) or another one, a
             word that was registered, or the object of such a class.
@@ -62,8 +64,10 @@ def identify(
             head of its own, as DuoAttention uses them, lowered where fewer heads were told apart.
         target_drop: find the share instead: the smallest one that loses at most this much of the exact match, or with
             ``text`` of the next-token agreement and the perplexity, against the dense model.
-        measure_tokens: tokens of a document, or of a piece of the text, that ``target_drop`` is measured on; default:
-            what the model was made for, at most 4096.
+        target_nll: find the smallest share by how likely the expected answers stay instead, or with ``text`` the
+            text: at most so many nats per token less than dense. It tells shares apart with far fewer questions.
+        measure_tokens: tokens of a document, or of a piece of the text, that the share is measured on; default: what
+            the model was made for, at most 4096.
         sink, recent: tokens a streaming head keeps, in the measurement and in the config.
         seed: random seed.
         work: a folder where a method that takes long saves its state, and goes on from.
@@ -81,14 +85,15 @@ def identify(
     """
     chosen = _method(method, options)
     method = spec_word(chosen)
-    _check(chosen, method, retrieval_fraction, target_drop, measure_tokens, text, work, seed)
+    target = _target(target_drop, target_nll)
+    _check(chosen, method, retrieval_fraction, target, measure_tokens, text, work, seed)
     plain = all_retrieval(model, sink, recent)
     with modes_kept(model), patched(model, plain):
         model.eval()
-        without = tokenizer is None and not needs_tokenizer(chosen, text, target_drop)
+        without = tokenizer is None and not needs_tokenizer(chosen, text, target is not None)
         documents = RandomTokens(_plain_ids(unwrap(model))) if without else documents_for(tokenizer, text)
         probe = probe_of(model, tokenizer, documents, seed, work, progress)
-        search = None if target_drop is None else ShareSearch(probe, measure_tokens, target_drop)
+        search = None if target is None else ShareSearch(probe, measure_tokens, target.most, target.by)
         if text is not None:
             probe.measured["text"] = Path(text).name
         scores = chosen.scores(probe)
@@ -97,7 +102,7 @@ def identify(
         if search is None:
             return config.override(heads={"retrieval_fraction": _fraction(config, retrieval_fraction)})
         found, curve = search.smallest(model, config)
-    told = {"target_drop": target_drop, "curve_tokens": search.tokens, "curve": curve}
+    told = {target.name: target.most, "curve_tokens": search.tokens, "curve": curve}
     return config.override(heads={"retrieval_fraction": found, "measured": {**config.heads.measured, **told}})
 
 
@@ -114,23 +119,42 @@ def _method(method: str | Method, options: dict[str, Any]) -> Method:
     return build("identification.methods", given, "method", "identify")
 
 
+class Target(NamedTuple):
+    """What the share of retrieval heads is looked for by: at most ``most`` of it may be lost."""
+
+    name: str
+    by: Literal["drop", "rise"]
+    most: float
+
+
+def _target(drop: Any, nll: Any) -> Target | None:
+    convert(drop, float | None, "target_drop", DROP)
+    convert(nll, float | None, "target_nll", RISE)
+    if drop is not None and nll is not None:
+        raise ConfigError("target_nll: it finds the share, so target_drop cannot be given as well.")
+    if drop is None:
+        return None if nll is None else Target("target_nll", "rise", nll)
+    return Target("target_drop", "drop", drop)
+
+
 def _check(
-    chosen: Method, method: str, fraction: Any, target_drop: Any, tokens: Any, text: Any, work: Any, seed: Any
+    chosen: Method, method: str, fraction: Any, target: Target | None, tokens: Any, text: Any, work: Any, seed: Any
 ) -> None:
     """Everything that can be refused before anything is measured."""
     for name, value, hint, bounds in (
         ("retrieval_fraction", fraction, float | None, SHARE),
-        ("target_drop", target_drop, float | None, DROP),
         ("measure_tokens", tokens, int | None, MEASURED),
         ("seed", seed, int, SEED),
     ):
         convert(value, hint, name, bounds)
-    if fraction is not None and target_drop is not None:
-        raise ConfigError("target_drop: it finds the share, so retrieval_fraction cannot be given as well.")
-    if tokens is not None and target_drop is None:
-        raise ConfigError("measure_tokens: only target_drop measures the share; give both or none.")
-    if text is not None and target_drop is None and not chosen.reads_documents:
-        raise ConfigError(f"text: {method} reads random tokens only; a text has a use with target_drop alone.")
+    if fraction is not None and target is not None:
+        raise ConfigError(f"{target.name}: it finds the share, so retrieval_fraction cannot be given as well.")
+    if tokens is not None and target is None:
+        raise ConfigError("measure_tokens: only target_drop and target_nll measure the share; give one of them too.")
+    if text is not None and target is None and not chosen.reads_documents:
+        raise ConfigError(
+            f"text: {method} reads random tokens only; a text has a use with target_drop or target_nll alone."
+        )
     if work is not None and not chosen.saves:
         raise ConfigError(f"work: {method} saves nothing on its way; leave it out.")
 
@@ -143,9 +167,9 @@ def all_retrieval(model: nn.Module, sink: int = 64, recent: int = 256) -> LongCt
     return LongCtxConfig.from_dict({"model": described, "heads": {"roles": roles}, "stores": {"streaming": streaming}})
 
 
-def needs_tokenizer(chosen: Method, text: Any, target_drop: Any) -> bool:
+def needs_tokenizer(chosen: Method, text: Any, finds_share: bool) -> bool:
     """Whether ``identify`` with these arguments reads or writes any text."""
-    return chosen.needs_tokenizer or text is not None or target_drop is not None
+    return chosen.needs_tokenizer or text is not None or finds_share
 
 
 def _plain_ids(inner: nn.Module) -> list[int]:

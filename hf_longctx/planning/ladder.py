@@ -26,13 +26,14 @@ Overrides = dict[str, Any]
 BITS = (8, 4)  # of quantised numbers
 # a config's share of retrieval heads falls by eighths, down to four of them
 SHARES = 8
+TARGETS = ("target_drop", "target_nll")  # of identify
 FEWEST_SHARES = 4
 FEWEST_RECENT = 64  # tokens of a streaming head's window, which is halved down to this
 RULE = (
     "quality first: the first rung that fits, each with what the rungs before it changed; one that saves nothing is "
     f"left out. The config as it is; retrieval heads quantised to {BITS[0]}, then {BITS[1]} bits; fewer retrieval "
     f"heads, by eighths of the config's share down to {FEWEST_SHARES} of {SHARES}, never below the share found for a "
-    "target_drop, nor by a cut among heads nobody told apart; the window (recent) of streaming heads halved, down to "
+    "target, nor by a cut among heads nobody told apart; the window (recent) of streaming heads halved, down to "
     f"{FEWEST_RECENT} tokens."
 )
 
@@ -81,9 +82,10 @@ def quantised(config: LongCtxConfig) -> Iterator[Overrides]:
 
 
 def fewer_heads(config: LongCtxConfig) -> Iterator[Overrides]:
-    """Fewer retrieval heads, where scores say which; a share that was found for a ``target_drop`` is the floor."""
+    """Fewer retrieval heads, where scores say which; a share that was found for a target is the floor."""
     heads = config.heads
-    if heads.active.scores is None or (heads.use is None and heads.measured.get("target_drop") is not None):
+    found = any(heads.measured.get(target) is not None for target in TARGETS)
+    if heads.active.scores is None or (heads.use is None and found):
         return
     own = _share(config)
     for part in range(SHARES - 1, FEWEST_SHARES - 1, -1):

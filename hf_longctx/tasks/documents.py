@@ -27,6 +27,7 @@ from .haystack import (
     weave,
     word_tokens,
 )
+from .language import Language, TextLanguage
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ class PasskeyDocuments(Documents):
 
     def __init__(self, tokenizer, haystack: Haystack | None):
         ordinary = ordinary_tokens(tokenizer)
+        self.tokenizer = tokenizer
         self.vocabulary = word_tokens(tokenizer, ordinary)
         self.haystack = haystack or TokenNoise(ordinary)
         self._intro = [self._encode(tokenizer, f"\nPasskey number {i + 1} is:") for i in range(self.facts)]
@@ -152,6 +154,17 @@ class PasskeyDocuments(Documents):
         self._again = self._encode(tokenizer, "\n\nWrite the text above again, word by word:\n\n")
         self._part = self._encode(tokenizer, "\n\nWrite the text above again, word by word, from where it says:")
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+    def language(self) -> Language:
+        """What tasks are said in with this tokenizer: with its chat template, if any, in a book or in the user's text.
+
+        Raises:
+            ConfigError: as ``TextLanguage``.
+        """
+        language = TextLanguage(self.tokenizer, "book", chat=bool(getattr(self.tokenizer, "chat_template", None)))
+        if isinstance(self.haystack, TextHaystack):
+            language.haystack = self.haystack
+        return language
 
     @staticmethod
     def _encode(tokenizer, text: str) -> list[int]:

@@ -11,8 +11,8 @@ from helpers.tiny import DenseMask, config_for
 
 from hf_longctx import ConfigError, patched
 from hf_longctx.identification.methods import ablation
-from hf_longctx.identification.methods.ablation import FILE, Ablation, Losses
-from hf_longctx.identification.share import ExactMatch
+from hf_longctx.identification.methods.ablation import FILE, STREAM, Ablation, Losses
+from hf_longctx.identification.share import DocumentAnswers
 from hf_longctx.model.modules import state_of
 
 SMALL = {"length": 100, "questions": 4, "rounds": 2, "share": 0.5}
@@ -35,7 +35,7 @@ def test_the_harm_of_a_head_is_the_loss_with_it_streaming_less_the_dense_one():
     model = random_model(dtype=torch.float64)
     probe = probe_of(model, seed=3)
     scores = Ablation(**{**SMALL, "rounds": 1}).scores(probe)
-    documents = [probe.documents.draw(probe.rng(8, i), 100) for i in range(probe.measured["documents"])]
+    documents = [probe.documents.draw(probe.rng(STREAM, i), 100) for i in range(probe.measured["documents"])]
 
     def loss(roles) -> float:
         config = state_of(model).config.override(heads={"roles": roles})
@@ -176,14 +176,14 @@ def test_a_loss_that_orders_nothing_is_refused_in_every_round_and_not_saved(bad,
 def test_losses_are_those_under_an_explicit_mask_of_every_head():
     model = random_model(dtype=torch.float64)
     probe = probe_of(model)
-    yardstick = ExactMatch(probe, 100, 2)
+    yardstick = DocumentAnswers(probe, 100, 2, STREAM)
     losses = Losses(probe, yardstick, {}, probe.track("ablation", 9, "settings"), None, {})
     stock = random_model(dtype=torch.float64)
     means = set()
     for streaming in ((), ((0, 1),), ((2, 3),), ((0, 1), (2, 3))):
         roles = ["".join("S" if (i, j) in streaming else "R" for j in range(4)) for i in range(3)]
         want = []
-        for text in yardstick.texts:
+        for text in yardstick.documents:
             with DenseMask(stock, config_for(stock, roles, SINK, RECENT)), torch.no_grad():
                 said = stock(probe.ids(text.ids), use_cache=False).logits[0].float().log_softmax(-1)
             want += [[-said[i - 1, text.ids[i]].item() for i in answer] for answer in text.answers]

@@ -173,6 +173,23 @@ def test_the_share_is_found_and_the_curve_is_written(llama):
     assert "".join(loose.roles()).count("R") < found
 
 
+def test_the_share_is_found_by_the_likelihood_of_the_answers(llama):
+    config = identify(*llama, "two_needle", length=512, target_nll=0.05, measure_tokens=512, **STREAMING)
+    curve = {row["retrieval_heads"]: row for row in config.heads.measured["curve"]}
+    found = "".join(config.roles()).count("R")
+    assert curve[found]["rise"] <= 0.05 < curve[found - 1]["rise"] and config.heads.measured["target_nll"] == 0.05
+    assert curve[found]["rise"] == pytest.approx(curve[found]["nll"] - curve[16]["nll"], abs=1e-4)
+
+
+def test_with_text_the_share_is_found_by_how_likely_the_text_is(llama, tmp_path):
+    (tmp_path / "text.txt").write_text("note amber falcon is lemon river cobalt tiger . the of and to in that " * 40)
+    text = {"text": tmp_path / "text.txt", "measure_tokens": 512}
+    curve = identify(*llama, "two_needle", length=512, target_nll=0.05, **text, **STREAMING).heads.measured["curve"]
+    dense = curve[0]["perplexity"]
+    assert len(curve) > 1
+    assert all(row["rise"] == pytest.approx(np.log(row["perplexity"] / dense), abs=1e-3) for row in curve)
+
+
 def test_with_text_the_share_is_found_by_agreement_and_perplexity(llama, tmp_path):
     (tmp_path / "text.txt").write_text("note amber falcon is lemon river cobalt tiger . the of and to in that " * 40)
     config = identify(
@@ -195,7 +212,10 @@ class NeverRun:
         ({"method": "two_needle", "steps": 3}, "steps: unknown key; fields of method 'two_needle'"),
         ({"method": "two_needle", "facts": 0}, "facts: got 0, expected a whole number"),
         ({"method": "two_needle", "retrieval_fraction": 0.5, "target_drop": 0.1}, "target_drop: it finds the share"),
-        ({"method": "two_needle", "measure_tokens": 512}, "measure_tokens: only target_drop"),
+        ({"method": "two_needle", "retrieval_fraction": 0.5, "target_nll": 0.1}, "target_nll: it finds the share"),
+        ({"method": "two_needle", "target_drop": 0.5, "target_nll": 0.1}, "so target_drop cannot be given as well"),
+        ({"method": "two_needle", "target_nll": -0.1}, "target_nll: got -0.1"),
+        ({"method": "two_needle", "measure_tokens": 512}, "measure_tokens: only target_drop and target_nll"),
         ({"method": "echo_induction", "text": "some.txt"}, "text: echo_induction reads random tokens only"),
         ({"method": "two_needle", "measure_tokens": 1, "target_drop": 0.1}, "measure_tokens: got 1"),
         ({"method": "two_needle", "measure_tokens": 10, "target_drop": 0.1}, "length: got 10 tokens, but a document"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -12,7 +13,7 @@ from helpers.every_family import tiny_model as random_model
 from helpers.method_cases import Noise, eager_weights, group_max, probe_of, run
 from helpers.tiny import FAMILIES, config_for, tiny_model
 from helpers.tiny_tokenizer import byte_bpe
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf_longctx import ConfigError, UnsupportedModelError, observe, patch_model, patched
 from hf_longctx.assets import asset
@@ -25,6 +26,7 @@ from hf_longctx.identification.methods.retrieval_score import RetrievalScore, co
 from hf_longctx.identification.methods.two_needle import TwoNeedle
 from hf_longctx.layout.scores import Scores
 from hf_longctx.tasks.documents import documents_for
+from hf_longctx.tasks.forced import forced_answers
 from hf_longctx.tasks.haystack import TextHaystack
 
 # The weights.
@@ -283,11 +285,11 @@ def test_a_model_that_answers_nothing_is_refused_before_anything_else():
 def test_exact_match_counts_whole_answers():
     model = tiny_model(dtype=torch.float64)
     probe = probe_of(model)
-    yardstick = _share.ExactMatch(probe, 60, 4)
-    assert sum(len(text.answers) for text in yardstick.texts) == 4
+    yardstick = _share.DocumentAnswers(probe, 60, 4, 8)
+    assert sum(len(text.answers) for text in yardstick.documents) == 4
     hits, losses = [], []
     with torch.no_grad():
-        for text in yardstick.texts:
+        for text in yardstick.documents:
             logits = model(probe.ids(text.ids), use_cache=False).logits[0]
             for answer in text.answers:
                 said = logits[answer - 1].argmax(-1)
@@ -295,6 +297,31 @@ def test_exact_match_counts_whole_answers():
                 losses += (-logits.log_softmax(-1))[answer - 1, text.ids[answer]].tolist()
     want = {"exact_match": round(np.mean(hits), 4), "nll": round(np.mean(losses), 4)}
     assert yardstick.measure(model) == pytest.approx(want, abs=1e-4)
+
+
+def test_models_that_read_text_are_judged_by_tasks_in_plain_english(tmp_path):
+    """With their chat template and the user's text, if any; not by passkeys, which small ones cannot copy."""
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=800, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    ).eval()
+    tokenizer = copy.deepcopy(byte_bpe())
+    (tmp_path / "text.txt").write_text("Quiet hills. " * 200)
+    for text, template in ((None, None), (tmp_path, "{% for m in messages %}<|chat|>{{ m.content }}\n{% endfor %}")):
+        tokenizer.chat_template = template
+        probe = dataclasses.replace(probe_of(model), documents=documents_for(tokenizer, text))
+        yardstick = _share.answers(probe, 1500, 10)
+        assert [len(sample.questions) for sample in yardstick.samples] == [8, 8]
+        for sample, words in zip(yardstick.samples, ("Codes are hidden", "some of the people"), strict=True):
+            said = tokenizer.decode(sample.context)
+            assert sample.length == 1500 and words in said and said.startswith("<|chat|>") == bool(template)
+            assert ("Quiet hills" in said) == bool(text)
+        found = list(yardstick.answered(model))
+        want = [[one.nll / one.tokens for one in forced_answers(model, sample)] for sample in yardstick.samples]
+        assert [losses.tolist() for _, losses in found] == want
+        quality = yardstick.measure(model)
+        assert quality == {"exact_match": 0.0, "nll": round(float(np.mean(want)), 4)}
+        other = _share.answers(probe, 1500, 10, stream=11)
+        assert not np.array_equal(other.texts[0], yardstick.texts[0]), "other streams have other texts"
 
 
 def test_agreement_and_perplexity_are_against_the_first_model_measured(tmp_path):

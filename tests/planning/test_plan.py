@@ -216,10 +216,11 @@ def test_a_share_that_cannot_be_cut_is_left_out_and_logged(given, caplog, stores
     assert labels == ["the config as it is"] and "retrieval_fraction 0.5 left out" in caplog.text
 
 
-def test_the_floor_is_what_was_found_for_a_target_drop():
+@pytest.mark.parametrize("target", ["target_drop", "target_nll"])
+def test_the_floor_is_what_was_found_for_a_target(target):
     model = tiny_model()
     assert shares(config_of(model)) == [0.4375, 0.375, 0.3125, 0.25]
-    measured = {"target_drop": 0.01, "curve": [{"retrieval_heads": 6, "drop": 0.01}]}
+    measured = {target: 0.01, "curve": [{"retrieval_heads": 6, "drop": 0.01}]}
     config = config_of(model, measured=measured)
     assert shares(config) == []
     other = {"other": {"scores": [[1.0 - score for score in row] for row in SCORES]}}

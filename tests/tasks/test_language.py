@@ -78,8 +78,8 @@ def test_the_book_is_prose_alone():
     """Paragraphs of plain letters, and nothing of whoever digitised it."""
     text = BOOK.read_text("utf-8")
     assert text.isascii() and 200_000 < len(text) < 400_000 and not re.search(r"[_*\[\]\t]|  |\n\n\n", text)
-    assert not re.search("gutenberg|ebook|http|copyright|licen[sc]e agreement", text, re.IGNORECASE)
-    assert text.startswith("BOOK ONE\n\n") and text.endswith("counted me, among the dead.\n")
+    assert not re.search("gutenberg|\\bebook|http|copyright|licen[sc]e agreement", text, re.IGNORECASE)
+    assert text.startswith("Chapter I\n\nAs the streets") and text.endswith("in time for breakfast.\n")
 
 
 def test_people_share_no_name_and_the_book_knows_none_of_them():

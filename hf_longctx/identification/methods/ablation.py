@@ -19,10 +19,11 @@ from ...io.work import check_settings, work_file
 from ...model.modules import state_of
 from ...model.patch import patched
 from ..saved import depends_on
-from ..share import ExactMatch
+from ..share import ExactMatch, answers
 from .base import HeadProbe, Method
 
 FILE = "ablation.json"
+STREAM = 11  # of the probe's random numbers: other texts than those that the share is judged by
 CLEAR = 2  # standard errors that the largest harm must be above zero
 
 Head = tuple[int, int]  # layer, KV head
@@ -32,14 +33,15 @@ Head = tuple[int, int]  # layer, KV head
 class Ablation(Method):
     """The harm that each KV head does by streaming: the loss of the answers with it, less the loss without.
 
-    The loss is the mean negative log-likelihood of the expected answers, which the documents contain (teacher forcing).
+    The loss is the mean negative log-likelihood of the expected answers (teacher forcing).
     In the first round one head streams at a time and all others keep every token. Then the least harmful ``share`` of
     the heads that are left streams for good, and the next round measures the others given those, because heads stand
     in for each other. Single heads are cut off so by Michel et al. (arXiv:1905.10650), who set them to zero and go by
     a gradient; here a head keeps its sink and recent tokens and its harm is measured. A score is a place in the order
     in which heads began to stream; of those the last round measured the order is by harm.
 
-    A head and a round cost one forward pass per document: about (1 - (1 - share) ** rounds) / share times heads times
+    A head and a round cost one forward pass per document (and a short one per question, where the questions are tasks
+    in plain English): about (1 - (1 - share) ** rounds) / share times heads times
     documents, so of 90 KV heads and 4 documents 985 passes by default.
 
     Attributes:
@@ -63,7 +65,7 @@ class Ablation(Method):
 
     def scores(self, probe: HeadProbe) -> Tensor:
         length = probe.length(self.length, 2048)
-        yardstick = ExactMatch(probe, length, self.questions)
+        yardstick = answers(probe, length, self.questions, STREAM)
         layers = [layer for layer in range(probe.layers) if layer not in probe.windowed]
         heads = [(layer, head) for layer in layers for head in range(probe.kv_heads)]
         settings = {"length": length, "questions": self.questions, **depends_on(probe, yardstick.texts[0])}

@@ -139,7 +139,7 @@ class DuoGates(Method):
             **{name: getattr(self, name) for name in ("steps", "lr", "reg_weight", "facts")},
             "lengths": list(lengths),
             "documents_per_step": ranks.count * self.documents_per_step,
-            **depends_on(probe, self.document(probe, 0, 0, lengths)),
+            **depends_on(probe, self.document(probe, 0, 0, lengths).ids),
         }
 
     def _found(self, file: Path, settings: dict[str, Any], ranks: Processes) -> dict[str, Tensor] | None:
