@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...io.atomic import written_whole
+from ...io.processes import Processes
 from ...io.progress import Progress
 from ...io.work import check_settings, work_file
 from ...model.modules import state_of
@@ -42,7 +43,7 @@ class Ablation(Method):
 
     A head and a round cost one forward pass per document (and a short one per question, where the questions are tasks
     in plain English): about (1 - (1 - share) ** rounds) / share times heads times
-    documents, so of 90 KV heads and 4 documents 985 passes by default.
+    documents, so of 90 KV heads and 4 documents 996 passes by default.
 
     Attributes:
         length: tokens of a document; 2048, or less where the model was made for less.
@@ -69,7 +70,7 @@ class Ablation(Method):
         layers = [layer for layer in range(probe.layers) if layer not in probe.windowed]
         heads = [(layer, head) for layer in layers for head in range(probe.kv_heads)]
         settings = {"length": length, "questions": self.questions, **depends_on(probe, yardstick.texts[0])}
-        file = work_file(probe.work, FILE)
+        file = work_file(probe.work, FILE) if Processes(probe.device).main else None  # several would each write it
         known = {} if file is None else load(file, settings)
         with probe.track("ablation", 1 + self.cost(len(heads)), "settings") as bar:
             losses = Losses(probe, yardstick, known, bar, file, settings)
