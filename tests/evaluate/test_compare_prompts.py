@@ -33,7 +33,7 @@ LINES = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    found = copy.deepcopy(byte_bpe(400))
+    found = byte_bpe(400)
     found.chat_template = CHAT
     return found
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 
-@functools.cache
 def byte_bpe(vocab_size: int = 700) -> PreTrainedTokenizerFast:
-    """Words with a leading space as single tokens, beside 256 bytes; bos, eos and a chat token are special."""
+    """Words with a leading space as single tokens, beside 256 bytes; bos, eos and a chat token are special.
+
+    Everyone gets one of his own, so that a test may change it.
+    """
+    return copy.deepcopy(_trained(vocab_size))
+
+
+@functools.cache
+def _trained(vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

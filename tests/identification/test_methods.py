@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import numpy as np
@@ -304,7 +303,7 @@ def test_models_that_read_text_are_judged_by_tasks_in_plain_english(tmp_path):
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(vocab_size=800, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     ).eval()
-    tokenizer = copy.deepcopy(byte_bpe())
+    tokenizer = byte_bpe()
     (tmp_path / "text.txt").write_text("Quiet hills. " * 200)
     for text, template in ((None, None), (tmp_path, "{% for m in messages %}<|chat|>{{ m.content }}\n{% endfor %}")):
         tokenizer.chat_template = template

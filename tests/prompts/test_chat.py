@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from helpers.tiny import config_for, tiny_model
@@ -28,7 +26,7 @@ NEW = 9
 
 
 def chat_of(template: str | None = TEMPLATE, roles: str = "mixed", **options) -> Chat:
-    tokenizer = copy.deepcopy(byte_bpe(259))  # bytes alone: an answer in ASCII is read back as the same tokens
+    tokenizer = byte_bpe(259)  # bytes alone: an answer in ASCII is read back as the same tokens
     tokenizer.chat_template = template
     model = tiny_model()
     model.resize_token_embeddings(len(tokenizer))
