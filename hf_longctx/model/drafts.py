@@ -22,9 +22,9 @@ class DraftsApart:
         # These make drafts of what the model returned, so they have none for the first forward.
         self.prompt_is_read = getattr(generator, "requires_model_outputs", False)
 
-    def __call__(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, input_ids: Tensor, *given: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Ids ``[B, T + drafts]``, and the drafts' logits ``[B, drafts, V]`` or None."""
-        ids, logits = self.original(input_ids, **kwargs)  # the first time too: an assistant reads its prompt there
+        ids, logits = self.original(input_ids, *given, **kwargs)  # the first time too: an assistant reads its prompt there
         if not self.prompt_is_read:
             self.prompt_is_read = True
             return input_ids, None

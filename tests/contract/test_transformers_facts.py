@@ -706,7 +706,7 @@ def test_first_drafts_come_with_the_prompt(model: Any, probe: Probe) -> None:
 
     def without_drafts(*args: Any, **kwargs: Any) -> Any:
         drafts = make(*args, **kwargs)
-        drafts.get_candidates = lambda input_ids, **_: (input_ids, None)
+        drafts.get_candidates = lambda input_ids, *_, **__: (input_ids, None)
         return drafts
 
     model._get_candidate_generator = without_drafts
