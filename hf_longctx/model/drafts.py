@@ -24,7 +24,8 @@ class DraftsApart:
 
     def __call__(self, input_ids: Tensor, *given: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Ids ``[B, T + drafts]``, and the drafts' logits ``[B, drafts, V]`` or None."""
-        ids, logits = self.original(input_ids, *given, **kwargs)  # the first time too: an assistant reads its prompt there
+        # The first time too: an assistant reads its prompt there.
+        ids, logits = self.original(input_ids, *given, **kwargs)
         if not self.prompt_is_read:
             self.prompt_is_read = True
             return input_ids, None
