@@ -5,8 +5,8 @@ looked up in the folder's listing, and among those the running program registere
 config can name nothing else.
 
 Field metadata: ``min``, ``max`` (inclusive), ``above`` (exclusive), ``unit``, ``choices``; they hold for the numbers
-inside lists as well. ``word`` makes a field that holds a spec; with ``bare`` the word
-alone will do for one without fields.
+inside lists as well. ``word`` makes a field that holds a spec; with ``bare`` the word alone will do for
+one without fields.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..cache.cache import cache_bytes
 from ..tasks.answer import Reader, ask_all, input_device
 from ..tasks.base import Sample
-from ..tasks.forced import ForcedAnswer, answer_logits, scored
+from ..tasks.forced import ForcedAnswer, expected
 from .forwards import follow, now
 
 
@@ -81,35 +81,14 @@ def forced_of(model: nn.Module, sample: Sample, mode: str, chunk: int | None) ->
     meter.read(sample.context)
     held = cache_bytes(meter.cache)
     start = now(device)
-    expected, logits, first = expected_of(meter, sample, mode)
-    return Found(None, Costs(held, meter.noted[0][1] + first - start, None), expected, torch.cat(logits))
-
-
-@torch.no_grad()
-def expected_of(reader: Reader, sample: Sample, mode: str) -> tuple[list[ForcedAnswer], list[Tensor], float]:
-    """(how likely each expected answer is, the logits ``[A, V]`` of each, the clock after the first of them).
-
-    Args:
-        reader: has read the context. "requests" are asked of copies of its cache; the last, and "turns", where each
-            question follows the expected answer to the one before, of the cache itself.
-    """
-    device = input_device(reader.model)
-    turns = mode == "turns"
-    expected = []
+    first = None
+    answers = []
     logits = []
-    first = 0.0
-    unread: list[int] = []
-    for i, question in enumerate(sample.questions):
-        own = turns or i + 1 == len(sample.questions)
-        cache = reader.cache if own else reader.copy().cache
-        before = [*unread, *sample.between] if turns and i else []
-        prompt = torch.tensor([*before, *question.prompt.tolist()], device=device)
-        target = torch.as_tensor(question.target, device=device)
-        logits.append(answer_logits(reader.model, cache, prompt, target))
-        first = first or now(device)
-        expected.append(scored(logits[-1], target))
-        unread = question.target[-1:].tolist()
-    return expected, logits, first
+    for answer, states in expected(model, sample, meter.cache, mode):
+        first = now(device) if first is None else first
+        answers.append(answer)
+        logits.append(states)
+    return Found(None, Costs(held, meter.noted[0][1] + first - start, None), answers, torch.cat(logits))
 
 
 @torch.no_grad()
@@ -133,11 +112,11 @@ def answers_of(
     said = ask_all(meter, sample, mode)
     if once:
         meter.cache = None
-    expected, _, _ = expected_of(spare.copy(), sample, mode)
+    likely = [one for one, _ in expected(model, sample, spare.copy().cache, mode)]
     states = []
     for i, (question, answer) in enumerate(zip(sample.questions, said if along is None else along, strict=True)):
         cache = spare.cache if once else spare.copy().cache
         prompt = [*(sample.between if once and i else ()), *question.prompt.tolist()]
         ids = torch.tensor([*prompt, *answer], device=input_device(model))
         states.append(follow(model, cache, ids)[len(prompt) - 1 :])
-    return Found(said, meter.costs(held), expected, torch.cat(states))
+    return Found(said, meter.costs(held), likely, torch.cat(states))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,21 +72,30 @@ def forced_over(model: nn.Module, sample: Sample, cache: Any, keep: bool = True)
     Args:
         keep: leave the cache as it is; else the last question takes it, and one copy less is made.
     """
-    device = input_device(model)
-    found = []
-    for i, question in enumerate(sample.questions):
-        prompt, target = (torch.as_tensor(ids, device=device) for ids in (question.prompt, question.target))
-        own = copy.deepcopy(cache) if keep or i + 1 < len(sample.questions) else cache
-        found.append(scored(answer_logits(model, own, prompt, target), target))
-    return found
+    return [one for one, _ in expected(model, sample, cache, keep=keep)]
 
 
-@torch.no_grad()
-def answer_logits(model: nn.Module, cache: Any, prompt: Tensor, target: Tensor) -> Tensor:
-    """Logits ``[A, V]`` that predict ``target [A]`` after ``prompt [T]``, in one forward; the cache grows by both but
-    the last token of the target.
+def expected(
+    model: nn.Module, sample: Sample, cache: Any, mode: str = "requests", keep: bool = False
+) -> Iterator[tuple[ForcedAnswer, Tensor]]:
+    """(how likely each expected answer is, the logits ``[A, V]`` that predict it), one forward per question.
+
+    Args:
+        cache: has read the context. "requests" are asked of copies of it; the last, unless ``keep``, and "turns", where
+            each question follows the expected answer to the one before, of the cache itself.
     """
-    return _read(model, torch.cat([prompt, target[:-1]]), cache, len(target))[0]
+    device = input_device(model)
+    turns = mode == "turns"
+    unread: list[int] = []
+    for i, question in enumerate(sample.questions):
+        own = turns or (not keep and i + 1 == len(sample.questions))
+        before = [*unread, *sample.between] if turns and i else []
+        target = torch.as_tensor(question.target, device=device)
+        ids = torch.tensor([*before, *question.prompt.tolist(), *question.target[:-1].tolist()], device=device)
+        with torch.no_grad():
+            logits, _ = _read(model, ids, cache if own else copy.deepcopy(cache), len(target))
+        yield scored(logits, target), logits
+        unread = question.target[-1:].tolist()
 
 
 def _read(model: nn.Module, ids: Tensor, cache: Any, keep: int, chunk: int | None = None) -> tuple[Tensor, Any]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from ...errors import ConfigError
 from .._words import people, prices, years
 from ..base import Draft, Task
-from ..documents import place
 from ..language import Wording
+from ._scattered import scattered
 
 INTRO = "Read the text below. You will be asked about some of the people in it.\n\nText:"
 KINDS = {
@@ -73,14 +71,4 @@ class Facts(Task):
         keys, values = language.draw(drawn, self.facts, wording)
         asked = drawn.permutation(self.facts)[: self.questions].tolist()
         questions = [self.question(language, language.ask(wording, [keys[i]]), [values[i]]) for i in asked]
-        spread = rng(1)
-
-        def places(free: int) -> np.ndarray:
-            before = spread.permutation(place(spread, free, self.facts, None))
-            if depth is not None:
-                before[asked] = round(depth * free)
-            return before
-
-        pieces = [language.tell(wording, key, value) for key, value in zip(keys, values, strict=True)]
-        context, spans = self.hide(language, length, language.intro(wording), pieces, questions, places, rng(2))
-        return Draft(context, questions, [spans[i] for i in asked])
+        return scattered(self, language, wording, (keys, values), asked, questions, length, depth, rng)

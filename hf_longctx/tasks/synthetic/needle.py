@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from ...errors import ConfigError
 from .._words import numbers
 from ..base import Draft, Task
-from ..documents import place
 from ..language import Wording
+from ._scattered import scattered
 
 VARIANTS = ("single", "multi_key", "multi_value", "multi_query")
 ONE = Wording(
@@ -87,15 +85,4 @@ class Needle(Task):
             )
             for one in groups
         ]
-        spread = rng(1)
-
-        def places(free: int) -> np.ndarray:
-            before = place(spread, free, count, None)
-            before = spread.permutation(before)
-            if depth is not None:
-                before[asked] = round(depth * free)
-            return before
-
-        pieces = [language.tell(wording, key, value) for key, value in zip(keys, values, strict=True)]
-        context, spans = self.hide(language, length, language.intro(wording), pieces, questions, places, rng(2))
-        return Draft(context, questions, [spans[i] for i in asked])
+        return scattered(self, language, wording, (keys, values), asked, questions, length, depth, rng)
