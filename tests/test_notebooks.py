@@ -6,13 +6,12 @@ The slowest one is marked slow; its committed outputs are looked at in every run
 from __future__ import annotations
 
 import copy
-import functools
-import importlib.util
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from helpers.scripts import script
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
@@ -21,15 +20,6 @@ MOST_BYTES, MOST_CELLS = 300_000, 16
 PATHS = re.compile(r"/(tmp|root|home|Users|var|opt|usr)\b")
 
 every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-@functools.cache
-def runner():
-    """examples/run_notebooks.py as a module."""
-    spec = importlib.util.spec_from_file_location("run_notebooks", ROOT / "examples" / "run_notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def read(path: Path):
@@ -62,7 +52,7 @@ def one_cell(folder: Path, source: str) -> Path:
 def test_they_are_numbered():
     assert len(NOTEBOOKS) > 4
     assert [path.name[:3] for path in NOTEBOOKS] == [f"{number:02}_" for number in range(1, len(NOTEBOOKS) + 1)]
-    assert runner().notebooks() == NOTEBOOKS
+    assert script("run_notebooks").notebooks() == NOTEBOOKS
     assert {path.stem for path in NOTEBOOKS} > SLOW
 
 
@@ -70,14 +60,16 @@ def test_they_are_numbered():
     "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in NOTEBOOKS]
 )
 def test_it_runs_and_says_what_is_committed(path):
-    assert shown(runner().run(path)) == shown(read(path)), "python examples/run_notebooks.py saves new outputs"
+    assert shown(script("run_notebooks").run(path)) == shown(read(path)), (
+        "python examples/run_notebooks.py saves new outputs"
+    )
 
 
 def test_a_cell_that_fails_and_an_output_that_is_not_committed_are_noticed(tmp_path):
     with pytest.raises(Exception, match="ZeroDivisionError"):
-        runner().run(one_cell(tmp_path, "1 / 0"))
+        script("run_notebooks").run(one_cell(tmp_path, "1 / 0"))
     path = one_cell(tmp_path, "import hf_longctx\nprint(hf_longctx.__name__)\n6 * 7")
-    fresh = runner().run(path)
+    fresh = script("run_notebooks").run(path)
     assert shown(fresh) == [[("stdout", "hf_longctx\n"), ("text/plain", "42")]]
     assert shown(read(path)) == [[]]
 
@@ -87,7 +79,9 @@ def test_the_committed_file_is_small_and_clean(path):
     notebook = read(path)
     assert path.stat().st_size < MOST_BYTES
     assert len(notebook.cells) <= MOST_CELLS
-    assert runner().cleaned(copy.deepcopy(notebook)) == notebook, "python examples/run_notebooks.py cleans it"
+    assert script("run_notebooks").cleaned(copy.deepcopy(notebook)) == notebook, (
+        "python examples/run_notebooks.py cleans it"
+    )
     outputs = [one for cell in shown(notebook) for one in cell]
     assert not {"stderr", "error"} & {kind for kind, _ in outputs}
     assert not [text for _, text in outputs if PATHS.search(text)]

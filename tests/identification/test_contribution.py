@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 from datetime import datetime, timedelta, timezone
 
@@ -11,7 +10,8 @@ import pytest
 import yaml
 from helpers.config_cases import refused
 from helpers.every_family import CASES, ONE_EACH, tiny_config
-from helpers.published import DATA, ENTRIES, ROOT, hf_config
+from helpers.published import DATA, ENTRIES, hf_config
+from helpers.scripts import script
 from helpers.tiny import FAMILIES, config_for, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -31,13 +31,6 @@ ECHO = {"method": "echo_induction", "tokens": 40}
 def quick(cases) -> list:
     """The cases, those of a record that an earlier one has for the slow suite."""
     return [pytest.param(one, marks=[] if one.model_type in ONE_EACH else [pytest.mark.slow]) for one in cases]
-
-
-def builder():
-    spec = importlib.util.spec_from_file_location("build_configs", ROOT / "examples" / "build_configs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +62,7 @@ def rebuilt(folder, **files: dict) -> list[str]:
     """Names of the configs that the script makes of these contributions."""
     for name, data in files.items():
         (folder / "data" / f"{name}.json").write_text(json.dumps(data))
-    builder().main(["--data", str(folder / "data"), "--out", str(folder / "out")])
+    script("build_configs").main(["--data", str(folder / "data"), "--out", str(folder / "out")])
     return sorted(path.name for path in (folder / "out").iterdir())
 
 
