@@ -28,7 +28,8 @@ Sweep = Annotated[str | None, typer.Option(help=SWEEP)]
 Text = Annotated[Path | None, typer.Option(help="File or folder to take the prompts' filler from.")]
 Haystack = Annotated[str | None, typer.Option(help=f"Filler without a text: {', '.join(HAYSTACKS)}.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put the tokenizer's chat template around every question.")]
-Ppl = Annotated[Path | None, typer.Option(help="A UTF-8 text whose perplexity is measured too.", dir_okay=False)]
+PERPLEXITY = "A UTF-8 text whose perplexity is measured too, by position as well; book: the novel of --haystack book."
+Ppl = Annotated[Path | None, typer.Option(help=PERPLEXITY, dir_okay=False)]
 WINDOW = "the longest of --lengths"
 Window = Annotated[str | None, typer.Option(help="Tokens a token of it is predicted in.", show_default=WINDOW)]
 Chunk = Annotated[str | None, typer.Option(help="Tokens of a context per forward.", show_default="all")]
@@ -114,6 +115,7 @@ def _tokens(text: str | None, option: str, least: int = 1) -> int | None:
 
 def show(console: Console, summary: Summary, out: Path) -> None:
     """What was found in a sentence per variant, the figures per length, and where the report is."""
+    from ..evaluate.positions import table_of
     from ..evaluate.sentence import sentences
     from ..evaluate.summary import LINE, line
 
@@ -131,6 +133,10 @@ def show(console: Console, summary: Summary, out: Path) -> None:
         console.print(table)
     for name, value in summary.perplexity.items():
         console.print(f"perplexity, {name}: {value:.4g}", markup=False, highlight=False)
+    if summary.perplexity_by_position:
+        names, rows = table_of(summary.perplexity_by_position)
+        for table in tables("perplexity by position", names, rows, console.width, left=("position",), key=2):
+            console.print(table)
     for name, notes in summary.notes.items():
         for note in notes:
             console.print(f"{name}: {note}", markup=False, highlight=False, soft_wrap=True)

@@ -20,7 +20,7 @@ from ..model.modules import state_of
 from ..model.patch import patched, unpatched
 from ..model.report import report
 from .compare import check_counts, length_notes
-from .forwards import answer_along, nll_along, output_head
+from .forwards import answer_along, losses_along, output_head
 from .measures import Mean, NextToken, SameTokens, mean_of, next_token, same_tokens
 from .plan import DENSE, PATCHED, Variant, variants_of
 from .prompt_set import Asked, prompt_set
@@ -203,7 +203,7 @@ class _Runner:
                 if variant.config is not None:
                     self.notes.setdefault(variant.name, {}).update(dict.fromkeys(report(self.model).notes))
                 along = one.ids.new_tensor(tokens) if along is None else along
-                nll = nll_along(self.model, self.head, states, along)
+                nll = losses_along(self.model, self.head, states, along).sum().item()
             if not math.isfinite(nll):
                 raise ConfigError(f"prompt {one.id}: the NLL of its answer is {nll} ({variant.name}).")
             base = states if base is None else base

@@ -41,6 +41,12 @@ def figures(summary: Summary) -> Iterator[tuple[str, str, Figure]]:
     yield "accuracy-kv", caption, tradeoff(summary)
     caption = "KV cache once the context is read (mean), time to the first token and per further token (medians)"
     yield "costs", caption, costs(summary)
+    if summary.perplexity_by_position:
+        caption = (
+            "The perplexity text by position: negative log-likelihood in nats per token, the logarithm of the "
+            "perplexity. The axis is fitted to it."
+        )
+        yield "perplexity-position", caption, by_position(summary)
 
 
 def slug(task: str) -> str:
@@ -181,13 +187,36 @@ def costs(summary: Summary) -> Figure:
         axes.tick_params(labelsize=8)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=min(4, len(summary.variants)),
-        fontsize=8,
-    )
+    _legend(figure, summary)
     return figure
+
+
+def by_position(summary: Summary) -> Figure:
+    """NLL per token against the position, a line per variant."""
+    spans = summary.perplexity_by_position
+    figure = new_figure(max(5.6, 1.2 + 0.6 * len(spans)), 3.4)
+    axes = figure.subplots()
+    for number, name in enumerate(summary.variants):
+        values = [span.cells[name].nll / span.cells[name].tokens for span in spans]
+        axes.plot(range(len(spans)), values, **_style(number, name))
+    axes.set_xticks(range(len(spans)), [span.name for span in spans], rotation=45)
+    axes.set_xlabel("position: tokens read before the one predicted", fontsize=9)
+    axes.set_ylabel("NLL, nats per token", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    _legend(figure, summary)
+    return figure
+
+
+def _legend(figure: Figure, summary: Summary) -> None:
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=min(4, len(summary.variants)), fontsize=8)
+
+
+def _style(number: int, name: str) -> dict[str, Any]:
+    """A variant's line."""
+    kind = {"marker": MARKERS[number % len(MARKERS)], "markersize": 4, "linestyle": "--" if name == DENSE else "-"}
+    return {"label": name, "color": _colour(number), **kind}
 
 
 def _lines(axes: Axes, summary: Summary, value: Callable[[Cell], Any]) -> None:
@@ -195,8 +224,7 @@ def _lines(axes: Axes, summary: Summary, value: Callable[[Cell], Any]) -> None:
     for number, name in enumerate(summary.variants):
         values = [value(row.cells[name]) for row in summary.by_length]
         points = [(x, y) for x, y in zip(lengths, values, strict=True) if y is not None]
-        style = {"color": _colour(number), "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
-        axes.plot(*zip(*points, strict=True), label=name, linestyle="--" if name == DENSE else "-", **style)
+        axes.plot(*zip(*points, strict=True), **_style(number, name))
     if lengths[-1] >= FAR * lengths[0]:
         axes.set_xscale("log", base=2)
         axes.minorticks_off()

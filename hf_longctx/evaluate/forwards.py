@@ -174,34 +174,36 @@ def perplexity(model: nn.Module, ids: Tensor, *, window: int | None = None, cont
         raise ConfigError(f"context must be at least 1 and less than window={window} tokens, given {context}.")
     head = output_head(model)
     ids = ids.to(input_device(model))
-    nll = sum(window_nll(model, head, ids, *one) for one in windows(len(ids), window, context))
-    return Perplexity(nll, len(ids) - 1)
+    parts = (window_losses(model, head, ids, *one).sum().item() for one in windows(len(ids), window, context))
+    return Perplexity(sum(parts), len(ids) - 1)
 
 
 @torch.no_grad()
-def window_nll(
+def window_losses(
     model: nn.Module, head: Callable[[Tensor], Tensor], ids: Tensor, begin: int, scored: int, end: int
-) -> float:
-    """The sum of the negative log-likelihoods, in nats, of ``ids[scored:end]``, read from ``begin`` on.
+) -> Tensor:
+    """The negative log-likelihoods, in nats, float64, of ``ids[scored:end]``, read from ``begin`` on.
 
     ``head``: as ``output_head`` gives it.
     """
     hidden = language_model(model)(input_ids=ids[None, begin:end], use_cache=False).last_hidden_state[0]
-    return nll_along(model, head, hidden[scored - begin - 1 : -1], ids[scored:end])
+    return losses_along(model, head, hidden[scored - begin - 1 : -1], ids[scored:end])
 
 
 @torch.no_grad()
-def nll_along(model: nn.Module, head: Callable[[Tensor], Tensor], states: Tensor, ids: Tensor) -> float:
-    """The sum of the negative log-likelihoods, in nats, of ``ids [A]``, which hidden states ``[A, D]`` predict.
+def losses_along(model: nn.Module, head: Callable[[Tensor], Tensor], states: Tensor, ids: Tensor) -> Tensor:
+    """The negative log-likelihoods ``[A]``, in nats, of ``ids [A]``, which hidden states ``[A, D]`` predict.
+
+    They are in float64 on the CPU, to be summed.
 
     ``head``: as ``output_head`` gives it.
     """
     rows = max(1, LOGITS // language_model(model).config.vocab_size)
-    nll = 0.0
+    losses = []
     for some, right in zip(states.split(rows), ids.split(rows), strict=True):
         logits = head(some).float()
-        nll += cross_entropy(logits, right.to(logits.device), reduction="sum").item()
-    return nll
+        losses.append(cross_entropy(logits, right.to(logits.device), reduction="none").cpu().double())
+    return torch.cat(losses)
 
 
 def windows(tokens: int, window: int, context: int) -> Iterator[tuple[int, int, int]]:

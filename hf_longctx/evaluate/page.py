@@ -15,6 +15,7 @@ from ..io.plots import new_figure, save
 from .figures import figures
 from .measures import RULE
 from .plan import DENSE
+from .positions import table_of
 from .records import Record
 from .sentence import sentences
 from .summary import LINE, Summary, line
@@ -71,6 +72,7 @@ def page(summary: Summary, headers: Sequence[Record], records: Sequence[Record],
     """The page's HTML."""
     verdict, *swept = sentences(summary)
     depth_names, depth_rows = by_depth(summary)
+    position_names, by_position = table_of(summary.perplexity_by_position)
     outputs_chosen, outputs = _outputs(records)
     return (
         environment()
@@ -84,6 +86,8 @@ def page(summary: Summary, headers: Sequence[Record], records: Sequence[Record],
             by_task=[line(row, name) for row in summary.by_task for name in summary.variants],
             overall=[line(summary.overall, name) for name in summary.variants],
             perplexity=[(name, f"{value:.4g}") for name, value in summary.perplexity.items()],
+            position_names=position_names,
+            by_position=by_position,
             pictures=pictures,
             depth_names=depth_names,
             by_depth=depth_rows,

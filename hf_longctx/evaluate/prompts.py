@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..model.modules import unwrap
 from ..tasks.answer import input_device
+from ..tasks.haystack import is_tiny_language
 from ..tasks.language import parted
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | Tensor
@@ -48,6 +49,21 @@ def read_text(path: str | Path, option: str) -> str:
     if not text.strip():
         raise ConfigError(f"{option}: {path} is empty.")
     return text
+
+
+def perplexity_text(given: str | Path, tokenizer: Any) -> str:
+    """The text of a file; of the novel that ships with the package for "book", unless there is a file of that name.
+
+    Raises:
+        ConfigError: as ``read_text``; or "book" for the embedded models, whose language it is not in.
+    """
+    if str(given) != "book" or Path(given).exists():
+        return read_text(given, "perplexity")
+    if is_tiny_language(tokenizer):
+        raise ConfigError("perplexity: the embedded models' language has no words for the book; give a file.")
+    from ..assets import BOOK  # here, because ``import hf_longctx`` loads no assets
+
+    return read_text(BOOK, "perplexity")
 
 
 def _read(prompt: Prompt, tokenizer: Any) -> Tensor:

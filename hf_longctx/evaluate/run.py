@@ -31,12 +31,13 @@ from ..tasks import tasks_from
 from ..tasks.answer import end_tokens, input_device, score
 from ..tasks.base import Sample, Task
 from ..tasks.language import Language, language_for
-from .forwards import output_head, window_nll
+from .forwards import output_head, window_losses
 from .measures import NextToken, next_token
 from .meter import Found, answers_of, forced_of
 from .page import check_plots, write_report
 from .plan import Case, EvalPlan, Options, Variant, Window, make_plan, prompts_digest
-from .prompts import read_text, token_ids
+from .positions import FIELD, by_position
+from .prompts import perplexity_text, token_ids
 from .records import Record, Records
 from .summary import Summary, summarize
 
@@ -71,7 +72,7 @@ def evaluate(
         config: what to patch with, as for ``patch_model``; None: what the model is patched with, or else "auto".
         sweep: ``"retrieval_fraction=0.1,0.25"``: one more variant for each value of a field of the config.
         text, haystack, chat: what the prompts are made of, as for ``tasks.language.language_for``.
-        perplexity: a UTF-8 text whose perplexity is measured too.
+        perplexity: a UTF-8 text whose perplexity is measured too, as for ``prompts.perplexity_text``.
         name: what to call the model in the report; None: what it was loaded from.
         progress: show how far it is on stderr: a bar, or where that is no terminal a line now and then.
         options: the fields of ``Options``: ``lengths``, ``depths``, ``samples``, ``seed`` and so on.
@@ -89,7 +90,7 @@ def evaluate(
     chosen = tasks_from(tasks)
     settings = make(Options, options)
     language = language_for(tokenizer, haystack, text, chat)
-    read = None if perplexity is None else token_ids(model, read_text(perplexity, "perplexity"), tokenizer)[0]
+    read = None if perplexity is None else token_ids(model, perplexity_text(perplexity, tokenizer), tokenizer)[0]
     state = state_of(model)
     if config is None:
         config = "auto" if state is None else state.config
@@ -270,6 +271,9 @@ class Runner:
         return {"score": sum(scores) / len(scores), "scores": scores, **told}
 
     def window(self, case: Window, variant: Variant) -> Record:
+        """The text's perplexity counts each token once, that by position all that the window predicts."""
         with self.way(variant):
-            nll = window_nll(self.model, self.head, self.plan.text, case.begin, case.scored, case.end)
-        return {"variant": variant.name, "case": case.key, "nll": nll, "tokens": case.end - case.scored}
+            losses = window_losses(self.model, self.head, self.plan.text, case.begin, case.begin + 1, case.end)
+        scored = losses[case.scored - case.begin - 1 :]
+        told = {"variant": variant.name, "case": case.key, "nll": scored.sum().item(), "tokens": len(scored)}
+        return told | {FIELD: by_position(losses)}

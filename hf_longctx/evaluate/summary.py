@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from statistics import mean, median
 from typing import Any
 
-from .measures import Interval, Perplexity, paired_bootstrap
+from .measures import Interval, paired_bootstrap
 from .plan import DENSE, Case, EvalPlan, Window
+from .positions import Span, pooled, spans_of
 from .records import Record
 from .sentence import sentences
 
@@ -68,6 +69,8 @@ class Summary:
         overall: over all cases.
         by_length: per length over all tasks; ``by_task`` per task and length; ``by_depth`` per task, length and depth.
         perplexity: of each variant on the same text; empty without one.
+        perplexity_by_position: the same text's, of all tokens predicted at a position; in records of before it was
+            measured there is none.
         notes: what ran slower or otherwise than asked for, per variant.
         kernels: kernels that ran, per patched variant.
     """
@@ -79,6 +82,7 @@ class Summary:
     by_task: tuple[Row, ...]
     by_depth: tuple[Row, ...]
     perplexity: Mapping[str, float]
+    perplexity_by_position: tuple[Span, ...]
     notes: Mapping[str, tuple[str, ...]]
     kernels: Mapping[str, tuple[str, ...]]
 
@@ -109,6 +113,8 @@ def summarize(plan: EvalPlan, records: Iterable[Record]) -> Summary:
             groups.setdefault(key(case), []).append(case)
         return tuple(Row(*where, row_of(names, found, group)) for where, group in groups.items())
 
+    windows = [case for case in plan.cases if isinstance(case, Window)]
+    read = {name: [found[name, case.key] for case in windows] for name in names if windows}
     order = list(dict.fromkeys(case.task.name for case in cases))
 
     def told(field: str) -> dict[str, tuple[str, ...]]:
@@ -122,7 +128,8 @@ def summarize(plan: EvalPlan, records: Iterable[Record]) -> Summary:
         by_length=rows(lambda case: (None, case.length, None)),
         by_task=_sorted(rows(lambda case: (case.task.name, case.length, None)), order),
         by_depth=_sorted(rows(lambda case: (case.task.name, case.length, case.depth)), order),
-        perplexity={name: value for name in names if (value := _perplexity(plan, found, name)) is not None},
+        perplexity={name: pooled(own).value for name, own in read.items()},
+        perplexity_by_position=spans_of(read),
         notes=told("notes"),
         kernels=told("kernels"),
     )
@@ -130,13 +137,6 @@ def summarize(plan: EvalPlan, records: Iterable[Record]) -> Summary:
 
 def _sorted(rows: Sequence[Row], order: list[str]) -> tuple[Row, ...]:
     return tuple(sorted(rows, key=lambda row: (order.index(row.task), row.length, row.depth or 0.0)))
-
-
-def _perplexity(plan: EvalPlan, found: Mapping[tuple[str, str], Record], name: str) -> float | None:
-    read = [found[name, case.key] for case in plan.cases if isinstance(case, Window)]
-    if not read:
-        return None
-    return Perplexity(sum(one["nll"] for one in read), sum(one["tokens"] for one in read)).value
 
 
 def row_of(names: Sequence[str], found: Mapping[tuple[str, str], Record], cases: Sequence[Case]) -> dict[str, Cell]:

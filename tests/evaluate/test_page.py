@@ -93,7 +93,7 @@ def test_every_table_is_in_a_container_that_scrolls_and_the_page_has_the_width_o
     plan = plan_of(LONG)
     records = records_of(plan)
     text = page(summarize(plan, records), headers_of(plan), records, [])
-    assert text.count("<table>") == text.count('<div class="wide"><table>') == 5
+    assert text.count("<table>") == text.count('<div class="wide"><table>') == 6
     assert '<meta name="viewport" content="width=device-width' in text
 
 

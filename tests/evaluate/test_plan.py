@@ -171,6 +171,7 @@ def test_a_pattern_can_be_swept_by_its_word(llama):
         ({"sweep": "retrieval_fraction=2"}, "retrieval_fraction"),
         ({"sweep": "kernel=auto,fast"}, "kernel"),
         ({"perplexity": "nowhere.txt"}, "perplexity"),
+        ({"perplexity": "book"}, "perplexity: the embedded models' language has no words for the book"),
         ({"perplexity_window": 64}, "perplexity_window: there is no text"),
         ({"lengths": [128, 40000], "tasks": "key_value"}, "more than the 4096 different notes"),
         ({"chat": True}, "chat"),

@@ -10,7 +10,7 @@ import pytest
 from helpers.eval_cases import EVIL, SWEPT, headers_of, plan_of, records_of
 
 from hf_longctx import ConfigError
-from hf_longctx.evaluate.figures import costs, figures, heat_maps, tradeoff
+from hf_longctx.evaluate.figures import by_position, costs, figures, heat_maps, tradeoff
 from hf_longctx.evaluate.page import write_report
 from hf_longctx.evaluate.summary import summarize
 from hf_longctx.io import plots
@@ -52,7 +52,7 @@ def written(tmp_path_factory):
 
 def test_the_pictures_are_there_and_in_the_page(written):
     folder, _, text = written
-    names = {"depth-needle", "depth-key-value-questions-2", "accuracy-kv", "costs"}
+    names = {"depth-needle", "depth-key-value-questions-2", "accuracy-kv", "costs", "perplexity-position"}
     assert {path.stem for path in folder.glob("*.png")} == names, "common_words has no depth, and nothing old is left"
     inline = [base64.b64decode(one) for one in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
     assert sorted(inline) == sorted(path.read_bytes() for path in folder.glob("*.png"))
@@ -95,6 +95,9 @@ def test_the_tables_have_the_figures(written):
     assert found[7:11] == ["0.000", "0.100", "+0.050", f"{nll.low:+.3f} to {nll.high:+.3f}"]
     assert found[11:] == ["80.0%", "0.1", "0.26", "50%", "256", "3"]
     assert ["dense", "1.404"] in rows, "exp(20 / 59) of the two windows"
+    at = rows.index(["position", "tokens", *SWEPT])
+    assert rows[at + 1] == ["0-256", "510", *["7.105"] * 5], "exp(500 / 255), of both windows"
+    assert rows[at + 2] == ["256-512", "50", "7.389", "9.025", "11.02", "13.46", "16.44"], "exp(100 / 50), of one"
     assert sum(row[:1] == ["needle"] and len(row) == 3 + len(SWEPT) for row in rows) == 9, "by length and depth"
     assert "Several processes ran at once" in text
 
@@ -191,6 +194,26 @@ def test_nothing_overlaps(written):
         assert not any(apart), name
 
 
+def test_the_loss_by_position_has_a_line_per_variant(written):
+    (axes,) = by_position(written[1]).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0-256", "256-512"]
+    found = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
+    assert found == {name: [500 / 255, 2 + 0.2 * v] for v, name in enumerate(SWEPT)}
+    assert [line.get_linestyle() for line in axes.lines] == ["--", "-", "-", "-", "-"]
+
+
+def test_records_of_before_there_were_positions_have_a_perplexity_alone(tmp_path):
+    plan = plan_of(tasks="common_words")
+    records = records_of(plan)
+    del records[-1]["by_position"]
+    summary = summarize(plan, records)
+    assert summary.perplexity_by_position == () and summary.perplexity == summarize(plan, records_of(plan)).perplexity
+    write_report(tmp_path, summary, headers_of(plan), records)
+    text = (tmp_path / "index.html").read_text("utf-8")
+    assert "Perplexity of the text" in text and "by position" not in text
+    assert not (tmp_path / "perplexity-position.png").exists()
+
+
 def test_without_a_perplexity_text_or_a_depth(tmp_path):
     plan = plan_of(tasks="common_words", text=False)
     records = records_of(plan)
@@ -199,7 +222,7 @@ def test_without_a_perplexity_text_or_a_depth(tmp_path):
     write_report(tmp_path, summary, headers_of(plan), records)
     assert {path.name for path in tmp_path.iterdir()} == {"index.html", "accuracy-kv.png", "costs.png"}
     text = (tmp_path / "index.html").read_text("utf-8")
-    assert "Perplexity of the text" not in text and "Several processes" not in text
+    assert "Perplexity" not in text and "Several processes" not in text
     Page(text)
 
 

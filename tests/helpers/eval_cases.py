@@ -39,7 +39,9 @@ def records_of(plan: EvalPlan, score: Callable[[int, int, Case], float] = fallin
         for c, case in enumerate(plan.cases):
             record = {"variant": variant.name, "case": case.key}
             if isinstance(case, Window):
-                found.append(record | {"nll": 10.0 + v, "tokens": case.end - case.scored})
+                parts = [{"begin": 0, "end": 256, "nll": 500.0, "tokens": 255}]
+                parts += [{"begin": 256, "end": 512, "nll": 100.0 + 10 * v, "tokens": 50}] * (c % 2)
+                found.append(record | {"nll": 10.0 + v, "tokens": case.end - case.scored, "by_position": parts})
                 continue
             scored = float(score(v, c, case))
             found.append(
