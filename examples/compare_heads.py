@@ -140,6 +140,8 @@ class Cell:
         self.of: dict[tuple, dict[int, dict]] = defaultdict(dict)
         for row in found:
             self.of[row["order"], row["share"], row["dense_tail"]][row["seed"]] = row
+        curves = [set(texts) for (_, _, tail), texts in self.of.items() if not tail]
+        self.everywhere = set.intersection(*curves) if curves else set()
 
     def values(self, name: str, order: str, share: float, tail: int = 0, seeds: set[int] | None = None) -> list[float]:
         """One number per question, of the contexts ``seeds`` (None: all)."""
@@ -153,17 +155,17 @@ class Cell:
         return list(dict.fromkeys(order for order, _, tail in self.of if order != DENSE))
 
     def shares(self, order: str, tail: int = 0) -> list[float]:
-        """Those at which as many contexts were read as anywhere."""
-        most = max(map(len, self.of.values()))
-        found = [share for one, share, t in self.of if (one, t) == (order, tail)]
-        return sorted(share for share in found if len(self.of[order, share, tail]) == most)
+        return sorted(share for one, share, t in self.of if (one, t) == (order, tail))
 
     def area(self, name: str, order: str) -> float | None:
-        """Under the curve, as a mean height over the shares that were measured; None: fewer than two were."""
+        """Under the curve, as a mean height over its shares, on the texts that everything was measured on.
+
+        None: there are no such texts, or fewer than two shares.
+        """
         shares = self.shares(order)
-        if len(shares) < 2:
+        if len(shares) < 2 or not self.everywhere:
             return None
-        heights = [self.mean(name, order, share) for share in shares]
+        heights = [np.mean(self.values(name, order, share, seeds=self.everywhere)) for share in shares]
         return float(np.trapezoid(heights, shares) / (shares[-1] - shares[0]))
 
     def lost(self, order: str, share: float, tail: int = 0) -> str:
@@ -217,8 +219,9 @@ def show(args: argparse.Namespace) -> None:
     cells = by_cell(args.files)
     for (tokens, task, together), cell in cells.items():
         dense = cell.values("nll", DENSE, 1.0)
+        curve = len(cell.values("nll", DENSE, 1.0, seeds=cell.everywhere))
         asked = "in one forward with the context" if together else "of copies of the context's cache"
-        sys.stdout.write(f"\n{task}, {tokens} tokens, {len(dense)} questions {asked}\n\n")
+        sys.stdout.write(f"\n{task}, {tokens} tokens, {len(dense)} questions {asked}; areas: {curve}\n\n")
         if cell.mean("right", DENSE) < ANSWERABLE:
             sys.stdout.write(f"Dense answers less than {ANSWERABLE:.0%} of them: this cell ranks nothing.\n\n")
         sys.stdout.write("\n".join(table(cell, args.share)) + "\n")

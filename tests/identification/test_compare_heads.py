@@ -67,10 +67,12 @@ def test_the_area_is_a_mean_height_over_the_shares():
     assert cell_of([row("a", 0.5, [1.0], [True])]).area("nll", "a") is None
 
 
-def test_a_share_that_fewer_texts_were_read_at_is_left_out():
-    rows = [row("a", share, [1.0], [True], seed=seed) for share in (0.1, 0.5) for seed in (0, 1)]
-    cell = cell_of([*rows, row("a", 0.9, [1.0], [True])])
-    assert cell.shares("a") == [0.1, 0.5]
+def test_an_area_is_of_the_texts_that_everything_was_measured_on():
+    rows = [row(order, share, [1.0], [True]) for order in ("dense", "a") for share in (0.1, 0.5)]
+    rows += [row("dense", 0.5, [9.0], [True], seed=1), row("a", 0.5, [9.0], [True], seed=1)]
+    cell = cell_of(rows)
+    assert cell.everywhere == {0} and cell.area("nll", "a") == 1 and cell.mean("nll", "a", 0.5) == 5
+    assert cell_of(rows[3:]).area("nll", "a") is None
 
 
 def test_a_loss_is_paired_with_the_same_questions():
