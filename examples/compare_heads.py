@@ -38,6 +38,7 @@ from hf_longctx.tasks.language import language_for
 SHARES = [round(0.1 * i, 1) for i in range(1, 10)]
 RANDOM_ORDERS = 5
 DENSE = "dense"
+RANDOM = "random "
 TASKS = ("needle:variant=multi_key:needles=8:questions=8", "facts:facts=8")
 KEY = ("tokens", "task", "seed", "order", "share", "dense_tail", "together")
 ANSWERABLE = 0.6  # exact match of the dense model, below which a cell tells orders of heads apart by chance
@@ -61,7 +62,7 @@ class Orders:
             raise SystemExit(f"--maps: the files in {folder} keep different tokens (sink, recent); give them the same.")
         scores = {name: np.array(config.scores) for name, config in configs.items()}
         shape = next(iter(scores.values())).shape
-        scores |= {f"random {seed}": np.random.default_rng(seed).random(shape) for seed in range(random)}
+        scores |= {f"{RANDOM}{seed}": np.random.default_rng(seed).random(shape) for seed in range(random)}
         return cls(base, scores)
 
     def config(self, order: str, share: float, dense_tail: int) -> LongCtxConfig:
@@ -154,6 +155,14 @@ class Cell:
     def orders(self) -> list[str]:
         return list(dict.fromkeys(order for order, _, tail in self.of if order != DENSE))
 
+    def chance(self) -> list[str]:
+        return [order for order in self.orders() if order.startswith(RANDOM)]
+
+    def ranked(self) -> list[str]:
+        """The orders that are not random, the least NLL under the curve first."""
+        named = [order for order in self.orders() if not order.startswith(RANDOM)]
+        return sorted(named, key=lambda order: np.inf if (area := self.area("nll", order)) is None else area)
+
     def shares(self, order: str, tail: int = 0) -> list[float]:
         return sorted(share for one, share, t in self.of if (one, t) == (order, tail))
 
@@ -179,6 +188,7 @@ class Cell:
 
 
 def by_cell(paths: list[Path]) -> dict[tuple, Cell]:
+    """What was measured, by (tokens, task, together)."""
     found = defaultdict(list)
     for row in itertools.chain.from_iterable(map(rows, paths)):
         found[row["tokens"], row["task"], row["together"]].append(row)
@@ -190,29 +200,51 @@ def number(value: float | None) -> str:
 
 
 def table(cell: Cell, share: float) -> list[str]:
-    """A Markdown table: every order, the least NLL under its curve first, and the random orders together."""
-    head = ("order", "area NLL", "area right", f"NLL to dense at {share:.0%}", "right")
-    lines = [head, ("dense", number(cell.mean("nll", DENSE)), number(cell.mean("right", DENSE)), "", "")]
-    chance = [order for order in cell.orders() if order.startswith("random ")]
-    ranked = sorted(set(cell.orders()) - set(chance), key=lambda order: cell.area("nll", order) or np.inf)
-    for order in ranked:
-        at = (cell.lost(order, share), number(cell.mean("right", order, share))) if share in cell.shares(order) else ()
-        areas = (number(cell.area(name, order)) for name in ("nll", "right"))
-        lines.append((order, *areas, *(at or ("-", "-"))))
-    if chance:
-        lines.append(("best random", *(extreme(cell, chance, name, share) for name in ("nll", "right")), "", ""))
-        at = [cell.mean("nll", order, share) for order in chance if share in cell.shares(order)]
-        if at:
-            lines[-1] = (*lines[-1][:3], f"{min(at) - cell.mean('nll', DENSE):+.3f}", "")
+    """Every order, the least NLL under its curve first, and the random ones together."""
+    lines = [
+        ("order", "area NLL", "area right", f"NLL to dense at {share:.0%}", "right"),
+        ("dense", number(cell.mean("nll", DENSE)), number(cell.mean("right", DENSE)), "", ""),
+    ]
+    for order in cell.ranked():
+        at = ("-", "-")
+        if share in cell.shares(order):
+            at = (cell.lost(order, share), number(cell.mean("right", order, share)))
+        lines.append((order, *(number(cell.area(name, order)) for name in ("nll", "right")), *at))
+    if cell.chance():
+        areas = [
+            [a for order in cell.chance() if (a := cell.area(name, order)) is not None] for name in ("nll", "right")
+        ]
+        best = [number(choose(found, default=None)) for choose, found in zip((min, max), areas, strict=True)]
+        at = [cell.lost(order, share) for order in cell.chance() if share in cell.shares(order)]
+        lines.append((f"best of {len(cell.chance())} random", *best, least(at), ""))
+    return markdown(lines)
+
+
+def least(said: list[str]) -> str:
+    return min(said, key=lambda one: float(one.split()[0]), default="-")
+
+
+def by_share(cell: Cell) -> list[str]:
+    """NLL at every share, on the texts that everything was measured on."""
+    shares = sorted({share for order in cell.orders() for share in cell.shares(order)})
+
+    def at(order: str, share: float) -> float | None:
+        found = cell.values("nll", order, share, seeds=cell.everywhere)
+        return float(np.mean(found)) if found else None
+
+    lines = [("order", *(f"{share:.0%}" for share in shares))]
+    lines.append((DENSE, *[number(at(DENSE, 1.0))] * len(shares)))
+    lines += [(order, *(number(at(order, share)) for share in shares)) for order in cell.ranked()]
+    if cell.chance():
+        best = [[x for order in cell.chance() if (x := at(order, share)) is not None] for share in shares]
+        lines.append((f"best of {len(cell.chance())} random", *(number(min(found, default=None)) for found in best)))
+    return markdown(lines)
+
+
+def markdown(lines: list[tuple[str, ...]]) -> list[str]:
     wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["| " + " | ".join(f"{one:{w}}" for one, w in zip(line, wide, strict=True)) + " |" for line in lines]
     return [text[0], "|" + "|".join("-" * (w + 2) for w in wide) + "|", *text[1:]]
-
-
-def extreme(cell: Cell, orders: list[str], name: str, share: float) -> str:
-    """The best area of several orders: the least NLL, the most right answers."""
-    areas = [area for area in (cell.area(name, order) for order in orders) if area is not None]
-    return number((min if name == "nll" else max)(areas) if areas else None)
 
 
 def show(args: argparse.Namespace) -> None:
@@ -224,7 +256,7 @@ def show(args: argparse.Namespace) -> None:
         sys.stdout.write(f"\n{task}, {tokens} tokens, {len(dense)} questions {asked}; areas: {curve}\n\n")
         if cell.mean("right", DENSE) < ANSWERABLE:
             sys.stdout.write(f"Dense answers less than {ANSWERABLE:.0%} of them: this cell ranks nothing.\n\n")
-        sys.stdout.write("\n".join(table(cell, args.share)) + "\n")
+        sys.stdout.write("\n".join([*table(cell, args.share), "", *by_share(cell)]) + "\n")
         for tail in sorted({t for _, _, t in cell.of} - {0}):
             sys.stdout.write("\n".join(tails(cell, tail)) + "\n")
     if args.plot:
@@ -245,7 +277,7 @@ def curves(cells: dict[tuple, Cell]):
     axes = figure.subplots(down, across, squeeze=False)
     for place, ((tokens, task, _), cell) in zip(axes.flat, cells.items(), strict=False):
         place.set_title(f"{task.partition(':')[0]}, {tokens} tokens", fontsize=9)
-        chance = [order for order in cell.orders() if order.startswith("random ")]
+        chance = cell.chance()
         for order in cell.orders():
             shares = cell.shares(order)
             grey = order in chance

@@ -81,21 +81,19 @@ def test_a_loss_is_paired_with_the_same_questions():
     assert cell.lost("a", 0.5) == "+0.500 [+0.500, +0.500]"
 
 
-def test_the_table_has_the_best_order_first_and_one_line_for_chance():
+def test_the_tables_have_the_best_order_first_and_one_line_for_chance():
     shares = (0.3, 0.5)
     rows = [row("dense", 1.0, [0.1, 0.2], [True, True])]
     for order, nll in (("worse", 0.9), ("better", 0.4), ("random 0", 2.0), ("random 1", 1.5)):
         rows += [row(order, share, [nll, nll], [True, False]) for share in shares]
-    lines = script("compare_heads").table(cell_of(rows), 0.5)
-    assert [line.split()[1] for line in lines if not line.startswith("|-")] == [
-        "order",
-        "dense",
-        "better",
-        "worse",
-        "best",
-    ]
-    assert "| best random | 1.500    | 0.500      |" in lines[-1] and "+1.350" in lines[-1]
-    assert "+0.250 [+0.200, +0.300]" in lines[3] and len({len(line) for line in lines}) == 1
+    cell = cell_of(rows)
+    for lines in (script("compare_heads").table(cell, 0.5), script("compare_heads").by_share(cell)):
+        names = [line.split()[1] for line in lines if not line.startswith("|-")]
+        assert names == ["order", "dense", "better", "worse", "best"]
+        assert len({len(line) for line in lines}) == 1 and "| best of 2 random | 1.500 " in lines[-1]
+    at_half = script("compare_heads").table(cell, 0.5)
+    assert "+0.250 [+0.200, +0.300]" in at_half[3] and "+1.350 [+1.300, +1.400]" in at_half[-1]
+    assert "| 0.400 | 0.400 |" in script("compare_heads").by_share(cell)[3]
 
 
 def test_it_goes_on_where_it_stopped_and_does_more_when_asked(maps, tmp_path, capsys):
