@@ -68,7 +68,8 @@ class Summary:
         overall: over all cases.
         by_length: per length over all tasks; ``by_task`` per task and length; ``by_depth`` per task, length and depth.
         perplexity: of each variant on the same text; empty without one.
-        notes: what ran slower or otherwise than asked for, per variant.
+        notes: what ran slower or otherwise than asked for, per variant; of a task over the user's own texts, under its
+            name, how long they are and how many were left out.
         kernels: kernels that ran, per patched variant.
     """
 
@@ -90,6 +91,11 @@ class Summary:
         return "\n".join(sentences(self))
 
     __repr__ = __str__  # what a notebook shows
+
+    @property
+    def bounded(self) -> bool:
+        """Whether lengths are the most tokens of a prompt: some of the texts are the user's own."""
+        return any(task in self.notes for task in self.tasks)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -123,7 +129,7 @@ def summarize(plan: EvalPlan, records: Iterable[Record]) -> Summary:
         by_task=_sorted(rows(lambda case: (case.task.name, case.length, None)), order),
         by_depth=_sorted(rows(lambda case: (case.task.name, case.length, case.depth)), order),
         perplexity={name: value for name in names if (value := _perplexity(plan, found, name)) is not None},
-        notes=told("notes"),
+        notes=told("notes") | plan.notes,
         kernels=told("kernels"),
     )
 
