@@ -21,6 +21,7 @@ from ..model.patch import patch_model, unpatch_model
 from ..tasks.answer import input_device
 from .prompt import as_ids, words
 from .prompt_cache import PromptCache
+from .template import templated
 
 APART = "\n\n"  # between a document and what is said after it
 
@@ -218,14 +219,9 @@ class Chat:
 
     def _render(self, messages: list[dict[str, str]]) -> Tensor:
         """Token ids ``[T]`` of the conversation, up to where the answer begins."""
-        from jinja2 import TemplateError
-
         if not getattr(self.tokenizer, "chat_template", None):
             return as_ids(words(self.tokenizer, "".join(f"{one['content']}\n" for one in messages)))
-        try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise ConfigError(f"the tokenizer's chat template refuses this conversation: {error}") from None
+        text = templated(self.tokenizer, messages, tokenize=False)
         return as_ids(words(self.tokenizer, text, add_special_tokens=False))
 
 

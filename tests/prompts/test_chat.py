@@ -172,7 +172,7 @@ def test_a_long_chat_keeps_two_prompts_alone():
 
 def test_what_a_template_or_a_file_refuses(tmp_path):
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
-    with pytest.raises(ConfigError, match="refuses this conversation: no system role"):
+    with pytest.raises(ConfigError, match="refuses these messages: no system role"):
         chat_of(refusing, system="Be brief.")
     chat = chat_of(system="Be brief.")
     chat.say("Hi")
