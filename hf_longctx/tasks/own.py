@@ -103,7 +103,8 @@ class OwnTask(Task):
             fits = [tokens for tokens in sizes if tokens <= length]
             real = [fits[i] for i in seeds]
             few = f", all there are of the {samples} asked for" if len(real) < samples else ""
-            said.append(f"length {length}: {len(real)} prompts of {min(real)} to {max(real)} tokens{few}")
+            prompts = "1 prompt" if len(real) == 1 else f"{len(real)} prompts"
+            said.append(f"length {length}: {prompts} of {min(real)} to {max(real)} tokens{few}")
         if over := [tokens for tokens in sizes if tokens > max(chosen)]:
             said.append(
                 f"{len(over)} of {len(sizes)} texts have more than {max(chosen)} tokens and were left out; the longest "
