@@ -39,7 +39,7 @@ LAYERS = {
     "stores": {"errors", "config", "io", "layout", "kernels"},
     "cache": BELOW - {"cache"},
     "model": BELOW,
-    "tasks": {"errors", "config", "cache", "assets"},
+    "tasks": {"errors", "config", "io", "cache", "assets"},
     "prompts": BELOW | {"model", "tasks"},
     "identification": BELOW | {"model", "tasks"},
     "planning": BELOW | {"model", "assets"},

@@ -1,4 +1,4 @@
-"""NaN and inf in keys and values: looked for in a cache's file, or in every forward with HF_LONGCTX_CHECK=1."""
+"""NaN and inf in keys, values and logits: looked for in a cache's file, or in every forward with HF_LONGCTX_CHECK=1."""
 
 from __future__ import annotations
 
@@ -43,3 +43,12 @@ def check_forward(layer_idx: int, k: Tensor, v: Tensor) -> None:
                 f"before it: load the model in bfloat16 or float32. {SWITCH}=0 turns this check off; cache.crop(0) "
                 "takes this forward back."
             )
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise ConfigError where logits are NaN, which name no token."""
+    if logits.isnan().any():
+        raise ConfigError(
+            "the logits of this model are NaN: its weights are, or it overflows. Load the model in bfloat16 or "
+            f"float32; {SWITCH}=1 finds the first layer."
+        )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..evaluate.summary import Summary
 
 THERE = ", ".join(words("tasks.synthetic"))
-TASKS = f"Commas between tasks, colons before fields (needle:variant=multi_key). There are: {THERE}."
+TASKS = f"Commas between tasks, colons before fields (needle:variant=multi_key, jsonl:file=mine.jsonl): {THERE}."
 SHORT = ("tokens", "variant", "accuracy", "to dense", "95% interval", "KV of dense", "prefill s", "decode ms")
 SHORT += ("NLL", "NLL to dense", "NLL interval", "all tokens right")
 SWEEP = "A field of the config and its values, one more variant each: retrieval_fraction=0.1,0.25."

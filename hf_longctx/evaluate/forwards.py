@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..cache.cache import cache_bytes
+from ..cache.finite import check_logits
 from ..cache.seam import CACHE, cache_of
 from ..config.model import made_for
 from ..errors import ConfigError, UnsupportedModelError
@@ -135,11 +136,13 @@ def output_head(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """What makes logits ``[n, V]`` of the base model's hidden states ``[n, D]``.
 
     Raises:
+        ConfigError: the logits are nan.
         UnsupportedModelError: the model makes its logits in another way as well (scaled, capped, a learned prefix).
     """
     head = model.get_output_embeddings()
     few = torch.arange(min(8, language_model(model).config.vocab_size), device=input_device(model))[None]
     want = model(input_ids=few, use_cache=False).logits[0]
+    check_logits(want)
     got = None if head is None else head(language_model(model)(input_ids=few, use_cache=False).last_hidden_state[0])
     if got is None or not torch.allclose(got.float(), want.float(), rtol=1e-2, atol=1e-3 * want.abs().max().item()):
         raise UnsupportedModelError(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import typing
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,6 @@ from ..model.modules import state_of
 from ..model.patch import patched
 from ..tasks import ANSWERS, MODES
 from ..tasks.base import DEPTH, LENGTH, SEED, Sample, Task
-from ..tasks.haystack import TextHaystack
 from ..tasks.language import Language
 from .forwards import windows
 
@@ -35,10 +33,10 @@ class Options:
     """What is varied, and how often.
 
     Attributes:
-        lengths: tokens of a prompt, its question included.
+        lengths: tokens of a prompt, its question included; of the user's own texts the most that a prompt may have.
         depths: where in the context the facts stand that are asked for, 0 the beginning; none: anywhere. Tasks that
             count over the whole context have no depth and are run once per length and sample.
-        samples: prompts per task, length and depth.
+        samples: prompts per task, length and depth; of the user's own texts at most so many.
         seed: random seed.
         mode: how the questions about one context are asked, "requests" or "turns" as in ``tasks.answer``.
         answers: "greedy": decoded, and the expected answers' likelihood beside them. "forced": that alone, nothing is
@@ -76,7 +74,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt, which every variant answers."""
+    """One prompt, which every variant answers.
+
+    ``seed`` is that of the run; of the user's own texts it is the text's, as ``make`` takes it.
+    """
 
     task: Task
     length: int
@@ -91,6 +92,8 @@ class Case:
 
     def sample(self, language: Language) -> Sample:
         """The prompt: its draw depends on the seed, the task, the length, the depth and the number alone."""
+        if self.task.own:
+            return self.task.make(language, self.length, self.depth, self.seed)
         depth = 0 if self.depth is None else 1 + round(self.depth * 10**6)
         # The task's own word is part of every draw; its fields are not, and would else get the same facts and filler.
         fields = self.task.name.partition(":")[2]
@@ -120,12 +123,16 @@ class Window:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """Everything that is run, short cases first, so that the first results are there early."""
+    """Everything that is run, short cases first, so that the first results are there early.
+
+    ``notes`` say per task what became of the user's own texts.
+    """
 
     variants: tuple[Variant, ...]
     cases: tuple[Case | Window, ...]
     options: Options
     text: Tensor | None = None
+    notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def keys(self) -> set[tuple[str, str]]:
         """(variant, case) of every record."""
@@ -156,23 +163,36 @@ def make_plan(
     """
     if text is None and options.perplexity_window is not None:
         raise ConfigError("perplexity_window: there is no text for it; give perplexity a file as well.")
-    cases: list[Case | Window] = list(cases_of(tasks, options))
-    # The shortest has the least room, and of the longest a language may have too few words.
-    first = {(case.task, case.depth): case for case in reversed(cases)}
-    for case in {*first.values(), *{case.task: case for case in cases}.values()}:
-        case.sample(language)
+    cases: list[Case | Window] = _checked(tasks, options, language)
+    notes = {}
     for task in tasks:
-        shortest = [case for case in cases if case.task == task and case.length == min(options.lengths)]
-        if _is_tight(shortest[0], language):
-            for case in shortest:
-                case.sample(language)
+        if task.own:
+            chosen = task.chosen(language, options.lengths, options.samples, options.seed)
+            cases += own_cases(task, chosen)
+            notes[task.name] = task.notes(language, chosen, options.samples)
     if text is not None:
         if len(text) < 2:
             raise ConfigError("perplexity: the text has fewer than 2 tokens; nothing in it can be predicted.")
         size = min(options.perplexity_window or max(options.lengths), len(text))
         cases += [Window(*one) for one in windows(len(text), size, size // 2)]
     cases.sort(key=lambda case: case.length)
-    return EvalPlan(variants_of(model, config, sweep), tuple(cases), options, text)
+    return EvalPlan(variants_of(model, config, sweep), tuple(cases), options, text, notes)
+
+
+def _checked(tasks: Sequence[Task], options: Options, language: Language) -> list[Case]:
+    """Every prompt that is drawn; those are tried that are most likely to have no room."""
+    drawn = [task for task in tasks if not task.own]
+    cases = list(cases_of(drawn, options)) if drawn else []
+    # The shortest has the least room, and of the longest a language may have too few words.
+    first = {(case.task, case.depth): case for case in reversed(cases)}
+    for case in {*first.values(), *{case.task: case for case in cases}.values()}:
+        case.sample(language)
+    for task in drawn:
+        shortest = [case for case in cases if case.task == task and case.length == min(options.lengths)]
+        if _is_tight(shortest[0], language):
+            for case in shortest:
+                case.sample(language)
+    return cases
 
 
 def _is_tight(case: Case, language: Language) -> bool:
@@ -191,6 +211,13 @@ def cases_of(tasks: Sequence[Task], options: Options) -> Iterator[Case]:
             for task in tasks:
                 for depth in (options.depths if task.deep else ()) or (None,):
                     yield Case(task, length, depth, number, options.seed)
+
+
+def own_cases(task: Task, chosen: Mapping[int, Sequence[int]]) -> Iterator[Case]:
+    """A prompt for each of the seeds that ``OwnTask.chosen`` found for a length."""
+    for length, seeds in chosen.items():
+        for number, seed in enumerate(seeds):
+            yield Case(task, length, None, number, seed)
 
 
 def variants_of(model: nn.Module, config: Any, sweep: str | None) -> tuple[Variant, ...]:
@@ -259,17 +286,3 @@ def listed(text: str, where: str, example: str) -> list[Any]:
     if not isinstance(values, list) or not values or any(value is None for value in values):
         raise ConfigError(f"{where}: got {short(text)}, expected values with commas between them, e.g. {example}.")
     return values
-
-
-def prompts_digest(plan: EvalPlan, language: Language) -> str:
-    """Digest of the prompts and of the perplexity text: another tokenizer, filler or draw gives another one."""
-    digest = hashlib.sha256()
-    if isinstance(language.haystack, TextHaystack):  # the prompts below are a few pieces of it
-        digest.update(language.haystack.ids.astype("<i8").tobytes())
-    for case in {case.task: case for case in reversed(plan.cases) if isinstance(case, Case)}.values():
-        sample = case.sample(language)
-        for ids in (sample.context, *(question.prompt for question in sample.questions)):
-            digest.update(np.asarray(ids, dtype="<i8").tobytes())
-    if plan.text is not None:
-        digest.update(plan.text.cpu().numpy().astype("<i8").tobytes())
-    return digest.hexdigest()[:16]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..io.json_lines import check_keys, json_lines, text_of
+from ..io.json_lines import check_keys, json_lines, name_of, text_of
 from .prompts import Prompt, answer_ids, token_ids
 
 KEYS = ("prompt", "messages", "answer", "id")
@@ -65,15 +65,13 @@ def _asked(model: nn.Module, where: str, line: Mapping[str, Any], tokenizer: Any
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     answer = text_of(where, line, "answer") if line.get("answer") is not None else None
-    name = line.get("id", number)
-    if not isinstance(name, str | int) or isinstance(name, bool):
-        raise ConfigError(f"{where}: id: got {type(name).__name__}, expected a text or a whole number.")
+    name = name_of(where, line, number)
     try:
         ids = token_ids(model, prompt, tokenizer)
         rest = None if answer is None else ids.new_tensor(answer_ids(prompt, ids[0].tolist(), answer, tokenizer))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    return Asked(str(name), ids, rest)
+    return Asked(name, ids, rest)
 
 
 def _messages(where: str, messages: Any) -> list[dict[str, str]]:

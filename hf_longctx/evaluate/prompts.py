@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..model.modules import unwrap
+from ..prompts.template import templated
 from ..tasks.answer import input_device
 from ..tasks.haystack import is_tiny_language
 from ..tasks.language import parted
@@ -78,7 +79,7 @@ def _read(prompt: Prompt, tokenizer: Any) -> Tensor:
     items = list(prompt) if isinstance(prompt, Sequence) else []
     if items and all(isinstance(item, Mapping) for item in items):
         _need(tokenizer)
-        return torch.tensor(_templated(tokenizer, items, tokenize=True, return_dict=True)["input_ids"])
+        return torch.tensor(templated(tokenizer, items, tokenize=True, return_dict=True)["input_ids"])
     if items and all(isinstance(item, int) for item in items):
         return torch.tensor(items)
     raise ConfigError(
@@ -105,7 +106,7 @@ def answer_ids(prompt: Prompt, ids: Sequence[int], answer: str, tokenizer: Any) 
         bos = getattr(tokenizer, "bos_token", None)
         special = not (bos and prompt.startswith(bos))
     else:
-        before = _templated(tokenizer, prompt, tokenize=False)
+        before = templated(tokenizer, prompt, tokenize=False)
         answer = _said(tokenizer, prompt, before, answer.strip())
         special = False
     whole = tokenizer(before + answer, add_special_tokens=special, verbose=False)["input_ids"]
@@ -120,26 +121,10 @@ def answer_ids(prompt: Prompt, ids: Sequence[int], answer: str, tokenizer: Any) 
 def _said(tokenizer: Any, messages: Sequence[Mapping[str, str]], before: str, answer: str) -> str:
     """The answer with what the template puts between the beginning of an assistant's turn and what is said there."""
     told = [*messages, {"role": "assistant", "content": answer}]
-    rendered = _templated(tokenizer, told, tokenize=False, add_generation_prompt=False)
+    rendered = templated(tokenizer, told, tokenize=False, add_generation_prompt=False)
     rest = rendered[len(before) :] if rendered.startswith(before) else ""
     lead = rest.partition(answer)[0] if answer in rest else ""
     return answer if lead.strip() else lead + answer  # else: a block that the model would write itself
-
-
-def _templated(tokenizer: Any, messages: Sequence[Mapping[str, str]], **how: Any) -> Any:
-    """The messages in the chat template.
-
-    Raises:
-        ConfigError: there is no template, or it refuses them.
-    """
-    from jinja2 import TemplateError
-
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ConfigError("prompt: got messages, but the tokenizer has no chat template. Give the text itself.")
-    try:
-        return tokenizer.apply_chat_template(list(messages), **{"add_generation_prompt": True, **how})
-    except TemplateError as error:
-        raise ConfigError(f"prompt: the tokenizer's chat template refuses these messages: {error}") from None
 
 
 def _need(tokenizer: Any) -> None:

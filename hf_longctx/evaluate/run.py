@@ -31,11 +31,12 @@ from ..tasks import tasks_from
 from ..tasks.answer import end_tokens, input_device, score
 from ..tasks.base import Sample, Task
 from ..tasks.language import Language, language_for
+from .digest import prompts_digest
 from .forwards import output_head, window_losses
 from .measures import NextToken, next_token
 from .meter import Found, answers_of, forced_of
 from .page import check_plots, write_report
-from .plan import Case, EvalPlan, Options, Variant, Window, make_plan, prompts_digest
+from .plan import Case, EvalPlan, Options, Variant, Window, make_plan
 from .positions import FIELD, by_position
 from .prompts import perplexity_text, token_ids
 from .records import Record, Records
@@ -242,12 +243,12 @@ class Runner:
                     **({} if told is None else asdict(self.agreement(base, found))),
                     "density": told and told.density,
                     "kernels": told.kernels if told else (),
-                    "notes": (*self.too_long(case), *(told.notes if told else ())),
+                    "notes": (*self.too_long(sample), *(told.notes if told else ())),
                 }
 
-    def too_long(self, case: Case) -> tuple[str, ...]:
+    def too_long(self, sample: Sample) -> tuple[str, ...]:
         longest = made_for(unwrap(self.model).config)
-        if longest is None or case.length <= longest:
+        if longest is None or sample.length <= longest:
             return ()
         return (f"some prompts are longer than the {longest} tokens that the model was made for",)
 

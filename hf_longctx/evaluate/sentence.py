@@ -23,7 +23,8 @@ def sentences(summary: Summary) -> list[str]:
 def _sentence(summary: Summary, name: str) -> str:
     lost = summary.overall.cells[name].difference
     longest = max(summary.by_length, key=lambda row: row.length)
-    memory = f"{_percent(longest.cells[name].cache_share)} % of the KV memory at {longest.length} tokens."
+    at = f"up to {longest.length}" if summary.bounded else longest.length
+    memory = f"{_percent(longest.cells[name].cache_share)} % of the KV memory at {at} tokens."
     named = name if "=" in name else name.capitalize()
     figures = _figures(lost)
     if lost.verdict is None:

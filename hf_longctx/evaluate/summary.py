@@ -71,7 +71,8 @@ class Summary:
         perplexity: of each variant on the same text; empty without one.
         perplexity_by_position: the same text's, of all tokens predicted at a position; in records of before it was
             measured there is none.
-        notes: what ran slower or otherwise than asked for, per variant.
+        notes: what ran slower or otherwise than asked for, per variant; of a task over the user's own texts, under its
+            name, how long they are and how many were left out.
         kernels: kernels that ran, per patched variant.
     """
 
@@ -94,6 +95,11 @@ class Summary:
         return "\n".join(sentences(self))
 
     __repr__ = __str__  # what a notebook shows
+
+    @property
+    def bounded(self) -> bool:
+        """Whether lengths are the most tokens of a prompt: some of the texts are the user's own."""
+        return any(task in self.notes for task in self.tasks)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -130,7 +136,7 @@ def summarize(plan: EvalPlan, records: Iterable[Record]) -> Summary:
         by_depth=_sorted(rows(lambda case: (case.task.name, case.length, case.depth)), order),
         perplexity={name: pooled(own).value for name, own in read.items()},
         perplexity_by_position=spans_of(read),
-        notes=told("notes"),
+        notes=told("notes") | plan.notes,
         kernels=told("kernels"),
     )
 

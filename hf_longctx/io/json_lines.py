@@ -49,6 +49,18 @@ def check_keys(where: str, line: Mapping[str, Any], known: Collection[str]) -> N
             raise ConfigError(f"{where}: unknown key {key!r}; known: {', '.join(known)}.{near(key, known)}")
 
 
+def name_of(where: str, line: Mapping[str, Any], number: int) -> str:
+    """What a line is called: its ``id``, or else its number.
+
+    Raises:
+        ConfigError: the id is neither a text nor a whole number.
+    """
+    name = line.get("id", number)
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        raise ConfigError(f"{where}: id: got {type(name).__name__}, expected a text or a whole number.")
+    return str(name)
+
+
 def text_of(where: str, line: Mapping[str, Any], key: str) -> str:
     """The text under ``key``.
 

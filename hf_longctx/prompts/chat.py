@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from ..cache.cache import cache_bytes
+from ..cache.finite import check_logits
 from ..cache.seam import CACHE
 from ..config.config import LongCtxConfig
 from ..errors import ConfigError
@@ -21,6 +22,7 @@ from ..model.patch import patch_model, unpatch_model
 from ..tasks.answer import input_device
 from .prompt import as_ids, words
 from .prompt_cache import PromptCache
+from .template import templated
 
 APART = "\n\n"  # between a document and what is said after it
 
@@ -90,6 +92,8 @@ class Chat:
         self.tokenizer = tokenizer
         self.chunk_size = chunk_size
         self.options = options
+        processors = LogitsProcessorList([*(options.get("logits_processor") or ()), _NoNan()])
+        self._asked = {**options, "logits_processor": processors}
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
         self._render([*self._messages, {"role": "user", "content": "a"}])  # a template may refuse a system message
@@ -154,7 +158,7 @@ class Chat:
             show: gets the answer's text, piece by piece.
 
         Raises:
-            ConfigError: the chat template refuses the conversation, or generate() an option.
+            ConfigError: the chat template refuses the conversation, or the model's logits are NaN.
         """
         messages = self._with(self._documents, message)
         ids = self._render(messages)
@@ -174,7 +178,7 @@ class Chat:
         prompt = self._prompts.prefill(ids)
         reused = self._prompts.tokens_reused - before
         try:
-            _, done = prompt.generate((), return_handle=True, streamer=live, **self.options)
+            _, done = prompt.generate((), return_handle=True, streamer=live, **self._asked)
         except KeyboardInterrupt:
             self._keep(prompt)
             return reused, None, _unless_silent(live)
@@ -203,7 +207,7 @@ class Chat:
                 streamer=live,
                 return_dict_in_generate=True,
                 **cache,
-                **self.options,
+                **self._asked,
             )
         except KeyboardInterrupt:
             return 0 if past is None else len(past[0]), None, _unless_silent(live)
@@ -218,15 +222,18 @@ class Chat:
 
     def _render(self, messages: list[dict[str, str]]) -> Tensor:
         """Token ids ``[T]`` of the conversation, up to where the answer begins."""
-        from jinja2 import TemplateError
-
         if not getattr(self.tokenizer, "chat_template", None):
             return as_ids(words(self.tokenizer, "".join(f"{one['content']}\n" for one in messages)))
-        try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise ConfigError(f"the tokenizer's chat template refuses this conversation: {error}") from None
+        text = templated(self.tokenizer, messages, tokenize=False)
         return as_ids(words(self.tokenizer, text, add_special_tokens=False))
+
+
+class _NoNan(LogitsProcessor):
+    """Ends an answer with an error where there is none: sampling would fail, and the greedy choice is token 0."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_logits(scores)
+        return scores
 
 
 class _Live(TextStreamer):

@@ -16,6 +16,7 @@ from ..cache.cache import LongCtxCache
 from ..errors import ConfigError, UnsupportedModeError
 from ..layout.prompt_learning import refuse_prompt_learning
 from .prompt import Prompt, Text, as_ids, words
+from .template import templated
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class PromptCache:
             template: arguments of the chat template, by default ``add_generation_prompt=True``; None for words and ids.
 
         Raises:
-            ConfigError: nothing was given, or words without a tokenizer.
+            ConfigError: nothing was given, words without a tokenizer, or messages that no chat template takes.
             UnsupportedModeError: the model is in training mode, or has prompt learning (PEFT).
         """
         if self.model.training:
@@ -187,10 +188,7 @@ class PromptCache:
 
     def _ids(self, prompt: Any, template: dict) -> Tensor:
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise ConfigError("prompt: got messages, but the tokenizer has no chat template. Give the text itself.")
-            template = {"add_generation_prompt": True, **template, "tokenize": False}
-            text = self.tokenizer.apply_chat_template(prompt, **template)
+            text = templated(self.tokenizer, prompt, **{**template, "tokenize": False})
             ids = as_ids(words(self.tokenizer, text, add_special_tokens=False))
         elif template:
             raise ConfigError(f"{', '.join(template)}: arguments of a chat template, but the prompt is no chat.")

@@ -1,4 +1,6 @@
-"""Synthetic long-context tasks, generated and seeded: one file and one word of ``synthetic/`` per task.
+"""Long-context tasks, generated and seeded, or over texts of the user's own (``jsonl``).
+
+One file and one word of ``synthetic/`` per task.
 
 The files beside that folder are what tasks are said in, and how they are answered.
 """

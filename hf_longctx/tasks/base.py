@@ -62,11 +62,12 @@ class Sample:
 
     Attributes:
         context: token ids, int64 ``[T]``.
-        questions: at least one; the context and the longest of them have exactly the length asked for.
+        questions: at least one; the context and the longest of them have exactly the length asked for, of the user's
+            own texts at most that.
         between: token ids between an answer and the next question.
         stop: ids that end an answer, beside those of the model.
         needles: (first token, one past the last) in the context of every fact that is asked for, where there are any.
-        metadata: task, length, depth and seed, plain data.
+        metadata: task, length, depth and seed, and what the task says about it; plain data.
     """
 
     context: np.ndarray
@@ -84,11 +85,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a task draws: token ids of the context, its questions, and where the facts are that they ask for."""
+    """What a task draws: token ids of the context, its questions, and where the facts are that they ask for.
+
+    ``about`` is what else is recorded of it, plain data.
+    """
 
     context: Sequence[int]
     questions: Sequence[Question]
     needles: Sequence[tuple[int, int]] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class Task(ABC):
     paper: ClassVar[str]
     deep: ClassVar[bool] = True  # whether there is a place in the context that ``depth`` can choose
     text_only: ClassVar[bool] = True  # whether the embedded models' language cannot say it
+    own: ClassVar[bool] = False  # whether the texts are the user's and a length is an upper bound: an ``own.OwnTask``
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     metric: str = field(default="string_match", metadata={"choices": tuple(METRICS)})
@@ -123,7 +129,7 @@ class Task(ABC):
         """
         convert(depth, float | None, "depth", DEPTH)
         if depth is not None and not self.deep:
-            raise ConfigError(f"depth: {self.name} counts over the whole context, so it has no depth; leave it out.")
+            raise ConfigError(f"depth: {self.name} has no place in the context to choose; leave it out.")
         if isinstance(language, TinyLanguage):
             self.check_tiny()
 
@@ -136,7 +142,8 @@ class Task(ABC):
     def make(self, language: Language, length: int, depth: float | None = None, seed: int = 0) -> Sample:
         """A sample whose context and longest question have exactly ``length`` tokens; the answer comes after them.
 
-        It depends on the arguments and the fields alone. The room for an answer is not part of the length.
+        Of an ``own`` task they have at most so many. It depends on the arguments and the fields alone. The room for an
+        answer is not part of the length.
 
         Args:
             language: of the model's tokenizer, from ``language_for``.
@@ -149,6 +156,14 @@ class Task(ABC):
         convert(length, int, "length", LENGTH)
         convert(seed, int, "seed", SEED)
         self.check(language, depth)
+        draft = self.drawn(language, length, depth, seed)
+        metadata = {"task": self.name, "length": length, "depth": depth, "seed": seed, **draft.about}
+        context = np.asarray(draft.context, dtype=np.int64)
+        made = (tuple(draft.questions), tuple(language.between), language.stop, tuple(draft.needles))
+        return Sample(context, *made, metadata)
+
+    def drawn(self, language: Language, length: int, depth: float | None, seed: int) -> Draft:
+        """The first draw in which no answer stands in the filler as well; as ``make``, with arguments that fit."""
         word = zlib.crc32(dump(self, "task")["task"].encode())
         for draw in range(DRAWS):
             draft = self.draft(
@@ -157,13 +172,8 @@ class Task(ABC):
             text = language.decode(draft.context).casefold()
             found = [(q.told, tuple(text.count(answer.casefold()) for answer in q.answers)) for q in draft.questions]
             if all(told == counted for told, counted in found):
-                break
-        else:
-            raise ConfigError(f"{self.name}: in {DRAWS} draws an answer stood in the filler as well; use another text.")
-        metadata = {"task": self.name, "length": length, "depth": depth, "seed": seed}
-        context = np.asarray(draft.context, dtype=np.int64)
-        made = (tuple(draft.questions), tuple(language.between), language.stop, tuple(draft.needles))
-        return Sample(context, *made, metadata)
+                return draft
+        raise ConfigError(f"{self.name}: in {DRAWS} draws an answer stood in the filler as well; use another text.")
 
     @abstractmethod
     def draft(self, language: Language, length: int, depth: float | None, rng: Rng) -> Draft:

@@ -133,6 +133,12 @@ def ordinary_tokens(tokenizer) -> np.ndarray:
     return ids
 
 
+def special_texts(tokenizer) -> set[str]:
+    """What the tokenizer would read in a text as a token that is none of a text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+
+
 def word_tokens(tokenizer, ids: np.ndarray) -> np.ndarray:
     """Those of ``ids`` that stand for one word of letters with a space before it; all of ``ids`` where few do."""
     texts = tokenizer.convert_ids_to_tokens(ids.tolist())

@@ -23,6 +23,7 @@ from .haystack import (
     check_tokenizer,
     is_tiny_language,
     ordinary_tokens,
+    special_texts,
 )
 
 REACH = 128  # tokens that a fact moves towards the beginning, to stand between two sentences
@@ -151,6 +152,7 @@ class TextLanguage(Language):
                 raise ConfigError(f"haystack: {haystack!r} and a text were given; the filler comes from one of them.")
         self.tokenizer = tokenizer
         self._ends: dict[int, bool] = {}
+        self._special = special_texts(tokenizer)
         self._anchor = self._plain(".")
         self._check()
         self.apart = tuple(self.encode("\n\n"))
@@ -163,11 +165,13 @@ class TextLanguage(Language):
         self.prefix, self.suffix, self.between = self._chat() if chat else (self._begin(), [], self.encode("\n"))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a piece of text inside a longer one."""
-        ids = self._plain("." + text)
+        """Ids of a piece of text inside a longer one; what looks like a special token is words about one."""
+        # Not every tokenizer knows this argument, and hardly any text needs it.
+        how = {"split_special_tokens": True} if any(token in text for token in self._special) else {}
+        ids = self._plain("." + text, **how)
         first = len(self._anchor)
         # Where the tokenizer joins the full stop to what follows, the piece has to stand alone.
-        return ids[first:] if ids[:first] == self._anchor else self._plain(text)
+        return ids[first:] if ids[:first] == self._anchor else self._plain(text, **how)
 
     def draw(self, rng, count, wording):
         return wording.keys(rng, count), wording.values(rng, count)
@@ -209,8 +213,8 @@ class TextLanguage(Language):
             self._ends[token] = self.tokenizer.decode([token]).rstrip(" ").endswith((".", "!", "?", "\n"))
         return self._ends[token]
 
-    def _plain(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def _plain(self, text: str, **how: Any) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False, **how)["input_ids"]
 
     def _begin(self) -> list[int]:
         """What the tokenizer puts before a text by itself."""

@@ -268,6 +268,15 @@ def test_forced_states_predict_the_end_of_the_prompt_and_the_answer(last, chunk,
             assert not torch.allclose(got, whole[30 - last : 30 + 11], atol=1e-3), "a control: one position further"
 
 
+def test_logits_of_nan_are_refused():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    for start in (lambda: output_head(model), lambda: perplexity(model, torch.arange(3, 20))):
+        with pytest.raises(ConfigError, match="logits of this model are NaN.*bfloat16 or float32"):
+            start()
+
+
 def test_logits_made_in_another_way_are_refused():
     model = tiny_model()
     output_head(model)

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_longctx import ConfigError, LongCtxConfig
 from hf_longctx.assets import asset
 from hf_longctx.config.words import load, make, words
-from hf_longctx.evaluate.plan import Case, Options, cases_of, make_plan, prompts_digest, values_of, variants_of
+from hf_longctx.evaluate.digest import prompts_digest
+from hf_longctx.evaluate.plan import Case, Options, cases_of, make_plan, values_of, variants_of
 from hf_longctx.evaluate.run import evaluate
 from hf_longctx.model.modules import state_of
 from hf_longctx.tasks import tasks_from

@@ -8,6 +8,7 @@ from statistics import mean, median
 
 import pytest
 import torch
+from helpers.kinds import COUNTED, DRAWN
 from helpers.tiny import config_for, tiny_model
 from helpers.tiny_tokenizer import byte_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,7 +18,6 @@ from hf_longctx import ConfigError, patch_model, patched, unpatch_model
 from hf_longctx.assets import asset
 from hf_longctx.cache.fingerprint import weights_digest
 from hf_longctx.commands._app import app
-from hf_longctx.config.words import load, words
 from hf_longctx.evaluate import run
 from hf_longctx.evaluate.forwards import perplexity
 from hf_longctx.evaluate.measures import paired_bootstrap
@@ -371,13 +371,11 @@ def test_every_task_runs_in_text(tmp_path, mode):
     model.resize_token_embeddings(700)
     heads = config_for(model, roles="retrieval")
     asked = {"lengths": [2400], "depths": [0.5], "samples": 1, "mode": mode, "prefill_chunk_size": 300}
-    summary = evaluate(model, byte_bpe(), tmp_path, tasks=",".join(words("tasks.synthetic")), config=heads, **asked)
-    assert set(summary.tasks) == set(words("tasks.synthetic"))
-    assert {row.task for row in summary.by_depth if row.depth is None} == {
-        word for word in words("tasks.synthetic") if not load("tasks.synthetic", word).deep
-    }
+    summary = evaluate(model, byte_bpe(), tmp_path, tasks=",".join(DRAWN), config=heads, **asked)
+    assert set(summary.tasks) == set(DRAWN)
+    assert {row.task for row in summary.by_depth if row.depth is None} == set(COUNTED)
     (header,), records = lines(tmp_path)
-    assert header["settings"]["prefill_chunk_size"] == 300 and len(records) == 2 * len(words("tasks.synthetic"))
+    assert header["settings"]["prefill_chunk_size"] == 300 and len(records) == 2 * len(DRAWN)
     by_way = {way: {one["case"]: one["output_ids"] for one in records if one["variant"] == way} for way in VARIANTS[:2]}
     assert by_way["dense"] == by_way["patched"], "all heads keep every token"
     assert summary.overall.cells["patched"].kl_max < 1e-5

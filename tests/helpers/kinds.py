@@ -25,7 +25,8 @@ CHAT = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 CASES = tuple(cases("tasks.synthetic"))
-COUNTED = tuple(word for word in words("tasks.synthetic") if not load("tasks.synthetic", word).deep)
+DRAWN = tuple(word for word in words("tasks.synthetic") if not load("tasks.synthetic", word).own)
+COUNTED = tuple(word for word in DRAWN if not load("tasks.synthetic", word).deep)
 
 
 def corpus() -> list[str]:

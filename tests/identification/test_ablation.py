@@ -160,6 +160,23 @@ def test_harm_within_the_noise_is_said(monkeypatch):
     assert probe.measured["heads_clearly_harmful"] == 0 and probe.measured["standard_error"] > 0.05
 
 
+@pytest.mark.parametrize("right", [0, 1])
+def test_a_dense_model_that_answers_nothing_is_said(right, monkeypatch, tmp_path):
+    def few_right(self, model, answered=DocumentAnswers.answered):
+        for number, (hits, losses) in enumerate(answered(self, model)):
+            hits[:] = False
+            hits[0] = number < right
+            yield hits, losses
+
+    monkeypatch.setattr(DocumentAnswers, "answered", few_right)
+    for _ in range(2):  # anew, and where a file knows the losses
+        probe = probe_of(random_model(), work=tmp_path)
+        Ablation(**SMALL).scores(probe)
+        said = [one for one in probe.doubts if "the dense model answers none of the" in one]
+        assert probe.measured["dense_right"] == right and len(said) == (right == 0)
+        assert all("questions right" in one and "now 100)" in one for one in said)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("streaming", [1, 2])
 def test_a_loss_that_orders_nothing_is_refused_in_every_round_and_not_saved(bad, streaming, tmp_path, monkeypatch):

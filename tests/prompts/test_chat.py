@@ -170,9 +170,26 @@ def test_a_long_chat_keeps_two_prompts_alone():
         assert len(chat._prompts) == 2
 
 
+@pytest.mark.parametrize("way", ["patched", "dense"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_an_answer_of_nan_is_refused_and_the_chat_goes_on(way, sampled):
+    chat = chat_of(do_sample=sampled, logits_processor=[lambda ids, scores: scores])
+    chat.use(way == "patched")
+    head = chat.model.lm_head.weight
+    kept = head.detach().clone()
+    with torch.no_grad():
+        head.fill_(float("nan"))
+    with pytest.raises(ConfigError, match="logits of this model are NaN.*bfloat16 or float32"):
+        chat.say("Hi")
+    assert not chat._messages and not len(chat.ids)
+    with torch.no_grad():
+        head.copy_(kept)
+    assert len(chat.say("Hi").tokens) == NEW
+
+
 def test_what_a_template_or_a_file_refuses(tmp_path):
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
-    with pytest.raises(ConfigError, match="refuses this conversation: no system role"):
+    with pytest.raises(ConfigError, match="refuses these messages: no system role"):
         chat_of(refusing, system="Be brief.")
     chat = chat_of(system="Be brief.")
     chat.say("Hi")

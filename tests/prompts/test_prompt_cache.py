@@ -357,6 +357,9 @@ def test_messages_of_a_chat():
         prompts.prefill("w5", add_generation_prompt=False)
     with pytest.raises(ConfigError, match="no chat template"):
         PromptCache(model, word_tokenizer()).prefill(messages)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ConfigError, match="chat template refuses these messages: roles must alternate"):
+        prompts.prefill(messages)
 
 
 def test_prompts_of_another_config_are_dropped():

@@ -11,10 +11,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from helpers.kinds import CASES, COUNTED, TEXTS, can_say, language_of, spoken
+from helpers.kinds import CASES, COUNTED, DRAWN, TEXTS, can_say, language_of, spoken
 from helpers.tiny_tokenizer import byte_bpe
 
-from hf_longctx.config.words import load, words
+from hf_longctx.config.words import load
 from hf_longctx.errors import ConfigError
 from hf_longctx.tasks import task_from
 from hf_longctx.tasks.base import Sample, Task
@@ -37,12 +37,12 @@ def same(one: Sample, other: Sample) -> bool:
 
 
 def test_the_cases_show_every_task_and_both_kinds_of_language():
-    assert {case.partition(":")[0] for case in CASES} == set(words("tasks.synthetic"))
+    assert {case.partition(":")[0] for case in CASES} == set(DRAWN)
     assert all(set(task_from(case).name.split(":")) == set(case.split(":")) for case in CASES)
     tiny = {case for kind, case in SPOKEN if kind == "tiny"}
     assert {"passkey", "key_value"} <= tiny < set(CASES) and len(DEEP) < len(SPOKEN)
     assert not {"variable_tracking", "threading", "needle:variant=multi_value"} & tiny
-    for word in words("tasks.synthetic"):
+    for word in DRAWN:
         task = load("tasks.synthetic", word)
         assert issubclass(task, Task) and task.__dataclass_params__.frozen and task.paper.startswith("arXiv:")
 

@@ -75,8 +75,15 @@ class Ablation(Method):
         with probe.track("ablation", 1 + self.cost(len(heads)), "settings") as bar:
             losses = Losses(probe, yardstick, known, bar, file, settings)
             dense = losses.of(())
+            right = losses.right()
             alone, order = self.rank(heads, losses)
         self._measure(probe, yardstick, length, dense, alone)
+        probe.measured["dense_right"] = right
+        if not right:
+            probe.doubt(
+                f"ablation: the dense model answers none of the {len(dense)} questions right, so how likely the "
+                f"answers are may say nothing of what its heads retrieve (shorter documents: length=..., now {length})"
+            )
         scores = torch.zeros(probe.layers, probe.kv_heads, dtype=torch.float64)
         for place, head in enumerate(order, 1):
             scores[head] = place / len(order)
@@ -161,6 +168,7 @@ class Losses:
         self.bar = bar
         self.file = file
         self.settings = settings
+        self.hits: int | None = None
 
     def of(self, streaming: Collection[Head]) -> Tensor:
         """float64 ``[questions]``.
@@ -183,14 +191,28 @@ class Losses:
         self.bar.advance(saved=self.file is not None)
         return torch.tensor(self.known[name], dtype=torch.float64)
 
+    def right(self) -> int:
+        """How many questions are answered right where no head streams."""
+        if self.hits is None:  # a file knew the losses
+            self.hits = int(self._answered(())[0].sum())
+        return self.hits
+
     def _measured(self, streaming: Collection[Head]) -> Tensor:
+        hits, losses = self._answered(streaming)
+        if not streaming:
+            self.hits = int(hits.sum())
+        return losses
+
+    def _answered(self, streaming: Collection[Head]) -> tuple[Tensor, Tensor]:
+        """(which answers are right, their losses), ``[questions]`` each."""
         model = self.probe.model
         roles = [["R"] * self.probe.kv_heads for _ in range(self.probe.layers)]
         for layer, head in streaming:
             roles[layer][head] = "S"
         config = state_of(model).config.override(heads={"roles": ["".join(row) for row in roles]})
         with patched(model, config):
-            return torch.cat([losses for _, losses in self.yardstick.answered(model)])
+            hits, losses = zip(*self.yardstick.answered(model), strict=True)
+        return torch.cat(hits), torch.cat(losses)
 
 
 def load(path: Path, settings: dict[str, Any]) -> dict[str, list[float]]:
