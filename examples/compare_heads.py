@@ -255,8 +255,10 @@ def show(args: argparse.Namespace) -> None:
         asked = "in one forward with the context" if together else "of copies of the context's cache"
         sys.stdout.write(f"\n{task}, {tokens} tokens, {len(dense)} questions {asked}; areas: {curve}\n\n")
         if cell.mean("right", DENSE) < ANSWERABLE:
-            sys.stdout.write(f"Dense answers less than {ANSWERABLE:.0%} of them: this cell ranks nothing.\n\n")
-        sys.stdout.write("\n".join([*table(cell, args.share), "", *by_share(cell)]) + "\n")
+            sys.stdout.write(f"Dense answers less than {ANSWERABLE:.0%} of them: what is right ranks nothing.\n\n")
+        sys.stdout.write("\n".join(table(cell, args.share)) + "\n")
+        if any(len(cell.shares(order)) > 1 for order in cell.orders()):
+            sys.stdout.write("\n" + "\n".join(by_share(cell)) + "\n")
         for tail in sorted({t for _, _, t in cell.of} - {0}):
             sys.stdout.write("\n".join(tails(cell, tail)) + "\n")
     if args.plot:

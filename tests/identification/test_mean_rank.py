@@ -10,7 +10,9 @@ from helpers.tiny import tiny_model
 from hf_longctx import ConfigError
 from hf_longctx.config.words import build, dump
 from hf_longctx.identification.methods.echo_induction import EchoInduction
+from hf_longctx.identification.methods.kvzip import Kvzip
 from hf_longctx.identification.methods.mean_rank import MeanRank, ranks
+from hf_longctx.identification.methods.query_focused import QueryFocused
 from hf_longctx.identification.methods.two_needle import TwoNeedle
 
 ECHO = {"method": "echo_induction", "tokens": 20}
@@ -44,7 +46,7 @@ def test_words_mappings_and_objects_are_the_same():
     given = made("two_needle", ECHO)
     assert given == MeanRank((TwoNeedle(), EchoInduction(20))) == made(TwoNeedle(), ECHO)
     assert build("identification.methods", dump(given, "method"), "method", "identify") == given
-    assert [type(one) for one in MeanRank().methods] == [TwoNeedle, EchoInduction]
+    assert [type(one) for one in MeanRank().methods] == [TwoNeedle, QueryFocused, Kvzip]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from .base import HeadProbe, Method, check_scores
 
 FOLDER = "identification.methods"
-DEFAULT = ("two_needle", "echo_induction")
+DEFAULT = ("two_needle", "query_focused", "kvzip")
 WORDS = {"folder": FOLDER, "key": "method", "role": None, "instead": None, "bare": True}
 
 
