@@ -1,4 +1,4 @@
-"""examples/compare_heads.py: its orders, areas, tables, and what it measures again."""
+"""examples/compare_heads.py and heads_tables.py: orders, areas, tables, and what is measured again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def row(order: str, share: float, nll: list[float], right: list[bool], seed: int
 
 
 def cell_of(rows: list[dict]):
-    return script("compare_heads").Cell(rows)
+    return script("heads_tables").Cell(rows)
 
 
 def test_an_order_takes_its_best_heads_and_keeps_the_files_stores(maps):
@@ -87,18 +87,18 @@ def test_the_tables_have_the_best_order_first_and_one_line_for_chance():
     for order, nll in (("worse", 0.9), ("better", 0.4), ("random 0", 2.0), ("random 1", 1.5)):
         rows += [row(order, share, [nll, nll], [True, False]) for share in shares]
     cell = cell_of(rows)
-    for lines in (script("compare_heads").table(cell, 0.5), script("compare_heads").by_share(cell)):
+    for lines in (script("heads_tables").table(cell, 0.5), script("heads_tables").by_share(cell)):
         names = [line.split()[1] for line in lines if not line.startswith("|-")]
         assert names == ["order", "dense", "better", "worse", "best"]
         assert len({len(line) for line in lines}) == 1 and "| best of 2 random | 1.500 " in lines[-1]
-    at_half = script("compare_heads").table(cell, 0.5)
+    at_half = script("heads_tables").table(cell, 0.5)
     assert "+0.250 [+0.200, +0.300]" in at_half[3] and "+1.350 [+1.300, +1.400]" in at_half[-1]
-    assert "| 0.400 | 0.400 |" in script("compare_heads").by_share(cell)[3]
+    assert "| 0.400 | 0.400 |" in script("heads_tables").by_share(cell)[3]
 
 
 def test_it_goes_on_where_it_stopped_and_does_more_when_asked(maps, tmp_path, capsys):
     compare, out, picture = script("compare_heads"), tmp_path / "curves.jsonl", tmp_path / "curves.png"
-    asked = ["measure", str(asset(NAME)), "--maps", str(maps), "--out", str(out), "--tasks", TASK, "--tokens", "256"]
+    asked = [str(asset(NAME)), "--maps", str(maps), "--out", str(out), "--tasks", TASK, "--tokens", "256"]
     asked += ["--contexts", "1", "--shares", "0.3", "0.9", "--random", "1"]
     compare.main(asked)
     first = out.read_text()
@@ -114,7 +114,7 @@ def test_it_goes_on_where_it_stopped_and_does_more_when_asked(maps, tmp_path, ca
     compare.main([*asked, "--together"])
     assert len(out.read_text().splitlines()) == 10 and out.read_text().startswith(first)
     capsys.readouterr()
-    compare.main(["table", str(out), "--plot", str(picture)])
+    script("heads_tables").main([str(out), "--plot", str(picture)])
     said = capsys.readouterr().out
     assert "of copies of the context's cache" in said and "in one forward with the context" in said
     assert picture.stat().st_size > 10_000

@@ -46,10 +46,10 @@ def test_methods_find_the_heads_that_ablation_finds(name, tmp_path):
         config.to_yaml(maps / f"{method}.yaml")
         sure |= {method} if config.heads.confidence == "measured" else set()
     assert set(OPTIONS) - sure == DOUBTS.get(name, set())
-    asked = ["measure", str(asset(name)), "--maps", str(maps), "--out", str(out), "--random", "3", *MEASURE]
+    asked = [str(asset(name)), "--maps", str(maps), "--out", str(out), "--random", "3", *MEASURE]
     compare.main(asked)
     measured = out.read_text()
-    (cell,) = compare.by_cell([out]).values()
+    (cell,) = script("heads_tables").by_cell([out]).values()
     areas = {order: cell.area("right", order) for order in cell.orders()}
     chance = np.mean([area for order, area in areas.items() if order.startswith("random ")])
     assert cell.mean("right", "dense") > 0.85
