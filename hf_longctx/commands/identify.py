@@ -14,7 +14,6 @@ from ..assets import embedded
 from ..config.find import YAML
 from ..config.words import build, check_word, read_fields, words
 from ..errors import ConfigError
-from ..identification import METHOD
 from ..io.console import console
 from ..io.plots import head_map, save
 from ..planning.sizes import parse_tokens
@@ -60,7 +59,7 @@ Work = Annotated[
 def command(
     model: Model,
     out: Yaml,
-    method: Annotated[str, typer.Option(help=f"One of: {', '.join(words('identification.methods'))}.")] = METHOD,
+    method: Annotated[str, typer.Option(help=f"One of: {', '.join(words('identification.methods'))}.")] = "two_needle",
     text: Annotated[Path | None, typer.Option(help="File or folder to take the documents' filler from.")] = None,
     retrieval_fraction: Share = None,
     target_drop: Drop = None,

@@ -20,7 +20,6 @@ from ..errors import ConfigError, UnsupportedModeError, UnsupportedModelError
 from ..model.modules import language_model, name_of, state_of, unwrap
 from ..model.patch import patched
 from ..tasks.documents import Documents, RandomTokens, documents_for
-from . import METHOD
 from .methods.base import HeadProbe, Method, check_scores, modes_kept
 from .share import ShareSearch
 
@@ -34,7 +33,7 @@ SEED = {"min": 0, "max": 2**63 - 1}
 def identify(
     model: nn.Module,
     tokenizer: Any,
-    method: str | Method = METHOD,
+    method: str | Method = "two_needle",
     *,
     text: str | os.PathLike | None = None,
     retrieval_fraction: float | None = None,
@@ -59,7 +58,7 @@ def identify(
             a target: given None, it draws from all of the model's token ids but the special ones.
         method: a word of ``hf_longctx/identification/methods``: "duo_gates" (arXiv:2410.10819), "retrieval_score"
             (arXiv:2404.15574), "echo_induction" (arXiv:2407.15891), "two_needle" (arXiv:2605.16928) or another one, a
-            word that was registered, or the object of such a class. Default "mean_rank", of three of them.
+            word that was registered, or the object of such a class.
         text: a file or folder to take the documents' filler from, instead of random tokens.
         retrieval_fraction: share of retrieval heads of the config; default 0.5, or 0.25 where every query head has a KV
             head of its own, as DuoAttention uses them, lowered where fewer heads were told apart.
