@@ -97,9 +97,11 @@ def number(value: float | None) -> str:
 
 def table(cell: Cell, share: float) -> list[str]:
     """Every order, the least NLL under its curve first, and the random ones together."""
+    level = [cell.values(name, DENSE, 1.0, seeds=cell.everywhere) for name in ("nll", "right")]
+    areas = [number(float(np.mean(found)) if found else None) for found in level]
     lines = [
         ("order", "area NLL", "area right", f"NLL to dense at {share:.0%}", "right"),
-        ("dense", number(cell.mean("nll", DENSE)), number(cell.mean("right", DENSE)), "", ""),
+        (DENSE, *areas, number(cell.mean("nll", DENSE)) + " itself", number(cell.mean("right", DENSE))),
     ]
     for order in cell.ranked():
         at = ("-", "-")
@@ -107,10 +109,8 @@ def table(cell: Cell, share: float) -> list[str]:
             at = (cell.lost(order, share), number(cell.mean("right", order, share)))
         lines.append((order, *(number(cell.area(name, order)) for name in ("nll", "right")), *at))
     if cell.chance():
-        areas = [
-            [a for order in cell.chance() if (a := cell.area(name, order)) is not None] for name in ("nll", "right")
-        ]
-        best = [number(choose(found, default=None)) for choose, found in zip((min, max), areas, strict=True)]
+        found = [[a for one in cell.chance() if (a := cell.area(name, one)) is not None] for name in ("nll", "right")]
+        best = [number(choose(own, default=None)) for choose, own in zip((min, max), found, strict=True)]
         at = [cell.lost(order, share) for order in cell.chance() if share in cell.shares(order)]
         lines.append((f"best of {len(cell.chance())} random", *best, least(at), ""))
     return markdown(lines)

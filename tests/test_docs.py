@@ -34,11 +34,12 @@ PROGRAM = ("hf-longctx", ".venv/bin/hf-longctx")
 # Snippets that no test runs, by page. A new one needs a reason on the page and a number here.
 NOT_RUN = Counter(
     {
-        "README.md": 3,
+        "README.md": 4,
         "CONTRIBUTING.md": 5,
         "benchmarks.md": 17,
         "evaluation.md": 8,
         "heads.md": 4,
+        "2026-11-30-real-checkpoint.md": 9,
         "faq.md": 1,
         "prompt_cache.md": 1,
         "tasks.md": 1,

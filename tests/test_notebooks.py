@@ -1,6 +1,6 @@
 """The notebooks of examples/ run, and what is committed in them is what they say.
 
-The slowest one is marked slow; its committed outputs are looked at in every run.
+The slowest are marked slow; their committed outputs are looked at in every run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from helpers.scripts import script
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
-SLOW = {"04_your_model"}
+SLOW = {"04_your_model", "07_a_real_checkpoint"}
 MOST_BYTES, MOST_CELLS = 300_000, 16
 PATHS = re.compile(r"/(tmp|root|home|Users|var|opt|usr)\b")
 
