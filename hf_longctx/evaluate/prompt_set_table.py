@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 WORST = 5  # prompts shown
 SHOWN = 60  # characters of an answer
 NAME = 16  # characters of a prompt's name
-WIDTHS = (9, 8, 18, 15, 18, 7, 5)
+WIDTHS = (9, 8, 18, 17, 16, 7, 5)
 HEADS = ("variant", "NLL", "to dense", "same token", "KL(dense || it)", "equal", "KV")
 
 
@@ -39,7 +39,7 @@ def lines(found: ComparedPrompts) -> Iterator[str]:
         cells += (f"{means.kl.mean:.4f}", f"{equal}/{count}", f"{means.cache_share:.0%}")
         yield _row((name if len(name) <= WIDTHS[0] else "", *cells))
         if means.kl.low is not None:
-            yield _row(("", "95%:", _span(means.nll_lost, "+.4f"), _percent(means.agreement), _span(means.kl, ".4f")))
+            yield _row(("", "95%:", _span(means.nll_lost, "+.3f"), _percent(means.agreement), _span(means.kl, ".3f")))
     yield ""
     if count < FEW:
         yield f"Fewer than {FEW} prompts: intervals say little."

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from hf_longctx import ConfigError, compare, compare_prompts, patched
 from hf_longctx.commands._app import app
 from hf_longctx.evaluate import compare_prompts as module
-from hf_longctx.evaluate.measures import next_token, paired_bootstrap
+from hf_longctx.evaluate import prompt_set_table as table
+from hf_longctx.evaluate.measures import Mean, next_token, paired_bootstrap
 from hf_longctx.evaluate.prompts import answer_ids, token_ids
 from hf_longctx.model.modules import state_of
 
@@ -228,3 +229,13 @@ def test_the_command_takes_one_of_the_two(tmp_path):
     ):
         done = invoke(*args)
         assert done.exit_code == 2 and said in done.output.replace("\n", " "), done.output
+
+
+def test_intervals_stand_apart_at_80_columns():
+    spans = (
+        table._span(Mean(0.0, -9.5, 9.5), "+.3f"),
+        table._percent(Mean(1.0, 1.0, 1.0)),
+        table._span(Mean(1.0, 1.0, 9.5), ".3f"),
+    )
+    row = table._row(("", "95%:", *spans))
+    assert all(f" {span}" in row for span in spans) and len(row) <= 80
