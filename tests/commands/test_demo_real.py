@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from hf_longctx import ConfigError, LongCtxConfig, identify
+from hf_longctx import ConfigError, LongCtxConfig
 from hf_longctx.commands._app import app
 from hf_longctx.commands._demo import Way
 from hf_longctx.commands._demo_real import HAYSTACK, TASK, one_line, run, tell
@@ -132,13 +132,9 @@ def test_a_long_answer_is_cut_between_words():
 
 
 @pytest.mark.slow
-def test_the_demo_on_the_real_checkpoint(tmp_path):
-    folder = real_checkpoint()
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    identify(model, tokenizer, "two_needle").to_yaml(tmp_path / "heads.yaml")
+def test_the_demo_on_the_real_checkpoint():
     console = Console(file=io.StringIO(), width=80)
-    dense, right, wrong = run(2048, 4, 2, model=str(folder), config=str(tmp_path / "heads.yaml"), console=console)
+    dense, right, wrong = run(2048, 4, 2, model=str(real_checkpoint()), console=console)
     assert right.config.retrieval_heads == wrong.config.retrieval_heads == 45
     assert mean(dense.megabytes) == pytest.approx(30 * 2 * 3 * 64 * 4 * 2048 / 1e6, rel=0.05)
     assert mean(right.megabytes) < 0.75 * mean(dense.megabytes)
