@@ -11,13 +11,16 @@ whether all its tokens are the greedy choice. A run goes on where it stopped, an
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from heads_tables import DENSE, RANDOM, rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longctx import LongCtxConfig, patched
@@ -32,8 +35,6 @@ from hf_longctx.tasks.language import language_for
 
 SHARES = [round(0.1 * i, 1) for i in range(1, 10)]
 RANDOM_ORDERS = 5
-DENSE = "dense"
-RANDOM = "random "
 TASKS = ("needle:variant=multi_key:needles=8:questions=8", "facts:facts=8")
 KEY = ("tokens", "task", "seed", "order", "share", "dense_tail", "together")
 
@@ -107,25 +108,20 @@ def measure(args: argparse.Namespace) -> None:
     language = language_for(tokenizer, **said)
     done = {key_of(row) for row in rows(args.out)} if args.out.exists() else set()
     todo = [cell for cell in cells(args, orders) if key_of(cell) not in done]
-    made: tuple = ()
+
+    @functools.lru_cache(1)
+    def sample(task: str, tokens: int, seed: int) -> Sample:
+        return task_from(task).make(language, tokens, seed=seed)
+
     with args.out.open("a") as file, Progress("curves", len(todo), "measurements") as bar:
         for cell in todo:
-            text = cell["task"], cell["tokens"], cell["seed"]
-            if not made or made[0] != text:
-                sample = task_from(cell["task"]).make(language, cell["tokens"], seed=cell["seed"])
-                made = text, sample
-            if cell["order"] == DENSE:
-                found = answered(model, made[1], args.together)
-            else:
-                with patched(model, orders.config(cell["order"], cell["share"], cell["dense_tail"])):
-                    found = answered(model, made[1], args.together)
+            dense = cell["order"] == DENSE
+            config = None if dense else orders.config(cell["order"], cell["share"], cell["dense_tail"])
+            with nullcontext() if dense else patched(model, config):
+                found = answered(model, sample(cell["task"], cell["tokens"], cell["seed"]), args.together)
             file.write(json.dumps(cell | found) + "\n")
             file.flush()
             bar.advance(saved=True)
-
-
-def rows(path: Path) -> Iterator[dict]:
-    yield from map(json.loads, path.read_text().splitlines())
 
 
 def tokens(text: str) -> int:

@@ -56,9 +56,9 @@ class Cell:
     def shares(self, order: str, tail: int = 0) -> list[float]:
         return sorted(share for one, share, t in self.of if (one, t) == (order, tail))
 
-    def at(self, order: str, share: float) -> float | None:
-        """Mean NLL on the texts that everything was measured on, so that all points of all curves are of the same."""
-        found = self.values("nll", order, share, seeds=self.everywhere)
+    def at(self, name: str, order: str, share: float) -> float | None:
+        """A mean on the texts that everything was measured on, so that all points of all curves are of the same."""
+        found = self.values(name, order, share, seeds=self.everywhere)
         return float(np.mean(found)) if found else None
 
     def area(self, name: str, order: str) -> float | None:
@@ -69,7 +69,7 @@ class Cell:
         shares = self.shares(order)
         if len(shares) < 2 or not self.everywhere:
             return None
-        heights = [np.mean(self.values(name, order, share, seeds=self.everywhere)) for share in shares]
+        heights = [self.at(name, order, share) for share in shares]
         return float(np.trapezoid(heights, shares) / (shares[-1] - shares[0]))
 
     def lost(self, order: str, share: float, tail: int = 0) -> str:
@@ -97,8 +97,7 @@ def number(value: float | None) -> str:
 
 def table(cell: Cell, share: float) -> list[str]:
     """Every order, the least NLL under its curve first, and the random ones together."""
-    level = [cell.values(name, DENSE, 1.0, seeds=cell.everywhere) for name in ("nll", "right")]
-    areas = [number(float(np.mean(found)) if found else None) for found in level]
+    areas = [number(cell.at(name, DENSE, 1.0)) for name in ("nll", "right")]
     lines = [
         ("order", "area NLL", "area right", f"NLL to dense at {share:.0%}", "right"),
         (DENSE, *areas, number(cell.mean("nll", DENSE)) + " itself", number(cell.mean("right", DENSE))),
@@ -124,10 +123,10 @@ def by_share(cell: Cell) -> list[str]:
     """NLL at every share."""
     shares = sorted({share for order in cell.orders() for share in cell.shares(order)})
     lines = [("order", *(f"{share:.0%}" for share in shares))]
-    lines.append((DENSE, *[number(cell.at(DENSE, 1.0))] * len(shares)))
-    lines += [(order, *(number(cell.at(order, share)) for share in shares)) for order in cell.ranked()]
+    lines.append((DENSE, *[number(cell.at("nll", DENSE, 1.0))] * len(shares)))
+    lines += [(order, *(number(cell.at("nll", order, share)) for share in shares)) for order in cell.ranked()]
     if cell.chance():
-        best = [[x for order in cell.chance() if (x := cell.at(order, share)) is not None] for share in shares]
+        best = [[x for order in cell.chance() if (x := cell.at("nll", order, share)) is not None] for share in shares]
         lines.append((f"best of {len(cell.chance())} random", *(number(min(found, default=None)) for found in best)))
     return markdown(lines)
 
@@ -175,13 +174,13 @@ def curves(cells: dict[tuple, Cell]):
         chance = cell.chance()
         for order in [*chance, *cell.ranked()]:
             number = 0 if order in chance else named.index(order)
-            shares = [share for share in cell.shares(order) if cell.at(order, share) is not None]
+            shares = [share for share in cell.shares(order) if cell.at("nll", order, share) is not None]
             look = {"color": f"C{number % 10}", "marker": "osv^D"[number % 5], "markersize": 3.5, "linewidth": 1.2}
             if order in chance:
                 look = {"color": "0.75", "linewidth": 0.9}
             label = order if order not in chance else "random" if order == chance[0] else None
-            place.plot(shares, [cell.at(order, share) for share in shares], label=label, **look)
-        place.axhline(cell.at(DENSE, 1.0) or np.nan, color="black", linestyle="--", linewidth=0.9, label="dense")
+            place.plot(shares, [cell.at("nll", order, share) for share in shares], label=label, **look)
+        place.axhline(cell.at("nll", DENSE, 1.0) or np.nan, color="black", linestyle="--", linewidth=0.9, label="dense")
         place.set_yscale("log")
         for axis in (place.yaxis.set_major_formatter, place.yaxis.set_minor_formatter):
             axis(ScalarFormatter())
