@@ -217,7 +217,8 @@ def test_save_reload_and_unpatch(case, tmp_path):
     in_float64(loaded)
     language_model(loaded).config._experts_implementation = "eager"
     patch_model(loaded)
-    assert torch.equal(logits(loaded, ids, mask), want)
+    # not bit-equal: on some CPUs the experts' rounding depends on where their weights lie in memory
+    assert (logits(loaded, ids, mask) - want).abs().max() < 1e-10
     unpatch_model(model)
     assert model.config is original and language_model(model).config is original.get_text_config()
     assert torch.equal(logits(model, ids, mask), dense)
