@@ -9,6 +9,7 @@ library itself, so a damaged file is seen before it is loaded.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -20,9 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import torch
 
 try:
     import fcntl
@@ -37,6 +40,7 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
 FLAGS += ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 CPU_FLAGS = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
+_IMPORTED_BY = os.getpid()
 PATIENCE = 180  # seconds to wait for another process's compiler, or for the own
 
 
@@ -61,6 +65,23 @@ def library() -> Path:
         with _lock(folder / "lock"):
             found = _find(folder, key) or _compile(command, folder, key)
     return found
+
+
+def openmp_start() -> Callable | None:
+    """The function by which torch's OpenMP library runs something on its threads; None where it is not to be had.
+
+    Only a library that this process has loaded, from torch's folder, is asked.
+    """
+    maps = Path("/proc/self/maps")
+    if os.getpid() != _IMPORTED_BY or not maps.exists():
+        return None  # a forked child has none of the threads that its parent's library knows
+    folder = str(Path(torch.__file__).parent)
+    lines = maps.read_text().splitlines()
+    loaded = {line[line.index("/") :] for line in lines if "/" in line and "omp" in line.rsplit("/", 1)[1]}
+    for path in sorted(path for path in loaded if path.startswith(folder)):
+        with suppress(OSError, AttributeError):
+            return ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY).GOMP_parallel
+    return None
 
 
 def cache_folder() -> Path:

@@ -130,6 +130,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, "is slower than kernel cpu where there are neither AVX2 nor AVX-512 instructions"
     for name in ("decode", "dense", "streaming", "sparse"):
         getattr(library, f"hf_longctx_{name}").argtypes = (c_int, c_double, c_double, c_void_p)
+    if (start := _native_build.openmp_start()) is not None:
+        library.hf_longctx_share_threads(start)
     return library, None
 
 

@@ -1,15 +1,18 @@
 // Decode, and prefill of few queries: those of all heads of a group together, over SPLIT keys of one segment per item.
 //
 // "Heads" of a party are its queries: the tokens of this call, and for each of them the heads of the group.
-// Scores come with a head per quarter of a vector and four keys in it, [keys / 4][head][4]: no sum across more than such
-// a quarter is needed, and the softmax has few idle lanes.
+// Scores are [keys][4], of up to four heads: a vector of 8 numbers holds two keys (0 and 1) with heads a to d
+//
+//     a0 b0 c0 d0 a1 b1 c1 d1
+//
+// so the softmax has few idle lanes whatever the width of a vector, and the weights of a value are neighbours.
 #pragma once
 #include "packed.h"
 
 constexpr int SPLIT = 512;          // keys of an item
 constexpr int64_t GRAIN = 1 << 21;  // bytes of keys and values that are worth a thread: making one takes 50 us
 constexpr int FEW_TOKENS = 24;      // of which a prefill's tile of 64 queries would be mostly empty
-constexpr int RUN = 32;             // products summed one after the other: longer sums round more
+constexpr int HEADS = 4;            // of a party: queries whose scores are neighbours
 constexpr int64_t EARLIER = INT_MIN / 2;  // position of keys that every query sees
 
 // Slots low .. high of a segment. Slot j has the position ``base + j``.
@@ -35,20 +38,36 @@ struct Rows {
     bool biased;
 };
 
+constexpr int KEYS = 8;  // of a register block
+
+// Vectors of a value in the register block of N heads: 16 registers hold 12 sums and what they are made of. Numbers to
+// convert come in two vectors at a time.
+constexpr int vectors_of_block(int n, bool convert) { return W != 8 || n < 4 ? 4 : convert ? 2 : 3; }
+
+// Calls each(an integral constant) for a number of heads from 1 to HEADS.
+template <class Each> static inline void for_heads(int heads, Each each) {
+    if (heads == 4) each(std::integral_constant<int, 4>());
+    else if (heads == 3) each(std::integral_constant<int, 3>());
+    else if (heads == 2) each(std::integral_constant<int, 2>());
+    else each(std::integral_constant<int, 1>());
+}
+
 // BITS: of packed keys and values; 0 for plain ones. Packed ones are read by one token.
 template <bool BF16, int BITS> class Few {
     static constexpr bool PLAIN = BITS == 0, HALF = BF16 && PLAIN;  // HALF: reads bfloat16
     static constexpr bool Pair = HALF && PAIRS;
-    static constexpr int HEADS = W / 4;
-    const int dim, group, queries, parties, steps;  // parties of HEADS queries; steps of 16 bytes of a key
+    static constexpr bool Convert = HALF && !PAIRS;
+    static constexpr int PART = W / HEADS;          // numbers, or pairs, of a key that a vector of queries has of each head
+    const int dim, group, queries, parties, steps;  // parties of HEADS queries; steps of PART
     const Formula formula;
     const float factor;  // of what is stored as scores: capped ones are scaled before
     const float* first_bias;
     const Unit unit{LOG2E};
     Room room;
-    float *const q, *const score, *const keys, *const bias, *const weight, *const extra;
+    float *const q, *const score, *const keys, *const weight;  // q: [parties][steps][HEADS][PART]
+    float *const tops, *const sums;                            // of each query's softmax, [parties][HEADS]
     std::vector<Scores<BF16, BITS ? BITS : 8>> packed;     // of each party
-    float value_steps[TILE], value_leasts[TILE], rest[W];  // of packed values; sums of weight * least, by head
+    float value_steps[TILE], value_leasts[TILE], rest[HEADS];  // of packed values; sums of weight * least, by head
     Rows tiles[2];
     bool watched = false;  // whether some query of an item does not see some key: then positions are noted
 
@@ -58,11 +77,11 @@ template <bool BF16, int BITS> class Few {
     Few(const Shape& s, const Formula& formula, const float* first_bias)
         : dim(int(s.dim)), group(int(s.heads / s.kv_heads)), queries(int(s.q_len) * group),
           parties((queries + HEADS - 1) / HEADS),
-          steps(Pair ? dim / 8 : dim / 4), formula(formula), factor(formula.softcap ? 1 : formula.scale),
-          first_bias(first_bias),
-          room(parties * dim * 4 + TILE * (W + dim) + TILE + W), q(room.take(parties * steps * W)),
-          score(room.take(TILE / 4 * W)), keys(room.take(TILE * dim)), bias(room.take(TILE / 4 * W)),
-          weight(room.take(W)), extra(room.take(W)) {
+          steps((Pair ? dim / 2 : dim) / PART), formula(formula), factor(formula.softcap ? 1 : formula.scale),
+          first_bias(first_bias), room(parties * (steps * W + 2 * 16) + (TILE + KEYS) * HEADS + TILE * dim + 16),
+          q(room.take(parties * steps * W)), score(room.take((TILE + KEYS) * HEADS)),
+          keys(room.take(PLAIN ? 0 : TILE * dim)), weight(room.take(HEADS)),
+          tops(room.take(parties * HEADS)), sums(room.take(parties * HEADS)) {
         if (PLAIN) return;
         packed.reserve(parties);
         for (int party = 0; party < parties; ++party) packed.emplace_back(dim);
@@ -72,10 +91,9 @@ template <bool BF16, int BITS> class Few {
     // the first token of the call; ``origin``: where the key of a sequence's first token lies.
     void run(const Heads& from, const Item& item, int64_t first, const char* origin, float* part) {
         ask(from, item);
-        for (int g = 0; g < queries; ++g) {
-            memset(part + g * (dim + 2), 0, sizeof(float) * (dim + 2));
-            part[g * (dim + 2) + dim] = LOWEST;
-        }
+        for (int g = 0; g < queries; ++g) memset(part + g * (dim + 2), 0, sizeof(float) * dim);
+        std::fill(tops, tops + parties * HEADS, LOWEST);
+        std::fill(sums, sums + parties * HEADS, 0.0f);
         const int64_t last = first + queries / group - 1;
         watched = false;
         for (const Range* one = item.range; one != item.end; ++one)
@@ -88,8 +106,6 @@ template <bool BF16, int BITS> class Few {
             int64_t low = pos - rows->count;  // of a packed tile
             fill(item, range, pos, origin, *following);
             if constexpr (!PLAIN) unpack(item, low, *rows);
-            if constexpr (HALF && !Pair) widen_keys(*rows);
-            if (rows->biased) spread_bias(*rows);
             const bool edge = watched && hides(*rows, first, item.window);
             for (int party = 0; party < parties; ++party) {
                 int heads = std::min(HEADS, queries - party * HEADS);
@@ -102,15 +118,17 @@ template <bool BF16, int BITS> class Few {
                 if (formula.softcap) cap(rows->count);
                 if (edge) hide(*rows, party, first, item.window);
                 if (rows->first >= 0) add_first(item.n, party, rows->first);
-                soften(*rows, heads, own);
+                soften(*rows, party);
                 if constexpr (!PLAIN) weigh(rows->count);
                 next = party + 1 == parties ? following : nullptr;
-                if (heads == 4) add_values<4>(*rows, own);
-                else if (heads == 3) add_values<3>(*rows, own);
-                else if (heads == 2) add_values<2>(*rows, own);
-                else add_values<1>(*rows, own);
+                for_heads(heads, [&](auto n) { add_values<n.value>(*rows, own); });
             }
             std::swap(rows, following);
+        }
+        for (int g = 0; g < queries; ++g) {
+            float* own = part + g * (dim + 2);
+            if constexpr (Convert) join_channels(own);
+            own[dim] = tops[g], own[dim + 1] = sums[g];
         }
     }
 
@@ -118,11 +136,13 @@ template <bool BF16, int BITS> class Few {
     void ask(const Heads& from, const Item& item) {
         memset(q, 0, sizeof(float) * parties * steps * W);
         for (int g = 0; g < queries; ++g)
-            for (int u = 0; u < 4 * steps; ++u) {
-                float* into = q + (g / HEADS * steps + u / 4) * W + g % HEADS * 4 + u % 4;
+            for (int u = 0; u < PART * steps; ++u) {
+                // Converted keys come as their even and their odd numbers.
+                const int pair = u / (2 * PART) * PART + u % PART, number_of = Convert ? 2 * pair + u / PART % 2 : u;
                 const char* p = from.at(item.b, item.n * group + g % group, g / group);
+                float* into = q + ((g / HEADS * steps + u / PART) * HEADS + g % HEADS) * PART + u % PART;
                 if constexpr (Pair) memcpy(into, p + 4 * u, 4);
-                else *into = number<BF16>(p, u);
+                else *into = number<BF16>(p, number_of);
             }
         if (!PLAIN)
             for (int party = 0; party < parties; ++party)
@@ -182,16 +202,10 @@ template <bool BF16, int BITS> class Few {
         for (int j = 0; j < some; ++j) rows.bias[done + j] = p[(pos + j) * segment.bias_key];
     }
 
-    void spread_bias(const Rows& rows) {
-        for (int j = 0; j < rows.count; ++j)
-            for (int g = 0; g < HEADS; ++g) bias[j / 4 * W + 4 * g + j % 4] = rows.bias[j];
-    }
-
-    // What the first token's score gets, by the head of each query of a party, in the lanes of the key at ``place``.
+    // What the first token's score gets, by the head of each query of a party.
     void add_first(int64_t n, int party, int place) {
-        memset(extra, 0, sizeof(float) * W);
         for (int g = 0; g < HEADS && party * HEADS + g < queries; ++g)
-            extra[4 * g + place % 4] = first_bias[n * group + (party * HEADS + g) % group];
+            score[place * HEADS + g] += first_bias[n * group + (party * HEADS + g) % group] / factor;
     }
 
     void unpack(const Item& item, int64_t low, Rows& rows) {
@@ -215,17 +229,10 @@ template <bool BF16, int BITS> class Few {
         Ahead ahead{v, party ? v : v + count * piece.v.token};
         for (int done = 0, some; done < count; done += some) {
             some = int(std::min<int64_t>(count - done, piece.group - (low + done) % piece.group));
-            packed[party].run(piece, item.b, item.kv_head, low + done, some, score + done / 4 * W, ahead);
+            packed[party].run(piece, item.b, item.kv_head, low + done, some, score + done * HEADS, ahead);
         }
     }
 #endif
-
-    void widen_keys(Rows& rows) {
-        for (int j = 0; j < rows.count; ++j) {
-            for (int d = 0; d < dim; d += W) store(keys + j * dim + d, widen(rows.k[j] + 2 * d));
-            rows.k[j] = (const char*)(keys + j * dim);
-        }
-    }
 
     // Asks for rows before they are needed: the CPU's own prefetching stops at every page. One that is not there is no
     // harm.
@@ -234,30 +241,34 @@ template <bool BF16, int BITS> class Few {
         for (int byte = 0; byte < size; byte += 64) __builtin_prefetch(p + byte);
     }
 
+    // A part of a key in all heads' places, by a part of the queries; of those to convert, two parts one after the other.
+    static inline vf multiply_part(const char* key, const float* x, vf sum) {
+        if constexpr (Convert) {
+            const vf both = repeat_part(key);
+            sum += even_numbers(both) * load(x);
+            return sum + odd_numbers(both) * load(x + W);
+        }
+        return multiply_add<Pair>(repeat_part(key), load(x), sum);
+    }
+
     void multiply_keys(const Rows& rows, const float* x, bool ahead) {
-        for (int j = 0; j < rows.count; j += 8) {
-            const char* row[8];
-            for (int r = 0; r < 8; ++r) {
-                int place = std::min(j + r, rows.count - 1);
-                row[r] = rows.k[place];
+        constexpr int STEP = Convert ? 2 : 1;
+        for (int j = 0; j < rows.count; j += KEYS) {
+            const char* row[KEYS];
+            for (int k = 0; k < KEYS; ++k) {
+                const int place = std::min(j + k, rows.count - 1);
+                row[k] = rows.k[place];
                 if (ahead) fetch(rows.v[place]);
             }
-            float* into = score + j / 4 * W;
-            for (int begin = 0; begin < steps; begin += RUN) {
-                vf sum[8] = {};
-                for (int u = begin; u < std::min(begin + RUN, steps); ++u) {
-                    vf y = load(x + u * W);
-                    for (int r = 0; r < 8; ++r) sum[r] = multiply_add_four<Pair>(row[r] + 16 * u, y, sum[r]);
-                }
-                vf low = sum_fours(sum[0], sum[1], sum[2], sum[3]), high = sum_fours(sum[4], sum[5], sum[6], sum[7]);
-                store(into, begin ? load(into) + low : low);
-                store(into + W, begin ? load(into + W) + high : high);
-            }
+            vf sum[KEYS] = {};
+            for (int u = 0; u < steps; u += STEP)
+                for (int k = 0; k < KEYS; ++k) sum[k] = multiply_part(row[k] + u / STEP * W, x + u * W, sum[k]);
+            for (int k = 0; k < KEYS; k += PART) store(score + (j + k) * HEADS, sum_parts(sum + k));
         }
     }
 
     void cap(int count) {
-        for (float* s = score; s < score + (count + 3) / 4 * W; s += W)
+        for (float* s = score; s < score + count * HEADS; s += W)
             store(s, capped(load(s) * formula.scale, formula.softcap));
     }
 
@@ -273,86 +284,99 @@ template <bool BF16, int BITS> class Few {
         for (int j = 0; j < rows.count; ++j)
             for (int g = 0; g < HEADS; ++g) {
                 int64_t token = (party * HEADS + g) / group, key = rows.at[j] - first;
-                if (key > token || key + window <= token) score[j / 4 * W + 4 * g + j % 4] = -__builtin_inff();
+                if (key > token || key + window <= token) score[j * HEADS + g] = -__builtin_inff();
             }
     }
 
     // Scores to weights, and what is known of each head's softmax; values added before fade by ``weight``.
-    void soften(const Rows& rows, int heads, float* part) {
-        int count = rows.count, quads = (count + 3) / 4, special = rows.first < 0 ? -1 : rows.first / 4;
-        vf most = splat(LOWEST), old = most, total = {};
-        for (int i = 0; i < quads; ++i) {
-            float* s = score + i * W;
-            vf x = load(s) * factor;
-            if (rows.biased) x += load(bias + i * W);
-            if (i == special) x += load(extra);
-            if (4 * i + 4 > count)
-                for (int l = 0; l < W; ++l)
-                    if (4 * i + l % 4 >= count) x[l] = -__builtin_inff();
-            store(s, x);
+    void soften(Rows& rows, int party) {
+        constexpr int STRIDE = W / HEADS;  // keys of a vector
+        const int count = rows.count;
+        const Unit in_two = unit;  // a copy of this function's own: stores to scores do not reach it
+        for (int l = count * HEADS; l % W; ++l) score[l] = -__builtin_inff();
+        for (int j = count; rows.biased && j % STRIDE; ++j) rows.bias[j] = 0;
+        const vf old = fours(tops + party * HEADS);
+        vf most = old, total = {};
+        for (int j = 0; j < count; j += STRIDE) {
+            vf x = load(score + j * HEADS) * factor;
+            if (rows.biased) x += spread(rows.bias + j);
+            store(score + j * HEADS, x);
             most = larger(x, most);
         }
-        for (int g = 0; g < W / 4; ++g) {
-            float before = g < heads ? part[g * (dim + 2) + dim] : LOWEST;
-            float now = std::max({before, most[4 * g], most[4 * g + 1], most[4 * g + 2], most[4 * g + 3]});
-            for (int l = 4 * g; l < 4 * g + 4; ++l) old[l] = before, most[l] = now;
-        }
-        for (int i = 0; i < quads; ++i) {
-            vf x = power(load(score + i * W) - most, unit);
+        most = over_quarters(most, larger);
+        for (int j = 0; j < count; j += STRIDE) {
+            vf x = power(load(score + j * HEADS) - most, in_two);
             total += x;
-            store(score + i * W, x);
+            store(score + j * HEADS, x);
         }
-        vf fade = power(old - most, unit);
-        store(weight, fade);
-        for (int g = 0; g < heads; ++g) {
-            float *top = part + g * (dim + 2) + dim, *sum = top + 1;
-            *top = most[4 * g];
-            *sum = *sum * fade[4 * g] + total[4 * g] + total[4 * g + 1] + total[4 * g + 2] + total[4 * g + 3];
-        }
+        const vf fade = power(old - most, in_two);
+        store_four(weight, fade);
+        store_four(tops + party * HEADS, most);
+        store_four(sums + party * HEADS, fours(sums + party * HEADS) * fade + over_quarters(total, add));
     }
 
     // Weights of packed values to weights of their codes, and what their least numbers add.
     void weigh(int count) {
         vf sum = {};
-        for (int j = 0; j < count; j += 4) {
-            vf x = load(score + j / 4 * W);
-            sum += x * fours(value_leasts + j);
-            store(score + j / 4 * W, x * fours(value_steps + j));
+        for (int j = 0; j < count; j += W / HEADS) {
+            vf x = load(score + j * HEADS);
+            sum += x * spread(value_leasts + j);
+            store(score + j * HEADS, x * spread(value_steps + j));
         }
-        for (int g = 0; g < HEADS; ++g) rest[g] = sum[4 * g] + sum[4 * g + 1] + sum[4 * g + 2] + sum[4 * g + 3];
+        store_four(rest, over_quarters(sum, add));
     }
 
     template <int N> void add_values(const Rows& rows, float* part) {
+        constexpr int V = vectors_of_block(N, Convert);
         int d = 0;
-        for (; d + LANES * W <= dim; d += LANES * W) add_some_values<N, LANES>(rows, d, part);
-        for (; d < dim; d += W) add_some_values<N, 1>(rows, d, part);
+        for (; d + V * W <= dim; d += V * W) add_some_values<N, V>(rows, d, part);
+        for (; d + 2 * W <= dim; d += 2 * W) add_some_values<N, 2>(rows, d, part);
+        if (d < dim) add_some_values<N, 1>(rows, d, part);
     }
 
     template <int N, int V> void add_some_values(const Rows& rows, int d, float* part) {
-        if constexpr (N <= HEADS) {
-            vf sum[N][V] = {};
-            Channels<BITS ? BITS : 8> at[V];
-            if constexpr (!PLAIN) {
-                for (int e = 0; e < V; ++e) at[e] = {d + e * W, dim};
-                for (int g = 0; g < N; ++g)
-                    for (int e = 0; e < V; ++e) sum[g][e] += rest[g];
-            }
-            for (int j = 0; j < rows.count; ++j) {
-                if (d == 0 && next && j < next->ahead) fetch(next->k[j]);
-                const char* p = rows.v[j];
-                const float* x = score + j / 4 * W + j % 4;
-                vf y[V];
-                for (int e = 0; e < V; ++e)
-                    if constexpr (PLAIN) y[e] = load_as_float<HALF>(p + (d + e * W) * (HALF ? 2 : 4));
-                    else y[e] = at[e].codes(p);
-                for (int g = 0; g < N; ++g)
-                    for (int e = 0; e < V; ++e) sum[g][e] += x[4 * g] * y[e];
-            }
+        vf sum[N][V] = {};
+        Channels<BITS ? BITS : 8> at[V];
+        if constexpr (!PLAIN) {
+            for (int e = 0; e < V; ++e) at[e] = {d + e * W, dim};
             for (int g = 0; g < N; ++g)
-                for (int e = 0; e < V; ++e) {
-                    float* into = part + g * (dim + 2) + d + e * W;
-                    store(into, load(into) * weight[4 * g] + sum[g][e]);
-                }
+                for (int e = 0; e < V; ++e) sum[g][e] += rest[g];
+        }
+        const int ahead = d == 0 && next ? next->ahead : 0;
+        for (int j = 0; j < rows.count; ++j) {
+            if (j < ahead) fetch(next->k[j]);
+            const char* p = rows.v[j];
+            const float* x = score + j * HEADS;
+            vf y[V];
+            if constexpr (PLAIN) load_values(p + d * (HALF ? 2 : 4), y);
+            else
+                for (int e = 0; e < V; ++e) y[e] = at[e].codes(p);
+            for (int g = 0; g < N; ++g)
+                for (int e = 0; e < V; ++e) sum[g][e] += x[g] * y[e];
+        }
+        for (int g = 0; g < N; ++g)
+            for (int e = 0; e < V; ++e) {
+                float* into = part + g * (dim + 2) + d + e * W;
+                store(into, load(into) * weight[g] + sum[g][e]);
+            }
+    }
+
+    // Channels of a value. Of two vectors to convert, the first has the even ones and the second the odd ones.
+    template <int V> static inline void load_values(const char* p, vf (&y)[V]) {
+        if constexpr (Convert && V % 2 == 0)
+            for (int e = 0; e < V; e += 2) {
+                const vf both = load((const float*)p + e / 2 * W);
+                y[e] = even_numbers(both), y[e + 1] = odd_numbers(both);
+            }
+        else
+            for (int e = 0; e < V; ++e) y[e] = load_as_float<HALF>(p + e * W * (HALF ? 2 : 4));
+    }
+
+    // What `load_values` took apart, put together in sums over values.
+    void join_channels(float* sums) {
+        for (int d = 0; d + 2 * W <= dim; d += 2 * W, sums += 2 * W) {
+            const vf even = load(sums), odd = load(sums + W);
+            for (int l = 0; l < W; ++l) sums[2 * l] = even[l], sums[2 * l + 1] = odd[l];
         }
     }
 };
@@ -412,7 +436,7 @@ template <bool BF16, int BITS> class Work {
         std::vector<float> sums(items.size() * size);
         std::deque<Few<BF16, 0>> team;
         std::deque<Few<BF16, BITS>> unpackers;
-        int64_t worth = bytes * ((queries + W / 4 - 1) / (W / 4)) / GRAIN;
+        int64_t worth = bytes * ((queries + HEADS - 1) / HEADS) / GRAIN;
         int64_t threads = std::max<int64_t>(1, std::min({shape.threads, int64_t(items.size()), worth}));
         const bool pieces = std::any_of(items.begin(), items.end(), [](const Item& item) { return item.piece; });
         for (int64_t i = 0; i < threads; ++i) {

@@ -31,3 +31,4 @@ ENTRY(sparse)
 #define TEXT(x) AS_TEXT(x)
 extern "C" const char* hf_longctx_key() { return TEXT(HF_LONGCTX_KEY); }
 extern "C" int hf_longctx_width() { return W; }
+extern "C" void hf_longctx_share_threads(Start start) { start_team = start, team_of = getpid(); }

@@ -48,7 +48,7 @@ struct Ahead {
     }
 };
 
-// Scores of keys low .. low + count, of one group, with up to W / 4 query heads, in the layout of decode.h.
+// Scores of keys low .. low + count, of one group, with up to four query heads, in the layout of decode.h.
 //
 // q . (least + code * step) = q . least + (q * step) . code, and q * step is multiplied as three whole numbers of 7
 // bits, of 21 bits together, where the CPU sums four products of bytes in one step: codes are never widened.
@@ -100,7 +100,7 @@ template <bool BF16, int BITS> class Scores {
                 vf high = as_float((vi)sum[r][0]), middle = as_float((vi)sum[r][1]), low = as_float((vi)sum[r][2]);
                 whole[r] = high * 16384.0f + middle * 128.0f + low;
             }
-            store(score + j / 4 * W, sum_fours(whole[0], whole[1], whole[2], whole[3]) * load(unit) + load(rest));
+            store(score + j * HEADS, turned(sum_fours(whole[0], whole[1], whole[2], whole[3]) * load(unit) + load(rest)));
         }
     }
 

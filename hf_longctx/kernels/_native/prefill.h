@@ -2,51 +2,84 @@
 #pragma once
 #include "decode.h"
 
-constexpr int ROWS = 4;                   // rows of a register block
+constexpr int ROWS = W == 8 ? 6 : 8;      // rows of a register block: their sums fill 12 of 16 registers, or 16 of 32
+constexpr int PANEL = 2 * W;              // queries of a register block
 constexpr int64_t WORK = 1 << 22;         // multiplications that are worth a thread: making one takes 50 us
 constexpr int FEW = 8;                    // queries, for fewer of which libraries sum more exactly, and so is done here
 
-// out[row][query] = row . query. Sums run over ``run`` numbers, and then sums are summed: less rounding error.
-template <bool Pair>
-static void scores(const char* const* rows, int count, const float* q, int units, int run, float* out) {
-    for (int begin = 0; begin < units; begin += run)
-        for (int lane = 0; lane < TILE; lane += LANES * W)
-            for (int row = 0; row < count; row += ROWS) {
-                const char* p[ROWS] = {rows[row], rows[row + 1], rows[row + 2], rows[row + 3]};
-                vf sum[ROWS][LANES] = {};
-                for (int u = begin; u < std::min(begin + run, units); ++u) {
-                    vf x[LANES];
-                    for (int l = 0; l < LANES; ++l) x[l] = load(q + u * TILE + lane + l * W);
-                    for (int r = 0; r < ROWS; ++r)
-                        for (int l = 0; l < LANES; ++l) sum[r][l] = multiply_add<Pair>(p[r] + 4 * u, x[l], sum[r][l]);
-                }
-                for (int r = 0; r < ROWS; ++r)
-                    for (int l = 0; l < LANES; ++l) {
-                        float* into = out + (row + r) * TILE + lane + l * W;
-                        store(into, begin ? load(into) + sum[r][l] : sum[r][l]);
-                    }
+// The 64 queries of a tile lie in panels, each of them dense, so that a register block reads one cache line after the
+// other (W = 8: four panels of 16 queries):
+//
+//     [row 0: queries 0..15][row 1: queries 0..15] ... [row 0: queries 16..31][row 1: queries 16..31] ...
+//
+// Where query ``i`` of row 0 lies, of arrays with ``rows`` rows.
+static inline int64_t in_panels(int i, int rows) { return int64_t(i / PANEL) * PANEL * rows + i % PANEL; }
+
+// out[row][query] = row . query for R rows and one panel. Sums run over ``run`` numbers, and then sums are summed: less
+// rounding error.
+template <bool Pair, int R>
+static inline void score_block(const char* const* rows, const float* q, int units, int run, float* out) {
+    const char* p[R];
+    for (int r = 0; r < R; ++r) p[r] = rows[r];
+    for (int begin = 0; begin < units; begin += run) {
+        vf sum[R][2] = {};
+        for (int u = begin; u < std::min(begin + run, units); ++u) {
+            const vf low = load(q + u * PANEL), high = load(q + u * PANEL + W);
+            for (int r = 0; r < R; ++r) {
+                const vf key = splat_at(p[r] + 4 * u);
+                sum[r][0] = multiply_add<Pair>(key, low, sum[r][0]);
+                sum[r][1] = multiply_add<Pair>(key, high, sum[r][1]);
             }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int l = 0; l < 2; ++l) {
+                float* into = out + r * PANEL + l * W;
+                store(into, begin ? load(into) + sum[r][l] : sum[r][l]);
+            }
+    }
 }
 
-// out[d][query] = out[d][query] * decay[query] + sum over rows of row[d] * weight[row][query].
+// The same for a tile. ``count`` is ROWS or more; the last block begins early enough to be whole.
 template <bool Pair>
-static void values(const char* const* rows, int count, const float* weight, const float* decay, int dim, float* out) {
-    for (int lane = 0; lane < TILE; lane += LANES * W)
-        for (int d = 0; d < dim; d += ROWS) {
-            vf sum[ROWS][LANES] = {};
-            for (int row = 0; row < count; ++row) {
-                vf x[LANES];
-                for (int l = 0; l < LANES; ++l) x[l] = load(weight + row * TILE + lane + l * W);
-                const char* p = rows[row] + 4 * d;
-                for (int r = 0; r < ROWS; ++r)
-                    for (int l = 0; l < LANES; ++l) sum[r][l] = multiply_add<Pair>(p + 4 * r, x[l], sum[r][l]);
-            }
-            for (int r = 0; r < ROWS; ++r)
-                for (int l = 0; l < LANES; ++l) {
-                    float* into = out + (d + r) * TILE + lane + l * W;
-                    store(into, load(into) * load(decay + lane + l * W) + sum[r][l]);
-                }
+static void scores(const char* const* rows, int count, const float* q, int units, int run, float* out) {
+    for (int panel = 0; panel < TILE / PANEL; ++panel, q += units * PANEL, out += TILE * PANEL)
+        for (int row = 0; row < count; row += ROWS) {
+            const int at = std::min(row, count - ROWS);
+            score_block<Pair, ROWS>(rows + at, q, units, run, out + at * PANEL);
         }
+}
+
+// out[d][query] = out[d][query] * decay[query] + sum over rows of row[d] * weight[row][query], for R channels from d on.
+template <bool Pair, int R>
+static inline void value_block(const char* const* rows, int count, const float* weight, const float* decay, int d, float* out) {
+    vf sum[R][2] = {};
+    for (int row = 0; row < count; ++row) {
+        const vf low = load(weight + row * PANEL), high = load(weight + row * PANEL + W);
+        const char* p = rows[row] + 4 * d;
+        for (int r = 0; r < R; ++r) {
+            const vf value = splat_at(p + 4 * r);
+            sum[r][0] = multiply_add<Pair>(value, low, sum[r][0]);
+            sum[r][1] = multiply_add<Pair>(value, high, sum[r][1]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int l = 0; l < 2; ++l) {
+            float* into = out + (d + r) * PANEL + l * W;
+            store(into, load(into) * load(decay + l * W) + sum[r][l]);
+        }
+}
+
+// The same for a tile; ``weight_rows``: as many as a panel of weights has room for.
+template <bool Pair>
+static void values(const char* const* rows, int count, const float* weight, int weight_rows, const float* decay, int dim,
+                   float* out) {
+    for (int panel = 0; panel < TILE / PANEL; ++panel) {
+        int d = 0;
+        for (; d + ROWS <= dim; d += ROWS) value_block<Pair, ROWS>(rows, count, weight, decay, d, out);
+        if (d + 4 <= dim) value_block<Pair, 4>(rows, count, weight, decay, d, out), d += 4;
+        if (d < dim) value_block<Pair, 2>(rows, count, weight, decay, d, out);  // dim is even
+        weight += weight_rows * PANEL, decay += PANEL, out += dim * PANEL;
+    }
 }
 
 // Attention of up to 64 queries, at consecutive positions, over the rows it is given one after the other.
@@ -83,8 +116,9 @@ template <bool BF16> class Queries {
         for (int i = 0; i < how_many; ++i)
             for (int u = 0; u < units; ++u) {
                 const char* p = from_q + i * stride;
-                if constexpr (Pair) memcpy(q + u * TILE + i, p + 4 * u, 4);
-                else q[u * TILE + i] = number<BF16>(p, u);
+                float* into_q = q + in_panels(i, units) + u * PANEL;
+                if constexpr (Pair) memcpy(into_q, p + 4 * u, 4);
+                else *into_q = number<BF16>(p, u);
             }
         memset(out, 0, sizeof(float) * TILE * dim);
         for (int i = 0; i < TILE; ++i) top[i] = LOWEST, sum[i] = 0, position[i] = position_of_first + std::min(i, how_many - 1);
@@ -110,11 +144,9 @@ template <bool BF16> class Queries {
             lse[i] = sum[i] < 0.5f ? -__builtin_inff() : float(double(top[i]) * scale + std::log(double(sum[i])));
         for (int i = 0; i < TILE; ++i)
             if (sum[i] < 0.5f) sum[i] = __builtin_inff();  // it saw no key (what does has a sum of 1 or more): zeros
-        for (int d = 0; d < dim; ++d)
-            for (int l = 0; l < TILE; l += W) store(out + d * TILE + l, load(out + d * TILE + l) / load(sum + l));
         for (int i = 0; i < queries; ++i)
             for (int d = 0; d < dim; ++d) {
-                float x = out[d * TILE + i];
+                const float x = out[in_panels(i, dim) + d * PANEL] / sum[i];
                 if constexpr (BF16) ((uint16_t*)(into + i * stride))[d] = to_bf16(x);
                 else ((float*)(into + i * stride))[d] = x;
             }
@@ -123,7 +155,7 @@ template <bool BF16> class Queries {
   private:
     void flush() {
         if (!count) return;
-        int whole = (count + ROWS - 1) / ROWS * ROWS;
+        const int whole = std::max((count + 1) / 2 * 2, ROWS);  // values are multiplied in pairs
         for (int j = count; j < whole; ++j) k_row[j] = k_row[count - 1], v_row[j] = v_row[count - 1];
         if constexpr (Convert) {
             widen_rows(k_row, keys, whole);
@@ -131,16 +163,15 @@ template <bool BF16> class Queries {
         }
         scores<Pair>(k_row, whole, q, units, queries < FEW ? TILE / 4 : TILE, score);
         if (softcap)
-            for (float* s = score; s < score + count * TILE; s += W) store(s, capped(load(s), softcap));
-        if (first >= 0)
-            for (float* s = score + first * TILE; s < score + (first + 1) * TILE; s += W) store(s, load(s) + first_bias);
+            each_vector(0, count, [&](float* s, int) { store(s, capped(load(s), softcap)); });
+        if (first >= 0) each_vector(first, first + 1, [&](float* s, int) { store(s, load(s) + first_bias); });
         if (edge) hide();
         soften(whole);
         if constexpr (Pair) {
             pair_values(whole);
-            values<true>(v_unit, whole / 2, score, decay, dim, out);
+            values<true>(v_unit, whole / 2, score, TILE, decay, dim, out);
         } else {
-            values<false>(v_row, count, score, decay, dim, out);
+            values<false>(v_row, count, score, TILE, decay, dim, out);
         }
         count = 0, first = -1, edge = false;
     }
@@ -156,32 +187,40 @@ template <bool BF16> class Queries {
         const float infinite = __builtin_inff();
         for (int j = 0; j < count; ++j) {
             if (from[j] <= position[0] && until[j] >= position[TILE - 1]) continue;
-            for (int l = 0; l < TILE; l += W) {
-                vi at = *(const vi*)(position + l), seen = (at >= splat(from[j])) & (at <= splat(until[j]));
-                store(score + j * TILE + l, seen ? load(score + j * TILE + l) : splat(-infinite));
-            }
+            each_vector(j, j + 1, [&](float* s, int lane) {
+                vi at = *(const vi*)(position + lane), seen = (at >= splat(from[j])) & (at <= splat(until[j]));
+                store(s, seen ? load(s) : splat(-infinite));
+            });
         }
+    }
+
+    // Calls each(scores of W queries, the first of them) for the rows low .. high.
+    template <class Each> void each_vector(int low, int high, Each each) {
+        for (int lane = 0; lane < TILE; lane += W)
+            for (int j = low; j < high; ++j) each(score + in_panels(lane, TILE) + j * PANEL, lane);
     }
 
     // Scores to weights, two rows to a row of pairs where values are multiplied in pairs.
     void soften(int whole) {
-        for (int l = 0; l < TILE; l += W) {
-            vf most = load(score + l), old = load(top + l), total = {};
-            for (int j = 1; j < count; ++j) most = larger(load(score + j * TILE + l), most);
+        const Unit unit = this->unit;  // a copy of this function's own: stores to scores do not reach it
+        for (int lane = 0; lane < TILE; lane += W) {
+            float* s = score + in_panels(lane, TILE);
+            vf most = load(s), old = load(top + lane), total = {};
+            for (int j = 1; j < count; ++j) most = larger(load(s + j * PANEL), most);
             most = larger(most, old);
             for (int j = 0; j < whole; j += 2) {
                 vf x[2] = {};
                 for (int r = 0; r < 2 && j + r < count; ++r) {
-                    x[r] = power(load(score + (j + r) * TILE + l) - most, unit);
+                    x[r] = power(load(s + (j + r) * PANEL) - most, unit);
                     total += x[r];
                 }
-                if constexpr (Pair) store(score + j / 2 * TILE + l, pair(x[0], x[1]));
-                else store(score + j * TILE + l, x[0]), store(score + (j + 1) * TILE + l, x[1]);
+                if constexpr (Pair) store(s + j / 2 * PANEL, pair(x[0], x[1]));
+                else store(s + j * PANEL, x[0]), store(s + (j + 1) * PANEL, x[1]);
             }
             vf fade = power(old - most, unit);
-            store(decay + l, fade);
-            store(top + l, most);
-            store(sum + l, load(sum + l) * fade + total);
+            store(decay + lane, fade);
+            store(top + lane, most);
+            store(sum + lane, load(sum + lane) * fade + total);
         }
     }
 

@@ -10,6 +10,7 @@
 #include <exception>
 #include <thread>
 #include <type_traits>
+#include <unistd.h>
 #include <vector>
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -82,6 +83,10 @@ static inline vi splat(int32_t x) { return x - vi{}; }
 static inline vf widen(const char* p) { vh x; memcpy(&x, p, sizeof x); return (vf)(__builtin_convertvector(x, vi) << 16); }
 template <bool BF16> static inline vf load_as_float(const char* p) { return BF16 ? widen(p) : load((const float*)p); }
 
+// Of 2 W numbers of bfloat16.
+static inline vf even_numbers(vf both) { return (vf)((vi)both << 16); }
+static inline vf odd_numbers(vf both) { return (vf)((vi)both & splat(int32_t(0xffff0000))); }
+
 template <bool BF16> static inline float number(const char* p, int64_t i) {
     if constexpr (!BF16) return ((const float*)p)[i];
     uint32_t bits = uint32_t(((const uint16_t*)p)[i]) << 16;
@@ -98,6 +103,8 @@ static inline uint16_t to_bf16(float x) {
 static inline vf larger(vf a, vf b) {
 #if AVX512
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(AVX)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return a > b ? a : b;
 #endif
@@ -116,7 +123,8 @@ static inline vf power(vf x, const Unit& unit) {
 #if AVX512
     vf n = (vf)_mm512_roundscale_ps((__m512)(x * unit.high), 8);
 #else
-    vf n = (x * unit.high + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
+    const vf whole = x * unit.high + 12582912.0f;  // adding 1.5 * 2^23 rounds: the number is in the lowest bits
+    vf n = whole - 12582912.0f;
 #endif
     vf f = x * unit.high - n + x * unit.low, y = f * 1.534593611e-4f + 1.339999028e-3f;
     y = y * f + 9.618489072e-3f;
@@ -127,8 +135,7 @@ static inline vf power(vf x, const Unit& unit) {
 #if AVX512
     return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
 #else
-    vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
-    return y * (vf)exponent;
+    return y * (vf)(((vi)whole + 127) << 23);
 #endif
 }
 
@@ -147,18 +154,19 @@ static inline vf capped(vf x, float softcap) {
     return softcap * (size < splat(0.65f) ? near : signed_far);
 }
 
-// sum + a * b, where a is the number at p in all lanes; ``Pair``: a pair of bfloat16 with those in the lanes of b.
-template <bool Pair> static inline vf multiply_add(const char* p, vf b, vf sum) {
+// sum + a * b; ``Pair``: of pairs of bfloat16.
+template <bool Pair> static inline vf multiply_add(vf a, vf b, vf sum) {
 #if AVX512_BF16
-    if constexpr (Pair) {
-        int32_t a;
-        memcpy(&a, p, 4);
-        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
-    }
+    if constexpr (Pair) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #endif
+    return sum + a * b;
+}
+
+// The number, or the pair, at p in all lanes.
+static inline vf splat_at(const char* p) {
     float a;
     memcpy(&a, p, 4);
-    return sum + a * b;
+    return splat(a);
 }
 
 // The four numbers at p in every quarter.
@@ -172,28 +180,74 @@ static inline vf fours(const float* p) {
 #endif
 }
 
-// The same with the 16 bytes at p in every quarter of 16 bytes.
-template <bool Pair> static inline vf multiply_add_four(const char* p, vf b, vf sum) {
-    vf a = fours((const float*)p);
-#if AVX512_BF16
-    if constexpr (Pair) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+// In lane l the number l / 4 at p.
+static inline vf spread(const float* p) {
+#if AVX512
+    const __m512i order = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return (vf)_mm512_permutexvar_ps(order, _mm512_broadcast_f32x4(_mm_loadu_ps(p)));
+#else
+    vf x;
+    for (int l = 0; l < W; ++l) x[l] = p[l / 4];
+    return x;
 #endif
-    return sum + a * b;
 }
 
+#if AVX512
 // In every quarter of four lanes: the sum of that quarter of a, of b, of c and of d.
 static inline vf sum_fours(vf a, vf b, vf c, vf d) {
-#if AVX512
     __m512 x = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
     __m512 y = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
     return (vf)_mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+}
+#endif
+
+static inline vf add(vf a, vf b) { return a + b; }
+
+// Joins the quarters by ``join(vf, vf)``; every quarter holds the answer.
+template <class Join> static inline vf over_quarters(vf x, Join join) {
+#if AVX512
+    x = join(x, (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x4e));
+    return join(x, (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xb1));
 #elif AVX
-    __m256 x = _mm256_add_ps(_mm256_unpacklo_ps((__m256)a, (__m256)b), _mm256_unpackhi_ps((__m256)a, (__m256)b));
-    __m256 y = _mm256_add_ps(_mm256_unpacklo_ps((__m256)c, (__m256)d), _mm256_unpackhi_ps((__m256)c, (__m256)d));
-    return (vf)_mm256_add_ps(_mm256_shuffle_ps(x, y, 0x44), _mm256_shuffle_ps(x, y, 0xee));
+    return join(x, (vf)_mm256_permute2f128_ps((__m256)x, (__m256)x, 1));
 #else
-    return vf{a[0] + a[1] + a[2] + a[3], b[0] + b[1] + b[2] + b[3], c[0] + c[1] + c[2] + c[3],
-              d[0] + d[1] + d[2] + d[3]};
+    return x;
+#endif
+}
+
+// The first quarter.
+static inline void store_four(float* p, vf x) { memcpy(p, &x, 16); }
+
+// Four lanes of four quarters to the fourth lanes of ...: the transpose of a square of 4 x 4.
+#if AVX512
+static inline vf turned(vf x) {
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    return (vf)_mm512_permutexvar_ps(order, (__m512)x);
+}
+#endif
+
+// The W / 4 numbers at p, four times.
+static inline vf repeat_part(const char* p) {
+#if AVX512
+    return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps((const float*)p));
+#elif AVX
+    double two;
+    memcpy(&two, p, 8);
+    return (vf)_mm256_set1_pd(two);
+#else
+    return splat_at(p);
+#endif
+}
+
+// Of W / 4 vectors with W / 4 numbers of each of four heads: the sums of those, one vector's after the other's.
+static inline vf sum_parts(const vf* x) {
+#if AVX512
+    return turned(sum_fours(x[0], x[1], x[2], x[3]));
+#elif AVX
+    __m256 low = _mm256_shuffle_ps((__m256)x[0], (__m256)x[1], 0x88), high = _mm256_shuffle_ps((__m256)x[0], (__m256)x[1], 0xdd);
+    return (vf)_mm256_permute4x64_pd((__m256d)_mm256_add_ps(low, high), 0xd8);
+#else
+    return x[0];
 #endif
 }
 
@@ -211,19 +265,32 @@ class Room {
     }
 };
 
+// What runs a function in some threads at once, as compilers call it for OpenMP: start(function, data, threads, flags).
+typedef void (*Start)(void (*)(void*), void*, unsigned, unsigned);
+static Start start_team = nullptr;  // of the OpenMP library that torch uses; null: none
+static pid_t team_of = 0;           // the process whose threads those are: a forked child has none of them
+
 // Runs work(item, worker) for every item, on as many threads as were asked for or the system gives; returns how many.
-// They live for one call, so a fork finds none.
+//
+// They are torch's own where that is known: torch's threads wait for their next work for milliseconds without a rest, and
+// others would have to share the cores with them. Else they live for one call, so that a fork finds none.
 template <class Work> static int parallel(int64_t items, int64_t threads, Work work) {
     std::atomic<int64_t> next{0};
-    auto run = [&](int64_t worker) {
+    std::atomic<int> workers{0};
+    auto run = [&] {
+        const int worker = workers.fetch_add(1);
         for (int64_t item; (item = next.fetch_add(1)) < items;) work(item, worker);
     };
+    if (threads > 1 && start_team && team_of == getpid()) {
+        start_team([](void* data) { (*(decltype(run)*)data)(); }, &run, unsigned(threads), 0);
+        return workers;
+    }
     std::vector<std::thread> team;
     try {
-        for (int64_t worker = 1; worker < threads; ++worker) team.emplace_back(run, worker);
+        for (int64_t worker = 1; worker < threads; ++worker) team.emplace_back(run);
     } catch (const std::exception&) {
     }
-    run(0);
+    run();
     for (auto& thread : team) thread.join();
-    return int(team.size()) + 1;
+    return workers;
 }
