@@ -1,18 +1,19 @@
 """Compiles the C++ of the native kernel once and keeps the library in the user's own cache folder.
 
 The library is made for this CPU (``-march=native``): one plain source instead of a version per instruction set, and the
-compiler may use all the CPU has. So its name holds a hash of the sources, the command and every macro the compiler
-defines for it, which are its own version and the CPU features it found, asked anew by every process: a home that
-machines share, or a folder that moved, holds one library for each kind of CPU. The name also holds a hash of the
+compiler may use all the CPU has. ``HF_LONGCTX_NATIVE_ARCH`` (``avx2`` or ``avx512``) makes it for less than that, to
+test and to measure here what other CPUs run. So its name holds a hash of the sources, the command and every macro the
+compiler defines for it, which are its own version and the CPU features it found, asked anew by every process: a home
+that machines share, or a folder that moved, holds one library for each kind of CPU. The name also holds a hash of the
 library itself, so a damaged file is seen before it is loaded.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -21,11 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import torch
 
 try:
     import fcntl
@@ -39,8 +38,10 @@ COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math, which reorders the sums and drops NaN. These three change no finite result but a fused a * b + c.
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
 FLAGS += ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+INSTRUCTIONS = re.compile(rb"#define __((?:AVX|BMI|F16C|FMA|LZCNT|MOVBE|SSE)\w*?)__ 1\b")
 CPU_FLAGS = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
-_IMPORTED_BY = os.getpid()
+ARCH = "HF_LONGCTX_NATIVE_ARCH"
+LEVELS = {"avx2": "x86-64-v3", "avx512": "x86-64-v4"}  # the second without products of bytes and of bfloat16
 PATIENCE = 180  # seconds to wait for another process's compiler, or for the own
 
 
@@ -48,15 +49,21 @@ class BuildError(Exception):
     """There is no library; the message says why, as the rest of a sentence."""
 
 
+class ArchError(Exception):
+    """The environment asks for instructions that are unknown, or that this CPU lacks; the message is a sentence."""
+
+
 def library() -> Path:
     """The compiled library, from the cache folder or compiled now.
 
     Raises:
         BuildError: no compiler, no safe cache folder, or the compiler failed.
+        ArchError: ``HF_LONGCTX_NATIVE_ARCH`` is unknown, or asks for instructions that this CPU lacks.
     """
     if fcntl is None:
         raise BuildError(f"it is compiled on Linux and macOS only, not on {sys.platform}")
     command, macros = _compiler()
+    _check_arch(command, macros)
     folder = cache_folder()
     parts = [path.name.encode() + b"\0" + path.read_bytes() for path in sorted(SOURCES.iterdir())]
     key = _digest(b"\0".join([*parts, "\0".join(command).encode(), macros]))
@@ -65,23 +72,6 @@ def library() -> Path:
         with _lock(folder / "lock"):
             found = _find(folder, key) or _compile(command, folder, key)
     return found
-
-
-def openmp_start() -> Callable | None:
-    """The function by which torch's OpenMP library runs something on its threads; None where it is not to be had.
-
-    Only a library that this process has loaded, from torch's folder, is asked.
-    """
-    maps = Path("/proc/self/maps")
-    if os.getpid() != _IMPORTED_BY or not maps.exists():
-        return None  # a forked child has none of the threads that its parent's library knows
-    folder = str(Path(torch.__file__).parent)
-    lines = maps.read_text().splitlines()
-    loaded = {line[line.index("/") :] for line in lines if "/" in line and "omp" in line.rsplit("/", 1)[1]}
-    for path in sorted(path for path in loaded if path.startswith(folder)):
-        with suppress(OSError, AttributeError):
-            return ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY).GOMP_parallel
-    return None
 
 
 def cache_folder() -> Path:
@@ -130,12 +120,41 @@ def _compiler() -> tuple[list[str], bytes]:
     found = next((path for name in names if (path := shutil.which(name))), None)
     if found is None:
         raise BuildError(f"there is no C++ compiler (looked for {', '.join(names)}): install g++, or set CXX")
-    for cpu in CPU_FLAGS:
+    for cpu in _cpu_flags():
         command = [found, *asked[1:], *FLAGS, *cpu]
-        done = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
+        done = _macros(command)
         if done.returncode == 0:
             return command, done.stdout
     raise BuildError(f"{found} failed: {_last_line(done)}")
+
+
+def _cpu_flags() -> tuple[tuple[str, ...], ...]:
+    """Flags for the CPU, of which the first that the compiler takes are used."""
+    asked = os.environ.get(ARCH)
+    if asked is None:
+        return CPU_FLAGS
+    if asked not in LEVELS:
+        raise ArchError(f"{ARCH} is {' or '.join(LEVELS)}, or unset for all that this CPU has, given {asked!r}.")
+    return ((f"-march={LEVELS[asked]}", "-mtune=native"),)
+
+
+def _macros(command: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
+    """The macros that the compiler defines with these flags."""
+    return _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
+
+
+def _check_arch(command: Sequence[str], macros: bytes) -> None:
+    """Refuse instructions that this CPU lacks: the first of them would end the process.
+
+    Raises:
+        ArchError: the CPU lacks some.
+    """
+    if (asked := os.environ.get(ARCH)) is None:
+        return
+    plain = [flag for flag in command if not flag.startswith(("-march", "-mtune"))]
+    own, wanted = (set(INSTRUCTIONS.findall(text)) for text in (_macros([*plain, *CPU_FLAGS[0]]).stdout, macros))
+    if lacking := sorted(name.decode() for name in wanted - own):
+        raise ArchError(f"{ARCH}={asked}: this CPU lacks {', '.join(lacking)}. Unset it to use all that the CPU has.")
 
 
 def _compile(command: list[str], folder: Path, key: str) -> Path:

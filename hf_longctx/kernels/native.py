@@ -1,7 +1,8 @@
 """Attention on the CPU in C++, compiled at the first use: decode, sparse, streaming and dense prefill. No gradients.
 
 Keys and values are read where they lie, in float32 or bfloat16; the softmax and its sums are float32. Threads, as many
-as `torch.set_num_threads` says, live for one call, so a process may fork at any time. What a function here does not
+as `torch.set_num_threads` says, are torch's own; in a forked child, and where those cannot be found, they live for one
+call, so a process may fork at any time. What a function here does not
 compute (a gradient that only keys need, a score bias over several queries) it hands to the cpu kernel, and ``auto``
 takes that kernel where there is no compiler. ``HF_LONGCTX_NATIVE=0`` turns this one off. Tensors, lengths and
 lists that do not fit each other are a ValueError: the library would read outside of them.
@@ -32,6 +33,7 @@ from ..layout.scores import Scores
 from ..layout.segments import Segment
 from . import _native_build, cpu, reference
 from ._arguments import ANY_LENGTHS, check
+from ._native_threads import openmp_start
 from ._quantized import Quantised, packed_reason
 from .base import Case
 
@@ -50,7 +52,7 @@ def supports(case: Case) -> str | None:
     """None when this kernel computes the case, otherwise why it does not. Compiles it, the first time it would.
 
     Raises:
-        ConfigError: ``HF_LONGCTX_NATIVE`` is neither 0 nor 1.
+        ConfigError: ``HF_LONGCTX_NATIVE`` is neither 0 nor 1, or ``HF_LONGCTX_NATIVE_ARCH`` cannot be met.
     """
     reason = _reason(case.device, case.dtype, case.head_dim, case.needs_grad)
     if reason is None and case.kinds:
@@ -123,6 +125,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"is turned off by {SWITCH}=0"
     try:
         library = ctypes.CDLL(str(_native_build.library()))
+    except _native_build.ArchError as error:
+        raise ConfigError(str(error)) from error
     except (_native_build.BuildError, OSError) as error:
         log.warning("no native CPU kernel, the slower cpu kernel (torch) runs instead: %s", error)
         return None, f"could not be built: {error}"
@@ -130,7 +134,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, "is slower than kernel cpu where there are neither AVX2 nor AVX-512 instructions"
     for name in ("decode", "dense", "streaming", "sparse"):
         getattr(library, f"hf_longctx_{name}").argtypes = (c_int, c_double, c_double, c_void_p)
-    if (start := _native_build.openmp_start()) is not None:
+    if (start := openmp_start()) is not None:
         library.hf_longctx_share_threads(start)
     return library, None
 

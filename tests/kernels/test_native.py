@@ -6,10 +6,12 @@ Both are judged on 512 queries or more: the largest of a few errors is chance, a
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,8 +22,9 @@ from helpers.native_builds import other_build  # noqa: F401 - a fixture
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_longctx.errors import UnsupportedModeError
+from hf_longctx.kernels import _native_threads, cpu, native, reference
 from hf_longctx.kernels import base as dispatch
-from hf_longctx.kernels import cpu, native, reference
+from hf_longctx.kernels._native_threads import openmp_start
 from hf_longctx.layout.blocks import BlockList
 from hf_longctx.layout.reads import ALL, CAUSAL, Window
 from hf_longctx.layout.scores import Scores
@@ -308,6 +311,17 @@ def answers(q, k, v):
     ]
 
 
+@pytest.fixture(params=[True, False], ids=["torch's threads", "own threads"])
+def shared(request):
+    """Whether the library takes torch's threads; where there are none to be found it has its own in both cases."""
+    share = native._load()[0].hf_longctx_share_threads
+    if not request.param:
+        share(None)
+    yield
+    share(openmp_start())
+
+
+@pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_answer_does_not_depend_on_the_threads(dtype, used):
     qkv = random_qkv((2, 2, 4, 128), 300, 4000, dtype)
@@ -320,14 +334,46 @@ def test_the_answer_does_not_depend_on_the_threads(dtype, used):
         assert used == [threads] * 4
 
 
+@pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="this torch computes without OpenMP")
+def test_threads_are_those_of_torch():
+    assert openmp_start() is not None, "the threads of two libraries would share the cores"
+    q, k, v = random_qkv((1, 2, 4, 64), 300, 4000, torch.float32)
+    want, asked = dense(native, q, k, v, SCALE), []
+
+    @ctypes.CFUNCTYPE(None, ctypes.CFUNCTYPE(None, ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def start(function, data, threads, flags):
+        asked.append((threads, flags))
+        function(data)
+
+    share = native._load()[0].hf_longctx_share_threads
+    torch.set_num_threads(2)
+    try:
+        share(start)
+        assert torch.equal(dense(native, q, k, v, SCALE), want)
+    finally:
+        share(openmp_start())
+        torch.set_num_threads(1)
+    assert asked == [(2, 0)]
+
+
+def test_a_process_that_was_forked_before_has_no_team(monkeypatch):
+    monkeypatch.setattr(_native_threads, "_IMPORTED_BY", os.getppid())
+    assert openmp_start() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(_native_threads, "MAPS", Path("nowhere"))
+    assert openmp_start() is None
+
+
+@pytest.mark.usefixtures("shared")
 def test_little_work_takes_no_thread(used):
     torch.set_num_threads(3)
     q, k, v = random_qkv((1, 4, 4, 64), 5, 320, torch.float32)
-    decode(native, q[:, :, -1:], segments_of(k, v, ()), SCALE)
-    dense(native, q, k, v, SCALE)
+    decode(native, q[:, :, -1:], segments_of(k[:, :, :60], v[:, :, :60], ()), SCALE)
+    dense(native, q, k[:, :, :20], v[:, :, :20], SCALE)
     assert used == [1, 1]
 
 
+@pytest.mark.usefixtures("shared")
 def test_many_python_threads_at_once():
     q, k, v = random_qkv((2, 2, 4, 64), 300, 4000, torch.float32)
     cases = [tuple(x.to(DTYPES[i % 2]) for x in (q * (1 + i / 8), k, v)) for i in range(8)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import re
 import stat
 import subprocess
 import sys
@@ -57,6 +59,42 @@ def compilers_run(monkeypatch):
     runs, real = [], build._compile
     monkeypatch.setattr(build, "_compile", lambda *a: runs.append(1) or real(*a))
     return runs
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names instruction sets of x86")
+def test_the_instructions_that_are_asked_for(monkeypatch, fresh):
+    widths = {}
+    for asked in (None, *build.LEVELS):
+        monkeypatch.setenv(build.ARCH, asked) if asked else monkeypatch.delenv(build.ARCH, raising=False)
+        try:
+            widths[asked] = native._load()[0].hf_longctx_width()
+        except ConfigError as error:
+            assert "this CPU lacks AVX512" in str(error)
+        native._load.cache_clear()
+    assert widths["avx2"] == 8
+    assert widths.get("avx512", 16) == 16
+    monkeypatch.setenv(build.ARCH, "sse9")
+    with pytest.raises(ConfigError, match="HF_LONGCTX_NATIVE_ARCH is avx2 or avx512, or unset .* given 'sse9'"):
+        native.supports(dispatch.Case(**CASE))
+
+
+def test_instructions_that_the_cpu_lacks_are_refused(tiny, monkeypatch):
+    made = build._macros
+    bare = [flag for flags in build.CPU_FLAGS for flag in flags]
+
+    def of_a_plain_cpu(command):
+        done = made(command)
+        return SimpleNamespace(returncode=0, stdout=b"", stderr=b"") if set(command) & set(bare) else done
+
+    monkeypatch.setattr(build, "_macros", of_a_plain_cpu)
+    monkeypatch.setattr(build, "INSTRUCTIONS", re.compile(rb"#define (__\w+__) 1\b"))
+    monkeypatch.setattr(build, "LEVELS", {"plain": "x"})
+    monkeypatch.setattr(build, "_cpu_flags", lambda: ((),))
+    monkeypatch.setenv(build.ARCH, "plain")
+    with pytest.raises(build.ArchError, match="HF_LONGCTX_NATIVE_ARCH=plain: this CPU lacks "):
+        build.library()
+    monkeypatch.delenv(build.ARCH)
+    assert build.library().exists()
 
 
 def test_the_library_is_compiled_once_into_a_private_folder(tiny, tmp_path, monkeypatch):

@@ -10,7 +10,8 @@
 #include "packed.h"
 
 constexpr int SPLIT = 512;          // keys of an item
-constexpr int64_t GRAIN = 1 << 21;  // bytes of keys and values that are worth a thread: making one takes 50 us
+constexpr int64_t GRAIN = 1 << 21;  // bytes of keys and values that are worth making a thread, which takes 50 us
+constexpr int64_t OWN_GRAIN = GRAIN / 8;  // that are worth waking one that is there
 constexpr int FEW_TOKENS = 24;      // of which a prefill's tile of 64 queries would be mostly empty
 constexpr int HEADS = 4;            // of a party: queries whose scores are neighbours
 constexpr int64_t EARLIER = INT_MIN / 2;  // position of keys that every query sees
@@ -235,10 +236,10 @@ template <bool BF16, int BITS> class Few {
 #endif
 
     // Asks for rows before they are needed: the CPU's own prefetching stops at every page. One that is not there is no
-    // harm.
+    // harm. Into the second cache: more of them can be under way than to the first (measured: a quarter faster in float32).
     void fetch(const char* p) {
         const int size = PLAIN ? dim * (HALF ? 2 : 4) : dim * BITS / 8;
-        for (int byte = 0; byte < size; byte += 64) __builtin_prefetch(p + byte);
+        for (int byte = 0; byte < size; byte += 64) __builtin_prefetch(p + byte, 0, 2);
     }
 
     // A part of a key in all heads' places, by a part of the queries; of those to convert, two parts one after the other.
@@ -436,7 +437,7 @@ template <bool BF16, int BITS> class Work {
         std::vector<float> sums(items.size() * size);
         std::deque<Few<BF16, 0>> team;
         std::deque<Few<BF16, BITS>> unpackers;
-        int64_t worth = bytes * ((queries + HEADS - 1) / HEADS) / GRAIN;
+        int64_t worth = bytes * ((queries + HEADS - 1) / HEADS) / (has_team() ? OWN_GRAIN : GRAIN);
         int64_t threads = std::max<int64_t>(1, std::min({shape.threads, int64_t(items.size()), worth}));
         const bool pieces = std::any_of(items.begin(), items.end(), [](const Item& item) { return item.piece; });
         for (int64_t i = 0; i < threads; ++i) {

@@ -4,7 +4,8 @@
 
 constexpr int ROWS = W == 8 ? 6 : 8;      // rows of a register block: their sums fill 12 of 16 registers, or 16 of 32
 constexpr int PANEL = 2 * W;              // queries of a register block
-constexpr int64_t WORK = 1 << 22;         // multiplications that are worth a thread: making one takes 50 us
+constexpr int64_t WORK = 1 << 22;         // multiplications that are worth making a thread, which takes 50 us
+constexpr int64_t OWN_WORK = WORK / 8;    // that are worth waking one that is there
 constexpr int FEW = 8;                    // queries, for fewer of which libraries sum more exactly, and so is done here
 
 // The 64 queries of a tile lie in panels, each of them dense, so that a register block reads one cache line after the
@@ -252,7 +253,7 @@ template <bool BF16> class Queries {
 template <bool BF16, class Tile>
 static int prefill(const Shape& s, const Formula& formula, int64_t tiles, int64_t keys, Tile tile) {
     int64_t group = s.heads / s.kv_heads, items = s.batch * s.heads * tiles;
-    int64_t worth = int64_t(double(items) * keys * std::min<int64_t>(s.q_len, TILE) * s.dim / WORK);
+    int64_t worth = int64_t(double(items) * keys * std::min<int64_t>(s.q_len, TILE) * s.dim / (has_team() ? OWN_WORK : WORK));
     std::deque<Queries<BF16>> team;
     for (int64_t i = 0; i < std::max<int64_t>(1, std::min({s.threads, items, worth})); ++i) team.emplace_back(s, formula);
     return parallel(items, int64_t(team.size()), [&](int64_t item, int64_t worker) {

@@ -270,6 +270,8 @@ typedef void (*Start)(void (*)(void*), void*, unsigned, unsigned);
 static Start start_team = nullptr;  // of the OpenMP library that torch uses; null: none
 static pid_t team_of = 0;           // the process whose threads those are: a forked child has none of them
 
+static inline bool has_team() { return start_team && team_of == getpid(); }
+
 // Runs work(item, worker) for every item, on as many threads as were asked for or the system gives; returns how many.
 //
 // They are torch's own where that is known: torch's threads wait for their next work for milliseconds without a rest, and
@@ -281,7 +283,7 @@ template <class Work> static int parallel(int64_t items, int64_t threads, Work w
         const int worker = workers.fetch_add(1);
         for (int64_t item; (item = next.fetch_add(1)) < items;) work(item, worker);
     };
-    if (threads > 1 && start_team && team_of == getpid()) {
+    if (threads > 1 && has_team()) {
         start_team([](void* data) { (*(decltype(run)*)data)(); }, &run, unsigned(threads), 0);
         return workers;
     }
