@@ -243,7 +243,9 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
             forward = self.forward = Forward(Rows(key_states.shape[0], layer.seen, new, self.starts))
             self._check_room(forward.rows)
             self.token_ids.append(forward.rows.past, None)
-        result = layer.update(*as_autocast(key_states, value_states), forward)
+        result = layer.take_step(key_states, value_states, forward) if forward.steps else None
+        if result is None:
+            result = layer.update(*as_autocast(key_states, value_states), forward)
         self.starts = forward.rows.starts
         self.ends = forward.rows.ends
         if layer is self.own[-1]:

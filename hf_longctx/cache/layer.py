@@ -14,10 +14,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import CacheError, UnsupportedModeError
 from ..io.tensor_file import DTYPES
-from ..layout.dtypes import autocast_on
-from ..layout.forward import Forward
+from ..kernels import base as kernels
+from ..layout.dtypes import autocast_on, needs_grad
+from ..layout.forward import Forward, ForwardLog
 from ..layout.rows import Rows
-from ..layout.segments import HeadKV
+from ..layout.segments import HeadKV, Place, Segment
 from ..stores._saved import SavedStore, SavedTensors, Told
 from ..stores.base import SLACK, Store
 from .dense_members import DenseLayerMembers
@@ -35,11 +36,58 @@ NOT_OURS = (
 
 
 @dataclass
-class LayerKV:
-    """What one layer's cache hands to the attention function: one ``HeadKV`` per role that has heads."""
+class Pending:
+    """One new token of each sequence, which has its places in a layer and is not written yet.
 
-    parts: list[HeadKV]
-    forward: Forward
+    Attributes:
+        k, v: ``[B, H_kv, 1, D]``.
+        places: one per store of the layer.
+    """
+
+    layer: LongCtxLayer
+    k: Tensor
+    v: Tensor
+    places: list[Place]
+
+    def write(self) -> list[HeadKV]:
+        """Write it, and what it reads: as the stores' `append` would have given it."""
+        parts = []
+        for store, (segment, slot, length) in zip(self.layer.stores, self.places, strict=True):
+            store.heads.copy_to(segment.k[:, :, slot : slot + 1], self.k)
+            store.heads.copy_to(segment.v[:, :, slot : slot + 1], self.v)
+            seen = Segment(segment.k[:, :, :length], segment.v[:, :, :length], length)
+            parts.append(HeadKV(store.heads, [seen], store.spec, state=store.state))
+        self.layer.whole = True
+        return parts
+
+    def attend(self, q: Tensor, scale: float, log: ForwardLog) -> Tensor | None:
+        """Write it and attend, q ``[B, H, 1, D]``, in one call: ``[B, 1, H, D]``; None where the kernel does not."""
+        step = self.layer.step
+        out = step.run(q, self.k, self.v, self.places, scale)
+        if out is not None:
+            self.layer.whole = True
+            log.used.add(step.NAME)
+        return out
+
+
+class LayerKV:
+    """What one layer's cache hands to the attention function.
+
+    Attributes:
+        pending: what is still to be written; asking for `parts` writes it.
+    """
+
+    def __init__(self, parts: list[HeadKV] | None, forward: Forward, pending: Pending | None = None):
+        self._parts = parts
+        self.forward = forward
+        self.pending = pending
+
+    @property
+    def parts(self) -> list[HeadKV]:
+        """One per role that has heads."""
+        if self._parts is None:
+            self._parts, self.pending = self.pending.write(), None
+        return self._parts
 
     @property
     def shape(self) -> None:
@@ -85,6 +133,7 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         self.dense_bytes_per_token = 0
         self.checked = every_forward()
         self.autocast = False
+        self.step = None  # the kernel's, see kernels.base; False: it has none for this layer
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         per_head = (
@@ -95,6 +144,36 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         self.dtype, self.device, self.autocast = key_states.dtype, key_states.device, autocast_on(key_states)
         self.dense_bytes_per_token = per_head * key_states.shape[1]
         self.is_initialized = True
+        self.step = None
+
+    def take_step(self, k: Tensor, v: Tensor, forward: Forward) -> LayerKV | None:
+        """As `update`, of one token of each sequence, which is written together with its attention.
+
+        None where that is not possible, and nothing was changed that the `update` of the same forward would not.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        if self.step is None and self.is_initialized:
+            self.step = self._new_step()
+        held = (self.batch, self.plan.kv_heads, 1, self.head_dim) if self.step else None
+        if k.shape != held or k.dtype != self.dtype or v.dtype != self.dtype or needs_grad(k, v) or self.checked:
+            return None
+        places = []
+        for store in self.stores:
+            places.append(store.place(forward.rows))
+            if places[-1] is None:
+                return None
+        self.whole = False
+        self.seen = forward.rows.total
+        return LayerKV(None, forward, Pending(self, k, v, places))
+
+    def _new_step(self) -> Any:
+        if self.autocast or self.plan.scores or self.plan.kernel == "stock":
+            return False
+        if not all(store.has_place() for store in self.stores):
+            return False
+        heads = [store.heads for store in self.stores]
+        return kernels.new_step(self.plan.word, self.device, self.dtype, self.head_dim, heads) or False
 
     def update(self, key_states: Tensor, value_states: Tensor, forward: Forward) -> LayerKV:
         """Keep k, v ``[B, H_kv, T, D]`` of this forward; return what its queries read."""
@@ -170,6 +249,7 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
     def fork(self) -> LongCtxLayer:
         other = copy.copy(self)
         other.stores = [store.fork() for store in self.stores]
+        other.step = None
         return other
 
     def reset(self) -> None:

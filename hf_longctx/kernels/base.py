@@ -12,8 +12,11 @@ A kernel is a module of this folder, or a module or object that was registered (
   ``want_lse`` is False, lse may be None. Of `Scores` it computes all but ``sinks``, which are added here.
 
 Optional: ``attend_layer(q, parts, scores) -> (out, lse)``, one decoded token of all roles in one launch, where
-``parts`` are (KV heads, segments). The kernel ``reference`` computes everything, by definition. A kernel must import on
-every machine, or fail with ImportError, which is then the reason. Nothing lists kernels.
+``parts`` are (KV heads, segments). And ``Step(heads)``, of which a layer has one for the `RoleHeads` of its stores: its
+``run(q, k, v, places, scale)`` writes one new token of every sequence, k and v ``[B, H_kv, 1, D]``, to the stores'
+places and gives what the token reads, out ``[B, 1, H, D]``; or None, and writes nothing. The kernel ``reference``
+computes everything, by definition. A kernel must import on every machine, or fail with ImportError, which is then the
+reason. Nothing lists kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import importlib
 import sys
 from collections.abc import Hashable, Iterator, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +34,7 @@ from ..config.words import near, registered, words
 from ..errors import ConfigError, UnsupportedModeError
 from ..layout.dtypes import needs_grad
 from ..layout.forward import Forward
+from ..layout.heads import RoleHeads
 from ..layout.reads import ALL, All, Causal, Reads
 from ..layout.scores import Scores
 from ..layout.segments import Segment
@@ -174,6 +178,13 @@ def attend(
         kernel = choose(word, case, forward)
         out, lse = kernel.attend(q, segments, reads, own, want_lse or scores.sinks is not None)
     return (out, lse) if scores.sinks is None else with_sinks(out, lse, scores.sinks)
+
+
+def new_step(word: str, device: torch.device, dtype: torch.dtype, head_dim: int, heads: Sequence[RoleHeads]) -> Any:
+    """The ``Step`` of the kernel that computes decoded tokens of a layer; None where it has none."""
+    module, _ = _first(word, Case(device, dtype, head_dim, reads=All, one_query=True))
+    step = getattr(module, "Step", None)
+    return None if step is None else step(heads)
 
 
 def some_launch_layers(word: str, device: torch.device, forward: Forward) -> bool:

@@ -28,11 +28,13 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedModeError
 from ..layout.blocks import BlockList
 from ..layout.dtypes import needs_grad
+from ..layout.heads import RoleHeads
 from ..layout.reads import All, Averaged, Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 from . import _native_build, cpu, reference
 from ._arguments import ANY_LENGTHS, check
+from ._native_step import LayerStep
 from ._native_threads import openmp_start
 from ._quantized import Quantised, packed_reason
 from .base import Case
@@ -115,6 +117,19 @@ def attend(
     return call.run("dense", q, kv[0].shape[1], [int(isinstance(reads, Causal)), *call.segments(segments)])
 
 
+class Step(LayerStep):
+    """See `base`."""
+
+    NAME = NAME
+
+    def __init__(self, heads: Sequence[RoleHeads]):
+        super().__init__(heads, _library)
+
+
+def _library() -> ctypes.CDLL:
+    return _load()[0]
+
+
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or None and why there is none, which is logged once; the environment is read here, once."""
@@ -132,7 +147,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"could not be built: {error}"
     if library.hf_longctx_width() < WIDTH:
         return None, "is slower than kernel cpu where there are neither AVX2 nor AVX-512 instructions"
-    for name in ("decode", "dense", "streaming", "sparse"):
+    for name in ("decode", "dense", "streaming", "sparse", "step"):
         getattr(library, f"hf_longctx_{name}").argtypes = (c_int, c_double, c_double, c_void_p)
     if (start := openmp_start()) is not None:
         library.hf_longctx_share_threads(start)

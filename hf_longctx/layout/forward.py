@@ -83,6 +83,8 @@ class Forward:
         log: filled while it runs.
         observer: see ``hf_longctx.observe``.
         cached: every layer must bring the cache that this forward was given or got, a ``LongCtxCache``.
+        steps: it brings one token of each sequence, without pads, autocast or observer: a layer may write and read in
+            one call of its kernel.
         kernels: what `hf_longctx.kernels.base` asked kernels, once: by (word, case) which one computes it, None where
             none reads its segments as they are; by (word, device) whether one launches whole layers.
     """
@@ -91,4 +93,5 @@ class Forward:
     log: ForwardLog = field(default_factory=ForwardLog)
     observer: Callable | None = None
     cached: bool = False
+    steps: bool = False
     kernels: dict[tuple, ModuleType | bool | None] = field(default_factory=dict, repr=False, compare=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,6 +117,20 @@ class Segment:
     def _one_row(self) -> bool:
         """Whether all rows are one and the same memory."""
         return self.k.shape[0] == 1 or self.k.stride(0) == 0
+
+
+class Place(NamedTuple):
+    """Where the next token of every sequence goes, and what it reads afterwards: the first slots of one segment.
+
+    Attributes:
+        segment: of one length for all sequences, without a bias.
+        slot: which one the token takes.
+        length: how many slots it reads, its own among them.
+    """
+
+    segment: Segment
+    slot: int
+    length: int
 
 
 @dataclass

@@ -75,6 +75,9 @@ def attend(
             "Turn that off around generate(), or pass use_cache=False."
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    pending = key.pending if isinstance(key, LayerKV) else None
+    if pending is not None and (out := pending.attend(query, scale, call.log)) is not None:
+        return out, None
     # What the family's record maps to a field of Scores.
     scores = Scores(scale, **{field: kwargs.get(name) for name, field in plan.scores})
     layer = LayerCall(plan, call, scores)

@@ -20,6 +20,7 @@ from ..cache.cache import LongCtxCache
 from ..cache.plan import differing
 from ..cache.seam import CACHE, rename_cache
 from ..errors import CacheError, UnsupportedModeError
+from ..layout.dtypes import autocast_on
 from ..layout.forward import Forward
 from ..layout.mask_errors import Known
 from ..layout.rows import read_mask
@@ -86,7 +87,8 @@ class BeforeForward:
         if note := check_rotary(config, rows):
             self.state.note(note)
         observer = observers.get().get(id(base))
-        forward = Forward(rows, self.state.log, observer, isinstance(cache, LongCtxCache))
+        steps = rows.new == 1 and not rows.padded and observer is None and not autocast_on(inputs)
+        forward = Forward(rows, self.state.log, observer, isinstance(cache, LongCtxCache), steps)
         if isinstance(cache, LongCtxCache):
             if past and cache is not self.state.last_cache:
                 refuse_other_prompt(positions, rows, cache.ahead)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..layout.heads import RoleHeads
 from ..layout.reads import CAUSAL, Reads
 from ..layout.rows import Rows
-from ..layout.segments import HeadKV, Segment
+from ..layout.segments import HeadKV, Place, Segment
 from ..layout.streamed import Streamed
 from ._saved import SavedStore
 
@@ -167,6 +167,19 @@ class Store(ABC):
             k, v: keys and values of *all* the layer's KV heads, ``[B, H_kv, T, D]``.
             rows: the rows of this forward.
         """
+
+    def place(self, rows: Rows) -> Place | None:
+        """Where the one new token of every sequence goes, which the caller writes next; None where that is not all.
+
+        ``rows`` have no pads. What is dropped for the token is remembered first. An `append` of the same forward may
+        follow instead, when another role of the layer has no such place.
+        """
+        return None
+
+    @classmethod
+    def has_place(cls) -> bool:
+        """Whether `place` says what `append` does: it is defined anew where a class has an `append` of its own."""
+        return "place" in vars(next(one for one in cls.__mro__ if {"append", "place"} & vars(one).keys()))
 
     @abstractmethod
     def crop(self, rows: Rows, target: int) -> None:

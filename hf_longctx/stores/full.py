@@ -12,7 +12,7 @@ from ..config.bounds import MOST
 from ..layout.dtypes import needs_grad
 from ..layout.heads import RoleHeads
 from ..layout.rows import Rows
-from ..layout.segments import HeadKV, Segment
+from ..layout.segments import HeadKV, Place, Segment
 from ._saved import SavedStore, short
 from .base import Store, StoreSpec
 
@@ -93,6 +93,13 @@ class FullStore(Store):
         if self.aligned:
             return Staggered(self.heads, seen, self.spec, state=self.state, aligned=self.aligned)
         return HeadKV(self.heads, seen, self.spec, state=self.state)
+
+    def place(self, rows: Rows) -> Place | None:
+        kept = self.segments.get("kept")
+        if kept is None or len(self.segments) > 1 or rows.total > kept.k.shape[2]:
+            return None
+        kept.length = rows.total
+        return Place(kept, rows.past, rows.total)
 
     def _hide_pads(self, segments: list[Segment], rows: Rows) -> list[Segment]:
         """The segments for one query, with a score bias where a slot is not every row's own."""

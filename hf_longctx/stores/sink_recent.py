@@ -19,7 +19,7 @@ from ..layout.dtypes import needs_grad
 from ..layout.heads import RoleHeads
 from ..layout.reads import CAUSAL, Causal, Window
 from ..layout.rows import Rows
-from ..layout.segments import HeadKV, Segment
+from ..layout.segments import HeadKV, Place, Segment
 from ._history import History, runs
 from ._saved import SavedStore, short
 from .base import SLACK, Reserve, Store, StoreSpec, blanked, room, window_positions
@@ -151,6 +151,20 @@ class SinkRecentStore(History, Store):
             view.sinks = self._sinks(kept, band, rows, needs_grad(k, v))
         self.oldest = max(self.oldest, rows.total - self.spec.recent - self.slack)
         return view
+
+    def place(self, rows: Rows) -> Place | None:
+        kept = self.segments.get("kept")
+        position = rows.past
+        if kept is None or min(rows.total, self.window) > kept.k.shape[2]:
+            return None
+        slot = self._slot(position)
+        if position >= self.window:
+            self._make_history(kept.k, kept.v, rows)
+            if self.slack:
+                self._remember(slice(None), position - self.spec.recent, kept.k, kept.v, slot, 1)
+        self.oldest = max(self.oldest, rows.total - self.spec.recent - self.slack)
+        kept.length = min(rows.total, self.window)
+        return Place(kept, slot, kept.length)
 
     def _slot(self, position: int) -> int:
         sink = self.spec.sink

@@ -531,3 +531,34 @@ template <bool BF16> static int decode(const Call& call, const Formula& formula,
     return four ? few<BF16, 4>(call, formula, parts, pieces, first, origin)
                 : few<BF16, 8>(call, formula, parts, pieces, first, origin);
 }
+
+// One new token of every sequence of a layer: its key and value are written to their places, and then it reads. After the
+// new keys and values: how many roles, and of each the slot, how many slots are read, the buffers, and the KV heads.
+template <bool BF16> static int step(const Call& call, const Formula& formula, const int64_t* packed) {
+    const Shape& s = call.shape;
+    const Heads &k = *(const Heads*)packed, &v = *(&k + 1);
+    const int64_t* next = (const int64_t*)(&v + 1);
+    std::vector<Segment> segments(*next++);
+    struct Own { const Segment* segment; int64_t head; };
+    std::vector<Own> own(s.kv_heads);
+    for (Segment& segment : segments) {
+        const int64_t slot = *next++;
+        segment = {*(const Heads*)(next + 1), *(const Heads*)(next + 5), *next, nullptr, nullptr, 0, 0, 0};
+        next += 9;
+        const int64_t heads = *next++;
+        for (int64_t i = 0; i < heads; ++i, ++next) {
+            own[*next] = {&segment, i};
+            for (int64_t b = 0; b < s.batch; ++b) {
+                memcpy(segment.k.at(b, i, slot), k.at(b, *next), s.dim * (BF16 ? 2 : 4));
+                memcpy(segment.v.at(b, i, slot), v.at(b, *next), s.dim * (BF16 ? 2 : 4));
+            }
+        }
+    }
+    Work<BF16, 8> work(call, formula, s);
+    for (int64_t b = 0; b < s.batch; ++b)
+        for (const Own& one : own) {
+            work.next_head();
+            work.add(b, &one - own.data(), one.head, {one.segment, EARLIER, 0, one.segment->length}, INT_MAX);
+        }
+    return work.run([](int64_t) { return 0; }, [](int64_t, int64_t) -> const char* { return nullptr; });
+}

@@ -23,6 +23,7 @@
     }
 ENTRY(dense)
 ENTRY(decode)
+ENTRY(step)
 ENTRY(streaming)
 ENTRY(sparse)
 

@@ -1,0 +1,86 @@
+"""One decoded token of one layer by the native kernel: its keys are written and all its heads attend, in one call."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..layout.dtypes import needs_grad
+from ..layout.heads import RoleHeads
+from ..layout.segments import Place
+
+# Where the numbers that change with every token stand in what the library is given (step in _native/decode.h).
+THREADS, Q, OUT, K, V, PLACES = 5, 6, 10, 16, 20, 25
+
+
+class LayerStep:
+    """The call of one layer, laid out once: per token a few numbers of it change.
+
+    Holds no tensor, so that a copy of its layer copies none.
+    """
+
+    def __init__(self, heads: Sequence[RoleHeads], load: Callable):
+        self.heads = tuple(one.kv_heads for one in heads)
+        self.load = load
+        self.facts: tuple | None = None
+        self.numbers = array("q")
+        self.slots: list[tuple[int, int]] = []  # where each place's slot stands, and its capacity
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, places: Sequence[Place], scale: float) -> Tensor | None:
+        """See `kernels.base`.
+
+        Raises:
+            ValueError: a place outside of its segment.
+        """
+        facts = (q.shape, q.stride(), k.stride(), v.stride(), q.dtype, *(_facts(place) for place in places))
+        if facts != self.facts and not self._lay_out(facts, q, k, v, places):
+            return None
+        if needs_grad(q):
+            return None
+        batch, heads, _, dim = q.shape
+        out = q.new_empty(batch, 1, heads, dim)
+        numbers = self.numbers
+        numbers[THREADS] = torch.get_num_threads()
+        numbers[Q], numbers[OUT], numbers[K], numbers[V] = q.data_ptr(), out.data_ptr(), k.data_ptr(), v.data_ptr()
+        for (at, capacity), (_, slot, length) in zip(self.slots, places, strict=True):
+            if not (0 <= slot < length <= capacity):
+                raise ValueError(f"slot {slot} and length {length} of a segment of {capacity} slots")
+            numbers[at], numbers[at + 1] = slot, length
+        if self.load().hf_longctx_step(q.dtype == torch.bfloat16, scale, 0, numbers.buffer_info()[0]) <= 0:
+            raise MemoryError("kernel native: no memory for the temporaries of a decoded token")
+        return out
+
+    def _lay_out(self, facts: tuple, q: Tensor, k: Tensor, v: Tensor, places: Sequence[Place]) -> bool:
+        """The numbers of this call; False where the library does not take these tensors."""
+        batch, heads, tokens, dim = q.shape
+        kv_heads = k.shape[1]
+        buffers = [x for place in places for x in (place.segment.k, place.segment.v)]
+        shapes = [(batch, len(own)) for own in self.heads for _ in range(2)]
+        fit = all(x.shape[:2] == shape and x.shape[3] == dim for x, shape in zip(buffers, shapes, strict=True))
+        alike = all(x.dtype == q.dtype and x.device == q.device and x.stride(-1) == 1 for x in (q, k, v, *buffers))
+        whole = k.shape == v.shape == (batch, kv_heads, 1, dim) and tokens == 1 and not heads % kv_heads
+        if not (fit and alike and whole and sorted(sum(self.heads, ())) == list(range(kv_heads))):
+            return False
+        size = q.element_size()
+        numbers = [batch, heads, kv_heads, 1, dim, 0, *_heads(q, size), 0, size * heads * dim, size * dim, 0, 0, 0]
+        numbers += [*_heads(k, size), *_heads(v, size), len(places)]
+        self.slots = []
+        for place, own in zip(places, self.heads, strict=True):
+            self.slots.append((len(numbers), place.segment.k.shape[2]))
+            numbers += [0, 0, *_heads(place.segment.k, size), *_heads(place.segment.v, size), len(own), *own]
+        self.numbers, self.facts = array("q", numbers), facts
+        return True
+
+
+def _facts(place: Place) -> tuple[int, int, int]:
+    k, v = place.segment.k, place.segment.v
+    return k.data_ptr(), v.data_ptr(), k.shape[2]
+
+
+def _heads(x: Tensor, size: int) -> tuple[int, int, int, int]:
+    """``Heads`` of vectors.h: where ``x [B, heads, tokens, D]`` is, and its strides in bytes."""
+    batch, head, token, _ = x.stride()
+    return x.data_ptr(), size * batch, size * head, size * token
