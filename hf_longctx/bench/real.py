@@ -130,7 +130,7 @@ def _of_dtype(case: RealCase, word: str, told: Told) -> Iterator[dict]:
         "head_dim": section["head_dim"],
     }
     settings = replace(case.settings, **shape)
-    columns, left_out, config = _columns(case, settings, model, section.get("full_attention_layers"))
+    columns, left_out, config = _columns(case, settings, model)
     # TOLERANCE is that of a few layers; what rounding does to one adds to what it did to those before, as noise does.
     manner = Manner(settings.steps, WARM, max(1.0, settings.layers / FEW) ** 0.5)
     text, prompts = _text(model, tokenizer)
@@ -142,24 +142,12 @@ def _of_dtype(case: RealCase, word: str, told: Told) -> Iterator[dict]:
         llama, not_measured = _llama(case, ids, threads)
         figures, error = measure(settings, word, model, columns | llama, ids, told, manner)
         where = {"dtype": word, "tokens": tokens, "batch": batch, "threads": threads, "shape": shape}
-        said = {
-            "prompts": prompts,
-            "config": config,
-            "left_out": left_out,
-            "not_measured": not_measured,
-            "error": error,
-        }
-        yield {**where, **said, "columns": figures}
+        said = {"prompts": prompts, "config": config, "left_out": left_out, "not_measured": not_measured}
+        yield {**where, **said, "error": error, "columns": figures}
 
 
-def _columns(
-    case: RealCase, settings: Settings, model: Any, full: list[int] | None
-) -> tuple[dict[str, How], dict[str, str], dict | None]:
-    """The columns, why some are left out, and what the config is.
-
-    Args:
-        full: the layers whose heads have roles; None: all.
-    """
+def _columns(case: RealCase, settings: Settings, model: Any) -> tuple[dict[str, How], dict[str, str], dict | None]:
+    """The columns, why some are left out, and what the config is."""
     left_out = {}
     found = None
     columns = {STOCK: How(), STATIC: How(static=True), RETRIEVAL: How({"roles": settings.all_heads("R")})}
@@ -167,11 +155,6 @@ def _columns(
         columns[HALF] = How({"roles": settings.half_streaming()})
     except ConfigError as error:
         left_out[HALF] = str(error)
-    for how in columns.values():
-        if how.patch is not None and full is not None:
-            how.patch["roles"] = [
-                row if layer in full else "-" * settings.kv_heads for layer, row in enumerate(how.patch["roles"])
-            ]
     try:
         config = _config_of(case, model)
         columns[CONFIG] = How(config)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from rich.console import Console
+from rich.markup import escape
 
 from ..io.console import count, tables
 from .columns import CONFIG, HALF, RETRIEVAL, STATIC, STOCK
@@ -72,8 +73,9 @@ def show(console: Console, data: dict) -> None:
     spread = "" if benchmark == "real" else " (10th to 90th percentile)"
     rounds = count(s["rounds"], "round")
     console.print(
-        f"{subject(data)}{count(s['layers'], 'layer')}, {s['heads']} query heads, {s['kv_heads']} KV heads, head_dim "
-        f"{s['head_dim']}{_sizes(benchmark, s)}; kernel: {s['kernel']}; {rounds}, columns in turns; median{spread}."
+        f"{escape(subject(data))}{count(s['layers'], 'layer')}, {s['heads']} query heads, {s['kv_heads']} KV heads, "
+        f"head_dim {s['head_dim']}{_sizes(benchmark, s)}; kernel: {s['kernel']}; {rounds}, columns in turns; "
+        f"median{spread}."
     )
     console.print(
         f"torch {e['torch']}, transformers {e['transformers']}, Python {e['python']}, hf_longctx {e['hf_longctx']}; "

@@ -202,7 +202,7 @@ def test_one_kv_head_cannot_be_half_streaming(tmp_path):
     assert "│ all retrieval" in done.stdout and "│ half streaming" not in done.stdout
 
 
-def test_layers_with_windows_of_their_own_have_no_roles(tmp_path):
+def test_a_checkpoint_with_windows_of_its_own_in_some_layers(tmp_path):
     path = tmp_path / "out.json"
     done = invoke(saved(tmp_path, family="qwen2", sliding=16), *SMALL, "--json", path)
     assert done.exit_code == 0, done.output
