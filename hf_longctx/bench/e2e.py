@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache.cache import cache_bytes
 from ..cache.plan import FEWEST
 from ..cache.seam import CACHE, cache_of
+from ..config.config import LongCtxConfig
 from ..errors import ConfigError
-from ..model.patch import unpatch_model
+from ..model.patch import patch_model, unpatch_model
 from ..model.report import report
 from ..prefill.base import BLOCK
 from .columns import (
     HALF,
     RETRIEVAL,
-    SDPA,
     STATIC,
     STOCK,
     STREAMING,
@@ -42,14 +44,32 @@ class How:
     """How a column runs the stock model.
 
     Attributes:
-        patch: what it is patched with.
+        patch: what it is patched with: the arguments of ``columns.patch``, or a whole config.
         static: whether it gets a ``StaticCache`` for prompt and token.
         press: reads the prompt inside of it.
+        other: what reads the prompt and decodes instead of the model: takes the arguments of ``turn`` from ``ids`` to
+            ``decode`` and the number of decoded tokens, and returns what ran.
     """
 
-    patch: dict | None = None
+    patch: dict | LongCtxConfig | None = None
     static: bool = False
     press: Press | None = None
+    other: Callable[[Tensor, Samples, Samples, int], dict] | None = None
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How one case is measured.
+
+    Attributes:
+        steps: decoded tokens per timing.
+        warm: tokens of the prompt over which the columns are compared first.
+        loosen: times the tolerance of the dtype by which columns may differ that compute the same.
+    """
+
+    steps: int = 1
+    warm: int = WARM
+    loosen: float = 1.0
 
 
 @torch.no_grad()
@@ -70,9 +90,12 @@ def run(settings: Settings, told: Told = quiet) -> list[dict]:
         model = make_model(settings, dtype_of(word), "cpu")
         for tokens in settings.tokens:
             columns = _columns(settings, tokens, press)
-            not_measured = _refused(settings, model, columns, min(tokens, WARM))
+            ids = torch.randint(VOCABULARY, (1, tokens + 1))
+            not_measured = refused(settings, model, columns, ids[:, : WARM + 1])
             ran = {name: how for name, how in columns.items() if name not in not_measured}
-            results.append(_case(settings, word, model, tokens, ran, told) | {"not_measured": not_measured})
+            figures, error = measure(settings, word, model, ran, ids, told)
+            facts = {"roles": columns[HALF].patch["roles"], "error": error, "not_measured": not_measured}
+            results.append({"dtype": word, "tokens": tokens, **facts, "columns": figures})
     return results
 
 
@@ -108,45 +131,61 @@ def _columns(settings: Settings, tokens: int, press: Press | None) -> dict[str, 
     return columns
 
 
-def _refused(settings: Settings, model: Any, columns: dict[str, How], tokens: int) -> dict[str, str]:
+def refused(settings: Settings, model: Any, columns: dict[str, How], ids: Tensor) -> dict[str, str]:
     """The columns of other people's code that do not run here, and why."""
-    ids = torch.randint(VOCABULARY, (1, tokens + 1))
     found = {}
     for name, how in columns.items():
         if how.static or how.press is not None:
-            found[name] = refusal(lambda: _turn(settings, model, how, ids, Samples(), Samples()))  # noqa: B023
+            found[name] = refusal(lambda: turn(settings, model, how, ids, Samples(), Samples()))  # noqa: B023
     return {name: why for name, why in found.items() if why is not None}
 
 
-def _case(settings: Settings, word: str, model: Any, tokens: int, columns: dict[str, How], told: Told) -> dict:
-    ids = torch.randint(VOCABULARY, (1, tokens + 1))
-    error = _check(settings, word, model, columns, ids)
+def measure(
+    settings: Settings,
+    word: str,
+    model: Any,
+    columns: dict[str, How],
+    ids: Tensor,
+    told: Told,
+    manner: Manner = Manner(),
+) -> tuple[dict, float]:
+    """The figures of every column, and the largest error of those that must compute the same.
+
+    Args:
+        ids: ``[B, T]``, the last ``manner.steps`` of which are decoded.
+    """
+    error = _check(settings, word, model, columns, ids, manner)
+    steps = manner.steps
     prefill, decode = ({name: Samples() for name in columns} for _ in range(2))
     first = {}
     ran = {}
-    for number, name in turns(columns, settings.rounds, tokens, told):
-        logits, ran[name] = _turn(settings, model, columns[name], ids, prefill[name], decode[name])
+    for number, name in turns(columns, settings.rounds, ids[:, steps:].numel(), told):
+        logits, ran[name] = turn(settings, model, columns[name], ids, prefill[name], decode[name], steps=steps)
         if number == 0 and name in (STOCK, STATIC, RETRIEVAL):
             first[name] = logits
         if number == 0 and len(first) == len({STOCK, STATIC, RETRIEVAL} & columns.keys()):
-            error = max(error, *(_same(f"the logits of {n}", got, first[STOCK], word) for n, got in first.items()))
+            stock, loosen = first[STOCK], manner.loosen
+            error = max(error, *(_same(f"the logits of {n}", got, stock, word, loosen) for n, got in first.items()))
             first = {}
-    total = {name: Samples([a + b for a, b in zip(prefill[name].ms, decode[name].ms, strict=True)]) for name in columns}
+    return _figures(ran, prefill, decode), error
+
+
+def _figures(ran: dict[str, dict], prefill: dict[str, Samples], decode: dict[str, Samples]) -> dict[str, dict]:
+    """By column what ran, the times of prompt, token and both, and their ratios to stock and to static."""
+    total = {name: Samples([a + b for a, b in zip(prefill[name].ms, decode[name].ms, strict=True)]) for name in prefill}
     parts = {"prefill": prefill, "decode": decode, "total": total}
-    figures = {
+    return {
         name: {
             **ran[name],
             **{f"{part}_ms": samples[name].as_dict() for part, samples in parts.items()},
             **{f"{part}_ratio": paired_ratio(samples[name], samples[STOCK]) for part, samples in parts.items()},
-            **{f"{p}_of_static": paired_ratio(s[name], s[STATIC]) for p, s in parts.items() if STATIC in columns},
+            **{f"{p}_of_static": paired_ratio(s[name], s[STATIC]) for p, s in parts.items() if STATIC in prefill},
         }
-        for name in columns
+        for name in prefill
     }
-    roles = columns[HALF].patch["roles"]
-    return {"dtype": word, "tokens": tokens, "roles": roles, "error": error, "columns": figures}
 
 
-def _turn(
+def turn(
     settings: Settings,
     model: Any,
     how: How,
@@ -154,58 +193,72 @@ def _turn(
     prefill: Samples,
     decode: Samples,
     keep: int = 1,
-) -> tuple[Logits, dict]:
-    """Logits of a prompt's last ``keep`` tokens (0: of all) and of the token after it, and what ran.
+    steps: int = 1,
+) -> tuple[Logits | None, dict]:
+    """Logits of a prompt's last ``keep`` tokens (0: of all) and of the ``steps`` tokens after it, and what ran.
 
-    The prompt is ``ids[:, :-1]``.
+    The prompt is ``ids[:, :-steps]``. There are no logits of what is not the model.
     """
-    ran = {"kernel": SDPA}
-    tokens = ids.shape[1] - 1
-    if how.patch is not None:
-        patch(model, settings, **how.patch)
-    given = {CACHE: new_cache(model, tokens + 1)} if how.static else {}
+    if how.other is not None:
+        return None, how.other(ids, prefill, decode, steps)
+    ran = {"kernel": model.config._attn_implementation}
+    tokens = ids.shape[1] - steps
+    given = {CACHE: new_cache(model, ids.shape[1])} if how.static else {}
     where = {}
+    _patch(settings, model, how)
     try:
         with nullcontext() if how.press is None else how.press(model):
-            out = prefill.time(lambda: model(ids[:, :-1], use_cache=True, logits_to_keep=keep, **given))
+            out = prefill.time(lambda: model(ids[:, :tokens], use_cache=True, logits_to_keep=keep, **given))
         kept = {CACHE: cache_of(out), "use_cache": True}
         if how.press is not None:
             ran["kept"] = kept_share(cache_of(out), tokens, settings.kv_heads)
             where = {"position_ids": torch.tensor([[tokens]])}  # the compressed cache counts fewer
-        after = decode.time(lambda: model(ids[:, -1:], **kept, **where))
+        singles = ids[:, tokens:].split(1, 1)
+        after = decode.time(lambda: [model(one, **kept, **where).logits for one in singles], steps)
         if how.patch is not None:
             found = report(model)
             ran = {"kernel": "+".join(found.kernels), "density": found.density}
+        ran["kv_bytes"] = cache_bytes(cache_of(out))
     finally:
         unpatch_model(model)
-    return (out.logits, after.logits), ran
+    return (out.logits, torch.cat(after, 1)), ran
 
 
-def _check(settings: Settings, word: str, model: Any, columns: dict[str, How], ids: Tensor) -> float:
+def _patch(settings: Settings, model: Any, how: How) -> None:
+    if isinstance(how.patch, LongCtxConfig):
+        patch_model(model, how.patch)
+    elif how.patch is not None:
+        patch(model, settings, **how.patch)
+
+
+def _check(settings: Settings, word: str, model: Any, columns: dict[str, How], ids: Tensor, manner: Manner) -> float:
     """Compare the columns, and warm them up, on the first tokens of the prompt; the largest error.
 
     Static and all retrieval equal stock everywhere; the others do as long as their window holds the whole prompt. Here
     the sparse column lists every block, so it equals half streaming; lists with gaps are compared with their mask. A
-    press answers something else and is not compared.
+    press or a config answers something else and is not compared.
     """
-    ids = ids[:, : WARM + 1]
+    steps, loosen = manner.steps, manner.loosen
+    ids = ids[:, : manner.warm + steps]
+    tokens = ids.shape[1] - steps
     columns = dict(columns)
     sparse = None
     if settings.density is not None:
         sparse = sparse_name(settings.density)
-        every = {"pattern": "block_topk", "top_k": ids.shape[1] // BLOCK + 1}
+        every = {"pattern": "block_topk", "top_k": tokens // BLOCK + 1}
         columns[sparse] = How({**columns[HALF].patch, "prefill": {"min_tokens": 0, "retrieval": every}})
-    got = {name: _turn(settings, model, how, ids, Samples(), Samples(), 0)[0] for name, how in columns.items()}
-    whole = min(ids.shape[1] - 1, settings.sink + settings.recent)
+    got = {name: turn(settings, model, how, ids, Samples(), Samples(), 0, steps)[0] for name, how in columns.items()}
+    whole = min(tokens, settings.sink + settings.recent)
     equal = [name for name in (STATIC, RETRIEVAL) if name in got]
-    errors = [_same(f"the logits of {name}", got[name], got[STOCK], word) for name in equal]
-    for name in (HALF, STREAMING):
-        errors.append(check_same(f"the logits of {name}", got[name][0][:, :whole], got[STOCK][0][:, :whole], word))
+    errors = [_same(f"the logits of {name}", got[name], got[STOCK], word, loosen) for name in equal]
+    for name in (name for name in (HALF, STREAMING) if name in got):
+        mine, stock = (got[one][0][:, :whole] for one in (name, STOCK))
+        errors.append(check_same(f"the logits of {name}", mine, stock, word, loosen))
     if sparse is not None:
         errors.append(_same(f"the logits of {sparse}", got[sparse], got[HALF], word))
-        errors.append(check_kernel(settings, word, ids.shape[1] - 1))
+        errors.append(check_kernel(settings, word, tokens))
     return max(errors)
 
 
-def _same(what: str, got: Logits, want: Logits, word: str) -> float:
-    return max(check_same(what, one, other, word) for one, other in zip(got, want, strict=True))
+def _same(what: str, got: Logits, want: Logits, word: str, loosen: float = 1.0) -> float:
+    return max(check_same(what, one, other, word, loosen) for one, other in zip(got, want, strict=True))

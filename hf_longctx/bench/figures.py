@@ -10,7 +10,7 @@ from ..io.console import count
 from ..io.plots import new_figure
 from .columns import STATIC, STOCK
 from .crossover import DENSE, SPARSE
-from .show import QUIET
+from .show import QUIET, case_name, subject, threads
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 GREY = "#8a8a8a"
 BLUE = "#3b76af"
 ORANGE = "#d95f02"
+WHOLE = {"prefill_ms": "prompt to logits, ms", "decode_ms": "one decoded token, ms"}
 PARTS = {  # benchmark -> the times of a column, and what they are called
     "decode": {"ms_per_layer": "one token, ms per layer"},
     "prefill": {"ms": "attention over the prompt, ms"},
-    "e2e": {"prefill_ms": "prompt to logits, ms", "decode_ms": "one decoded token, ms"},
+    "e2e": WHOLE,
+    "real": WHOLE,
 }
 
 
@@ -52,7 +54,7 @@ def _times(data: dict) -> Figure:
     parts = PARTS[data["benchmark"]]
     results = data["results"]
     panels = [
-        (f"{result['dtype']}, {result['tokens']} tokens", label, list(_bars(result, part)))
+        (", ".join(filter(None, case_name(result))), label, list(_bars(result, part)))
         for result in results
         for part, label in parts.items()
     ]
@@ -175,12 +177,11 @@ def _head(figure: Figure, data: dict, note: str) -> None:
     if data["benchmark"] == "prefill":  # of which one layer's streaming heads are measured
         s = {**s, "layers": 1, **{name: data["results"][0][name] for name in ("heads", "kv_heads")}}
     lines = [
-        f"bench {data['benchmark']}: {count(s['layers'], 'layer')}, {s['heads']} query and "
+        f"bench {data['benchmark']}: {subject(data)}{count(s['layers'], 'layer')}, {s['heads']} query and "
         f"{s['kv_heads']} KV heads, head_dim {s['head_dim']}",
-        f"{e['cpu']}, {e['threads']} thread{'s' if e['threads'] != 1 else ''} of {e['cores']} cores; "
-        f"torch {e['torch']}, transformers {e['transformers']}",
+        f"{e['cpu']}, {threads(data)} of {e['cores']} cores; torch {e['torch']}, transformers {e['transformers']}",
     ]
     if (e["others"] or 0) > QUIET:
         lines.append(f"other processes took {e['others']:.0%} of the processors: do not quote")
     figure.suptitle("\n".join(lines), fontsize=9)
-    figure.supxlabel(f"{note}; {s['rounds']} rounds", fontsize=8)
+    figure.supxlabel(f"{note}; {count(s['rounds'], 'round')}", fontsize=8)

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from rich.console import Console
+from rich.markup import escape
 
 from ..io.console import count, tables
-from .columns import RETRIEVAL, STATIC, STOCK
+from .columns import CONFIG, HALF, RETRIEVAL, STATIC, STOCK
 from .environment import environment
 from .settings import Settings
 
@@ -17,6 +18,7 @@ TITLES = {
     "decode": "attention + cache update of one token, per layer",
     "prefill": "attention of some heads of one layer over the prompt: dense, streaming, by block lists",
     "e2e": "whole model: prompt to logits and one decoded token",
+    "real": "whole checkpoint: prompt to logits, and decoded tokens",
     "crossover": "attention of a layer's retrieval heads over a prompt: dense, and by their patterns",
 }
 TEXTS = ("dtype", "", "choosing with", "kernel", "wins")  # columns of words
@@ -29,6 +31,9 @@ NOTES = {
     "Choosing: for the same heads, on random queries and keys that score near ones higher; density = what was listed.",
     "e2e": "Ratios are medians over rounds of patched / stock in the same round. The prompt gives the logits of its "
     "last token only. density = causal blocks that the retrieval heads read; choosing them is part of the time.",
+    "real": "vs stock = times faster, medians over rounds of the same round. A prompt is one forward that gives the "
+    "logits of its last token. A token ms is the mean of the tokens decoded per timing. KV MB (10^6 bytes) = what the "
+    "cache holds after the last of them.",
     "crossover": "Both are the patched model, so that the gain is the patterns' alone; choosing the blocks is part of "
     "the sparse time. Queries and keys are random and score near ones higher: on a text, a pattern that looks at them "
     "may read more or less than this density. Wins = faster in every round (of 10 or more: in nine tenths).",
@@ -65,18 +70,16 @@ def show(console: Console, data: dict) -> None:
         if lines:
             title = None if number else f"bench {benchmark}: {TITLES[benchmark]}"
             _print_tables(console, title, header, lines, by_case=benchmark != "crossover")
-    rest = (
-        f", hidden {s['hidden']}, MLP {s['intermediate']}, vocabulary {s['vocabulary']} (small on purpose, lm_head "
-        f"would dominate); streaming heads keep sink {s['sink']} + recent {s['recent']}"
-    )
+    spread = "" if benchmark == "real" else " (10th to 90th percentile)"
+    rounds = count(s["rounds"], "round")
     console.print(
-        f"{count(s['layers'], 'layer')}, {s['heads']} query heads, {s['kv_heads']} KV heads, head_dim {s['head_dim']}"
-        f"{'' if benchmark == 'crossover' else rest}; kernel: {s['kernel']}; {s['rounds']} rounds, columns in turns; "
-        "median (10th to 90th percentile)."
+        f"{escape(subject(data))}{count(s['layers'], 'layer')}, {s['heads']} query heads, {s['kv_heads']} KV heads, "
+        f"head_dim {s['head_dim']}{_sizes(benchmark, s)}; kernel: {s['kernel']}; {rounds}, columns in turns; "
+        f"median{spread}."
     )
     console.print(
         f"torch {e['torch']}, transformers {e['transformers']}, Python {e['python']}, hf_longctx {e['hf_longctx']}; "
-        f"{e['cpu']}, {count(e['threads'], 'thread')} of {e['cores']} cores; malloc {e['malloc']}."
+        f"{e['cpu']}, {threads(data)} of {e['cores']} cores; malloc {e['malloc']}."
     )
     stock = "" if benchmark == "crossover" else "stock = DynamicCache + sdpa of Transformers. "
     if any(STATIC in result["columns"] for result in data["results"]):
@@ -95,7 +98,7 @@ def show(console: Console, data: dict) -> None:
 def _print_tables(
     console: Console, title: str | None, header: list[str], lines: list[list[str]], by_case: bool
 ) -> None:
-    """The lines, of which the first two columns are dtype and tokens; ``by_case`` makes a heading of those two."""
+    """The lines, of which the first two columns are ``case_name``; ``by_case`` makes a heading of those two."""
     rows = []
     case = None
     skipped = 2 if by_case else 0
@@ -103,7 +106,7 @@ def _print_tables(
         if by_case and line[:2] != case:
             rows += [None] * bool(rows)
             case = line[:2]
-            rows.append([f"[bold]{case[0]}, {case[1]} tokens[/]"])
+            rows += [[f"[bold]{part}[/]"] for part in case if part]
         rows.append(line[skipped:])
     for table in tables(title, header[skipped:], rows, console.width, left=TEXTS, key=1 if by_case else 2):
         console.print(table)
@@ -112,7 +115,15 @@ def _print_tables(
 def _asides(results: list[dict]) -> Iterator[str]:
     """What the tables have no place for: columns that did not run, and what a press kept."""
     for result in results:
-        where = f"{result['dtype']} at {result['tokens']}"
+        if "prompts" in result:
+            yield f"Prompts: {result['prompts']}."
+        if result.get("config") is not None:
+            yield "{} = {name}, {retrieval_heads} of {kv_heads} KV heads keep every token.".format(
+                CONFIG, **result["config"]
+            )
+        for name, why in result.get("left_out", {}).items():
+            yield f"Not measured: {name}: {why}"
+        where = ", ".join(filter(None, [f"{result['dtype']} at {result['tokens']}", case_name(result)[1]]))
         for name, why in result.get("not_measured", {}).items():
             yield f"Not measured: {name}, {where}: {why}"
         for name, column in result["columns"].items():
@@ -137,9 +148,30 @@ def _show_crossover(console: Console, word: str, verdict: dict) -> None:
     console.print(textwrap.indent(verdict["yaml"].rstrip(), " " * 8), **plain)
 
 
+def subject(data: dict) -> str:
+    """The checkpoint, where one is measured."""
+    return f"{data['model']}: " if data["benchmark"] == "real" else ""
+
+
+def _sizes(benchmark: str, s: dict) -> str:
+    """What else the settings say of a model, and of its streaming heads."""
+    if benchmark == "crossover":
+        return ""
+    keep = f"; streaming heads keep sink {s['sink']} + recent {s['recent']}"
+    if benchmark == "real":
+        return f"{keep} in {HALF}; {count(s['steps'], 'token')} decoded per timing"
+    return (
+        f", hidden {s['hidden']}, MLP {s['intermediate']}, vocabulary {s['vocabulary']} (small on purpose, lm_head "
+        f"would dominate){keep}"
+    )
+
+
+def _figure(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def _ms(samples: dict) -> str:
-    numbers = (samples[name] for name in ("median_ms", "low_ms", "high_ms"))
-    return "{} ({} - {})".format(*(f"{n:.0f}" if n >= 100 else f"{n:.3g}" for n in numbers))
+    return "{} ({} - {})".format(*(_figure(samples[name]) for name in ("median_ms", "low_ms", "high_ms")))
 
 
 def _decode(results: list[dict]) -> list[list[str]]:
@@ -159,7 +191,7 @@ def _decode(results: list[dict]) -> list[list[str]]:
                 f"{column['gb_per_s']:.2f}",
                 f"{column['share_of_sum']:.0%}",
             ]
-            lines.append([*_case(result), name, column["kernel"], _ms(column["ms_per_layer"]), *times, *speed])
+            lines.append([*case_name(result), name, column["kernel"], _ms(column["ms_per_layer"]), *times, *speed])
     return lines
 
 
@@ -175,7 +207,7 @@ def _prefill(results: list[dict]) -> list[list[str]]:
             density = column.get("density")
             share = "" if density is None else f"{density * ms[STOCK] / ms[name]:.0%} ({density:.1%})"
             ran = [name, column["kernel"], _ms(column["ms"])]
-            lines.append([*_case(result), *ran, *times, share, _ms(column["update_ms"])])
+            lines.append([*case_name(result), *ran, *times, share, _ms(column["update_ms"])])
     return lines
 
 
@@ -184,7 +216,7 @@ def _choosing(results: list[dict]) -> list[list[str]]:
     for result in results:
         for name, pattern in result["patterns"].items():
             shares = [f"{pattern['share_of_stock']:.2%}", f"{pattern['density']:.1%}"]
-            lines.append([*_case(result), name, _ms(pattern["ms"]), *shares])
+            lines.append([*case_name(result), name, _ms(pattern["ms"]), *shares])
     return lines
 
 
@@ -204,7 +236,19 @@ def _whole(results: list[dict]) -> list[list[str]]:
                 parts += ["" if of_static is None else f"{of_static:.1%}"] * static
             density = column.get("density")
             ran = [name, column["kernel"], "" if density is None else f"{density:.1%}"]
-            lines.append([*_case(result), *ran, *parts])
+            lines.append([*case_name(result), *ran, *parts])
+    return lines
+
+
+def _checkpoint(results: list[dict]) -> list[list[str]]:
+    lines = [["dtype", "tokens", "", "kernel", "prompt ms", "prompt vs stock", "token ms", "token vs stock", "KV MB"]]
+    for result in results:
+        for name, column in result["columns"].items():
+            ran = [name, column["kernel"]]
+            for part in ("prefill", "decode"):
+                ran += [_figure(column[f"{part}_ms"]["median_ms"]), f"{1 / column[f'{part}_ratio']:.2f}x"]
+            held = column.get("kv_bytes")
+            lines.append([*case_name(result), *ran, "" if held is None else f"{held / 1e6:.1f}"])
     return lines
 
 
@@ -217,12 +261,28 @@ def _crossover(results: list[dict]) -> list[list[str]]:
         kernels = "/".join(dict.fromkeys((dense["kernel"], sparse["kernel"])))
         figures = [kernels, _ms(dense["ms"]), _ms(sparse["ms"]), f"{sparse['density']:.1%}"]
         gains = [f"{result[name]:.2f}x" for name in ("faster", "faster_in_worst")]
-        lines.append([*_case(result), *figures, *gains, "yes" if result["wins"] else "no"])
+        case = [result["dtype"], str(result["tokens"])]
+        lines.append([*case, *figures, *gains, "yes" if result["wins"] else "no"])
     return lines
 
 
-def _case(result: dict) -> list[str]:
-    return [result["dtype"], str(result["tokens"])]
+def case_name(result: dict) -> list[str]:
+    """Two texts: the dtype and the tokens; sequences and threads, where those differ between cases."""
+    more = f"batch {result['batch']}, {count(result['threads'], 'thread')}" if "batch" in result else ""
+    return [f"{result['dtype']}, {result['tokens']} tokens", more]
 
 
-TABLES = {"decode": [_decode], "prefill": [_prefill, _choosing], "e2e": [_whole], "crossover": [_crossover]}
+def threads(data: dict) -> str:
+    """Of torch, in words: of the process, or those that the cases had."""
+    every = data["settings"].get("threads")
+    *first, last = every if isinstance(every, (list, tuple)) else [data["environment"]["threads"]]
+    return f"{', '.join(map(str, first))} and {last} threads" if first else count(last, "thread")
+
+
+TABLES = {
+    "decode": [_decode],
+    "prefill": [_prefill, _choosing],
+    "e2e": [_whole],
+    "real": [_checkpoint],
+    "crossover": [_crossover],
+}

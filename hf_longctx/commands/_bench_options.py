@@ -9,11 +9,12 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from ._options import Json, Png, Recent, Sink
+from ._options import Json, Model, Png, Recent, Sink
 
 Options = TypeVar("Options")
 
@@ -34,7 +35,8 @@ def takes(options: type[Options]) -> Callable[[Callable[[Options], None]], Calla
     parameters = []
     for name in dict.fromkeys(name for cls in options.__mro__ for name in inspect.get_annotations(cls)):
         kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(name, kind, default=defaults[name], annotation=hints[name]))
+        default = inspect.Parameter.empty if defaults[name] is dataclasses.MISSING else defaults[name]
+        parameters.append(inspect.Parameter(name, kind, default=default, annotation=hints[name]))
 
     def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
         def command(**values: Any) -> None:
@@ -109,6 +111,34 @@ class Whole(Shaped):
         str | None,
         typer.Option(help="One more column: a press of kvpress, in quotes, e.g. KnormPress(compression_ratio=0.5)"),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Real(Measured):
+    model: Model
+    tokens: Prompts = "128,1024"
+    batch: Annotated[str, typer.Option(help="Sequences at once: 1,4.")] = "1"
+    threads: Annotated[
+        str | None, typer.Option(help="Threads of every column: 1,2.", show_default="torch's own choice")
+    ] = None
+    steps: Annotated[int, typer.Option("--decode-tokens", help="Tokens decoded per timing.", min=1)] = 16
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the column config: auto, a shipped name, a .yaml, or a Hub repository.",
+            show_default="auto, or no such column where it finds none",
+        ),
+    ] = None
+    sink: Sink = 64
+    recent: Recent = 256
+    kernel: Annotated[
+        str | None, typer.Option(help="Of the patched columns: auto, cpu, ...", show_default="auto; of config, its own")
+    ] = None
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(help="One more column: the same checkpoint as a .gguf, by llama-cpp-python.", dir_okay=False),
+    ] = None
+    rounds: Rounds = 3
 
 
 @dataclass(frozen=True)

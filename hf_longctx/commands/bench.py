@@ -1,21 +1,33 @@
-"""The commands ``hf-longctx bench decode | prefill | e2e | crossover | memory | gpu``."""
+"""The commands ``hf-longctx bench decode | prefill | e2e | real | crossover | memory | gpu``."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import typer
 
+from ..assets import embedded
 from ..bench.environment import Busy, retune
 from ..bench.settings import Settings, default_layers
 from ..io.console import console
 from ..io.progress import Progress
-from ..planning.sizes import parse_tokens
+from ..planning.sizes import DTYPES, parse_tokens
 from ._bench_memory import command as memory
-from ._bench_options import Crossover, Decode, Gpu, Measured, Prefill, Whole, takes
-from ._options import JSON, PNG, check_output, check_picture, short_names, write_json, write_png
+from ._bench_options import Crossover, Decode, Gpu, Measured, Prefill, Real, Whole, takes
+from ._options import (
+    JSON,
+    PNG,
+    check_output,
+    check_picture,
+    device_of,
+    load_model,
+    short_names,
+    write_json,
+    write_png,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Speed and memory, stock against patched, on this machine.")
 
@@ -41,6 +53,14 @@ def prefill(options: Prefill) -> None:
 def e2e(options: Whole) -> None:
     """A whole model of random weights: prompt to logits and one decoded token, stock against patched."""
     _bench("e2e", options)
+
+
+@app.command("real")
+@takes(Real)
+def real(options: Real) -> None:
+    """A whole checkpoint: reading a prompt and decoding, stock against patched, and beside llama.cpp."""
+    case = ("model", "config", "batch", "threads", "kernel", "llama_cpp")
+    _bench("real", options, case, load=_loads(options.model))
 
 
 @app.command("crossover")
@@ -73,11 +93,17 @@ def gpu(options: Gpu) -> None:
     show(console(), data)
 
 
-def _bench(benchmark: str, options: Measured, case: tuple[str, ...] = ()) -> None:
+def _loads(model: str) -> Callable[[str], tuple[Any, Any]]:
+    """What loads the checkpoint in a dtype, and its tokenizer or None."""
+    return lambda word: load_model(embedded(model), DTYPES[word], device_of("cpu"), needs_tokenizer=False)
+
+
+def _bench(benchmark: str, options: Measured, case: tuple[str, ...] = (), **more: Any) -> None:
     """Run one benchmark, print its table, write JSON and picture.
 
     Args:
         case: names of the options that are arguments of the benchmark's ``case_of`` and no field of ``Settings``.
+        more: further arguments of ``case_of``.
     """
     settings = _settings(benchmark, options, case)
     check_output(options.json, JSON, "--json")
@@ -91,9 +117,10 @@ def _bench(benchmark: str, options: Measured, case: tuple[str, ...] = ()) -> Non
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     module = importlib.import_module(f"hf_longctx.bench.{benchmark}")
-    measured = module.case_of(settings, **{name: getattr(options, name) for name in case}) if case else settings
+    values = _parsed(options)
+    measured = module.case_of(settings, **{name: values[name] for name in case}, **more) if case else settings
     busy = Busy()
-    with _progress(benchmark, settings, settings.tokens) as bar:
+    with _progress(benchmark, settings, getattr(measured, "lengths", settings.tokens)) as bar:
         results = module.run(measured, bar.advance)
     if case:
         data = as_json(benchmark, measured.settings, results, busy.others(), module.facts(measured, results))
@@ -125,7 +152,7 @@ def _parsed(options: Measured | Gpu) -> dict[str, Any]:
     """The options by name; those that are lists with commas, as tuples."""
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     for name, parse in PARSERS.items():
-        if name in values:
+        if isinstance(values.get(name), str):
             values[name] = parse(values[name], f"--{name.replace('_', '-')}")
     return values
 
@@ -139,10 +166,18 @@ def _lengths(text: str, option: str) -> tuple[int, ...]:
 
 
 def _percents(text: str, option: str) -> tuple[int, ...]:
+    return _whole(text, option, "percents such as 10,25,50")
+
+
+def _counts(text: str, option: str) -> tuple[int, ...]:
+    return _whole(text, option, "numbers such as 1,2")
+
+
+def _whole(text: str, option: str, what: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in _words(text, option))
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of percents such as 10,25,50", param_hint=option) from None
+        raise typer.BadParameter(f"{text!r} is not a list of {what}", param_hint=option) from None
 
 
 PARSERS = {
@@ -153,4 +188,6 @@ PARSERS = {
     "decode_tokens": _lengths,
     "densities": _percents,
     "retrieval": _percents,
+    "batch": _counts,
+    "threads": _counts,
 }

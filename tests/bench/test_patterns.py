@@ -120,14 +120,14 @@ def test_the_sparse_column_reads_by_blocks_and_says_how_many():
 
 
 def test_every_column_computes_the_logits_of_the_last_token_alone(monkeypatch):
-    shapes, turn = {}, e2e._turn
+    shapes, turn = {}, e2e.turn
 
-    def noted(settings, model, how, ids, prefill, decode, keep=1):
-        out = turn(settings, model, how, ids, prefill, decode, keep)
+    def noted(settings, model, how, ids, prefill, decode, keep=1, steps=1):
+        out = turn(settings, model, how, ids, prefill, decode, keep, steps)
         shapes.setdefault(keep, set()).add((tuple(out[0][0].shape), tuple(out[0][1].shape)))
         return out
 
-    monkeypatch.setattr(e2e, "_turn", noted)
+    monkeypatch.setattr(e2e, "turn", noted)
     e2e.run(replace(TINY, density=60))
     assert shapes == {0: {((1, 300, 1024), (1, 1, 1024))}, 1: {((1, 1, 1024), (1, 1, 1024))}}
 

@@ -105,9 +105,9 @@ def test_ratios_against_it_stand_beside_those_against_stock():
 
 
 def test_stock_stays_a_dynamic_cache(monkeypatch):
-    seen, turn = {}, e2e._turn
+    seen, turn = {}, e2e.turn
 
-    def noted(settings, model, how, *rest):
+    def noted(settings, model, how, *rest, **more):
         def hook(_, args, kwargs, out):
             seen.setdefault("static" if how.static else "patched" if how.patch else "stock", set()).add(
                 type(out.past_key_values)
@@ -115,11 +115,11 @@ def test_stock_stays_a_dynamic_cache(monkeypatch):
 
         handle = model.register_forward_hook(hook, with_kwargs=True)
         try:
-            return turn(settings, model, how, *rest)
+            return turn(settings, model, how, *rest, **more)
         finally:
             handle.remove()
 
-    monkeypatch.setattr(e2e, "_turn", noted)
+    monkeypatch.setattr(e2e, "turn", noted)
     e2e.run(TINY)
     assert seen["stock"] == {DynamicCache} and seen["static"] == {static_cache.StaticCache}
     assert {one.__name__ for one in seen["patched"]} == {"LongCtxCache"}

@@ -168,6 +168,12 @@ COMMANDS = {
         ANEW,
     ),
     "bench e2e": (["bench", "e2e", *BENCH, *SHAPE], "bench e2e", "4 rounds", ANEW),
+    "bench real": (
+        ["bench", "real", MODEL, *BENCH, "--dtype", "fp32", "--threads", 1, "--decode-tokens", 1],
+        "bench real",
+        "4 rounds",
+        ANEW,
+    ),
     "bench crossover": (
         ["bench", "crossover", "--tokens", "150,256", "--rounds", 2, "--pattern", "block_topk:top_k=1", "--heads", 4]
         + ["--kv-heads", 2, "--head-dim", 16, "--threads", 1],
