@@ -23,6 +23,7 @@ from ..stores.base import SLACK
 from . import file as cache_file
 from .bytes import storage_bytes
 from .dense_members import DenseCacheMembers
+from .handles import new_handle
 from .layer import LayerKV, LongCtxLayer
 from .roll_back import RollBack
 from .sequences import SequenceOperations
@@ -69,6 +70,7 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         layers |= {layer.plan.layer_idx: layer for layer in self.own}
         super().__init__(layers=[layers[index] for index in range(count)])
         self.plans = plans
+        self.handle = new_handle(self)
         self.model = weakref.ref(patched)
         self.max_tokens = max_tokens
         self.token_ids = TokenIds(max_tokens)
@@ -79,10 +81,11 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         self.forward: Forward | None = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "forward": None, "model": None}
+        return {**self.__dict__, "forward": None, "model": None, "handle": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
+        self.handle = new_handle(self)
         if any(tensor.is_inference() for tensor in self.tensors()):
             for layer in self.own:  # copied or unpickled in inference mode, to be continued outside of it
                 for store in layer.stores:
@@ -292,6 +295,7 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         other.__dict__ |= vars(self) | {"layers": layers, "own": own, "_read": dict(self._read), "forward": None}
         other.token_ids = self.token_ids.fork()
         other.model = self.model
+        other.handle = new_handle(other)
         return other
 
     def save(self, path: str | os.PathLike, *, ids: Tensor | None = None, model: nn.Module | None = None) -> None:

@@ -59,7 +59,12 @@ def attend(
             layer was run without the cache that the model was given.
     """
     plan: LayerPlan | None = getattr(module, "longctx_plan", None)
-    call: Forward | None = key.forward if isinstance(key, LayerKV) else kwargs.get(FORWARD)
+    traced = kwargs.get(FORWARD)
+    if isinstance(traced, Tensor):  # the handle of a cache, in a compiled forward
+        _check_call(module, plan, None, dropout, kwargs)
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        return torch.ops.hf_longctx.decode_layer(query, key, value, traced, plan.layer_idx, scale), None
+    call: Forward | None = key.forward if isinstance(key, LayerKV) else traced
     left_alone = getattr(module, "longctx_stock", False)
     if plan is None and (call is None or left_alone):
         kwargs.pop(FORWARD, None)
@@ -75,23 +80,29 @@ def attend(
             "Turn that off around generate(), or pass use_cache=False."
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    pending = key.pending if isinstance(key, LayerKV) else None
-    if pending is not None and (out := pending.attend(query, scale, call.log)) is not None:
-        return out, None
     # What the family's record maps to a field of Scores.
     scores = Scores(scale, **{field: kwargs.get(name) for name, field in plan.scores})
-    layer = LayerCall(plan, call, scores)
-    (query,) = as_autocast(query)
     if isinstance(key, LayerKV):
-        out = layer.observed_cache(query, key.parts) if call.observer else None
-        out = layer.cached(query, key.parts) if out is None else out
-        if call.rows.past and needs_grad(out):
-            out = _NoBackward.apply(out)
-    else:
-        key, value = as_autocast(key, value)
-        out = layer.observed(query, key, value) if call.observer else None
-        out = layer.plain(query, key, value) if out is None else out
+        return attend_cached(plan, query, key, scores), None
+    layer = LayerCall(plan, call, scores)
+    query, key, value = as_autocast(query, key, value)
+    out = layer.observed(query, key, value) if call.observer else None
+    out = layer.plain(query, key, value) if out is None else out
     return out.transpose(1, 2).contiguous(), None
+
+
+def attend_cached(plan: LayerPlan, query: Tensor, kv: LayerKV, scores: Scores) -> Tensor:
+    """Attention ``[B, T, H, D]``, contiguous, of q ``[B, H, T, D]`` over what a LongCtxCache holds."""
+    forward = kv.forward
+    if kv.pending is not None and (out := kv.pending.attend(query, scores.scale, forward.log)) is not None:
+        return out
+    layer = LayerCall(plan, forward, scores)
+    (query,) = as_autocast(query)
+    out = layer.observed_cache(query, kv.parts) if forward.observer else None
+    out = layer.cached(query, kv.parts) if out is None else out
+    if forward.rows.past and needs_grad(out):
+        out = _NoBackward.apply(out)
+    return out.transpose(1, 2).contiguous()
 
 
 def _check_call(module: nn.Module, plan: LayerPlan, attention_mask: object, dropout: float, kwargs: dict) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -26,6 +27,7 @@ from ..layout.mask_errors import Known
 from ..layout.rows import read_mask
 from .as_stock import padding_of
 from .attention import FORWARD, NAME, register
+from .compiled import traced_call
 from .drafts import DraftsApart
 from .graphs import refuse_graphs
 from .modules import language_model
@@ -60,18 +62,26 @@ class BeforeForward:
         register()
 
     def __call__(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        config = base.config
+        if torch.compiler.is_dynamo_compiling() and not args and (traced := traced_call(base, kwargs)) is not None:
+            return args, traced
         named = _names(base, len(args))
         given = {**dict(zip(named, args, strict=True)), **kwargs}
         rename_cache(given)
+        if not self.prepare(base, given):
+            return None
+        return tuple(given.pop(name) for name in named), given
+
+    def prepare(self, base: nn.Module, given: dict) -> bool:
+        """Check ``given`` and add what the layers need; False where the model runs as it would without a patch."""
+        config = base.config
         cache = given.get(CACHE)
         if config._attn_implementation != NAME:
             self._refuse_dense(cache, config._attn_implementation)
-            return None
+            return False
         refuse_graphs()
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if not isinstance(inputs, Tensor):
-            return None  # the model's own error says which inputs it needs
+            return False  # the model's own error says which inputs it needs
         refuse_call(base, given)
         cache = self._cache(base, given, config)
         if isinstance(cache, LongCtxCache):
@@ -100,7 +110,7 @@ class BeforeForward:
             self.state.note(f"dense memory: a {type(cache).__name__} kept every token of every head")
         self.state.saw(rows, cache)
         given[CACHE], given[FORWARD] = cache, forward
-        return tuple(given.pop(name) for name in named), given
+        return True
 
     def _cache(self, base: nn.Module, given: dict, config) -> Cache | None:
         cache = given.get(CACHE)

@@ -20,6 +20,8 @@ from ..errors import UnsupportedModeError, UnsupportedModelError
 from ..kernels import base as kernels
 from ..layout.blocks import BlockList
 from .attention import NAME, register
+from .compiled import GiveCacheBack
+from .compiled_generate import ON_COMPILED
 from .contract import check_transformers
 from .family import Family, find_family
 from .hooks import ON_MODEL, BeforeForward, OnModel
@@ -141,7 +143,12 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
             part.config = private
     for module in every:
         module.longctx_stock = module not in modules
-    base.longctx_state = PatchState(settings, configs, tuple(plans), weakref.ref(model))
+    compiles = (
+        len(plans) == original.num_hidden_layers
+        and len(modules) == len(every)
+        and not any(plan.scores for plan in plans)
+    )
+    base.longctx_state = PatchState(settings, configs, tuple(plans), weakref.ref(model), compiles=compiles)
     if settings.heads.source and settings.heads.confidence == "none" and "S" not in "".join(settings.roles()):
         base.longctx_state.note(UNMEASURED)
     if all(plan.window is not None for plan in plans):
@@ -153,7 +160,8 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
     if (scaled := settings.model.rope_note(original)) is not None:
         base.longctx_state.note(scaled)
     base.register_forward_pre_hook(BeforeForward(base.longctx_state), with_kwargs=True)
-    for replacement in ON_MODEL:
+    base.register_forward_hook(GiveCacheBack())
+    for replacement in (*ON_MODEL, *ON_COMPILED):
         if hasattr(type(inner), replacement.name):
             setattr(inner, replacement.name, replacement(inner, base.longctx_state))
 
@@ -182,7 +190,10 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         if isinstance(hook, BeforeForward):
             del base._forward_pre_hooks[key]
             base._forward_pre_hooks_with_kwargs.pop(key, None)
-    for replacement in ON_MODEL:
+    for key, hook in list(base._forward_hooks.items()):
+        if isinstance(hook, GiveCacheBack):
+            del base._forward_hooks[key]
+    for replacement in (*ON_MODEL, *ON_COMPILED):
         on_model = vars(inner).get(replacement.name)
         if isinstance(on_model, OnModel):  # somebody may have put another over it since
             on_model.remove()

@@ -54,6 +54,7 @@ class PatchState:
         forwards: forwards since patching.
         log: what ran, and how, in all forwards.
         kept: what the cache of the last forward held when it was last looked at.
+        compiles: a decoded token can be compiled as a whole: every layer caches keys, none has scores of its own.
     """
 
     config: LongCtxConfig
@@ -63,6 +64,7 @@ class PatchState:
     forwards: int = 0
     log: ForwardLog = field(default_factory=ForwardLog)
     kept: Kept | None = None
+    compiles: bool = False
     _cache: weakref.ref | None = None
 
     def __getstate__(self) -> dict:
