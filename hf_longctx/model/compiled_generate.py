@@ -32,7 +32,11 @@ class AutoCompile(OnModel):
 
 
 class CompiledCall(OnModel):
-    """Replaces ``get_compiled_call``: the mask, which grows with every token, is of no fixed length."""
+    """Replaces ``get_compiled_call``: single tokens over a LongCtxCache run compiled, all else as without a compiler.
+
+    Chunks of a prompt and the drafts of assisted decoding come this way too. The mask, which grows with every token, is
+    said to be of no fixed length.
+    """
 
     name = "get_compiled_call"
 
@@ -40,8 +44,13 @@ class CompiledCall(OnModel):
         compiled = self.original(compile_config)
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            ids = kwargs.get("input_ids")
+            if not isinstance(kwargs.get(CACHE), LongCtxCache):
+                return compiled(*args, **kwargs)
+            if ids is None or ids.shape[1] > 1:
+                return self.model(*args, **kwargs)
             mask = kwargs.get("attention_mask")
-            if isinstance(kwargs.get(CACHE), LongCtxCache) and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2:
                 torch._dynamo.maybe_mark_dynamic(mask, 1)
             return compiled(*args, **kwargs)
 
