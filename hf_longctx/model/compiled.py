@@ -40,6 +40,10 @@ class TracedCache:
     def update(self, k: Tensor, v: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return k, v
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """No number that changes: positions are given, and older versions of Transformers count places by it."""
+        return 0
+
 
 def traced_call(base: nn.Module, given: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments of a compiled decode step; None for any other forward, at which the graph breaks.
@@ -55,7 +59,7 @@ def traced_call(base: nn.Module, given: dict[str, Any]) -> dict[str, Any] | None
         return None
     if mask is not None and not isinstance(mask, Tensor):
         return None
-    if base.training or autocast_on(ids) or any(name != "use_cache" for name in more):
+    if base.training or autocast_on(ids) or not set(more) <= {"use_cache", "cache_position"}:
         return None
     if given.get("use_cache") is False or base.config._attn_implementation != NAME or not base.longctx_state.compiles:
         return None
