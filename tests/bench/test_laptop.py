@@ -59,10 +59,15 @@ def test_bytes_are_those_of_what_is_there():
     assert whole - 3 * linear < laptop.weight_bytes(model) < whole - 2.5 * linear, "a byte each, and the steps"
 
 
-def test_every_linear_is_compiled_once():
+def test_stock_is_not_compiled(capsys):
+    with pytest.raises(SystemExit):
+        run(capsys, "--config", "stock", "--compile", "bf16")
+    assert "leave out --config stock" in capsys.readouterr().err
+
+
+def test_a_token_is_compiled_in_one_graph(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **more: asked.append(more) or function)
     model = tiny_model()
-    laptop.compile_linears(model)
-    layer = model.model.layers[0]
-    compiled = {name for name, one in layer.named_modules() if one._compiled_call_impl is not None}
-    assert compiled == {"mlp", *(f"self_attn.{name}_proj" for name in "qkvo")}
-    assert model.lm_head._compiled_call_impl is not None and model._compiled_call_impl is None
+    assert laptop.compiled_token(model) == model.forward
+    assert asked == [{"fullgraph": True, "options": {"freezing": True}}]
