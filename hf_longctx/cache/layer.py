@@ -155,8 +155,12 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
             return None
         if self.step is None and self.is_initialized:
             self.step = self._new_step()
-        held = (self.batch, self.plan.kv_heads, 1, self.head_dim) if self.step else None
-        if k.shape != held or k.dtype != self.dtype or v.dtype != self.dtype or needs_grad(k, v) or self.checked:
+        if not self.step:
+            return None
+        held, kind = (self.batch, self.plan.kv_heads, 1, self.head_dim), (self.dtype, self.device)
+        if k.shape != held or (k.dtype, k.device) != kind or (v.dtype, v.device) != kind:
+            return None
+        if needs_grad(k, v) or self.checked:
             return None
         places = []
         for store in self.stores:
