@@ -7,9 +7,9 @@ import torch
 from ..errors import UnsupportedModeError
 
 WHY = (
-    "a patched model decides by the lengths, pads and cache of each forward, so it is never one fixed graph, but for one "
-    "new token of each sequence over a LongCtxCache, without autocast, in a model whose layers all cache keys and have "
-    "no softcap or sinks"
+    "a patched model decides by the lengths, pads and cache of each forward, so it is never one fixed graph, but for "
+    "one new token of each sequence over a LongCtxCache, without autocast, in a model whose layers all cache keys and "
+    "have no softcap or sinks"
 )
 
 
