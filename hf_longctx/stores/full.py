@@ -99,7 +99,6 @@ class FullStore(Store):
         most = room(rows.total, self.max_tokens)  # more is given back by `append`: the cache was cropped
         if kept is None or len(self.segments) > 1 or not rows.total <= kept.k.shape[2] <= most:
             return None
-        kept.length = rows.total
         return Place(kept, rows.past, rows.total)
 
     def _hide_pads(self, segments: list[Segment], rows: Rows) -> list[Segment]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.tiny import config_for, left_padded, tiny_model
 
-from hf_longctx import CacheError, LongCtxCache, patch_model, report
+from hf_longctx import CacheError, LongCtxCache, UnsupportedModeError, patch_model, report
 from hf_longctx.cache.layer import LongCtxLayer
 from hf_longctx.cache.seam import CACHE
 from hf_longctx.kernels import native
@@ -234,6 +234,23 @@ def test_an_interrupted_token_is_seen_by_the_next(monkeypatch):
             logits(model, cache, ids[:, 22:23])
     with pytest.raises(CacheError, match="interrupted"):
         logits(model, cache, ids[:, 23:24])
+
+
+def test_a_token_that_the_attention_refused_can_be_taken_back(taken):
+    model, ids = patched_model(), torch.randint(3, 97, (1, 40))
+    want, cache = LongCtxCache(model), LongCtxCache(model)
+    for one in (want, cache):
+        logits(model, one, ids[:, :30])
+    model.config.attention_dropout = model.model.layers[1].self_attn.attention_dropout = 0.1
+    model.model.layers[1].self_attn.train()
+    with pytest.raises(UnsupportedModeError, match="asks for dropout"):
+        logits(model, cache, ids[:, 30:31])
+    model.eval()
+    with pytest.raises(CacheError, match="interrupted"):
+        logits(model, cache, ids[:, 30:31])
+    cache.crop(30)
+    assert torch.equal(decoded(model, cache, ids[:, 30:]), decoded(model, want, ids[:, 30:]))
+    assert any(taken)
 
 
 def step_call(dim=16):
