@@ -1,10 +1,10 @@
-"""Caches by number, for compiled code, which can hand on tensors and no objects."""
+"""Caches and patches by number, for compiled code, which can hand on tensors and no objects."""
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,15 +15,20 @@ if TYPE_CHECKING:
     from .cache import LongCtxCache
 
 _numbers = itertools.count(1)
-_caches: weakref.WeakValueDictionary[int, LongCtxCache] = weakref.WeakValueDictionary()
+_held: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-def new_handle(cache: LongCtxCache) -> Tensor:
-    """A number for this cache, int64 ``[1]`` on the CPU. A plain number would be a constant of the compiled code."""
+def new_handle(held: Any) -> Tensor:
+    """A number for this object, int64 ``[1]`` on the CPU. A plain number would be a constant of the compiled code."""
     number = next(_numbers)
-    _caches[number] = cache
+    _held[number] = held
     with torch.inference_mode(False):
         return torch.tensor([number])
+
+
+def held_by(handle: Tensor) -> Any:
+    """The object of a handle; None where it is gone."""
+    return _held.get(int(handle))
 
 
 def cache_of(handle: Tensor) -> LongCtxCache:
@@ -32,7 +37,7 @@ def cache_of(handle: Tensor) -> LongCtxCache:
     Raises:
         CacheError: it is gone.
     """
-    cache = _caches.get(int(handle))
+    cache = held_by(handle)
     if cache is None:
         raise CacheError("a compiled model was given a cache that is gone. Hold the cache for as long as it is used.")
     return cache

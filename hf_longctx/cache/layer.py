@@ -42,32 +42,42 @@ class Pending:
     Attributes:
         k, v: ``[B, H_kv, 1, D]``.
         places: one per store of the layer.
+        total: tokens that the layer has seen with it.
     """
 
     layer: LongCtxLayer
     k: Tensor
     v: Tensor
     places: list[Place]
+    total: int
 
     def write(self) -> list[HeadKV]:
         """Write it, and what it reads: as the stores' `append` would have given it."""
         parts = []
+        self.layer.whole = False
         for store, (segment, slot, length) in zip(self.layer.stores, self.places, strict=True):
             store.heads.copy_to(segment.k[:, :, slot : slot + 1], self.k)
             store.heads.copy_to(segment.v[:, :, slot : slot + 1], self.v)
             seen = Segment(segment.k[:, :, :length], segment.v[:, :, :length], length)
             parts.append(HeadKV(store.heads, [seen], store.spec, state=store.state))
-        self.layer.whole = True
+        self._done()
         return parts
 
     def attend(self, q: Tensor, scale: float, log: ForwardLog) -> Tensor | None:
         """Write it and attend, q ``[B, H, 1, D]``, in one call: ``[B, 1, H, D]``; None where the kernel does not."""
         step = self.layer.step
+        self.layer.whole = False
         out = step.run(q, self.k, self.v, self.places, scale)
         if out is not None:
-            self.layer.whole = True
+            self._done()
             log.used.add(step.NAME)
         return out
+
+    def _done(self) -> None:
+        for segment, _, length in self.places:
+            segment.length = length
+        self.layer.seen = self.total
+        self.layer.whole = True
 
 
 class LayerKV:
@@ -155,17 +165,19 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
             return None
         if self.step is None and self.is_initialized:
             self.step = self._new_step()
-        held = (self.batch, self.plan.kv_heads, 1, self.head_dim) if self.step else None
-        if k.shape != held or k.dtype != self.dtype or v.dtype != self.dtype or needs_grad(k, v) or self.checked:
+        if not self.step:
+            return None
+        held, kind = (self.batch, self.plan.kv_heads, 1, self.head_dim), (self.dtype, self.device)
+        if k.shape != held or (k.dtype, k.device) != kind or (v.dtype, v.device) != kind:
+            return None
+        if needs_grad(k, v) or self.checked:
             return None
         places = []
         for store in self.stores:
             places.append(store.place(forward.rows))
             if places[-1] is None:
                 return None
-        self.whole = False
-        self.seen = forward.rows.total
-        return LayerKV(None, forward, Pending(self, k, v, places))
+        return LayerKV(None, forward, Pending(self, k, v, places, forward.rows.total))
 
     def _new_step(self) -> Any:
         if self.autocast or self.plan.scores or self.plan.kernel == "stock":

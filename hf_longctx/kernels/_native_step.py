@@ -38,7 +38,7 @@ class LayerStep:
         facts = (q.shape, q.stride(), k.stride(), v.stride(), q.dtype, *(_facts(place) for place in places))
         if facts != self.facts and not self._lay_out(facts, q, k, v, places):
             return None
-        if needs_grad(q):
+        if needs_grad(q) or not takes_scale(scale):
             return None
         batch, heads, _, dim = q.shape
         out = q.new_empty(batch, 1, heads, dim)
@@ -73,6 +73,11 @@ class LayerStep:
             numbers += [0, 0, *_heads(place.segment.k, size), *_heads(place.segment.v, size), len(own), *own]
         self.numbers, self.facts = array("q", numbers), facts
         return True
+
+
+def takes_scale(scale: float) -> bool:
+    """Whether the library multiplies scores by this; others it would take for scores of keys that are not there."""
+    return 1e-30 < scale < 1e30
 
 
 def _facts(place: Place) -> tuple[int, int, int]:

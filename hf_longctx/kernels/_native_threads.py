@@ -26,7 +26,11 @@ def openmp_start() -> ctypes._CFuncPtr | None:
     if os.getpid() != _IMPORTED_BY or not MAPS.exists():
         return None
     folder = str(Path(torch.__file__).resolve().parent)
-    files = {line[line.index("/") :] for line in MAPS.read_text().splitlines() if "/" in line}
+    try:
+        lines = MAPS.read_text(errors="surrogateescape").splitlines()
+    except OSError:  # a sandbox
+        return None
+    files = {line[line.index("/") :] for line in lines if "/" in line}
     for path in sorted(file for file in files if file.startswith(folder) and "omp" in Path(file).name):
         with suppress(OSError, AttributeError):
             return ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY).GOMP_parallel

@@ -34,7 +34,7 @@ from ..layout.scores import Scores
 from ..layout.segments import Segment
 from . import _native_build, cpu, reference
 from ._arguments import ANY_LENGTHS, check
-from ._native_step import LayerStep
+from ._native_step import LayerStep, takes_scale
 from ._native_threads import openmp_start
 from ._quantized import Quantised, packed_reason
 from .base import Case
@@ -284,7 +284,7 @@ def _computes(scores: Scores, q: Tensor, kv: Sequence[Tensor]) -> bool:
     for x in kv:
         if x.dtype != q.dtype or x.device != q.device or (x.shape[0], x.shape[1], x.shape[3]) != (batch, kv_heads, dim):
             return False
-    return q.numel() > 0 and 1e-30 < scores.scale < 1e30 and (scores.softcap is None or scores.softcap > 0)
+    return q.numel() > 0 and takes_scale(scores.scale) and (scores.softcap is None or scores.softcap > 0)
 
 
 def _decode(

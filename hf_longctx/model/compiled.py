@@ -2,7 +2,7 @@
 
 Compiled code is fixed; lengths, pads and caches are not. What decides by them runs as ever, inside of two operators:
 
-    begin(cache, ids, mask, positions)          the checks before a forward; gives the positions of the tokens
+    begin(cache, patch, ids, mask, positions)   the checks before a forward; gives the positions of the tokens
     decode_layer(q, k, v, cache, layer, scale)  the layer's new keys are cached and its heads attend
 
 so there is one graph for every length and every cache. Both are told that they change the handle by which they find the
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.cache import LongCtxCache
-from ..cache.handles import cache_of
-from ..cache.seam import CACHE
+from ..cache.handles import cache_of, held_by
+from ..cache.seam import CACHE, rename_cache
 from ..errors import UnsupportedModeError
 from ..layout.dtypes import autocast_on
 from ..layout.scores import Scores
 from .as_stock import padding_of
 from .attention import FORWARD, NAME, attend_cached
+from .state import PatchState
 
 READ = ("input_ids", "attention_mask", "position_ids", CACHE)
 TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
@@ -51,6 +52,8 @@ def traced_call(base: nn.Module, given: dict[str, Any]) -> dict[str, Any] | None
     Args:
         given: the arguments of the base model's forward, by name.
     """
+    given = dict(given)
+    rename_cache(given)
     cache = given.get(CACHE)
     ids = given.get("input_ids")
     mask = padding_of(given.get("attention_mask"))
@@ -64,7 +67,7 @@ def traced_call(base: nn.Module, given: dict[str, Any]) -> dict[str, Any] | None
     if given.get("use_cache") is False or base.config._attn_implementation != NAME or not base.longctx_state.compiles:
         return None
     handle = cache.handle
-    positions = torch.ops.hf_longctx.begin(handle, ids, mask, given.get("position_ids"))
+    positions = torch.ops.hf_longctx.begin(handle, base.longctx_state.handle, ids, mask, given.get("position_ids"))
     # A mask of four dimensions is taken by models as it is, and none of its numbers is read.
     traced = {"attention_mask": handle.view(1, 1, 1, 1), "position_ids": positions, CACHE: TracedCache(cache)}
     return {**given, **traced, FORWARD: handle}
@@ -82,10 +85,10 @@ class GiveCacheBack:
 
 
 @torch.library.custom_op("hf_longctx::begin", mutates_args={"handle"}, tags=TAGS)
-def begin(handle: Tensor, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+def begin(handle: Tensor, patch: Tensor, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
     """Positions int64 ``[B, 1]`` of the tokens ``ids [B, 1]``, or those that were given."""
     cache = cache_of(handle)
-    base = cache.model()
+    base = _patched_base(held_by(patch), cache)
     before = next(hook for hook in base._forward_pre_hooks.values() if hasattr(hook, "prepare"))
     given = dict(zip(READ, (ids, mask, positions, cache), strict=True))
     before.prepare(base, given)
@@ -97,8 +100,24 @@ def begin(handle: Tensor, ids: Tensor, mask: Tensor | None, positions: Tensor | 
     return given["position_ids"].clone()
 
 
+def _patched_base(state: PatchState | None, cache: LongCtxCache) -> nn.Module:
+    """The base model that has this patch. A copied or unpickled one is known by the caches made for it.
+
+    Raises:
+        UnsupportedModeError: the patch was taken away, or the model is not known.
+    """
+    for known in (state and state.base, cache.model):
+        base = known() if known else None
+        if base is not None and vars(base).get("longctx_state") is state:
+            return base
+    raise UnsupportedModeError(
+        "a compiled model was copied, loaded or unpatched since, and cannot tell which model it belongs to. Run one "
+        "forward of the model itself first, such as the prompt's."
+    )
+
+
 @begin.register_fake
-def _(handle: Tensor, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+def _(handle: Tensor, patch: Tensor, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
     return torch.empty_like(ids, dtype=torch.int64) if positions is None else torch.empty_like(positions)
 
 

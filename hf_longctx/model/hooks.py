@@ -136,7 +136,7 @@ class BeforeForward:
                 "cache after patch_model."
             )
         cache.check()
-        cache.model = weakref.ref(base)
+        cache.model = self.state.base = weakref.ref(base)
 
 
 def _names(base: nn.Module, positional: int) -> tuple[str, ...]:

@@ -148,7 +148,8 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
         and len(modules) == len(every)
         and not any(plan.scores for plan in plans)
     )
-    base.longctx_state = PatchState(settings, configs, tuple(plans), weakref.ref(model), compiles=compiles)
+    refs = {"whole": weakref.ref(model), "base": weakref.ref(base)}
+    base.longctx_state = PatchState(settings, configs, tuple(plans), compiles=compiles, **refs)
     if settings.heads.source and settings.heads.confidence == "none" and "S" not in "".join(settings.roles()):
         base.longctx_state.note(UNMEASURED)
     if all(plan.window is not None for plan in plans):

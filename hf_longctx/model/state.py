@@ -7,10 +7,12 @@ import weakref
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor, nn
 
 from ..cache.break_even import Form
 from ..cache.bytes import storage_bytes
 from ..cache.cache import LongCtxCache
+from ..cache.handles import new_handle
 from ..cache.plan import LayerPlan
 from ..cache.stock_layers import tensors_of
 from ..config.config import LongCtxConfig
@@ -54,6 +56,8 @@ class PatchState:
         forwards: forwards since patching.
         log: what ran, and how, in all forwards.
         kept: what the cache of the last forward held when it was last looked at.
+        base: the base model, as far as it is known: of a copied or unpickled one since its first forward.
+        handle: by which compiled code finds this state; every copy has its own.
         compiles: a decoded token can be compiled as a whole: every layer caches keys, none has scores of its own.
     """
 
@@ -65,10 +69,19 @@ class PatchState:
     log: ForwardLog = field(default_factory=ForwardLog)
     kept: Kept | None = None
     compiles: bool = False
+    base: weakref.ref[nn.Module] | None = None
+    handle: Tensor = field(init=False, repr=False, compare=False)
     _cache: weakref.ref | None = None
 
+    def __post_init__(self) -> None:
+        self.handle = new_handle(self)
+
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cache": None, "whole": None}
+        return {**self.__dict__, "_cache": None, "whole": None, "base": None, "handle": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.handle = new_handle(self)
 
     def go_on_from(self, before: PatchState) -> None:
         """Count on from where an earlier patch by the same config stopped."""

@@ -14,7 +14,7 @@ from ..layout.heads import RoleHeads
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Place, Segment
 from ._saved import SavedStore, short
-from .base import Store, StoreSpec
+from .base import Store, StoreSpec, room
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class FullStore(Store):
 
     def place(self, rows: Rows) -> Place | None:
         kept = self.segments.get("kept")
-        if kept is None or len(self.segments) > 1 or rows.total > kept.k.shape[2]:
+        most = room(rows.total, self.max_tokens)  # more is given back by `append`: the cache was cropped
+        if kept is None or len(self.segments) > 1 or not rows.total <= kept.k.shape[2] <= most:
             return None
-        kept.length = rows.total
         return Place(kept, rows.past, rows.total)
 
     def _hide_pads(self, segments: list[Segment], rows: Rows) -> list[Segment]:

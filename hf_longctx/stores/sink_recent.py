@@ -163,8 +163,7 @@ class SinkRecentStore(History, Store):
             if self.slack:
                 self._remember(slice(None), position - self.spec.recent, kept.k, kept.v, slot, 1)
         self.oldest = max(self.oldest, rows.total - self.spec.recent - self.slack)
-        kept.length = min(rows.total, self.window)
-        return Place(kept, slot, kept.length)
+        return Place(kept, slot, min(rows.total, self.window))
 
     def _slot(self, position: int) -> int:
         sink = self.spec.sink

@@ -499,3 +499,13 @@ def test_tanh_of_the_softcap_over_its_range():
         want = 2 * torch.tanh(queries[..., 0].double() / 2)
         assert (lse - want).abs().max() <= 5e-7
         assert ((lse - want).abs() <= 1e-6 * want.abs()).all()
+
+
+def test_torch_s_threads_are_found_beside_files_with_any_name(monkeypatch, tmp_path):
+    maps = tmp_path / "maps"
+    maps.write_bytes(b"7f0-7f1 r--s 0 fe:00 7 /data/caf\xe9\n" + _native_threads.MAPS.read_bytes())
+    monkeypatch.setattr(_native_threads, "MAPS", maps)
+    assert openmp_start() is not None
+    maps.unlink()
+    maps.mkdir()  # what cannot be read
+    assert openmp_start() is None

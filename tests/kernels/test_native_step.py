@@ -12,11 +12,13 @@ import pytest
 import torch
 from helpers.tiny import config_for, left_padded, tiny_model
 
-from hf_longctx import CacheError, LongCtxCache, patch_model, report
+from hf_longctx import CacheError, LongCtxCache, UnsupportedModeError, patch_model, report
 from hf_longctx.cache.layer import LongCtxLayer
 from hf_longctx.cache.seam import CACHE
 from hf_longctx.kernels import native
+from hf_longctx.layout.forward import Forward
 from hf_longctx.layout.heads import RoleHeads
+from hf_longctx.layout.rows import Rows
 from hf_longctx.layout.segments import Place, Segment
 from hf_longctx.stores.full import FullStore
 from hf_longctx.stores.sink_recent import SinkRecentStore
@@ -192,6 +194,31 @@ def test_a_store_with_an_append_of_its_own_has_no_place_by_inheritance():
     assert not SinkRecentCompensatedStore.has_place()
 
 
+def test_a_cropped_cache_gives_its_memory_back(taken):
+    model, ids = patched_model(roles=["RRRR"] * 3), torch.randint(3, 97, (1, 900))
+    cache = LongCtxCache(model)
+    logits(model, cache, ids)
+    most = cache.nbytes
+    cache.crop(20)
+    decoded(model, cache, ids[:, 20:22])
+    assert cache.nbytes < most / 10
+    assert taken[-6:] == [False] * 3 + [True] * 3
+
+
+def test_a_cache_on_another_device_is_refused_before_a_layer_writes():
+    model, ids = patched_model(), torch.randint(3, 97, (1, 24))
+    cache = LongCtxCache(model)
+    logits(model, cache, ids[:, :20])
+    decoded(model, cache, ids[:, 20:22])
+    elsewhere = torch.empty(1, 4, 1, 16, device="meta")
+    forward = Forward(Rows(1, 22, 1), cached=True, steps=True)
+    assert cache.own[0].take_step(elsewhere, elsewhere, forward) is None
+    cache.begin(forward)
+    with pytest.raises(CacheError, match="on meta, but this cache holds"):
+        cache.update(elsewhere, elsewhere, 0)
+    assert cache.own[0].whole
+
+
 def test_an_interrupted_token_is_seen_by_the_next(monkeypatch):
     model, ids = patched_model(), torch.randint(3, 97, (1, 24))
     cache = LongCtxCache(model)
@@ -207,6 +234,23 @@ def test_an_interrupted_token_is_seen_by_the_next(monkeypatch):
             logits(model, cache, ids[:, 22:23])
     with pytest.raises(CacheError, match="interrupted"):
         logits(model, cache, ids[:, 23:24])
+
+
+def test_a_token_that_the_attention_refused_can_be_taken_back(taken):
+    model, ids = patched_model(), torch.randint(3, 97, (1, 40))
+    want, cache = LongCtxCache(model), LongCtxCache(model)
+    for one in (want, cache):
+        logits(model, one, ids[:, :30])
+    model.config.attention_dropout = model.model.layers[1].self_attn.attention_dropout = 0.1
+    model.model.layers[1].self_attn.train()
+    with pytest.raises(UnsupportedModeError, match="asks for dropout"):
+        logits(model, cache, ids[:, 30:31])
+    model.eval()
+    with pytest.raises(CacheError, match="interrupted"):
+        logits(model, cache, ids[:, 30:31])
+    cache.crop(30)
+    assert torch.equal(decoded(model, cache, ids[:, 30:]), decoded(model, want, ids[:, 30:]))
+    assert any(taken)
 
 
 def step_call(dim=16):
@@ -238,6 +282,12 @@ def test_a_place_outside_of_its_segment_is_refused(slot, length):
         native.Step(heads).run(q, k, v, [places[0]._replace(slot=slot, length=length), places[1]], 0.3)
     after = [x for place in places for x in (place.segment.k, place.segment.v)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e31])
+def test_scales_that_the_library_does_not_take_are_left_to_the_ordinary_way(scale):
+    heads, places, q, k, v = step_call()
+    assert native.Step(heads).run(q, k, v, places, scale) is None
 
 
 @pytest.mark.parametrize("what", ["dtype", "queries", "head_dim", "batch"])

@@ -13,7 +13,7 @@ from transformers import CompileConfig
 
 from hf_longctx import CacheError, LongCtxCache, UnsupportedModeError, observe, patch_model, report, unpatch_model
 from hf_longctx.cache.handles import cache_of
-from hf_longctx.cache.seam import CACHE
+from hf_longctx.cache.seam import CACHE, NAMES
 from hf_longctx.model.compiled import GiveCacheBack
 
 PROMPT = 20
@@ -152,6 +152,46 @@ def test_the_cache_of_a_forward_is_in_what_it_returns(graphs):
     with torch.no_grad():
         assert getattr(compiled(ids[:, :1], **{CACHE: cache}), CACHE) is cache
         assert compiled(ids[:, :1], return_dict=False, **{CACHE: cache})[1] is cache
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)), LongCtxCache.fork])
+def test_a_copied_cache_goes_on(change, graphs):
+    model = patched_model()
+    ids = torch.randint(3, 97, (1, PROMPT + 20))
+    want = decoded(model, filled(model, ids), ids[:, PROMPT:])
+    compiled = torch.compile(model.forward, fullgraph=True, backend=graphs[1])
+    assert (decoded(compiled, change(filled(model, ids)), ids[:, PROMPT:]) - want).abs().max() < 1e-4
+
+
+def test_a_cache_of_another_model_is_taken_or_refused_as_without_a_compiler(graphs):
+    model, same = (patched_model() for _ in range(2))
+    same.load_state_dict(model.state_dict())
+    other = patch_model(copy.deepcopy(model), config_for(model, "retrieval"))
+    ids = torch.randint(3, 97, (1, PROMPT + 20))
+    want = decoded(model, filled(model, ids), ids[:, PROMPT:])
+    compiled = torch.compile(model.forward, fullgraph=True, backend=graphs[1])
+    cache = filled(same, ids)
+    del same
+    assert (decoded(compiled, cache, ids[:, PROMPT:]) - want).abs().max() < 1e-5
+    assert cache.model() is model.model
+    with pytest.raises(CacheError, match="made for another model or another config"):
+        decoded(compiled, filled(other, ids), ids[:, PROMPT:])
+    pages = patched_model()
+    again = pickle.loads(pickle.dumps(pages))
+    compiled = torch.compile(again.forward, fullgraph=True, backend=graphs[1])
+    decoded(compiled, filled(again, ids), ids[:, PROMPT:])
+    assert report(again).forwards == 21, "the prompt and the tokens"
+    assert not report(pages).forwards
+
+
+def test_the_base_model_alone_takes_a_cache_under_both_names(graphs):
+    model = patched_model()
+    ids = torch.randint(3, 97, (1, PROMPT + 1))
+    compiled = torch.compile(model.model, fullgraph=True, backend=graphs[1])
+    with torch.no_grad():
+        for name in NAMES:
+            cache = filled(model, ids)
+            assert getattr(compiled(input_ids=ids[:, PROMPT:], **{name: cache}), CACHE) is cache
 
 
 def test_every_copy_has_a_handle_of_its_own():
