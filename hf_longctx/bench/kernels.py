@@ -17,7 +17,7 @@ import torch
 from ..errors import ConfigError, UnsupportedModeError
 from ..io.environment import environment
 from ..kernels import cpu, native
-from ..kernels._native_speed import BLOCKS, DECODE, FUNCTIONS, WINDOW, dtype_word, read
+from ..kernels._native_speed import BLOCKS, DECODE, FEW, FUNCTIONS, WINDOW, dtype_word, read
 from ..kernels.base import case_of as call_of
 from ..layout.reads import ALL, CAUSAL, Reads, Window
 from ..layout.scores import Scores
@@ -30,6 +30,7 @@ from .settings import Settings
 NATIVE = "native"
 TORCH = "torch"
 KERNELS = {TORCH: cpu, NATIVE: native}
+FEW_QUERIES = 16  # of the function few
 SHORTEST = 0.02  # seconds of one sample: quicker calls are repeated
 BUFFERS = 8  # caches that are decoded over in turn, so that none is found in the processor's cache
 DENSITY = 20  # percent of the causal blocks of the block lists
@@ -70,8 +71,9 @@ def case_of(settings: Settings, head_dim: tuple[int, ...] = (64, 128)) -> Kernel
     """
     if not head_dim or min(head_dim) < 1:
         raise ConfigError(f"head_dim must be numbers of at least 1, given {list(head_dim)}.")
-    if min(settings.tokens) <= settings.sink:
-        raise ConfigError(f"tokens must be more than sink, {settings.sink}, given {min(settings.tokens)}.")
+    least = max(settings.sink, FEW_QUERIES)
+    if min(settings.tokens) <= least:
+        raise ConfigError(f"tokens must be more than {least} here, sink among them, given {min(settings.tokens)}.")
     settings = replace(settings, layers=1, densities=(DENSITY,), patterns=())
     for dim, word in product(head_dim, settings.dtypes):
         case = call_of(torch.empty(1, 1, 1, dim, dtype=dtype_of(word)), (), ALL, Scores(1.0))
@@ -163,7 +165,8 @@ def _measured(settings: Settings, word: str, function: str, tokens: int, told: T
 def _calls(settings: Settings, word: str, function: str, tokens: int) -> list[Call]:
     """What one timing computes: queries as a projection gives them, keys and values as a store keeps them."""
     dtype = dtype_of(word)
-    q = random_heads(settings.heads, 1 if function == DECODE else tokens, settings, dtype)
+    queries = {DECODE: 1, FEW: FEW_QUERIES}.get(function, tokens)
+    q = random_heads(settings.heads, queries, settings, dtype)
     k, v = (random_heads(settings.kv_heads, tokens, settings, dtype).contiguous() for _ in "kv")
     if function == DECODE:
         return [(q, [Segment(k.clone(), v.clone(), tokens)], ALL) for _ in range(BUFFERS)]

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 from .measure import digits
 
-WORDS = {"dense": "dense prefill", "window": "window", "blocks": "block lists", "decode": "decode"}  # of functions
+WORDS = {  # of functions
+    "dense": "dense prefill",
+    "window": "window",
+    "blocks": "block lists",
+    "few": "16 tokens",
+    "decode": "decode",
+}
 
 
 def lines(results: list[dict]) -> list[list[str]]:

@@ -42,8 +42,8 @@ NOTES = {
     "the sparse time. Queries and keys are random and score near ones higher: on a text, a pattern that looks at them "
     "may read more or less than this density. Wins = faster in every round (of 10 or more: in nine tenths).",
     "kernels": "Times faster = the median over rounds of torch and native in the same round. Block lists are random, "
-    "head by head. Decode is one token over several caches in turn, per cache. auto takes torch where a row of "
-    "kernels/native_speed.json for this kind of machine is below 1.",
+    "head by head. 16 tokens are the last of so many. Decode is one token over several caches in turn, per cache. "
+    "auto takes torch where a row of kernels/native_speed.json for this kind of machine is below 1.",
 }
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FILE = Path(__file__).with_name("native_speed.json")
 ARCHS = ("avx512-bf16", "avx512", "avx2")  # of the library; "+amx" behind it where torch has the tiles of AMX
 AMX = "+amx"
-DENSE, WINDOW, BLOCKS, DECODE = FUNCTIONS = ("dense", "window", "blocks", "decode")
+DENSE, WINDOW, BLOCKS, FEW, DECODE = FUNCTIONS = ("dense", "window", "blocks", "few", "decode")
 
 Table = dict[tuple[str, str, str], dict[int, float]]  # (arch, function, dtype) -> head_dim -> times faster
 
@@ -39,6 +39,8 @@ def function_of(case: Case) -> str | None:
         return None
     if case.one_query:
         return DECODE if case.reads in (All, Causal) else None
+    if case.few:
+        return FEW if case.reads is Causal else None
     return {Causal: DENSE, Window: WINDOW, BlockList: BLOCKS}.get(case.reads)
 
 

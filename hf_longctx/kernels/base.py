@@ -45,6 +45,7 @@ from .reference import merge, with_sinks
 
 AUTO = "auto"
 NO_KINDS: frozenset[Hashable] = frozenset()
+FEW = 24  # queries that native computes as it decodes: FEW_TOKENS of _native/decode.h
 STREAMED = "streamed"  # what the report calls segments that were read block by block
 
 Part = tuple[Tensor, Tensor]  # out and logsumexp
@@ -60,6 +61,7 @@ class Case(NamedTuple):
         one_query: T is 1.
         kinds: the ``kind`` of its segments that are not plain ones.
         softcap, first_bias: whether `Scores` has them.
+        few: T is more than 1 and at most `FEW`, as where drafted tokens are checked.
     """
 
     device: torch.device
@@ -71,6 +73,7 @@ class Case(NamedTuple):
     kinds: frozenset[Hashable] = NO_KINDS
     softcap: bool = False
     first_bias: bool = False
+    few: bool = False
 
     def __str__(self) -> str:
         gradients = "with" if self.needs_grad else "without"
@@ -96,6 +99,7 @@ def case_of(q: Tensor, segments: Sequence[Segment | Streamed], reads: Reads, sco
         kinds,
         scores.softcap is not None,
         scores.first_bias is not None,
+        1 < q.shape[2] <= FEW,
     )
 
 
@@ -258,14 +262,10 @@ def _first(word: str, case: Case) -> tuple[ModuleType | None, dict[str, str | No
             break  # no later one can be preferred
         reasons[name] = failure if module is None else _refusal(module, case)
         if reasons[name] is None:
-            own = _preference(module, case)
+            own = module.preference(case) if hasattr(module, "preference") else module.PREFERENCE
             if best is None or own > most:
                 best, most = module, own
     return best, reasons
-
-
-def _preference(module: ModuleType, case: Case) -> int:
-    return module.preference(case) if hasattr(module, "preference") else module.PREFERENCE
 
 
 def _module(word: str) -> ModuleType | None:

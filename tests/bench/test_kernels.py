@@ -68,6 +68,7 @@ def test_each_function_reads_what_it_says():
         ("dense", Causal, 150),
         ("window", Window, 150),
         ("blocks", BlockList, 150),
+        ("few", Causal, 16),
         ("decode", All, 1),
     ):
         calls = kernels._calls(replace(TINY, head_dim=16), "bf16", function, 150)
@@ -125,7 +126,8 @@ def test_rows_of_other_machines_stay(tmp_path):
         (["--head-dim", "64,x"], "'64,x' is not a list of"),
         (["--head-dim", "0"], r"head_dim must be numbers of at least 1"),
         (["--head-dim", "20"], "measures kernel native, which takes a head_dim that is a multiple of 16"),
-        (["--tokens", "64"], "tokens must be more than sink, 64, given 64"),
+        (["--tokens", "64"], "tokens must be more than 64 here, sink among them, given 64"),
+        (["--tokens", "16", "--sink", "4"], "tokens must be more than 16 here"),
         (["--rows", "rows.txt"], "--rows: got 'rows.txt', expected a name that ends in .json"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from datetime import date
 
 import pytest
@@ -16,12 +17,15 @@ from hf_longctx.kernels import base as dispatch
 from hf_longctx.kernels import cpu, native
 from hf_longctx.layout.blocks import BlockList
 from hf_longctx.layout.reads import All, Averaged, Causal, Window
+from hf_longctx.layout.scores import Scores
+from hf_longctx.layout.segments import Segment
 
 CPU = torch.device("cpu")
 CASES = {
     "dense": {"reads": Causal},
     "window": {"reads": Window},
     "blocks": {"reads": BlockList},
+    "few": {"reads": Causal, "few": True},
     "decode": {"reads": All, "one_query": True},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -67,6 +71,15 @@ def test_what_was_not_measured_goes_by_the_preference(more, slower, monkeypatch)
     assert native.preference(case_of("decode", **more)) == native.PREFERENCE
     for reads, one in ((All, False), (Averaged, False), (BlockList, True), (Window, True)):
         assert speed.function_of(dispatch.Case(CPU, torch.float32, 64, reads=reads, one_query=one)) is None
+
+
+def test_few_queries_are_those_that_the_library_decodes():
+    source = (build.SOURCES / "decode.h").read_text("utf-8")
+    assert int(re.search(r"FEW_TOKENS = (\d+);", source)[1]) == dispatch.FEW
+    k = torch.zeros(1, 1, 60, 16)
+    found = {n: dispatch.case_of(k[:, :, :n], [Segment(k, k, 60)], Causal(), Scores(1.0)) for n in (1, 2, 24, 25)}
+    assert {n: speed.function_of(case) for n, case in found.items()} == {1: "decode", 2: "few", 24: "few", 25: "dense"}
+    assert all(speed.function_of(case_of(name, few=True)) is None for name in ("window", "blocks"))
 
 
 def test_an_unknown_machine_goes_by_the_preference(slower):
