@@ -12,6 +12,7 @@ from helpers.registered import nothing_kept
 from helpers.tiny import Shadow
 
 import hf_longctx.model.attention
+from hf_longctx.kernels import _native_speed
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,12 @@ def _words():
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_speeds(monkeypatch):
+    """``auto`` takes native wherever it runs: what was measured on this kind of machine decides nothing."""
+    monkeypatch.setattr(_native_speed, "table", dict)
 
 
 @pytest.fixture(autouse=True)

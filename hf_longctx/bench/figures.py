@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..io.console import count
 from ..io.plots import new_figure
-from .columns import STATIC, STOCK
+from .columns import STATIC
 from .crossover import DENSE, SPARSE
+from .kernels_table import joined
+from .measure import digits
 from .show import QUIET, case_name, subject, threads
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ WHOLE = {"prefill_ms": "prompt to logits, ms", "decode_ms": "one decoded token, 
 PARTS = {  # benchmark -> the times of a column, and what they are called
     "decode": {"ms_per_layer": "one token, ms per layer"},
     "prefill": {"ms": "attention over the prompt, ms"},
+    "kernels": {"ms": "attention, ms"},
     "e2e": WHOLE,
     "real": WHOLE,
 }
@@ -69,25 +72,26 @@ def _times(data: dict) -> Figure:
         axes.set_xlabel(label, fontsize=8)
     for axes in every[len(panels) :]:
         axes.remove()
-    _head(figure, data, "bars: medians, lines: 10th to 90th percentile; x: times faster than stock")
+    base = next(iter(results[0]["columns"]))
+    _head(figure, data, f"bars: medians, lines: 10th to 90th percentile; x: times faster than {base}")
     return figure
 
 
 def _bars(result: dict, part: str) -> Iterator[Bar]:
-    base = result["columns"][STOCK][part]["median_ms"]
+    first, *_ = result["columns"]  # stock, or torch
+    base = result["columns"][first][part]["median_ms"]
     for name, column in result["columns"].items():
         own = f"{part.removesuffix('_ms')}_ratio"  # the table's, of the same rounds, where it has one
         ratio = column.get(own, column[part]["median_ms"] / base)
-        faster = "" if name == STOCK else f"   {1 / ratio:.2f}x"
-        yield _bar(name, column[part], faster, GREY if name in (STOCK, STATIC) else BLUE)
+        faster = "" if name == first else f"   {1 / ratio:.2f}x"
+        yield _bar(name, column[part], faster, GREY if name in (first, STATIC) else BLUE)
     for name, pattern in result.get("patterns", {}).items():
         yield _bar(f"choosing: {name}", pattern["ms"], f"   {pattern['share_of_stock']:.1%} of stock", ORANGE)
 
 
 def _bar(name: str, times: dict, said: str, colour: str) -> Bar:
     value = times["median_ms"]
-    text = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-    return Bar(name, value, (times["low_ms"], times["high_ms"]), text + said, colour)
+    return Bar(name, value, (times["low_ms"], times["high_ms"]), digits(value) + said, colour)
 
 
 def _draw_bars(axes: Axes, bars: list[Bar]) -> None:
@@ -178,7 +182,7 @@ def _head(figure: Figure, data: dict, note: str) -> None:
         s = {**s, "layers": 1, **{name: data["results"][0][name] for name in ("heads", "kv_heads")}}
     lines = [
         f"bench {data['benchmark']}: {subject(data)}{count(s['layers'], 'layer')}, {s['heads']} query and "
-        f"{s['kv_heads']} KV heads, head_dim {s['head_dim']}",
+        f"{s['kv_heads']} KV heads, head_dim {joined(s['head_dim'])}",
         f"{e['cpu']}, {threads(data)} of {e['cores']} cores; torch {e['torch']}, transformers {e['transformers']}",
     ]
     if (e["others"] or 0) > QUIET:

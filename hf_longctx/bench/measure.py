@@ -54,6 +54,11 @@ def turns(columns: Mapping[str, object], rounds: int, tokens: int, told: Told) -
         told(tokens)
 
 
+def digits(number: float) -> str:
+    """In three digits, or as a whole number."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def paired_ratio(samples: Samples, base: Samples) -> float:
     """Median of the ratios of samples taken in the same round, which cancels what slows down a whole round."""
     return median(mine / other for mine, other in zip(samples.ms, base.ms, strict=True))

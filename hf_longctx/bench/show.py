@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..io.console import count, tables
+from . import kernels_table
 from .columns import CONFIG, HALF, RETRIEVAL, STATIC, STOCK
 from .environment import environment
+from .measure import digits
 from .settings import Settings
 
 TITLES = {
@@ -20,8 +22,10 @@ TITLES = {
     "e2e": "whole model: prompt to logits and one decoded token",
     "real": "whole checkpoint: prompt to logits, and decoded tokens",
     "crossover": "attention of a layer's retrieval heads over a prompt: dense, and by their patterns",
+    "kernels": "kernel native against kernel cpu (torch), attention of one layer",
 }
-TEXTS = ("dtype", "", "choosing with", "kernel", "wins")  # columns of words
+FLAT = ("crossover", "kernels")  # tables whose lines are not grouped by case, and that have no stock
+TEXTS = ("function", "dtype", "", "choosing with", "kernel", "wins")  # columns of words
 QUIET = 0.05  # share of the processors that others may take before the figures are called bad
 NOTES = {
     "decode": "Read at: kept K/V bytes over time, and as a share of the speed of torch.sum over the same buffers.",
@@ -37,6 +41,9 @@ NOTES = {
     "crossover": "Both are the patched model, so that the gain is the patterns' alone; choosing the blocks is part of "
     "the sparse time. Queries and keys are random and score near ones higher: on a text, a pattern that looks at them "
     "may read more or less than this density. Wins = faster in every round (of 10 or more: in nine tenths).",
+    "kernels": "Times faster = the median over rounds of torch and native in the same round. Block lists are random, "
+    "head by head. 16 tokens are the last of so many. Decode is one token over several caches in turn, per cache. "
+    "auto takes torch where a row of kernels/native_speed.json for this kind of machine is below 1.",
 }
 
 
@@ -69,19 +76,21 @@ def show(console: Console, data: dict) -> None:
         header, *lines = rows(data["results"])
         if lines:
             title = None if number else f"bench {benchmark}: {TITLES[benchmark]}"
-            _print_tables(console, title, header, lines, by_case=benchmark != "crossover")
-    spread = "" if benchmark == "real" else " (10th to 90th percentile)"
+            _print_tables(console, title, header, lines, by_case=benchmark not in FLAT)
+    spread = "" if benchmark in ("real", "kernels") else " (10th to 90th percentile)"
     rounds = count(s["rounds"], "round")
     console.print(
         f"{escape(subject(data))}{count(s['layers'], 'layer')}, {s['heads']} query heads, {s['kv_heads']} KV heads, "
-        f"head_dim {s['head_dim']}{_sizes(benchmark, s)}; kernel: {s['kernel']}; {rounds}, columns in turns; "
-        f"median{spread}."
+        f"head_dim {kernels_table.joined(s['head_dim'])}{_sizes(benchmark, s)}; kernel: {s['kernel']}; {rounds}, "
+        f"columns in turns; median{spread}."
     )
     console.print(
         f"torch {e['torch']}, transformers {e['transformers']}, Python {e['python']}, hf_longctx {e['hf_longctx']}; "
         f"{e['cpu']}, {threads(data)} of {e['cores']} cores; malloc {e['malloc']}."
     )
-    stock = "" if benchmark == "crossover" else "stock = DynamicCache + sdpa of Transformers. "
+    if "arch" in data:
+        console.print(f"Instructions: {data['arch']} of the native library, {data['torch_cpu']} of torch.")
+    stock = "" if benchmark in FLAT else "stock = DynamicCache + sdpa of Transformers. "
     if any(STATIC in result["columns"] for result in data["results"]):
         stock += f"{STATIC} = StaticCache of just the capacity needed + sdpa, not compiled. "
     console.print(f"{stock}{NOTES[benchmark]}")
@@ -157,6 +166,8 @@ def _sizes(benchmark: str, s: dict) -> str:
     """What else the settings say of a model, and of its streaming heads."""
     if benchmark == "crossover":
         return ""
+    if benchmark == "kernels":
+        return kernels_table.sizes(s)
     keep = f"; streaming heads keep sink {s['sink']} + recent {s['recent']}"
     if benchmark == "real":
         return f"{keep} in {HALF}; {count(s['steps'], 'token')} decoded per timing"
@@ -166,12 +177,8 @@ def _sizes(benchmark: str, s: dict) -> str:
     )
 
 
-def _figure(number: float) -> str:
-    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
-
-
 def _ms(samples: dict) -> str:
-    return "{} ({} - {})".format(*(_figure(samples[name]) for name in ("median_ms", "low_ms", "high_ms")))
+    return "{} ({} - {})".format(*(digits(samples[name]) for name in ("median_ms", "low_ms", "high_ms")))
 
 
 def _decode(results: list[dict]) -> list[list[str]]:
@@ -246,7 +253,7 @@ def _checkpoint(results: list[dict]) -> list[list[str]]:
         for name, column in result["columns"].items():
             ran = [name, column["kernel"]]
             for part in ("prefill", "decode"):
-                ran += [_figure(column[f"{part}_ms"]["median_ms"]), f"{1 / column[f'{part}_ratio']:.2f}x"]
+                ran += [digits(column[f"{part}_ms"]["median_ms"]), f"{1 / column[f'{part}_ratio']:.2f}x"]
             held = column.get("kv_bytes")
             lines.append([*case_name(result), *ran, "" if held is None else f"{held / 1e6:.1f}"])
     return lines
@@ -267,8 +274,10 @@ def _crossover(results: list[dict]) -> list[list[str]]:
 
 
 def case_name(result: dict) -> list[str]:
-    """Two texts: the dtype and the tokens; sequences and threads, where those differ between cases."""
+    """Two texts: the dtype and the tokens; what else differs between cases: sequences and threads, or functions."""
     more = f"batch {result['batch']}, {count(result['threads'], 'thread')}" if "batch" in result else ""
+    if "function" in result:
+        more = kernels_table.case_words(result)
     return [f"{result['dtype']}, {result['tokens']} tokens", more]
 
 
@@ -285,4 +294,5 @@ TABLES = {
     "e2e": [_whole],
     "real": [_checkpoint],
     "crossover": [_crossover],
+    "kernels": [kernels_table.lines],
 }

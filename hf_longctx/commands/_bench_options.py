@@ -160,6 +160,20 @@ class Crossover(Measured):
 
 
 @dataclass(frozen=True)
+class Kernels(Measured):
+    tokens: Annotated[str, typer.Option(help="Lengths of the prompts, and of the filled caches: 512,4k.")] = "512,4096"
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 2
+    head_dim: Annotated[str, typer.Option(help="Dimensions of a head: 64,128.")] = "64,128"
+    sink: Sink = 64
+    recent: Recent = 256
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="Put what auto goes by into this .json; rows of other machines in it stay.", dir_okay=False),
+    ] = None
+
+
+@dataclass(frozen=True)
 class Gpu:
     tokens: Prompts = "16384,32768,65536,131072"
     decode_tokens: Caches = "32768,131072,524288,1048576"

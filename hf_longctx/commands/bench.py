@@ -1,4 +1,4 @@
-"""The commands ``hf-longctx bench decode | prefill | e2e | real | crossover | memory | gpu``."""
+"""The commands ``hf-longctx bench decode | prefill | e2e | real | crossover | kernels | memory | gpu``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..io.console import console
 from ..io.progress import Progress
 from ..planning.sizes import DTYPES, parse_tokens
 from ._bench_memory import command as memory
-from ._bench_options import Crossover, Decode, Gpu, Measured, Prefill, Real, Whole, takes
+from ._bench_options import Crossover, Decode, Gpu, Kernels, Measured, Prefill, Real, Whole, takes
 from ._options import (
     JSON,
     PNG,
@@ -74,6 +74,18 @@ def crossover(options: Crossover) -> None:
     _bench("crossover", options, case=("config", "pattern", "table", "kernel"))
 
 
+@app.command("kernels")
+@takes(Kernels)
+def kernels(options: Kernels) -> None:
+    """Kernel native against torch, by function, dtype and head_dim: what auto goes by on this kind of machine."""
+    from ..bench.kernels import rows_of, write_rows
+
+    check_output(options.rows, JSON, "--rows")
+    others = rows_of(options.rows)
+    data = _bench("kernels", options, ("head_dim",), ("rows",))
+    write_rows(options.rows, data["rows"], others)
+
+
 @app.command("gpu")
 @takes(Gpu)
 def gpu(options: Gpu) -> None:
@@ -98,14 +110,17 @@ def _loads(model: str) -> Callable[[str], tuple[Any, Any]]:
     return lambda word: load_model(embedded(model), DTYPES[word], device_of("cpu"), needs_tokenizer=False)
 
 
-def _bench(benchmark: str, options: Measured, case: tuple[str, ...] = (), **more: Any) -> None:
-    """Run one benchmark, print its table, write JSON and picture.
+def _bench(
+    benchmark: str, options: Measured, case: tuple[str, ...] = (), own: tuple[str, ...] = (), **more: Any
+) -> dict[str, Any]:
+    """Run one benchmark, print its table, write JSON and picture; what the JSON holds.
 
     Args:
         case: names of the options that are arguments of the benchmark's ``case_of`` and no field of ``Settings``.
+        own: names of the options that the command itself reads.
         more: further arguments of ``case_of``.
     """
-    settings = _settings(benchmark, options, case)
+    settings = _settings(benchmark, options, (*case, *own))
     check_output(options.json, JSON, "--json")
     check_picture(options.png, PNG, "--png")
     if options.tuned_malloc:
@@ -129,6 +144,7 @@ def _bench(benchmark: str, options: Measured, case: tuple[str, ...] = (), **more
     write_json(options.json, data)  # before the table, which a closed pipe may cut off
     write_png(options.png, data)
     show(console(), data)
+    return data
 
 
 def _progress(benchmark: str, settings: Settings, lengths: tuple[int, ...]) -> Progress:
@@ -190,4 +206,5 @@ PARSERS = {
     "retrieval": _percents,
     "batch": _counts,
     "threads": _counts,
+    "head_dim": _counts,
 }

@@ -142,6 +142,8 @@ def _check_kernel(kind: str, word: str, thing: Any, where: str) -> None:
     lacks += [name for name in ("supports", "attend") if name not in lacks and not callable(getattr(thing, name))]
     if lacks:
         raise ConfigError(f"{where}: {short(thing)} lacks: {', '.join(lacks)}.")
+    if not callable(getattr(thing, "preference", print)):
+        raise wrong(f"{where}: preference", thing.preference, "a function of the case, or nothing")
     if word != thing.NAME:
         raise wrong(f"{where}: NAME", thing.NAME, f"the word, {word!r}")
     if type(thing.PREFERENCE) is not int:

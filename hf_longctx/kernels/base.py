@@ -11,12 +11,14 @@ A kernel is a module of this folder, or a module or object that was registered (
   dtype of q, lse ``[B, H, T]`` (natural log) in float32 or wider; a query that reads nothing gives 0 and -inf. Where
   ``want_lse`` is False, lse may be None. Of `Scores` it computes all but ``sinks``, which are added here.
 
-Optional: ``attend_layer(q, parts, scores) -> (out, lse)``, one decoded token of all roles in one launch, where
-``parts`` are (KV heads, segments). And ``Step(heads)``, of which a layer has one for the `RoleHeads` of its stores: its
-``run(q, k, v, places, scale)`` writes one new token of every sequence, k and v ``[B, H_kv, 1, D]``, to the stores'
-places and gives what the token reads, out ``[B, 1, H, D]``; or None, and writes nothing. The kernel ``reference``
-computes everything, by definition. A kernel must import on every machine, or fail with ImportError, which is then the
-reason. Nothing lists kernels.
+Optional: ``preference(case) -> int``, at most PREFERENCE, which it takes the place of for a case that ``supports``
+takes: less where another kernel was measured to be faster. It is asked once per forward and case, and only looks up.
+And ``attend_layer(q, parts, scores) -> (out, lse)``, one decoded token of all roles in one launch, where ``parts`` are
+(KV heads, segments). And ``Step(heads)``, of which a layer has one for the `RoleHeads` of its stores: its ``run(q, k,
+v, places, scale)`` writes one new token of every sequence, k and v ``[B, H_kv, 1, D]``, to the stores' places and gives
+what the token reads, out ``[B, 1, H, D]``; or None, and writes nothing. The kernel ``reference`` computes everything,
+by definition. A kernel must import on every machine, or fail with ImportError, which is then the reason. Nothing lists
+kernels.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from .reference import merge, with_sinks
 
 AUTO = "auto"
 NO_KINDS: frozenset[Hashable] = frozenset()
+FEW = 24  # queries that native computes as it decodes: FEW_TOKENS of _native/decode.h
 STREAMED = "streamed"  # what the report calls segments that were read block by block
 
 Part = tuple[Tensor, Tensor]  # out and logsumexp
@@ -58,6 +61,7 @@ class Case(NamedTuple):
         one_query: T is 1.
         kinds: the ``kind`` of its segments that are not plain ones.
         softcap, first_bias: whether `Scores` has them.
+        few: T is more than 1 and at most `FEW`, as where drafted tokens are checked.
     """
 
     device: torch.device
@@ -69,6 +73,7 @@ class Case(NamedTuple):
     kinds: frozenset[Hashable] = NO_KINDS
     softcap: bool = False
     first_bias: bool = False
+    few: bool = False
 
     def __str__(self) -> str:
         gradients = "with" if self.needs_grad else "without"
@@ -94,6 +99,7 @@ def case_of(q: Tensor, segments: Sequence[Segment | Streamed], reads: Reads, sco
         kinds,
         scores.softcap is not None,
         scores.first_bias is not None,
+        1 < q.shape[2] <= FEW,
     )
 
 
@@ -249,11 +255,17 @@ def _tried(word: str) -> Sequence[str]:
 def _first(word: str, case: Case) -> tuple[ModuleType | None, dict[str, str | None]]:
     """The preferred kernel that computes the case, and why those before it do not; None where none does."""
     reasons: dict[str, str | None] = {}
+    best = None
+    most = 0
     for name, module, failure in _candidates(_tried(word)):
+        if best is not None and (module is None or most >= module.PREFERENCE):
+            break  # no later one can be preferred
         reasons[name] = failure if module is None else _refusal(module, case)
         if reasons[name] is None:
-            return module, reasons
-    return None, reasons
+            own = module.preference(case) if hasattr(module, "preference") else module.PREFERENCE
+            if best is None or own > most:
+                best, most = module, own
+    return best, reasons
 
 
 def _module(word: str) -> ModuleType | None:

@@ -4,7 +4,8 @@ Keys and values are read where they lie, in float32 or bfloat16; the softmax and
 as `torch.set_num_threads` says, are torch's own; in a forked child, and where those cannot be found, they live for one
 call, so a process may fork at any time. What a function here does not
 compute (a gradient that only keys need, a score bias over several queries) it hands to the cpu kernel, and ``auto``
-takes that kernel where there is no compiler. ``HF_LONGCTX_NATIVE=0`` turns this one off. Tensors, lengths and
+takes that kernel where there is no compiler, and where it was measured to be faster (``native_speed.json``).
+``HF_LONGCTX_NATIVE=0`` turns this one off. Tensors, lengths and
 lists that do not fit each other are a ValueError: the library would read outside of them.
 
 Shapes as in `cpu.py`: ``B`` batch, ``H`` query heads, ``n`` KV heads of one role, ``G = H // n``, ``T`` query tokens,
@@ -18,7 +19,7 @@ import logging
 import os
 from array import array
 from collections.abc import Iterable, Sequence
-from ctypes import c_double, c_int, c_void_p
+from ctypes import c_char_p, c_double, c_int, c_void_p
 from functools import cache
 from typing import NoReturn
 
@@ -32,7 +33,7 @@ from ..layout.heads import RoleHeads
 from ..layout.reads import All, Averaged, Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment
-from . import _native_build, cpu, reference
+from . import _native_build, _native_speed, cpu, reference
 from ._arguments import ANY_LENGTHS, check
 from ._native_step import LayerStep, takes_scale
 from ._native_threads import openmp_start
@@ -60,6 +61,17 @@ def supports(case: Case) -> str | None:
     if reason is None and case.kinds:
         return packed_reason(case, _load()[0].hf_longctx_width())
     return reason
+
+
+def preference(case: Case) -> int:
+    """`PREFERENCE`, or less than the cpu kernel's where that was measured to be faster on this kind of machine."""
+    faster = _native_speed.faster(arch(), case)
+    return PREFERENCE if faster is None or faster >= 1 else cpu.PREFERENCE - 1
+
+
+def arch() -> str:
+    """The kind of machine, as `_native_speed.arch_of` says; it needs the library."""
+    return _native_speed.arch_of(_library())
 
 
 def _reason(device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool) -> str | None:
@@ -149,6 +161,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, "is slower than kernel cpu where there are neither AVX2 nor AVX-512 instructions"
     for name in ("decode", "dense", "streaming", "sparse", "step"):
         getattr(library, f"hf_longctx_{name}").argtypes = (c_int, c_double, c_double, c_void_p)
+    library.hf_longctx_arch.restype = c_char_p
     if (start := openmp_start()) is not None:
         library.hf_longctx_share_threads(start)
     return library, None

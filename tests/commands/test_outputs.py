@@ -19,6 +19,7 @@ COMMANDS = {
     "prefill": ["--tokens", "65,150", "--layers", "2", "--densities", "50", "--patterns", "block_topk"],
     "e2e": ["--tokens", "65", "--layers", "2"],
     "crossover": ["--tokens", "256", "--pattern", "block_topk:top_k=1"],
+    "kernels": ["--tokens", "65"],
     "memory": ["tiny-llama", "--memory", "2MB"],
 }
 ENVIRONMENT = {"cpu": "a processor", "threads": 2, "cores": 2, "torch": "2", "transformers": "5", "others": 0.0}

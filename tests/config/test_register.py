@@ -183,6 +183,7 @@ KERNEL = {"NAME": "mine", "PREFERENCE": 1, "READS": frozenset({Causal}), "suppor
         ("kernel", "mine", SimpleNamespace(NAME="mine"), ("lacks: PREFERENCE, READS, supports, attend",)),
         ("kernel", "mine", SimpleNamespace(**KERNEL | {"NAME": "other"}), ("NAME: got 'other'",)),
         ("kernel", "mine", SimpleNamespace(**KERNEL | {"PREFERENCE": "high"}), ("PREFERENCE: got 'high'",)),
+        ("kernel", "mine", SimpleNamespace(**KERNEL, preference=7), ("preference: got 7, expected a function",)),
         ("kernel", "mine", SimpleNamespace(**KERNEL | {"attend": None}), ("lacks: attend",)),
         ("kernel", "mine", SimpleNamespace(**KERNEL | {"READS": (Causal,)}), ("READS: got",)),
         (

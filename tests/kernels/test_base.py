@@ -55,6 +55,7 @@ def test_every_kernel_keeps_the_contract():
         parameters = inspect.signature(kernel.attend).parameters
         assert list(parameters) == ["q", "segments", "reads", "scores", "want_lse"]
         assert parameters["want_lse"].default is True
+        assert list(inspect.signature(getattr(kernel, "preference", lambda case: 0)).parameters) == ["case"]
     assert {All, Causal, Window, Averaged, BlockList} == reference.READS
 
 
@@ -69,6 +70,23 @@ def test_auto_prefers_by_number_among_those_that_support_the_case(extra_kernel):
     fast = extra_kernel("zz_fast", 50)
     assert dispatch.pick("auto", dispatch.Case(**{**CASE, "dtype": torch.bfloat16})) is fast
     assert dispatch.pick("auto", dispatch.Case(**CASE)) is cpu
+
+
+def test_a_preference_of_its_own_counts_for_the_case_alone(extra_kernel):
+    """Asked only of cases that are supported, and not where another kernel is preferred anyway."""
+    fast, other = extra_kernel("zz_fast", 50), extra_kernel("zz_other", 40)
+    asked = []
+    fast.preference = lambda case: asked.append(case) or (39 if case.head_dim == 64 else 50)
+    other.preference = lambda case: asked.append(case) or 40
+    wide, narrow = (dispatch.Case(CASE["device"], torch.bfloat16, dim) for dim in (64, 32))
+    assert dispatch.pick("auto", wide) is other and asked == [wide, wide]
+    assert dispatch.pick("auto", narrow) is fast and asked == [wide, wide, narrow]
+    assert dispatch.pick("zz_fast", wide) is fast, "a kernel that is named runs"
+    assert dispatch.pick("auto", dispatch.Case(**CASE)) is cpu and len(asked) == 4
+    other.supports = lambda case: "not today"
+    assert dispatch.pick("auto", wide) is fast, "39 is more than cpu's"
+    fast.preference = lambda case: 9
+    assert dispatch.pick("auto", wide) is not fast
 
 
 def test_a_named_kernel_that_cannot_is_an_error_that_says_what_works(extra_kernel):

@@ -32,4 +32,13 @@ ENTRY(sparse)
 #define TEXT(x) AS_TEXT(x)
 extern "C" const char* hf_longctx_key() { return TEXT(HF_LONGCTX_KEY); }
 extern "C" int hf_longctx_width() { return W; }
+extern "C" const char* hf_longctx_arch() {
+#if AVX512_BF16
+    return "avx512-bf16";
+#elif AVX512
+    return "avx512";
+#else
+    return W == 8 ? "avx2" : "other";
+#endif
+}
 extern "C" void hf_longctx_share_threads(Start start) { start_team = start, team_of = getpid(); }
