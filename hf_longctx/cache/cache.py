@@ -24,7 +24,8 @@ from . import file as cache_file
 from .bytes import storage_bytes
 from .dense_members import DenseCacheMembers
 from .handles import new_handle
-from .layer import LayerKV, LongCtxLayer
+from .layer import LongCtxLayer
+from .layer_kv import LayerKV
 from .roll_back import RollBack
 from .sequences import SequenceOperations
 from .stock_layers import StockLayers, copied, stock_layers, tensors_of

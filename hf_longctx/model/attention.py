@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..cache.layer import NAME, NOT_OURS, LayerKV
+from ..cache.layer_kv import NAME, NOT_OURS, LayerKV
 from ..cache.plan import LayerPlan
 from ..cache.seam import CACHE
 from ..errors import UnsupportedModeError, UnsupportedModelError

@@ -8,7 +8,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import hf_longctx.model.attention
 from hf_longctx import LongCtxCache, LongCtxConfig
-from hf_longctx.cache.layer import LayerKV
+from hf_longctx.cache.layer_kv import LayerKV
 from hf_longctx.kernels import reference
 from hf_longctx.model.family import find_family
 

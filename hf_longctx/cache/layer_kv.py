@@ -1,0 +1,111 @@
+"""What one layer's cache hands to the attention function, and one token that is written together with its attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import UnsupportedModeError
+from ..layout.forward import Forward, ForwardLog
+from ..layout.segments import HeadKV, Place, Segment
+
+if TYPE_CHECKING:
+    from .layer import LongCtxLayer
+
+NAME = "longctx"  # the word under which the patched attention function is registered
+
+NOT_OURS = (
+    "a LongCtxCache reached an attention function that is not the patched one: the model is not patched, or was "
+    "unpatched while the cache lived. Patch it again, or start with a new cache."
+)
+
+
+@dataclass
+class Pending:
+    """One new token of each sequence, which has its places in a layer and is not written yet.
+
+    Attributes:
+        k, v: ``[B, H_kv, 1, D]``.
+        places: one per store of the layer.
+        total: tokens that the layer has seen with it.
+    """
+
+    layer: LongCtxLayer
+    k: Tensor
+    v: Tensor
+    places: list[Place]
+    total: int
+
+    def write(self) -> list[HeadKV]:
+        """Write it, and what it reads: as the stores' `append` would have given it."""
+        parts = []
+        self.layer.whole = False
+        for store, (segment, slot, length) in zip(self.layer.stores, self.places, strict=True):
+            store.heads.copy_to(segment.k[:, :, slot : slot + 1], self.k)
+            store.heads.copy_to(segment.v[:, :, slot : slot + 1], self.v)
+            seen = Segment(segment.k[:, :, :length], segment.v[:, :, :length], length)
+            parts.append(HeadKV(store.heads, [seen], store.spec, state=store.state))
+        self._done()
+        return parts
+
+    def attend(self, q: Tensor, scale: float, log: ForwardLog) -> Tensor | None:
+        """Write it and attend, q ``[B, H, 1, D]``, in one call: ``[B, 1, H, D]``; None where the kernel does not."""
+        step = self.layer.step
+        self.layer.whole = False
+        out = step.run(q, self.k, self.v, self.places, scale)
+        if out is not None:
+            self._done()
+            log.used.add(step.NAME)
+        return out
+
+    def _done(self) -> None:
+        for segment, _, length in self.places:
+            segment.length = length
+        self.layer.seen = self.total
+        self.layer.whole = True
+
+
+class LayerKV:
+    """What one layer's cache hands to the attention function.
+
+    Attributes:
+        pending: what is still to be written; asking for `parts` writes it.
+    """
+
+    def __init__(self, parts: list[HeadKV] | None, forward: Forward, pending: Pending | None = None):
+        self._parts = parts
+        self.forward = forward
+        self.pending = pending
+
+    @property
+    def parts(self) -> list[HeadKV]:
+        """One per role that has heads."""
+        if self._parts is None:
+            self._parts, self.pending = self.pending.write(), None
+        return self._parts
+
+    @property
+    def shape(self) -> None:
+        """What any other attention function asks a key for first."""
+        raise UnsupportedModeError(_wrapped() or NOT_OURS)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None) -> None:
+        """An attention function that asks for no shape (Transformers 5.0) goes straight to torch: the same error."""
+        given = (*args, *(kwargs or {}).values())
+        return next(kept.shape for kept in given if isinstance(kept, cls))
+
+
+def _wrapped() -> str | None:
+    """What is said where another library put a function of its own in front of ours."""
+    function = dict(ALL_ATTENTION_FUNCTIONS).get(NAME)
+    owner = getattr(function, "__module__", "")
+    if function is None or owner.partition(".")[0] == __name__.partition(".")[0]:
+        return None
+    return (
+        f"the attention function '{NAME}' was wrapped by {owner}, which asks for keys as one tensor; those of a "
+        "LongCtxCache are none. Import that library before patch_model (kvpress wraps all functions as it is imported)."
+    )
