@@ -9,6 +9,9 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import subprocess
+import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -356,12 +359,34 @@ def test_threads_are_those_of_torch():
     assert asked == [(2, 0)]
 
 
-def test_a_process_that_was_forked_before_has_no_team(monkeypatch):
-    monkeypatch.setattr(_native_threads, "_IMPORTED_BY", os.getppid())
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system does not say when a process began")
+def test_a_forked_process_has_no_team(monkeypatch):
+    assert not _native_threads.was_forked()
+    child = os.fork()
+    if not child:
+        os._exit(0 if _native_threads.was_forked() and openmp_start() is None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    monkeypatch.setattr(_native_threads, "STAT", Path("nowhere"))
     assert openmp_start() is None
-    monkeypatch.undo()
-    monkeypatch.setattr(_native_threads, "MAPS", Path("nowhere"))
-    assert openmp_start() is None
+
+
+def test_a_child_that_imports_this_after_torch_had_threads_computes():
+    """torch's own operators would wait for the parent's threads there."""
+    script = """
+    import os, torch
+    torch.set_num_threads(2)
+    torch.randn(2000, 2000) @ torch.randn(2000, 2000)
+    q = torch.ones(1, 4, 300, 64)
+    if not (child := os.fork()):
+        from hf_longctx.kernels import native
+        from hf_longctx.layout.reads import CAUSAL
+        from hf_longctx.layout.scores import Scores
+        from hf_longctx.layout.segments import Segment
+        out, _ = native.attend(q, [Segment(q, q, 300)], CAUSAL, Scores(0.1))
+        os._exit(0 if (out[0, 0, -1] == 1).all() else 1)
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
 
 
 @pytest.mark.usefixtures("shared")
