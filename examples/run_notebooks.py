@@ -69,12 +69,19 @@ def cleaned(notebook: NotebookNode) -> NotebookNode:
             continue
         code += 1
         cell.execution_count = code
+        cell.outputs = [output for output in cell.outputs if not is_torchao(output)]
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = code
             if "metadata" in output:
                 output.metadata = NotebookNode()
     return notebook
+
+
+def is_torchao(output: NotebookNode) -> bool:
+    """Whether all of it is what torchao, where it is installed, says as Transformers imports it."""
+    lines = output.text.splitlines() if output.output_type == "stream" and output.name == "stderr" else ["other"]
+    return all("torchao" in line or "torch/utils/_pytree.py" in line for line in lines)
 
 
 def main() -> None:

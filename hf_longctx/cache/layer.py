@@ -33,6 +33,7 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     supports_early_init = False
+    step: Any = None  # of the kernel that writes and reads a token at once, see kernels.base; False: there is none
 
     def __init__(self, plan: LayerPlan, max_tokens: int | None = None, slack: int = SLACK):
         self.plan = plan
@@ -46,7 +47,9 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         self.dense_bytes_per_token = 0
         self.checked = every_forward()
         self.autocast = False
-        self.step = None  # the kernel's, see kernels.base; False: it has none for this layer
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "step": None}  # a copy lays out its own
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         per_head = (

@@ -174,6 +174,12 @@ COMMANDS = {
         "4 rounds",
         ANEW,
     ),
+    "bench kernels": (
+        ["bench", "kernels", *BENCH, "--dtype", "fp32", "--head-dim", 16, "--threads", 1],
+        "bench kernels",
+        "20 rounds",
+        ANEW,
+    ),
     "bench crossover": (
         ["bench", "crossover", "--tokens", "150,256", "--rounds", 2, "--pattern", "block_topk:top_k=1", "--heads", 4]
         + ["--kv-heads", 2, "--head-dim", 16, "--threads", 1],

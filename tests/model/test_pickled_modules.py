@@ -25,9 +25,9 @@ TOKENS = torch.arange(3, 83)[None]  # more than a window, a group and a few page
 NAMED = {
     "a patched model": (
         "cache.plan config.config config.model config.sections decode.dense layout.forward layout.heads "
-        "model.hooks model.private_config model.state prefill.block_topk prefill.dense prefill.sink_recent stores.full "
-        "stores.offloaded stores.offloaded_disk stores.quantized stores.sink_recent "
-        "stores.sink_recent_compensated"
+        "model.compiled model.compiled_generate model.hooks model.private_config model.state "
+        "prefill.block_topk prefill.dense prefill.sink_recent stores.full stores.offloaded "
+        "stores.offloaded_disk stores.quantized stores.sink_recent stores.sink_recent_compensated"
     ),
     "a cache": (
         "cache.cache cache.layer cache.plan cache.token_ids decode.dense kernels._quantized layout.heads "
