@@ -245,9 +245,7 @@ def test_a_signal_ends_the_real_command(tmp_path):
     with subprocess.Popen(
         words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
     ) as run:
-        said = next(
-            line for line in run.stderr if line.startswith("demo")
-        )
+        said = next(line for line in run.stderr if line.startswith("demo"))
         assert said == "demo: started, 0 of 150 prompts and ways\n"
         assert " of 150 prompts and ways, " in run.stderr.readline(), "it is at work"
         run.send_signal(signal.SIGINT)
