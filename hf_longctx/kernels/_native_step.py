@@ -65,12 +65,12 @@ class LayerStep:
         if not (fit and alike and whole and sorted(sum(self.heads, ())) == list(range(kv_heads))):
             return False
         size = q.element_size()
-        numbers = [batch, heads, kv_heads, 1, dim, 0, *_heads(q, size), 0, size * heads * dim, size * dim, 0, 0, 0]
-        numbers += [*_heads(k, size), *_heads(v, size), len(places)]
+        numbers = [batch, heads, kv_heads, 1, dim, 0, *heads_of(q), 0, size * heads * dim, size * dim, 0, 0, 0]
+        numbers += [*heads_of(k), *heads_of(v), len(places)]
         self.slots = []
         for place, own in zip(places, self.heads, strict=True):
             self.slots.append((len(numbers), place.segment.k.shape[2]))
-            numbers += [0, 0, *_heads(place.segment.k, size), *_heads(place.segment.v, size), len(own), *own]
+            numbers += [0, 0, *heads_of(place.segment.k), *heads_of(place.segment.v), len(own), *own]
         self.numbers, self.facts = array("q", numbers), facts
         return True
 
@@ -85,7 +85,8 @@ def _facts(place: Place) -> tuple[int, int, int]:
     return k.data_ptr(), v.data_ptr(), k.shape[2]
 
 
-def _heads(x: Tensor, size: int) -> tuple[int, int, int, int]:
+def heads_of(x: Tensor) -> tuple[int, int, int, int]:
     """``Heads`` of vectors.h: where ``x [B, heads, tokens, D]`` is, and its strides in bytes."""
+    size = x.element_size()
     batch, head, token, _ = x.stride()
     return x.data_ptr(), size * batch, size * head, size * token

@@ -35,7 +35,7 @@ from ..layout.scores import Scores
 from ..layout.segments import Segment
 from . import _native_build, _native_speed, cpu, reference
 from ._arguments import ANY_LENGTHS, check
-from ._native_step import LayerStep, takes_scale
+from ._native_step import LayerStep, heads_of, takes_scale
 from ._native_threads import openmp_start
 from ._quantized import Quantised, packed_reason
 from .base import Case
@@ -184,9 +184,9 @@ class _Call:
 
     def heads(self, x: Tensor) -> tuple[int, ...]:
         """``Heads``: where ``x [B, heads, tokens, D]`` is, and its strides in bytes."""
-        x, size = x if x.stride(-1) == 1 else x.contiguous(), x.element_size()
-        batch, head, token, _ = x.stride()
-        return self.pointer(x), size * batch, size * head, size * token
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        self.held.append(x)
+        return heads_of(x)
 
     def segment(self, segment: Segment) -> tuple[int, ...]:
         """``Segment``; where rows differ, the length is the capacity, which bounds what is read."""

@@ -60,9 +60,9 @@ def attend(
     """
     plan: LayerPlan | None = getattr(module, "longctx_plan", None)
     traced = kwargs.get(FORWARD)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if isinstance(traced, Tensor):  # the handle of a cache, in a compiled forward
         _check_call(module, plan, None, dropout, kwargs)
-        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         return torch.ops.hf_longctx.decode_layer(query, key, value, traced, plan.layer_idx, scale), None
     call: Forward | None = key.forward if isinstance(key, LayerKV) else traced
     left_alone = getattr(module, "longctx_stock", False)
@@ -79,7 +79,6 @@ def attend(
             "kept: something between the model and its layers takes the cache away, as gradient checkpointing does. "
             "Turn that off around generate(), or pass use_cache=False."
         )
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     # What the family's record maps to a field of Scores.
     scores = Scores(scale, **{field: kwargs.get(name) for name, field in plan.scores})
     if isinstance(key, LayerKV):

@@ -13,7 +13,6 @@ constexpr int SPLIT = 512;          // keys of an item
 constexpr int64_t GRAIN = 1 << 21;  // bytes of keys and values that are worth making a thread, which takes 50 us
 constexpr int64_t OWN_GRAIN = GRAIN / 32;  // that are worth waking one that is there
 constexpr int FEW_TOKENS = 24;      // of which a prefill's tile of 64 queries would be mostly empty
-constexpr int HEADS = 4;            // of a party: queries whose scores are neighbours
 constexpr int64_t EARLIER = INT_MIN / 2;  // position of keys that every query sees
 
 // Slots low .. high of a segment. Slot j has the position ``base + j``.

@@ -53,7 +53,7 @@ struct Ahead {
 // q . (least + code * step) = q . least + (q * step) . code, and q * step is multiplied as three whole numbers of 7
 // bits, of 21 bits together, where the CPU sums four products of bytes in one step: codes are never widened.
 template <bool BF16, int BITS> class Scores {
-    static constexpr int HEADS = W / 4, PARTS = 3;
+    static constexpr int PARTS = 3;
     static constexpr float MOST = 1 << 20;  // of a whole number
     const int dim;
     Room room;

@@ -38,6 +38,7 @@ constexpr bool PAIRS = false;
 #endif
 constexpr int TILE = 64;               // queries of a tile, and keys
 constexpr int LANES = W == 8 ? 2 : 4;  // vectors of a row of a register block: 16 registers hold 4 x 2, 32 hold 4 x 4
+constexpr int HEADS = 4;               // of a party in decode.h: queries whose scores are neighbours
 constexpr float LOWEST = -1e30f;       // maximum of no scores: finite, because -inf - -inf is NaN
 constexpr double LOG2E = 1.44269504088896341;
 
