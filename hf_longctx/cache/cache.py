@@ -91,6 +91,8 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
             for layer in self.own:  # copied or unpickled in inference mode, to be continued outside of it
                 for store in layer.stores:
                     store.map_rows(torch.clone)
+                for selection in layer.chosen:
+                    selection.map_rows(torch.clone, layer.batch)
             self._change_stock(torch.clone)
             self.token_ids.map_rows(torch.clone)
 

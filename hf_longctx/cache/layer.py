@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from ..decode._selection import Selection
 from ..errors import CacheError
 from ..io.tensor_file import DTYPES
 from ..kernels import base as kernels
@@ -44,6 +46,7 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         self.stores: list[Store] = [role.store.new(role.heads, max_tokens) for role in plan.filled]
         for store in self.stores:
             store.slack = slack
+        self.selections = [Selection(role.decode) if role.selects else None for role in plan.filled]
         self.dense_bytes_per_token = 0
         self.checked = every_forward()
         self.autocast = False
@@ -76,7 +79,7 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         held, kind = (self.batch, self.plan.kv_heads, 1, self.head_dim), (self.dtype, self.device)
         if k.shape != held or (k.dtype, k.device) != kind or (v.dtype, v.device) != kind:
             return None
-        if needs_grad(k, v) or self.checked:
+        if needs_grad(k, v) or self.checked or self.plan.selecting(forward.rows):
             return None
         places = []
         for store in self.stores:
@@ -114,6 +117,8 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
             store.prepare(key_states, value_states, rows)
         self.whole = False
         parts = [store.append(key_states, value_states, rows) for store in self.stores]
+        for part, selection in zip(parts, self.selections, strict=True):
+            part.selection = selection
         self.seen = rows.total
         self.whole = True
         if new > 1:  # a prompt that is read in one forward reads no page of its own
@@ -147,6 +152,9 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         self.whole = False
         for store in self.stores:
             store.stagger(rows, pads)
+        for selection in self.chosen:
+            selection.part_ways(rows.batch)
+            selection.crop(replace(rows, starts=tuple(pads)), rows.total)
         self.whole = True
 
     def crop_to(self, rows: Rows, target: int) -> None:
@@ -154,6 +162,8 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
             self.whole = False
             for store in self.stores:
                 store.crop(rows, target)
+            for selection in self.chosen:
+                selection.crop(rows, target)
             self.seen = target
             self.whole = True
 
@@ -161,18 +171,23 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         self.whole = False
         for store in self.stores:
             store.map_rows(change)
+        for selection in self.chosen:
+            selection.map_rows(change, self.batch)
         self.batch = batch
         self.whole = True
 
     def fork(self) -> LongCtxLayer:
         other = copy.copy(self)
         other.stores = [store.fork() for store in self.stores]
+        other.selections = [None if one is None else one.fork() for one in self.selections]
         other.step = None
         return other
 
     def reset(self) -> None:
         for store in self.stores:
             store.reset()
+        for selection in self.chosen:
+            selection.reset()
         self.seen = 0
         self.is_initialized = False
         self.whole = True
@@ -180,6 +195,13 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
     def tensors(self) -> Iterable[Tensor]:
         for store in self.stores:
             yield from store.tensors()
+        for selection in self.chosen:
+            yield from selection.tensors()
+
+    @property
+    def chosen(self) -> Iterator[Selection]:
+        """The selections there are."""
+        return (one for one in self.selections if one is not None)
 
     def saved(self, starts: tuple[int, ...] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What ``restore`` needs: tensors by name, and plain data that JSON can hold."""

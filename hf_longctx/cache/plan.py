@@ -10,6 +10,7 @@ from typing import Any
 from ..decode.base import SelectSpec
 from ..decode.dense import Dense
 from ..layout.heads import RoleHeads
+from ..layout.rows import Rows
 from ..prefill.base import PatternSpec
 from ..stores.base import StoreSpec
 
@@ -55,6 +56,23 @@ class RolePlan:
     dense_tail: int = 0
     decode: SelectSpec = field(default_factory=Dense)
     as_stock: bool = False
+
+    @property
+    def selects(self) -> bool:
+        """Whether decoded tokens may leave out cached ones."""
+        return not self.decode.reads_all
+
+    def selecting(self, rows: Rows) -> bool:
+        """Whether some token of this forward may leave out cached tokens.
+
+        A forward of `FEWEST` new tokens is a prompt, and so is the first of a sequence: their tokens read by the
+        store's rule. All others are decoded tokens, drafts among them.
+        """
+        return self.selects and any(self.decodes(*rows.real(row), rows) for row in range(rows.batch))
+
+    def decodes(self, new: int, processed: int, rows: Rows) -> bool:
+        """Whether the selection is asked for the ``new`` of the ``processed`` tokens of a sequence."""
+        return 0 < new < processed and rows.new < FEWEST and self.decode.runs(processed)
 
     def tail(self, new: int) -> int:
         """How many of the ``new`` real tokens that a forward adds to a sequence are its dense tail."""
@@ -104,7 +122,8 @@ class LayerPlan:
         roles = []
         for role, letter in LETTERS.items():
             heads = RoleHeads(role, tuple(i for i, given in enumerate(letters) if given == letter), len(letters))
-            retrieval = {"prefill": prefill, "decode": decode or Dense()}
+            dense = decode is None or layer_idx < decode.dense_layers
+            retrieval = {"prefill": prefill, "decode": Dense() if dense else decode}
             own = retrieval if role == "retrieval" else {"dense_tail": dense_tail}
             as_stock = kernel == "stock" and stores[role].reads_all and not scores
             roles.append(RolePlan(heads, stores[role], as_stock=as_stock, **own))
@@ -134,7 +153,11 @@ class LayerPlan:
     @cached_property
     def tells_prompts(self) -> bool:
         """Whether the tokens of a prompt read otherwise than those that are decoded, in some head."""
-        return any(role.prefill is not None or role.dense_tail for role in self.filled)
+        return any(role.prefill is not None or role.dense_tail or role.selects for role in self.filled)
+
+    def selecting(self, rows: Rows) -> bool:
+        """Whether some decoded token of this forward may leave out cached tokens, in some head."""
+        return any(role.selecting(rows) for role in self.filled)
 
     def role(self, name: str) -> RolePlan:
         """The plan of ``retrieval`` or ``streaming`` heads."""

@@ -213,16 +213,16 @@ class DecodeSection:
     """Which cached keys a decoded token reads.
 
     Attributes:
-        retrieval: the selection of the heads that need the whole context; one value is allowed, ``dense``.
+        retrieval: the selection of the heads that need the whole context.
     """
 
     retrieval: Any = word("decode", "select", "retrieval", "dense")
 
     def __post_init__(self) -> None:
-        if not self.retrieval.reads_all:
+        if not self.retrieval.reads_all and not hasattr(self.retrieval, "choose"):
             raise ConfigError(
-                f"retrieval: got select {spec_word(self.retrieval)!r}, but a decoded token reads every cached token, "
-                "and nothing applies another selection yet. What works: select 'dense'."
+                f"retrieval: got select {spec_word(self.retrieval)!r}, whose class says neither that it reads every "
+                "token (reads_all) nor what to read. Make it a subclass of hf_longctx.decode.base.Select."
             )
 
 

@@ -1,11 +1,33 @@
-"""The base of every decode selection.
+"""The base of every decode selection: which cached tokens a decoded token reads.
 
-A YAML word of this folder names a frozen dataclass in the file of the same name. Its fields are the YAML keys.
+A YAML word of this folder names a frozen dataclass in the file of the same name. Its fields are the YAML keys. What a
+selection keeps beside a store is made by `Select.new_index`; the way from there to a list is the same for all:
+
+    index of the keys -> score of each entry -> vote of the heads of a group -> budget -> used again for a while
+
+Shapes: ``B`` sequences that begin at one slot, ``H`` query heads, ``n`` KV heads, ``G = H // n``, ``E`` entries, ``D``
+head_dim. Positions are row positions: they count a sequence's own tokens from 0.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..config.bounds import COUNT, TOKENS, TOKENS_OR_NONE
+from ..errors import ConfigError
+from ..layout.blocks import BlockList
+from ..layout.gather import shape_of
+from ..layout.segments import Segment
+from ..layout.streamed import Streamed
+from ._votes import best, vote
+
+Cached = Sequence[Segment | Streamed]  # all tokens of the sequences, without pads: `HeadKV.alone`
 
 
 class SelectSpec:
@@ -13,8 +35,215 @@ class SelectSpec:
 
     Attributes:
         roles: the roles whose heads the selection serves.
-        reads_all: it reads every kept key, which is all that runs so far: a config with another one is refused.
+        reads_all: it reads every cached token.
+        dense_layers: the first layers of the model, in which it reads every cached token.
+        cases: small settings, fields by name, that together show all it does; the tests run each of them.
     """
 
     roles: ClassVar[tuple[str, ...]] = ()
     reads_all: ClassVar[bool] = False
+    dense_layers: int = 0
+    cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+
+    def runs(self, processed: int) -> bool:
+        """Whether it may leave out tokens of a sequence that has ``processed`` tokens."""
+        return not self.reads_all
+
+    def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+        """Bytes that it keeps beside the store, for one KV head of one sequence of ``tokens`` tokens."""
+        return 0
+
+
+class Index(ABC):
+    """What is known of the keys of sequences of one length, beside the store that has them.
+
+    It is a function of the keys: `extend` reads them, a file does not have it. ``tokens`` are those it covers.
+    """
+
+    tokens: int = 0
+
+    @abstractmethod
+    def extend(self, cached: Cached, tokens: int) -> None:
+        """Cover the first ``tokens`` tokens."""
+
+    @abstractmethod
+    def crop(self, tokens: int) -> None:
+        """Cover at most the first ``tokens`` tokens."""
+
+    @abstractmethod
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Reorder, repeat or select the sequences: ``change`` does it to a tensor ``[B, ...]``."""
+
+    @abstractmethod
+    def fork(self) -> Index:
+        """One that goes on by itself and shares the memory of what both have."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor it keeps alive."""
+
+
+class NoIndex(Index):
+    """Of a selection that asks the keys themselves."""
+
+    def extend(self, cached: Cached, tokens: int) -> None:
+        self.tokens = tokens
+
+    def crop(self, tokens: int) -> None:
+        self.tokens = min(self.tokens, tokens)
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        pass
+
+    def fork(self) -> NoIndex:
+        return NoIndex()
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from ()
+
+
+@dataclass(eq=False)
+class Chosen:
+    """What a query reads: the entries before ``low``, listed ones, and everything from entry ``high`` on.
+
+        entries   0 .. low-1     low ............ high-1      high .. the query's own
+                  | sinks |      | * |   | * | * |   |        |   recent   |
+                                   listed, ascending
+
+    Attributes:
+        size: tokens of an entry.
+        entries: int32 ``[B, n, M]`` (or ``[B, H, M]``), ascending; what stands after the counts is ignored.
+        counts: how many there are, ``[B, n]``; None: M.
+        estimate: stands for what is skipped: a segment that every query reads as well.
+    """
+
+    size: int
+    low: int
+    high: int
+    entries: Tensor
+    counts: Tensor | None = None
+    estimate: Segment | None = None
+
+    def blocks(self, position: int) -> BlockList:
+        """The list of the query at ``position``."""
+        own = position // self.size
+        batch, heads, width = self.entries.shape
+        device = self.entries.device
+        sinks = torch.arange(self.low, dtype=torch.int32, device=device).expand(batch, heads, -1)
+        recent = torch.arange(self.high, own + 1, dtype=torch.int32, device=device).expand(batch, heads, -1)
+        more = self.low + own + 1 - self.high
+        if self.counts is None:
+            indices = torch.cat([sinks, self.entries, recent], 2)
+            counts = torch.full((batch, heads), width + more, dtype=torch.int32, device=device)
+        else:
+            given = torch.arange(width, device=device) < self.counts[..., None]
+            listed = self.entries.masked_fill(~given, own + 1)  # after everything that is read
+            indices = torch.cat([sinks, listed, recent], 2).sort(-1).values
+            counts = (self.counts + more).int()
+            indices = indices.masked_fill(indices > own, 0)
+        none = counts.new_zeros(batch, heads, 0)
+        zero = counts.new_zeros(batch, heads)
+        return BlockList(self.size, position, position + 1, indices[:, :, None], counts[:, :, None], none, zero)
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> Chosen:
+        counts = None if self.counts is None else change(self.counts)
+        estimate = self.estimate
+        if estimate is not None:
+            estimate = Segment(change(estimate.k), change(estimate.v), estimate.length, change(estimate.bias))
+        return Chosen(self.size, self.low, self.high, change(self.entries), counts, estimate)
+
+    def reads(self, position: int) -> Tensor | int:
+        """Tokens that the query at ``position`` reads, summed over sequences and lists."""
+        batch, lists, width = self.entries.shape
+        outside = self.low * self.size + position + 1 - self.high * self.size
+        chosen = batch * lists * width if self.counts is None else self.counts.sum()
+        return batch * lists * outside + chosen * self.size
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor it keeps alive."""
+        yield self.entries
+        if self.counts is not None:
+            yield self.counts
+        if self.estimate is not None:
+            yield from self.estimate.tensors()
+            yield self.estimate.bias
+
+
+@dataclass(frozen=True)
+class Select(SelectSpec):
+    """What every selection that leaves out tokens has in common.
+
+    Attributes:
+        budget: tokens that are chosen, beside the first and the newest ones.
+        share: choose this share of a sequence's tokens instead.
+        mass: choose no more entries than have this share of the softmax, as far as the scores tell; the budget bounds
+            them.
+        sink: first tokens, which are always read.
+        recent: newest tokens, which are always read.
+        min_tokens: a sequence of fewer tokens is read densely.
+        refresh: how long a choice is used: until a sequence's position is the next multiple of it, in tokens.
+        similar: choose again only when the cosine of the query and of the one that chose falls below this.
+        dense_layers: first layers of the model, which read every token.
+    """
+
+    roles = ("retrieval",)
+
+    budget: int = field(default=2048, metadata=TOKENS)
+    share: float | None = field(default=None, metadata={"above": 0.0, "max": 1.0})
+    mass: float | None = field(default=None, metadata={"above": 0.0, "max": 1.0})
+    sink: int = field(default=64, metadata=TOKENS)
+    recent: int = field(default=256, metadata=TOKENS)
+    min_tokens: int = field(default=4096, metadata=TOKENS_OR_NONE)
+    refresh: int = field(default=1, metadata=TOKENS)
+    similar: float | None = field(default=None, metadata={"min": -1.0, "max": 1.0})
+    dense_layers: int = field(default=2, metadata={**COUNT, "min": 0, "unit": "layers"})
+
+    def __post_init__(self) -> None:
+        if self.similar is not None and self.refresh == 1:
+            raise ConfigError(
+                f"similar: got {self.similar} with refresh 1, which chooses for every token. Set refresh to the most "
+                "tokens for which a choice may be used."
+            )
+
+    votes: ClassVar[str] = "max"  # how the query heads of a KV head vote, a word of `_votes.vote`
+
+    @property
+    def size(self) -> int:
+        """Tokens of an entry."""
+        return 1
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether sequences of one length may choose at different positions, so that each is asked alone."""
+        return self.similar is not None
+
+    def new_index(self) -> Index:
+        """An empty index, of one layer's heads."""
+        return NoIndex()
+
+    def runs(self, processed: int) -> bool:
+        low, high = self.between(processed - 1)
+        return processed >= self.min_tokens and high - low > self.width(processed)
+
+    def between(self, position: int) -> tuple[int, int]:
+        """The entries from which the query at ``position`` chooses: whole ones between sinks and newest tokens."""
+        low = -(-self.sink // self.size)
+        return low, max(low, (position + 1 - self.recent) // self.size)
+
+    def width(self, processed: int) -> int:
+        """Entries that are chosen at most, of ``processed`` tokens."""
+        tokens = self.budget if self.share is None else int(self.share * processed)
+        return max(1, tokens // self.size)
+
+    def choose(self, q: Tensor, index: Index, cached: Cached, position: int, scale: float) -> Chosen:
+        """What the query q ``[B, H, 1, D]`` at ``position`` reads; `runs` says that it leaves something out."""
+        low, high = self.between(position)
+        index.extend(cached, high * self.size)
+        scores = self.scores(q, index, cached, low, high, scale)
+        votes = vote(scores, shape_of(cached)[1], self.votes)
+        entries, counts = best(votes, self.width(position + 1), self.mass)
+        return Chosen(self.size, low, high, entries + low, counts)
+
+    def scores(self, q: Tensor, index: Index, cached: Cached, low: int, high: int, scale: float) -> Tensor:
+        """Scores of the entries ``low .. high`` for q ``[B, H, 1, D]``, scaled: float32 or wider, ``[B, H, E]``."""
+        raise NotImplementedError

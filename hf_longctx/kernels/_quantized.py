@@ -111,6 +111,10 @@ class Quantised(Streamed):
         """Slots that a reader must look at."""
         return max(self.lengths)
 
+    @property
+    def form(self) -> tuple[int, int, int]:
+        return *self.k.shape[:2], self.k_scale.shape[4]
+
     def length(self, low: int, high: int) -> int | Tensor:
         """How many of the slots ``low .. high`` are filled, in every row or row by row (int64 ``[B]``)."""
         found = [min(max(0, length - low), high - low) for length in self.lengths]
@@ -131,6 +135,23 @@ class Quantised(Streamed):
         stop = -(-high // self.group) * self.group
         room = _Room(self, stop - start)
         return tuple(x[:, :, low - start : high - start] for x in room.fill(self, start, stop))
+
+    span = unpack
+
+    def take(self, slots: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(self.dtype, torch.float32)
+        found = []
+        scales = (self.k_scale.flatten(3), slots // self.group), (self.v_scale, slots)
+        for codes, (scale, at) in zip((self.k, self.v), scales, strict=True):
+            few, own = (
+                x.gather(2, where[..., None].expand(-1, -1, -1, x.shape[3]))
+                for x, where in ((codes, slots), (scale, at))
+            )
+            step, least = own.unflatten(3, (2, -1)).to(wide).unbind(3)
+            into = few.new_empty(*few.shape[:3], few.shape[3] * 8 // self.bits, dtype=wide)
+            _codes(few, self.bits, into)
+            found.append(into.mul_(step).add_(least).to(self.dtype))
+        return tuple(found)
 
     def blocks(self) -> Iterator[Segment]:
         batch, heads, _, _ = self.k.shape

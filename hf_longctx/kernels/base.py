@@ -34,8 +34,10 @@ from torch import Tensor
 
 from ..config.words import near, registered, words
 from ..errors import ConfigError, UnsupportedModeError
+from ..layout.blocks import BlockList
 from ..layout.dtypes import needs_grad
 from ..layout.forward import Forward
+from ..layout.gather import gathered
 from ..layout.heads import RoleHeads
 from ..layout.reads import ALL, All, Causal, Reads
 from ..layout.scores import Scores
@@ -179,7 +181,8 @@ def attend(
     own = scores if scores.sinks is None else Scores(scores.scale, scores.softcap, None, scores.first_bias)
     case = case_of(q, segments, reads, own)
     if case.kinds and not _reads_kinds(word, case, forward):
-        out, lse = _streamed(word, q, segments, reads, own, forward)
+        streamed = _listed if isinstance(reads, BlockList) else _streamed
+        out, lse = streamed(word, q, segments, reads, own, forward)
     else:
         kernel = choose(word, case, forward)
         out, lse = kernel.attend(q, segments, reads, own, want_lse or scores.sinks is not None)
@@ -229,6 +232,16 @@ def _streamed(
     forward.log.notes.update(one.note for one in segments if not isinstance(one, Segment) and one.note)
     out, lse = merged
     return out.to(q.dtype), lse
+
+
+def _listed(
+    word: str, q: Tensor, segments: Sequence[Segment | Streamed], reads: BlockList, scores: Scores, forward: Forward
+) -> Part:
+    """What the lists of one query name is fetched or unpacked, and nothing else.
+
+    A bias of the first token is added to the first that is named: selections name it always.
+    """
+    return _attend_plain(word, q, gathered(segments, reads), ALL, scores, forward)
 
 
 def _attend_plain(word: str, q: Tensor, segment: Segment, reads: Reads, scores: Scores, forward: Forward) -> Part:

@@ -60,6 +60,36 @@ class PrefillCounts:
 
 
 @dataclass
+class DecodeCounts:
+    """What selections read for decoded tokens, for the report.
+
+    Attributes:
+        chosen, reused: sequences times layers and tokens for which a selection chose, or used a choice again.
+        cached: tokens that the KV heads of these had cached, summed.
+        reads: how many of them they read (per device, so that nothing waits).
+    """
+
+    chosen: int = 0
+    reused: int = 0
+    cached: int = 0
+    reads: dict[torch.device | None, Tensor | int] = field(default_factory=dict)
+
+    def add(self, reads: Tensor | int, cached: int, sequences: int, reused: bool) -> None:
+        self.cached += cached
+        if reused:
+            self.reused += sequences
+        else:
+            self.chosen += sequences
+        key = reads.device if isinstance(reads, Tensor) else None
+        self.reads[key] = reads + self.reads.get(key, 0)
+
+    @property
+    def share(self) -> float | None:
+        """Share of the cached tokens that was read; None before any selection ran. Reads the device."""
+        return sum(int(part) for part in self.reads.values()) / self.cached if self.cached else None
+
+
+@dataclass
 class ForwardLog:
     """What happened, for the report.
 
@@ -67,11 +97,13 @@ class ForwardLog:
         used: kernels that ran.
         notes: what ran slower than asked for.
         prefill: sparse prefills.
+        decode: decoded tokens that read a selection.
     """
 
     used: set[str] = field(default_factory=set)
     notes: set[str] = field(default_factory=set)
     prefill: PrefillCounts = field(default_factory=PrefillCounts)
+    decode: DecodeCounts = field(default_factory=DecodeCounts)
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ class HeadKV:
         first: row position of the first key of ``segments[0]`` (0 when nothing was dropped or held in ``sinks``).
         spec: the spec of the store, which knows its visibility rule.
         state: what else the spec's `reads` needs, tensors by name.
+        selection: which of these tokens a decoded token reads; None: all.
     """
 
     heads: RoleHeads
@@ -154,6 +155,7 @@ class HeadKV:
     sinks: Segment | None = None
     first: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
+    selection: Any = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -37,6 +37,27 @@ class Streamed(ABC):
     def joined_note(self) -> str:
         """What the report says where a prefill pattern needs all of it at once (`contents`)."""
 
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Tokens of the sequence that has most."""
+
+    @property
+    @abstractmethod
+    def form(self) -> tuple[int, int, int]:
+        """Sequences, KV heads, head_dim of the keys."""
+
+    @abstractmethod
+    def span(self, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """k, v ``[B, n, high - low, D]`` of the slots ``low .. high``."""
+
+    @abstractmethod
+    def take(self, slots: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """k, v ``[B, n, W, D]`` of the slots ``slots [B, n, W]`` (int64), of which no others are fetched or unpacked.
+
+        ``wanted``: bool like ``slots``, what may be anything where it is False; None: all are wanted.
+        """
+
     @abstractmethod
     def blocks(self) -> Iterator[Segment]:
         """Plain segments, together the cached tokens in order. One is only valid until the next is requested."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache.cache import LongCtxCache
-from ..cache.plan import differing
+from ..cache.plan import LayerPlan, differing
 from ..cache.seam import CACHE, rename_cache
 from ..errors import CacheError, UnsupportedModeError
 from ..layout.dtypes import autocast_on
@@ -32,7 +32,7 @@ from .drafts import DraftsApart
 from .graphs import refuse_graphs
 from .modules import language_model
 from .positions import positions_ahead, refuse_other_prompt, refuse_positions
-from .refusals import refuse_call, refuse_lost_prompt
+from .refusals import refuse_call, refuse_lost_prompt, refuse_selection
 from .rotary import check_rotary
 from .state import PatchState
 
@@ -96,6 +96,7 @@ class BeforeForward:
         refuse_positions(positions, rows, staggered)
         if note := check_rotary(config, rows):
             self.state.note(note)
+        refuse_selection(self.state.plans, rows, cache, inputs.device)
         observer = observers.get().get(id(base))
         steps = rows.new == 1 and not rows.padded and observer is None and not autocast_on(inputs)
         forward = Forward(rows, self.state.log, observer, isinstance(cache, LongCtxCache), steps)
@@ -260,7 +261,7 @@ class PrepareCache(OnModel):
         cache = model_kwargs.get(CACHE)
         no_cache = generation_config.use_cache is False or id(language_model(model)) in observers.get()
         if not self.dense:
-            _refuse_generate(model, cache, generation_config, (*args, *kwargs.values()))
+            _refuse_generate(model, self.state.plans, cache, generation_config, (*args, *kwargs.values()))
         if self.dense or cache is not None or no_cache or asked in DENSE_MEMORY:
             return self.original(generation_config, model_kwargs, *args, **kwargs)
         rollback = _hands_back(generation_config, (*args, *kwargs.values()))
@@ -283,13 +284,22 @@ class MakeDrafts(OnModel):
 ON_MODEL: tuple[type[OnModel], ...] = (Generate, StartBatching, SetAttention, PrepareCache, MakeDrafts)
 
 
-def _refuse_generate(model: nn.Module, cache: Any, generation_config: Any, given: tuple) -> None:
+def _refuse_generate(
+    model: nn.Module, plans: Sequence[LayerPlan], cache: Any, generation_config: Any, given: tuple
+) -> None:
     """What generate() would do wrong with this cache, or with none."""
     asked = generation_config.cache_implementation
     if cache is None and asked not in (*OURS, *DENSE_MEMORY):
         raise UnsupportedModeError(
             f"cache_implementation='{asked}' is a fixed-size cache that a patched model cannot read. Leave it out, "
             f"or pass {CACHE}=LongCtxCache(model, max_tokens=...) to reserve memory."
+        )
+    selects = any(role.selects for plan in plans for role in plan.filled)
+    if generation_config.use_cache is False and selects:
+        raise UnsupportedModeError(
+            "use_cache=False (an argument, or in a generation config): every token would be read as the end of a new "
+            "prompt, and the config's decode.retrieval says what decoded tokens read. Set use_cache=True, or patch "
+            "with decode={'retrieval': {'select': 'dense'}}."
         )
     if cache is not None and generation_config.use_cache is False:
         raise UnsupportedModeError(

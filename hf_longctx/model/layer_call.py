@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..cache.plan import LayerPlan, RolePlan
 from ..cache.seam import CACHE
+from ..decode._selection import Selection
 from ..errors import UnsupportedModeError
 from ..kernels import base as kernels
 from ..layout.dtypes import needs_grad
@@ -110,7 +111,9 @@ class LayerCall:
         """One decoded token by a kernel that has `attend_layer`; None where it is computed role by role."""
         if not kernels.some_launch_layers(self.plan.word, query.device, self.forward):
             return None
-        if any(role.as_stock for role in self.plan.filled) or len({part.dtype for part in parts}) > 1:
+        if self.plan.selecting(self.rows) or any(role.as_stock for role in self.plan.filled):
+            return None
+        if len({part.dtype for part in parts}) > 1:
             return None  # two dtypes: autocast was on while one of them grew
         query = query.to(parts[0].dtype)
         scores = self.scores
@@ -126,6 +129,8 @@ class LayerCall:
 
     def _role(self, q: Tensor, role: RolePlan, part: HeadKV, rowwise: bool = False, by_store: bool = False) -> Tensor:
         """Attention ``[B, h, T, D]`` of one role's query heads."""
+        if part.selection is not None and not by_store and role.selecting(self.rows):
+            return self._selected(q, role, part)
         patterns = not by_store and self._runs_patterns(role)
         if role.as_stock and not patterns and not self.rows.padded and _one_plain(part):
             return self._sdpa(q, *part.segments[0].contents())
@@ -201,6 +206,46 @@ class LayerCall:
                 out = self._attend(alone, segments, reads, part.heads)
             outs.append(nn.functional.pad(out, (0, 0, pads, 0)) if pads else out)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _selected(self, q: Tensor, role: RolePlan, part: HeadKV) -> Tensor:
+        """What the selection reads, ``[B, h, T, D]``, query by query; zeros for pads."""
+        rows = self.rows
+        outs = []
+        for group, start in self._apart(role):
+            out = q.new_zeros(*q[group].shape[:3], part.segments[-1].v.shape[3])
+            new, processed = rows.real(group.start or 0)
+            for position in range(processed - new, processed):
+                at = start + position - rows.past
+                own = part.without_last(rows.new - 1 - at).alone(group, start)
+                one = q[group, :, at : at + 1]
+                out[:, :, at : at + 1] = self._selected_one(one, role, part.selection, group, own, position)
+            outs.append(out)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _selected_one(
+        self, q: Tensor, role: RolePlan, selection: Selection, group: slice, segments: list, position: int
+    ) -> Tensor:
+        """What one query reads of all tokens up to its own, ``[b, h, 1, D]``."""
+        heads = role.heads
+        if not role.decodes(1, position + 1, self.rows):
+            return self._attend(q, segments, ALL, heads)
+        chosen, reused = selection.choose(group, q, segments, position, self.scores.scale)
+        batch, lists, _ = chosen.entries.shape
+        self.forward.log.decode.add(chosen.reads(position), batch * lists * (position + 1), batch, reused)
+        own = self._scores(heads) if self.by_head else self.scores
+        if chosen.estimate is None:
+            return self._attend(q, segments, chosen.blocks(position), heads)
+        more = kernels.attend(
+            self.plan.word, q, [chosen.estimate], ALL, Scores(own.scale, own.softcap), self.forward, True
+        )
+        read = kernels.attend(self.plan.word, q, segments, chosen.blocks(position), own, self.forward, True)
+        return kernels.merge([read, more])[0]
+
+    def _apart(self, role: RolePlan) -> Iterator[tuple[slice, int]]:
+        """As `Rows.groups`, but one sequence at a time where each chooses by itself."""
+        if not role.decode.by_sequence or self.rows.padded:
+            return self.rows.groups()
+        return ((slice(row, row + 1), 0) for row in range(self.rows.batch))
 
     def _with_tail(self, q: Tensor, part: HeadKV, group: slice, start: int, new: int, tail: int) -> Tensor:
         """As the store reads but for the last ``tail`` of ``new`` real queries, ``[B, h, T, D]``; 0 for right pads."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..cache.cache import LongCtxCache
+from ..cache.plan import LayerPlan
 from ..cache.seam import CACHE, OTHER, checkpointing_drops_cache
+from ..config.words import spec_word
 from ..errors import UnsupportedModeError
 from ..layout.prompt_learning import active_config, kind_of, virtual_tokens
+from ..layout.rows import Rows
 from .as_stock import padding_of
 from .attention import KNOWN
 
@@ -35,6 +40,28 @@ def refuse_call(base: nn.Module, given: dict[str, Any]) -> None:
     _refuse_unknown(base, given)
     _refuse_modes(given, base.config, base.training)
     _refuse_checkpointing(base, given.get(CACHE))
+
+
+def refuse_selection(plans: Sequence[LayerPlan], rows: Rows, cache: Any, device: torch.device) -> None:
+    """Refuse decoded tokens whose selection would have no index, or would make a GPU wait in every layer.
+
+    Raises:
+        UnsupportedModeError: the cache is not ours, or a choice is compared by value on a device.
+    """
+    asked = [role.decode for plan in plans for role in plan.filled if role.selecting(rows)]
+    if not asked:
+        return
+    if not isinstance(cache, LongCtxCache):
+        raise UnsupportedModeError(
+            f"the config's decode.retrieval selects what a decoded token reads ({spec_word(asked[0])}), by an index "
+            f"that a LongCtxCache keeps; this forward got a {type(cache).__name__}. Leave the cache out, pass "
+            f"{CACHE}=LongCtxCache(model), or patch with decode={{'retrieval': {{'select': 'dense'}}}}."
+        )
+    if device.type != "cpu" and any(one.by_sequence for one in asked):
+        raise UnsupportedModeError(
+            f"decode.retrieval.similar is {asked[0].similar}: whether a choice is used again would be read from "
+            f"{device.type} in every layer and for every token. Leave similar out; refresh alone decides without that."
+        )
 
 
 def _refuse_inputs(given: dict) -> None:

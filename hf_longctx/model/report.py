@@ -34,6 +34,9 @@ class Report:
             was noted last: after the prompt, and then whenever the cache had grown by an eighth.
         kernels: kernels that ran.
         notes: what ran slower or otherwise than asked for.
+        chosen, reused: decoded tokens (times rows and layers) for which a selection chose what retrieval heads read, or
+            used its last choice again.
+        read: share of the cached tokens that they read; None before the first.
         sparse, dense: rows times layers whose prefill pattern ran, and whose rows were too short for it.
         density: share of the causal key blocks that the sparse ones read; None before the first.
         own_density: what it would be if each query head read its own list: less than ``density`` with
@@ -51,6 +54,9 @@ class Report:
     density: float | None = None
     own_density: float | None = None
     dense_tail: int = 0
+    chosen: int = 0
+    reused: int = 0
+    read: float | None = None
     tails: int = 0
     tail_tokens: int = 0
     seen: int | None = None
@@ -78,6 +84,11 @@ class Report:
         if self.dense_tail:
             ran = f"{self.tails} times, {self.tail_tokens} tokens (rows x layers)"
             lines.append(f"dense tail    the last {self.dense_tail} tokens of a prompt: {ran}")
+        if self.read is not None:
+            again = (
+                f", {self.reused / (self.chosen + self.reused):.0%} of the choices used again" if self.reused else ""
+            )
+            lines.append(f"decode        retrieval heads read {self.read:.1%} of their tokens{again}")
         if self.nbytes is not None and self.nbytes_dense:
             share = self.nbytes / self.nbytes_dense
             gone = "" if self.alive else " (it is gone now)"
@@ -132,6 +143,9 @@ def report(model: nn.Module) -> Report:
         dense=log.prefill.dense,
         density=log.prefill.density,
         own_density=log.prefill.own_density,
+        chosen=log.decode.chosen,
+        reused=log.decode.reused,
+        read=log.decode.share,
         dense_tail=max(role.dense_tail for plan in state.plans for role in plan.filled),
         tails=log.prefill.tails,
         tail_tokens=log.prefill.tail_tokens,

@@ -14,6 +14,7 @@ import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,16 +32,23 @@ class Page(ABC):
 
     Attributes:
         rows, tokens: B and the number of slots.
+        form: n and D.
         nbytes: what they take.
     """
 
     rows: int
     tokens: int
+    form: tuple[int, int]
     nbytes: int
 
     @abstractmethod
     def read(self) -> tuple[Tensor, Tensor]:
         """k, v ``[B, n, tokens, D]`` on the CPU."""
+
+    def read_at(self, rows: Tensor, heads: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v ``[N, D]`` of N tokens, each of its row, KV head and slot (int64 ``[N]``), on the CPU."""
+        self.settle()
+        return tuple(x[rows, heads, slots] for x in self.read())
 
     def soon(self) -> None:  # noqa: B027
         """A hint that `read` comes next."""
@@ -63,8 +71,7 @@ class HostPage(Page):
         self.k = k
         self.v = v
         self.written = written
-        self.rows = k.shape[0]
-        self.tokens = k.shape[2]
+        self.rows, self.tokens, self.form = k.shape[0], k.shape[2], (k.shape[1], k.shape[3])
         self.nbytes = k.nbytes + v.nbytes
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -100,29 +107,42 @@ class HostMemory:
 class DiskPage(Page):
     """A page in a safetensors file, mapped into memory while somebody reads it.
 
-    Its checksum is compared at every reading: disks rot, and a file in a folder for temporary ones is easily written
-    over. A file kept open and without a name would be one open file for each page, of which a long context has more
-    than a process may have.
+    Its checksum is compared whenever all of it is read: disks rot, and a file in a folder for temporary ones is easily
+    written over. Where a few tokens are read, it must be the file that was written, by its size and time. A file kept
+    open and without a name would be one open file for each page, of which a long context has more than a process may
+    have.
     """
 
     def __init__(self, path: str, folder: Folder, k: Tensor, v: Tensor):
         self.path = path
         self.folder = folder
         self.written = [_form(x) for x in (k, v)]
-        self.rows = k.shape[0]
-        self.tokens = k.shape[2]
+        self.stamp = _stamp(path)
+        self.rows, self.tokens, self.form = k.shape[0], k.shape[2], (k.shape[1], k.shape[3])
         self.nbytes = k.nbytes + v.nbytes
         weakref.finalize(self, _delete, path, os.getpid())
 
     def read(self) -> tuple[Tensor, Tensor]:
+        found = self._mapped()
+        if [_form(x) for x in found] != self.written:
+            self._refuse()
+        return found
+
+    def read_at(self, rows: Tensor, heads: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        found = self._mapped()
+        if _stamp(self.path) != self.stamp:
+            self._refuse()
+        return tuple(x[rows, heads, slots] for x in found)
+
+    def _mapped(self) -> tuple[Tensor, Tensor]:
         try:
             with safe_open(self.path, framework="pt") as file:
-                found = file.get_tensor("k"), file.get_tensor("v")
+                return file.get_tensor("k"), file.get_tensor("v")
         except (OSError, SafetensorError) as error:
             raise CacheError(f"the page file {self.path} of this cache cannot be read: {error}. {GONE}") from error
-        if [_form(x) for x in found] != self.written:
-            raise CacheError(f"the page file {self.path} of this cache is not what was written to it. {GONE}")
-        return found
+
+    def _refuse(self) -> NoReturn:
+        raise CacheError(f"the page file {self.path} of this cache is not what was written to it. {GONE}")
 
     def soon(self) -> None:
         if hasattr(os, "posix_fadvise"):
@@ -199,6 +219,15 @@ def _unpickled_disk_page(folder: Folder, k: Tensor, v: Tensor) -> DiskPage:
 def _form(x: Tensor) -> tuple:
     """What a tensor that is read again must have in common with the one that was written."""
     return x.dtype, x.shape, checksum(x)
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    """What changes when a file is written again; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _delete(path: str, process: int) -> None:

@@ -68,6 +68,15 @@ class Pages(Streamed):
     def length(self) -> int:
         return sum(entry.high - entry.low for entry in self.entries)
 
+    longest = length
+
+    @property
+    def form(self) -> tuple[int, int, int]:
+        page, _, _, index = self.entries[0]
+        heads, dim = page.form
+        rows = range(page.rows if index is None else index.shape[0])
+        return len(rows[self.rows]), heads, dim
+
     @property
     def nbytes(self) -> int:
         """Bytes of the pages, which other caches may share."""
@@ -96,6 +105,61 @@ class Pages(Streamed):
             if following is not None:
                 following[0].soon()
             yield [x[rows] for x in page.read()]
+
+    def span(self, low: int, high: int) -> tuple[Tensor, Tensor]:
+        kept = self.first(high)
+        begin = 0
+        entries = []
+        for entry in kept.entries:
+            end = begin + entry.high - entry.low
+            if low < end:
+                entries.append(entry._replace(low=entry.low + max(0, low - begin)))
+            begin = end
+        parts = [block.contents() for block in self._copied(replace(kept, entries=entries, bias=None))]
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(pair, 2) for pair in zip(*parts, strict=True))
+
+    @staticmethod
+    def _copied(pages: Pages) -> Iterator[Segment]:
+        """Its blocks; copies where another follows, with which the memory of the first would be used again."""
+        last = len(pages.entries) - 1
+        for at, block in enumerate(pages.blocks()):
+            yield block if at == last else replace(block, k=block.k.clone(), v=block.v.clone())
+
+    def take(self, slots: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Streamed`; pages that hold none of the slots are not touched. Reads ``slots``: a GPU is waited for."""
+        flat = slots.cpu().flatten()
+        shape = slots.shape
+        ends = torch.tensor(list(itertools.accumulate(entry.high - entry.low for entry in self.entries)))
+        at = torch.bucketize(flat, ends, right=True)
+        if wanted is not None:
+            at = at.masked_fill(~wanted.cpu().flatten(), len(self.entries))
+        order = at.argsort(stable=True)
+        counts = torch.bincount(at, minlength=len(self.entries) + 1).tolist()
+        heads = torch.arange(shape[1]).repeat_interleave(shape[2]).repeat(shape[0])
+        rows = torch.arange(shape[0]).repeat_interleave(shape[1] * shape[2])
+        out = None
+        done = 0
+        for number, (entry, count) in enumerate(zip(self.entries, counts, strict=False)):
+            if not count:
+                continue
+            some = order[done : done + count]
+            done += count
+            found = entry.page.read_at(
+                self._page_rows(entry)[rows[some]], heads[some], flat[some] - int(ends[number]) + entry.high
+            )
+            if out is None:
+                out = [x.new_zeros(len(flat), x.shape[1]) for x in found]
+            for into, x in zip(out, found, strict=True):
+                into[some] = x
+        if out is None:  # nothing is wanted of it
+            heads, dim = self.entries[0].page.form
+            out = [torch.zeros(len(flat), dim, dtype=self.dtype) for _ in "kv"]
+        return tuple(x.view(*shape, -1).to(self.device, self.dtype) for x in out)
+
+    def _page_rows(self, entry: Entry) -> Tensor:
+        """Which rows of the page those that are read are."""
+        rows = torch.arange(entry.page.rows) if entry.index is None else entry.index.cpu()
+        return rows[self.rows]
 
     def contents(self) -> tuple[Tensor, Tensor]:
         first = next(self.blocks())

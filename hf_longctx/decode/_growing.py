@@ -1,0 +1,101 @@
+"""A tensor that grows by whole entries; what it had when a cache was forked is shared, and never written again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+SPARE = 16  # entries: free room that a buffer has at least
+
+
+class Growing:
+    """Entries ``[B, n, N, W]``, in parts that follow one another.
+
+        shared  |####|######|    own  |####....|
+        entries  0 ..            ..  length
+
+    Attributes:
+        length: entries in all.
+    """
+
+    def __init__(self) -> None:
+        self.shared: list[Tensor] = []
+        self.own: Tensor | None = None
+        self.length = 0
+
+    @property
+    def _before(self) -> int:
+        return sum(part.shape[2] for part in self.shared)
+
+    def append(self, entries: Tensor) -> None:
+        """``entries [B, n, N, W]`` after those there are."""
+        before = self._before
+        used = self.length - before
+        needed = used + entries.shape[2]
+        if self.own is None or self.own.shape[2] < needed:
+            room = needed + max(SPARE, needed // 8)
+            with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
+                grown = entries.new_empty(*entries.shape[:2], room, entries.shape[3])
+            if used:
+                grown[:, :, :used] = self.own[:, :, :used]
+            self.own = grown
+        self.own[:, :, used:needed] = entries
+        self.length = before + needed
+
+    def views(self, low: int = 0, high: int | None = None) -> list[Tensor]:
+        """The entries ``low .. high``, in order, each part as it lies."""
+        high = self.length if high is None else high
+        found = []
+        begin = 0
+        own = [] if self.own is None else [self.own[:, :, : self.length - self._before]]
+        for part in (*self.shared, *own):
+            end = begin + part.shape[2]
+            if begin < high and low < end:
+                found.append(part[:, :, max(low, begin) - begin : min(high, end) - begin])
+            begin = end
+        return found
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` entries; what is shared is kept whole where a part of it is."""
+        if length >= self.length:
+            return
+        self.length = length
+        left = []
+        for part in self.shared:
+            if length > 0:
+                left.append(part[:, :, :length])
+            length -= part.shape[2]
+        if length <= 0:
+            self.own = None
+        self.shared = left
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """``change`` reorders, repeats or selects the rows of a tensor ``[B, ...]``; rows of one memory stay so."""
+        self.shared = [_changed(part, change) for part in self.shared]
+        if self.own is not None:
+            with torch.inference_mode(False):
+                self.own = change(self.own)
+
+    def fork(self) -> Growing:
+        """One with the same entries; both write what comes next to memory of their own."""
+        if self.length > self._before:
+            self.shared = [*self.shared, self.own[:, :, : self.length - self._before]]
+        self.own = None
+        other = Growing()
+        other.shared, other.length = list(self.shared), self.length
+        return other
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor it keeps alive."""
+        yield from self.shared
+        if self.own is not None:
+            yield self.own
+
+
+def _changed(part: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    if part.shape[0] == 1 or part.stride(0) == 0:
+        return part[:1].expand(change(part[:, :0, :0]).shape[0], -1, -1, -1)
+    with torch.inference_mode(False):
+        return change(part)

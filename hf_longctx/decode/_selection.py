@@ -1,0 +1,144 @@
+"""What one layer's selection knows while a cache lives: the index of each sequence's keys, and what was chosen last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..layout.rows import Rows
+from .base import Cached, Chosen, Index, Select
+
+TAKEN_BACK = 128  # tokens: a forward that checks drafts brings fewer, and so many may be rolled back at once
+ALL = -1  # stands for all sequences of a batch
+
+
+@dataclass(eq=False)
+class Choice:
+    """A choice that is used again.
+
+    Attributes:
+        position: of the query that chose.
+        q: that query, ``[B, H, 1, D]``; None where nobody compares it.
+    """
+
+    position: int
+    chosen: Chosen
+    q: Tensor | None
+
+
+@dataclass(eq=False)
+class Part:
+    """Of sequences of one length, which choose together."""
+
+    index: Index
+    choices: list[Choice] = field(default_factory=list)
+
+    def crop(self, tokens: int) -> None:
+        self.index.crop(tokens)
+        self.choices = [one for one in self.choices if one.position < tokens]
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.index.map_rows(change)
+        self.choices = [
+            replace(one, chosen=one.chosen.map_rows(change), q=None if one.q is None else change(one.q))
+            for one in self.choices
+        ]
+
+    def fork(self) -> Part:
+        return Part(self.index.fork(), list(self.choices))
+
+    def remember(self, choice: Choice) -> None:
+        """Beside those that may be valid again after drafts were rejected."""
+        before = [one for one in self.choices if one.position > choice.position - TAKEN_BACK]
+        self.choices = [*self.choices[-len(before) - 1 :], choice]
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.index.tensors()
+        for one in self.choices:
+            yield from one.chosen.tensors()
+            if one.q is not None:
+                yield one.q
+
+
+class Selection:
+    """Of the KV heads of one role in one layer, beside their store.
+
+    Attributes:
+        parts: by sequence, where lengths differ; else one for all of them, under `ALL`.
+    """
+
+    def __init__(self, spec: Select):
+        self.spec = spec
+        self.parts: dict[int, Part] = {}
+
+    def choose(self, group: slice, q: Tensor, cached: Cached, position: int, scale: float) -> tuple[Chosen, bool]:
+        """What the query q ``[B, H, 1, D]`` at ``position`` reads, and whether it was chosen before.
+
+        Args:
+            group: these sequences of the batch, all or one.
+            cached: all their tokens.
+        """
+        part = self._part(group)
+        spec = self.spec
+        if part.choices and self._holds(part.choices[-1], q, position):
+            return part.choices[-1].chosen, True
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # it would round the scores
+            chosen = spec.choose(q, part.index, cached, position, scale)
+        if spec.refresh > 1:
+            part.remember(Choice(position, chosen, q.clone() if spec.similar is not None else None))
+        return chosen, False
+
+    def _holds(self, last: Choice, q: Tensor, position: int) -> bool:
+        if last.position // self.spec.refresh != position // self.spec.refresh:
+            return False
+        if self.spec.similar is None:
+            return True
+        pair = (x.flatten().to(torch.promote_types(q.dtype, torch.float32)) for x in (last.q, q))
+        return bool(torch.cosine_similarity(*pair, dim=0) >= self.spec.similar)
+
+    def _part(self, group: slice) -> Part:
+        """What is known of these sequences; what was known of each alone is built anew for all, from the keys."""
+        key = ALL if group == slice(None) else group.start
+        if (key == ALL) != (ALL in self.parts):
+            self.parts = {}
+        if key not in self.parts:
+            self.parts[key] = Part(self.spec.new_index())
+        return self.parts[key]
+
+    def part_ways(self, batch: int) -> None:
+        """From now on the ``batch`` sequences have lengths of their own."""
+        if ALL in self.parts:
+            whole = self.parts.pop(ALL)
+            for row in range(batch):
+                self.parts[row] = whole.fork()
+                self.parts[row].map_rows(lambda x, row=row: x[row : row + 1])
+
+    def crop(self, rows: Rows, target: int) -> None:
+        """Forget all but the first ``target`` slots of ``rows``."""
+        for key, part in self.parts.items():
+            part.crop(max(0, target - rows.start(max(0, key))))
+
+    def map_rows(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
+        """Reorder, repeat or select the ``batch`` sequences."""
+        if ALL in self.parts:
+            self.parts[ALL].map_rows(change)
+            return
+        if self.parts:
+            old = change(torch.arange(batch)).tolist()
+            self.parts = {new: self.parts[row].fork() for new, row in enumerate(old) if row in self.parts}
+
+    def reset(self) -> None:
+        self.parts = {}
+
+    def fork(self) -> Selection:
+        other = Selection(self.spec)
+        other.parts = {key: part.fork() for key, part in self.parts.items()}
+        return other
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor it keeps alive."""
+        for part in self.parts.values():
+            yield from part.tensors()
