@@ -46,7 +46,7 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         self.stores: list[Store] = [role.store.new(role.heads, max_tokens) for role in plan.filled]
         for store in self.stores:
             store.slack = slack
-        self.selections = [Selection(role.decode) if role.selects else None for role in plan.filled]
+        self.selections = [Selection(role.decode, plan.word) if role.selects else None for role in plan.filled]
         self.dense_bytes_per_token = 0
         self.checked = every_forward()
         self.autocast = False

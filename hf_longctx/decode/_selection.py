@@ -67,11 +67,13 @@ class Selection:
     """Of the KV heads of one role in one layer, beside their store.
 
     Attributes:
+        kernel: the config's word.
         parts: by sequence, where lengths differ; else one for all of them, under `ALL`.
     """
 
-    def __init__(self, spec: Select):
+    def __init__(self, spec: Select, kernel: str = "auto"):
         self.spec = spec
+        self.kernel = kernel
         self.parts: dict[int, Part] = {}
 
     def choose(self, group: slice, q: Tensor, cached: Cached, position: int, scale: float) -> tuple[Chosen, bool]:
@@ -106,6 +108,7 @@ class Selection:
             self.parts = {}
         if key not in self.parts:
             self.parts[key] = Part(self.spec.new_index())
+        self.parts[key].index.kernel = self.kernel
         return self.parts[key]
 
     def part_ways(self, batch: int) -> None:
@@ -134,7 +137,7 @@ class Selection:
         self.parts = {}
 
     def fork(self) -> Selection:
-        other = Selection(self.spec)
+        other = Selection(self.spec, self.kernel)
         other.parts = {key: part.fork() for key, part in self.parts.items()}
         return other
 

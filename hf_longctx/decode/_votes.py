@@ -37,6 +37,7 @@ def best(votes: Tensor, width: int, mass: float | None = None) -> tuple[Tensor, 
     Args:
         mass: as few of the best as have this share of the softmax of the votes; None: ``width`` of them.
     """
+    votes = votes.masked_fill(votes.isnan(), float("-inf"))
     total = votes.shape[2]
     width = min(width, total)
     values = votes.topk(width).values

@@ -57,10 +57,15 @@ class SelectSpec:
 class Index(ABC):
     """What is known of the keys of sequences of one length, beside the store that has them.
 
-    It is a function of the keys: `extend` reads them, a file does not have it. ``tokens`` are those it covers.
+    It is a function of the keys: `extend` reads them, a file does not have it.
+
+    Attributes:
+        tokens: those it covers, from the first on.
+        kernel: the config's word, for what a kernel computes of it.
     """
 
     tokens: int = 0
+    kernel: str = "auto"
 
     @abstractmethod
     def extend(self, cached: Cached, tokens: int) -> None:
@@ -239,10 +244,15 @@ class Select(SelectSpec):
         """What the query q ``[B, H, 1, D]`` at ``position`` reads; `runs` says that it leaves something out."""
         low, high = self.between(position)
         index.extend(cached, high * self.size)
-        scores = self.scores(q, index, cached, low, high, scale)
-        votes = vote(scores, shape_of(cached)[1], self.votes)
-        entries, counts = best(votes, self.width(position + 1), self.mass)
+        entries, counts = self.pick(q, index, cached, low, high, self.width(position + 1), scale)
         return Chosen(self.size, low, high, entries + low, counts)
+
+    def pick(
+        self, q: Tensor, index: Index, cached: Cached, low: int, high: int, width: int, scale: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """At most ``width`` of the entries ``low .. high``, counted from ``low``, as `_votes.best` gives them."""
+        scores = self.scores(q, index, cached, low, high, scale)
+        return best(vote(scores, shape_of(cached)[1], self.votes), width, self.mass)
 
     def scores(self, q: Tensor, index: Index, cached: Cached, low: int, high: int, scale: float) -> Tensor:
         """Scores of the entries ``low .. high`` for q ``[B, H, 1, D]``, scaled: float32 or wider, ``[B, H, E]``."""

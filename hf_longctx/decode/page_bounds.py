@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..kernels.base import best_pages
+from ..kernels.reference import page_scores
 from ..layout.gather import key_pieces
 from ._growing import Growing
 from .base import Cached, Index, Select
@@ -64,8 +66,17 @@ class PageBounds(Select):
         return 2 * (tokens // self.page * self.sub) * head_dim * itemsize
 
     def scores(self, q: Tensor, index: Bounds, cached: Cached, low: int, high: int, scale: float) -> Tensor:
-        found = torch.cat([bounds_of(q, part) for part in index.pages.views(low * self.sub, high * self.sub)], 2)
+        found = torch.cat([page_scores(q, part) for part in index.pages.views(low * self.sub, high * self.sub)], 2)
         return found.unflatten(2, (-1, self.sub)).amax(3) * scale
+
+    def pick(
+        self, q: Tensor, index: Bounds, cached: Cached, low: int, high: int, width: int, scale: float
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.vote == "max" and self.mass is None:
+            bounds = index.pages.views(low * self.sub, high * self.sub)
+            if (chosen := best_pages(index.kernel, q, bounds, self.sub, width)) is not None:
+                return chosen, None
+        return super().pick(q, index, cached, low, high, width, scale)
 
 
 class Bounds(Index):
@@ -103,14 +114,3 @@ class Bounds(Index):
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.pages.tensors()
-
-
-def bounds_of(q: Tensor, pages: Tensor) -> Tensor:
-    """The most that q ``[B, H, 1, D]`` times a key of each page can be, ``[B, H, P]``; pages ``[B, n, P, 2 D]``.
-
-    Each channel gives the larger of its products with the bounds: with the largest number where q is positive.
-    """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q = torch.cat([q.clamp(min=0), q.clamp(max=0)], 3).to(wide)
-    grouped = q[:, :, 0].unflatten(1, (pages.shape[1], -1))
-    return (grouped @ pages.to(wide).transpose(2, 3)).flatten(1, 2)

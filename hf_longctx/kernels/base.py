@@ -11,12 +11,21 @@ A kernel is a module of this folder, or a module or object that was registered (
   dtype of q, lse ``[B, H, T]`` (natural log) in float32 or wider; a query that reads nothing gives 0 and -inf. Where
   ``want_lse`` is False, lse may be None. Of `Scores` it computes all but ``sinks``, which are added here.
 
-Optional: ``preference(case) -> int``, at most PREFERENCE, which it takes the place of for a case that ``supports``
-takes: less where another kernel was measured to be faster. It is asked once per forward and case, and only looks up.
-And ``attend_layer(q, parts, scores) -> (out, lse)``, one decoded token of all roles in one launch, where ``parts`` are
-(KV heads, segments). And ``Step(heads)``, of which a layer has one for the `RoleHeads` of its stores: its ``run(q, k,
-v, places, scale)`` writes one new token of every sequence, k and v ``[B, H_kv, 1, D]``, to the stores' places and gives
-what the token reads, out ``[B, 1, H, D]``; or None, and writes nothing. The kernel ``reference`` computes everything,
+Optional:
+
+- ``preference(case) -> int``, at most PREFERENCE, which it takes the place of for a case that ``supports`` takes: less
+  where another kernel was measured to be faster. It is asked once per forward and case, and only looks up.
+- ``attend_layer(q, parts, scores) -> (out, lse)``, one decoded token of all roles in one launch, where ``parts`` are
+  (KV heads, segments).
+- ``Step(heads)``, of which a layer has one for the `RoleHeads` of its stores: its ``run(q, k, v, places, scale)`` writes
+  one new token of every sequence, k and v ``[B, H_kv, 1, D]``, to the stores' places and gives what the token reads, out
+  ``[B, 1, H, D]``; or None, and writes nothing.
+- ``best_pages(q, bounds, sub, width)``, which pages the query heads of each KV head read together: the ``width`` with the
+  highest `reference.page_scores` of a head and part, of equal ones the first, int32 ``[B, n, width]``, ascending; or None
+  where it does not compute them. q is ``[B, H, 1, D]``; ``bounds`` are of ``sub`` parts of each page, ``[B, n, P * sub,
+  2 D]`` in pieces along P.
+
+The kernel ``reference`` computes everything,
 by definition. A kernel must import on every machine, or fail with ImportError, which is then the reason. Nothing lists
 kernels.
 """
@@ -194,6 +203,13 @@ def new_step(word: str, device: torch.device, dtype: torch.dtype, head_dim: int,
     module, _ = _first(word, Case(device, dtype, head_dim, reads=All, one_query=True))
     step = getattr(module, "Step", None)
     return None if step is None else step(heads)
+
+
+def best_pages(word: str, q: Tensor, bounds: Sequence[Tensor], sub: int, width: int) -> Tensor | None:
+    """``best_pages`` of the kernel that computes lists of this query; None where it has none."""
+    module, _ = _first(word, Case(q.device, q.dtype, q.shape[3], reads=BlockList, one_query=True))
+    chosen = getattr(module, "best_pages", None)
+    return None if chosen is None else chosen(q, bounds, sub, width)
 
 
 def some_launch_layers(word: str, device: torch.device, forward: Forward) -> bool:

@@ -129,6 +129,30 @@ def attend(
     return call.run("dense", q, kv[0].shape[1], [int(isinstance(reads, Causal)), *call.segments(segments)])
 
 
+def best_pages(q: Tensor, bounds: Sequence[Tensor], sub: int, width: int) -> Tensor | None:
+    """See `base`.
+
+    Raises:
+        ValueError: bounds that do not fit the query.
+    """
+    batch, heads, q_len, dim = q.shape
+    reason = _reason(q.device, q.dtype, dim, needs_grad(q))
+    parts = sum(x.shape[2] for x in bounds)
+    if reason is not None or any((x.dtype, x.device) != (q.dtype, q.device) for x in bounds):
+        return None
+    kv_heads = bounds[0].shape[1]
+    if any((x.shape[0], x.shape[1], x.shape[3]) != (batch, kv_heads, 2 * dim) for x in bounds):
+        _refuse(f"bounds {[list(x.shape) for x in bounds]} for queries {list(q.shape)}")
+    if q_len != 1 or heads % kv_heads or parts % sub or not 0 < width <= parts // sub:
+        _refuse(f"{width} pages to choose of {parts} parts, {sub} of each, for queries {list(q.shape)}")
+    call = _Call(Scores(1.0), want_lse=False)
+    signed = torch.cat([q.clamp(min=0), q.clamp(max=0)], 3)
+    chosen = torch.empty(batch, kv_heads, width, dtype=torch.int32)
+    segments = call.segments([Segment(x, x, x.shape[2]) for x in bounds])
+    call.run("pages", signed, kv_heads, (sub, width, chosen.data_ptr(), *segments))
+    return chosen
+
+
 class Step(LayerStep):
     """See `base`."""
 
@@ -159,7 +183,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"could not be built: {error}"
     if library.hf_longctx_width() < WIDTH:
         return None, "is slower than kernel cpu where there are neither AVX2 nor AVX-512 instructions"
-    for name in ("decode", "dense", "streaming", "sparse", "step"):
+    for name in ("decode", "dense", "streaming", "sparse", "step", "pages"):
         getattr(library, f"hf_longctx_{name}").argtypes = (c_int, c_double, c_double, c_void_p)
     library.hf_longctx_arch.restype = c_char_p
     if (start := openmp_start()) is not None:

@@ -99,6 +99,21 @@ def attention(
     return ((weights @ v) / total).to(q.dtype), lse.squeeze(-1)
 
 
+def page_scores(q: Tensor, bounds: Tensor) -> Tensor:
+    """The most that q ``[B, H, 1, D]`` times a key of each page can be, ``[B, H, P]``, in float32 or wider.
+
+    Quest, arXiv:2406.10774. Each channel gives the larger of its products with the page's bounds: that with the largest
+    number where q is positive, else that with the smallest.
+
+    Args:
+        bounds: the largest, then the smallest number of each channel, ``[B, n, P, 2 D]``.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    signed = torch.cat([q.clamp(min=0), q.clamp(max=0)], 3).to(dtype)
+    grouped = signed[:, :, 0].unflatten(1, (bounds.shape[1], -1))
+    return (grouped @ bounds.to(dtype).transpose(2, 3)).flatten(1, 2)
+
+
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
     """``softcap * tanh(scores / softcap)``; the scores themselves without a cap."""
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)

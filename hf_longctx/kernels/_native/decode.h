@@ -132,6 +132,32 @@ template <bool BF16, int BITS> class Few {
         }
     }
 
+    // The largest score of each key of an item, of all queries; no scale is put to it.
+    void votes(const Heads& from, const Item& item, float* out) {
+        ask(from, item);
+        watched = false;
+        const Range* range = item.range;
+        int64_t pos = range->low;
+        Rows *rows = &tiles[0], *following = &tiles[1];
+        fill(item, range, pos, nullptr, *rows);
+        while (rows->count) {
+            fill(item, range, pos, nullptr, *following);
+            for (int j = 0; j < following->ahead; ++j) fetch(following->k[j]);
+            for (int party = 0; party < parties; ++party) {
+                multiply_keys(*rows, q + party * steps * W, false);
+                for_heads(std::min(HEADS, queries - party * HEADS), [&](auto n) {
+                    for (int j = 0; j < rows->count; ++j) {
+                        float most = party ? out[j] : score[j * HEADS];
+                        for (int g = 0; g < n.value; ++g) most = std::max(most, score[j * HEADS + g]);
+                        out[j] = most;
+                    }
+                });
+            }
+            out += rows->count;
+            std::swap(rows, following);
+        }
+    }
+
   private:
     void ask(const Heads& from, const Item& item) {
         memset(q, 0, sizeof(float) * parties * steps * W);

@@ -6,6 +6,7 @@
 // in pairs where the CPU can (AVX512_BF16), else converted to float32 tile by tile. Softmax and sums are float32.
 #include "decode.h"
 #include "prefill.h"
+#include "select.h"
 
 // An entry point takes a Call and what its function reads, packed as int64; it returns how many threads worked, 0 where
 // memory ran out, -1 where query heads are not shared out evenly among KV heads.
@@ -26,6 +27,7 @@ ENTRY(decode)
 ENTRY(step)
 ENTRY(streaming)
 ENTRY(sparse)
+ENTRY(pages)
 
 // In the text, so that a cache of the compiler's (ccache) that machines share never gives the object for another CPU.
 #define AS_TEXT(x) #x
