@@ -51,13 +51,19 @@ def sparse_name(density: int) -> str:
     return f"{HALF} + sparse {density}%"
 
 
-def patch(model: Any, settings: Settings, roles: list[str], prefill: dict | None = None) -> Any:
-    """Patch ``model`` with these roles, the benchmark's streaming store and kernel, and this ``prefill`` section."""
+def patch(
+    model: Any, settings: Settings, roles: list[str], prefill: dict | None = None, select: dict | None = None
+) -> Any:
+    """Patch ``model`` with these roles, the benchmark's streaming store and kernel, and this ``prefill`` section.
+
+    ``select``: what decoded tokens read in retrieval heads, as in a config; None: everything.
+    """
     config = {
         "model": LongCtxConfig.describe(model.config),
         "heads": {"roles": roles},
         "stores": {"streaming": {"store": "sink_recent", "sink": settings.sink, "recent": settings.recent}},
         "prefill": prefill or {},
+        "decode": {} if select is None else {"retrieval": select},
         "kernel": settings.kernel,
     }
     return patch_model(model, config)
@@ -81,12 +87,19 @@ class Column:
     mask: Tensor | None = None
 
     @classmethod
-    def of(cls, settings: Settings, dtype: torch.dtype, roles: list[str] | None, prefill: dict | None = None) -> Column:
-        """Stock Transformers for ``roles`` None, otherwise a model patched with them and this ``prefill`` section."""
+    def of(
+        cls,
+        settings: Settings,
+        dtype: torch.dtype,
+        roles: list[str] | None,
+        prefill: dict | None = None,
+        select: dict | None = None,
+    ) -> Column:
+        """Stock Transformers for ``roles`` None, otherwise a model that is patched with them (`patch`)."""
         model = make_model(settings, dtype, "meta")
         if roles is None:
             return cls(model, DynamicCache(config=model.config))
-        return cls(model, LongCtxCache(patch(model, settings, roles, prefill)))
+        return cls(model, LongCtxCache(patch(model, settings, roles, prefill, select)))
 
     @property
     def kernel(self) -> str:

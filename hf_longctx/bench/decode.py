@@ -18,6 +18,7 @@ from .columns import (
     streaming_answer,
 )
 from .measure import Samples, Told, quiet, turns
+from .selections import SelectCase
 from .settings import Settings
 from .static_cache import StaticColumn, refusal
 
@@ -37,12 +38,15 @@ def _case(settings: Settings, word: str, tokens: int, told: Told) -> dict:
         capacity = tokens + 1 + settings.rounds * settings.steps
         static = StaticColumn.of_capacity(settings, dtype, capacity)
         columns = {STOCK: columns[STOCK], STATIC: static, **columns}
+    selections = [SelectCase.of(text) for text in settings.select]
+    for one in selections:
+        columns |= one.columns(settings, dtype, roles[HALF])
     torch.manual_seed(settings.seed)
     for layer in range(settings.layers):
         k, v = (random_heads(settings.kv_heads, tokens, settings, dtype) for _ in "kv")
         for column in columns.values():
             column.update(layer, k, v)
-    kept, error = _first_token(settings, columns, roles[HALF], word)
+    kept, error = _first_token(settings, columns, roles[HALF], word, selections)
     times = {name: Samples() for name in columns}
     sums = {name: Samples() for name in columns}
     for _, name in turns(columns, settings.rounds, tokens, told):
@@ -55,6 +59,10 @@ def _case(settings: Settings, word: str, tokens: int, told: Told) -> dict:
         name: {"kernel": column.kernel, **_figures(settings, kept[name], times[name], sums[name])}
         for name, column in columns.items()
     }
+    for one in selections:
+        for name, whole in one.names:
+            counts = columns[name].forward.log.decode
+            figures[name] |= {"instead_of": whole, "read": counts.share, "reused": counts.reused}
     facts = {"roles": roles[HALF], "error": error, "not_measured": {STATIC: why} if why else {}}
     return {"dtype": word, "tokens": tokens, **facts, "columns": figures}
 
@@ -90,7 +98,9 @@ def _read(kept: list) -> None:
                 run.sum()
 
 
-def _first_token(settings: Settings, columns: dict[str, Column], half: list[str], word: str) -> tuple[dict, float]:
+def _first_token(
+    settings: Settings, columns: dict[str, Column], half: list[str], word: str, selections: list[SelectCase]
+) -> tuple[dict, float]:
     """Decode one token in every column, and check that all of them give the right answer."""
     token = _token(settings, dtype_of(word))
     outs = {name: [] for name in columns}
@@ -103,13 +113,19 @@ def _first_token(settings: Settings, columns: dict[str, Column], half: list[str]
         k, v = kept[STOCK][layer]
         last = torch.tensor([k.shape[2] - 1])
         streams = torch.tensor([letter == "S" for letter in half[layer]]).repeat_interleave(group)[:, None]
-        want = torch.where(streams, streaming_answer(q, k, v, last, settings), outs[STOCK][layer].float())
+        streamed = streaming_answer(q, k, v, last, settings)
+        want = torch.where(streams, streamed, outs[STOCK][layer].float())
         where = f"the output of layer {layer}"
         error = max(
             error,
             check_same(f"{where}, {RETRIEVAL},", outs[RETRIEVAL][layer], outs[STOCK][layer], word),
             check_same(f"{where}, {HALF},", outs[HALF][layer], want, word),
         )
+        for one in selections:
+            selected = one.answer(q, k, v, q.shape[3] ** -0.5)
+            wanted = (selected, torch.where(streams, streamed, selected))
+            for (name, _), right in zip(one.names, wanted, strict=True):
+                error = max(error, check_same(f"{where}, {name},", outs[name][layer], right, word))
         if STATIC in outs:
             error = max(error, check_same(f"{where}, {STATIC},", outs[STATIC][layer], outs[STOCK][layer], word))
     return kept, error

@@ -38,14 +38,14 @@ class Chooser:
         return select((self.spec,) * q.shape[1], q, k, q.shape[3] ** -0.5)
 
 
-def parse(text: str, where: str) -> dict:
-    """The mapping of a config that ``WORD:field=value:...`` stands for.
+def parse(text: str, where: str, key: str = "pattern") -> dict:
+    """The mapping of a config that ``WORD:field=value:...`` stands for; the word is the value of ``key``.
 
     Raises:
         ConfigError: a part after the word is not ``field=value``.
     """
     word, *parts = (part.strip() for part in text.split(":"))
-    mapping = {"pattern": word}
+    mapping = {key: word}
     for part in parts:
         name, equals, value = part.partition("=")
         if not equals or name in mapping:

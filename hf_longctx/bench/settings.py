@@ -26,6 +26,7 @@ class Settings:
         steps: decoded tokens per column and round.
         densities: percent of the causal blocks that block lists read in prefill, one column each.
         patterns: prefill patterns (``WORD:field=value:...``) whose choosing is timed.
+        select: decode selections (``WORD:field=value:...``), two columns of decode each.
         density: percent of the causal blocks that retrieval heads read in one more column of e2e.
         static: whether stock is also measured with ``StaticCache``, in decode and e2e.
         kvpress: a press (``NAME(field=value, ...)``), one more column of e2e.
@@ -46,6 +47,7 @@ class Settings:
     steps: int = 3
     densities: tuple[int, ...] = (10, 20, 30)
     patterns: tuple[str, ...] = ("vertical_slash", "block_topk")
+    select: tuple[str, ...] = ()
     density: int | None = None
     static: bool = True
     kvpress: str | None = None

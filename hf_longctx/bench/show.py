@@ -187,6 +187,9 @@ def _decode(results: list[dict]) -> list[list[str]]:
         ["dtype", "tokens", "", "kernel", "ms per layer", "vs stock", *["vs static"] * static, f"vs {RETRIEVAL}"]
         + ["KV MB/layer", "read at GB/s", "of sum"]
     ]
+    selects = any("instead_of" in column for result in results for column in result["columns"].values())
+    if selects:
+        lines[0] += ["tokens read", "vs dense"]
     for result in results:
         columns = result["columns"]
         ms = {name: column["ms_per_layer"]["median_ms"] for name, column in columns.items()}
@@ -198,8 +201,18 @@ def _decode(results: list[dict]) -> list[list[str]]:
                 f"{column['gb_per_s']:.2f}",
                 f"{column['share_of_sum']:.0%}",
             ]
-            lines.append([*case_name(result), name, column["kernel"], _ms(column["ms_per_layer"]), *times, *speed])
+            more = _selected(column, ms, ms[name]) if selects else []
+            lines.append(
+                [*case_name(result), name, column["kernel"], _ms(column["ms_per_layer"]), *times, *speed, *more]
+            )
     return lines
+
+
+def _selected(column: dict, ms: dict[str, float], own: float) -> list[str]:
+    """Of a selection: the share of the retrieval heads' tokens that was read, and the gain over reading all."""
+    if "instead_of" not in column:
+        return ["", ""]
+    return [f"{column['read']:.1%}", f"{ms[column['instead_of']] / own:.2f}x"]
 
 
 def _prefill(results: list[dict]) -> list[list[str]]:

@@ -85,6 +85,9 @@ class Decode(Shaped):
     rounds: Rounds = 7
     steps: Annotated[int, typer.Option(help="Tokens decoded per column and round.")] = 3
     static: Static = True
+    select: Annotated[
+        str, typer.Option(help="Selections, two columns each (all retrieval, half streaming): WORD:field=value:...,...")
+    ] = ""
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,7 @@ def _whole(text: str, option: str, what: str) -> tuple[int, ...]:
 PARSERS = {
     "dtype": _words,
     "patterns": _words,
+    "select": _words,
     "kernels": _words,
     "tokens": _lengths,
     "decode_tokens": _lengths,

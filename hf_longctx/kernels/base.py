@@ -17,17 +17,16 @@ Optional:
   where another kernel was measured to be faster. It is asked once per forward and case, and only looks up.
 - ``attend_layer(q, parts, scores) -> (out, lse)``, one decoded token of all roles in one launch, where ``parts`` are
   (KV heads, segments).
-- ``Step(heads)``, of which a layer has one for the `RoleHeads` of its stores: its ``run(q, k, v, places, scale)`` writes
-  one new token of every sequence, k and v ``[B, H_kv, 1, D]``, to the stores' places and gives what the token reads, out
-  ``[B, 1, H, D]``; or None, and writes nothing.
-- ``best_pages(q, bounds, sub, width)``, which pages the query heads of each KV head read together: the ``width`` with the
-  highest `reference.page_scores` of a head and part, of equal ones the first, int32 ``[B, n, width]``, ascending; or None
-  where it does not compute them. q is ``[B, H, 1, D]``; ``bounds`` are of ``sub`` parts of each page, ``[B, n, P * sub,
-  2 D]`` in pieces along P.
+- ``Step(heads)``, of which a layer has one for the `RoleHeads` of its stores: its ``run(q, k, v, places, scale)``
+  writes one new token of every sequence, k and v ``[B, H_kv, 1, D]``, to the stores' places and gives what the token
+  reads, out ``[B, 1, H, D]``; or None, and writes nothing.
+- ``best_pages(q, bounds, sub, width)``, which pages the query heads of each KV head read together: the ``width`` with
+  the highest `reference.page_scores` of a head and part, of equal ones the first, int32 ``[B, n, width]``, ascending;
+  or None where it does not compute them. q is ``[B, H, 1, D]``; ``bounds`` are of ``sub`` parts of each page, ``[B, n,
+  P * sub, 2 D]`` in pieces along P.
 
-The kernel ``reference`` computes everything,
-by definition. A kernel must import on every machine, or fail with ImportError, which is then the reason. Nothing lists
-kernels.
+The kernel ``reference`` computes everything, by definition. A kernel must import on every machine, or fail with
+ImportError, which is then the reason. Nothing lists kernels.
 """
 
 from __future__ import annotations

@@ -1,0 +1,75 @@
+"""The columns of ``bench decode`` whose retrieval heads read a selection of what they have cached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config.words import build, wrong
+from ..decode.base import Select
+from ..kernels import reference
+from ..layout.reads import ALL, Reads
+from ..layout.scores import Scores
+from ..layout.segments import Segment
+from .columns import HALF, RETRIEVAL, Column
+from .patterns import parse
+from .settings import Settings
+
+EVERY_LAYER = {"dense_layers": 0, "min_tokens": 0}  # a layer of the benchmark is any layer
+
+
+@dataclass(frozen=True)
+class SelectCase:
+    """A selection of the benchmark.
+
+    Attributes:
+        text: as given, ``WORD:field=value:...``.
+        fields: the mapping of a config.
+        spec: the same, made.
+    """
+
+    text: str
+    fields: dict
+    spec: Select
+
+    @classmethod
+    def of(cls, text: str) -> SelectCase:
+        """The selection of a text.
+
+        Raises:
+            ConfigError: no selection, or one that reads everything.
+        """
+        given = parse(text, "select", "select")
+        if build("decode", given, "select", "select", "retrieval").reads_all:
+            raise wrong("select", text, "a selection that leaves tokens out: the other columns read all of them")
+        fields = {**given, **{name: value for name, value in EVERY_LAYER.items() if name not in given}}
+        return cls(text, fields, build("decode", fields, "select", "select", "retrieval"))
+
+    @property
+    def names(self) -> tuple[tuple[str, str], ...]:
+        """(column, the column that reads everything and keeps the same)."""
+        return ((self.text, RETRIEVAL), (f"half, {self.text}", HALF))
+
+    def columns(self, settings: Settings, dtype: torch.dtype, half: list[str]) -> dict[str, Column]:
+        roles = (settings.all_heads("R"), half)
+        return {
+            name: Column.of(settings, dtype, own, select=self.fields)
+            for (name, _), own in zip(self.names, roles, strict=True)
+        }
+
+    def answer(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """``[1, 1, H, D]`` in float32 of q ``[1, H, 1, D]``: what a new selection reads, by definition."""
+        tokens = k.shape[2]
+        wide = [Segment(k.float(), v.float(), tokens)]
+        reads: Reads = ALL
+        parts = []
+        if self.spec.runs(tokens):
+            chosen = self.spec.choose(q, self.spec.new_index(), [Segment(k, v, tokens)], tokens - 1, scale)
+            reads = chosen.blocks(tokens - 1)
+            if (more := chosen.estimate) is not None:
+                more = Segment(more.k.float(), more.v.float(), more.length, more.bias)
+                parts.append(reference.attend(q.float(), [more], ALL, Scores(scale)))
+        parts.append(reference.attend(q.float(), wide, reads, Scores(scale)))
+        return reference.merge(parts)[0].transpose(1, 2)
