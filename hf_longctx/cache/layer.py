@@ -79,7 +79,7 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         held, kind = (self.batch, self.plan.kv_heads, 1, self.head_dim), (self.dtype, self.device)
         if k.shape != held or (k.dtype, k.device) != kind or (v.dtype, v.device) != kind:
             return None
-        if needs_grad(k, v) or self.checked or self.plan.selecting(forward.rows):
+        if needs_grad(k, v) or self.checked or not self._steps_select(forward.rows):
             return None
         places = []
         for store in self.stores:
@@ -87,6 +87,11 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
             if places[-1] is None:
                 return None
         return LayerKV(None, forward, Pending(self, k, v, places, forward.rows.total))
+
+    def _steps_select(self, rows: Rows) -> bool:
+        """Whether what a token reads of each store is all of it, or a list that is chosen for all sequences at once."""
+        plans = (role.decode for role in self.plan.filled if role.selecting(rows))
+        return not any(spec.estimates or (spec.by_sequence and rows.batch > 1) for spec in plans)
 
     def _new_step(self) -> Any:
         if self.autocast or self.plan.scores or self.plan.kernel == "stock":

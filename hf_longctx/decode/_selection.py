@@ -63,6 +63,22 @@ class Part:
                 yield one.q
 
 
+def _check(chosen: Chosen) -> None:
+    """That a choice is one: kernels read where it says. On a device that is not asked: the answer would take time."""
+    entries, counts = chosen.entries, chosen.counts
+    if entries.dtype != torch.int32 or (counts is not None and counts.dtype != torch.int32):
+        raise ValueError(
+            f"a selection gave entries {entries.dtype} and counts {None if counts is None else counts.dtype}, not int32"
+        )
+    if entries.device.type != "cpu" or not entries.numel():
+        return
+    given = entries if counts is None else entries[torch.arange(entries.shape[2]) < counts[..., None]]
+    if given.numel() and not (chosen.low <= given.min() and given.max() < chosen.high):
+        raise ValueError(
+            f"a selection chose entries {int(given.min())} to {int(given.max())} of {chosen.low} to {chosen.high}"
+        )
+
+
 class Selection:
     """Of the KV heads of one role in one layer, beside their store.
 
@@ -89,6 +105,7 @@ class Selection:
             return part.choices[-1].chosen, True
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # it would round the scores
             chosen = spec.choose(q, part.index, cached, position, scale)
+        _check(chosen)
         if spec.refresh > 1:
             part.remember(Choice(position, chosen, q.clone() if spec.similar is not None else None))
         return chosen, False

@@ -23,7 +23,7 @@ from ..config.bounds import COUNT, TOKENS, TOKENS_OR_NONE
 from ..errors import ConfigError
 from ..layout.blocks import BlockList
 from ..layout.gather import shape_of
-from ..layout.segments import Segment
+from ..layout.segments import Listed, Segment
 from ..layout.streamed import Streamed
 from ._votes import best, vote
 
@@ -150,6 +150,12 @@ class Chosen:
         zero = counts.new_zeros(batch, heads)
         return BlockList(self.size, position, position + 1, indices[:, :, None], counts[:, :, None], none, zero)
 
+    @property
+    def listed(self) -> Listed:
+        """The same for a kernel that reads one segment."""
+        counts = None if self.counts is None else self.counts.contiguous()
+        return Listed(self.size, self.low, self.high, self.entries.contiguous(), counts)
+
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> Chosen:
         counts = None if self.counts is None else change(self.counts)
         estimate = self.estimate
@@ -157,12 +163,12 @@ class Chosen:
             estimate = Segment(change(estimate.k), change(estimate.v), estimate.length, change(estimate.bias))
         return Chosen(self.size, self.low, self.high, change(self.entries), counts, estimate)
 
-    def reads(self, position: int) -> Tensor | int:
-        """Tokens that the query at ``position`` reads, summed over sequences and lists."""
+    def counted(self, position: int) -> tuple[Tensor | int, int, int]:
+        """Of the query at ``position``, summed over sequences and lists: tokens it reads and has, and the sequences."""
         batch, lists, width = self.entries.shape
         outside = self.low * self.size + position + 1 - self.high * self.size
         chosen = batch * lists * width if self.counts is None else self.counts.sum()
-        return batch * lists * outside + chosen * self.size
+        return batch * lists * outside + chosen * self.size, batch * lists * (position + 1), batch
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor it keeps alive."""
@@ -210,6 +216,7 @@ class Select(SelectSpec):
                 "tokens for which a choice may be used."
             )
 
+    estimates: ClassVar[bool] = False  # a choice may have an `Chosen.estimate`
     votes: ClassVar[str] = "max"  # how the query heads of a KV head vote, a word of `_votes.vote`
 
     @property

@@ -119,6 +119,21 @@ class Segment:
         return self.k.shape[0] == 1 or self.k.stride(0) == 0
 
 
+class Listed(NamedTuple):
+    """Entries of ``size`` slots that a token reads of a segment: the first ``low``, listed ones, all from ``high`` on.
+
+    Attributes:
+        entries: int32 ``[B, n, M]``, contiguous, ascending, between ``low`` and ``high``.
+        counts: how many of them, int32 ``[B, n]``, contiguous; None: M.
+    """
+
+    size: int
+    low: int
+    high: int
+    entries: Tensor
+    counts: Tensor | None = None
+
+
 class Place(NamedTuple):
     """Where the next token of every sequence goes, and what it reads afterwards: the first slots of one segment.
 
@@ -126,11 +141,13 @@ class Place(NamedTuple):
         segment: of one length for all sequences, without a bias.
         slot: which one the token takes.
         length: how many slots it reads, its own among them.
+        listed: of these slots it reads the listed ones; None: all.
     """
 
     segment: Segment
     slot: int
     length: int
+    listed: Listed | None = None
 
 
 @dataclass

@@ -230,8 +230,7 @@ class LayerCall:
         if not role.decodes(1, position + 1, self.rows):
             return self._attend(q, segments, ALL, heads)
         chosen, reused = selection.choose(group, q, segments, position, self.scores.scale)
-        batch, lists, _ = chosen.entries.shape
-        self.forward.log.decode.add(chosen.reads(position), batch * lists * (position + 1), batch, reused)
+        self.forward.log.decode.add(*chosen.counted(position), reused)
         own = self._scores(heads) if self.by_head else self.scores
         if chosen.estimate is None:
             return self._attend(q, segments, chosen.blocks(position), heads)
