@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -72,11 +73,11 @@ def _check(chosen: Chosen) -> None:
         )
     if entries.device.type != "cpu" or not entries.numel():
         return
-    given = entries if counts is None else entries[torch.arange(entries.shape[2]) < counts[..., None]]
-    if given.numel() and not (chosen.low <= given.min() and given.max() < chosen.high):
-        raise ValueError(
-            f"a selection chose entries {int(given.min())} to {int(given.max())} of {chosen.low} to {chosen.high}"
-        )
+    if counts is not None:
+        entries = entries[torch.arange(entries.shape[2]) < counts[..., None]]
+    least, most = (x.item() for x in torch.aminmax(entries)) if entries.numel() else (chosen.low, chosen.low)
+    if not chosen.low <= least <= most < max(chosen.high, chosen.low + 1):
+        raise ValueError(f"a selection chose entries {least} to {most} of {chosen.low} to {chosen.high}")
 
 
 class Selection:
@@ -103,7 +104,8 @@ class Selection:
         spec = self.spec
         if part.choices and self._holds(part.choices[-1], q, position):
             return part.choices[-1].chosen, True
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # it would round the scores
+        rounds = torch.is_autocast_enabled(q.device.type)  # the scores; asking is cheaper than switching off
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False) if rounds else nullcontext():
             chosen = spec.choose(q, part.index, cached, position, scale)
         _check(chosen)
         if spec.refresh > 1:

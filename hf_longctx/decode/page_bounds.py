@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..kernels.base import best_pages
+from ..kernels.base import page_chooser
 from ..kernels.reference import page_scores
 from ..layout.gather import key_pieces
 from ._growing import Growing
@@ -74,7 +74,8 @@ class PageBounds(Select):
     ) -> tuple[Tensor, Tensor | None]:
         if self.vote == "max" and self.mass is None:
             bounds = index.pages.views(low * self.sub, high * self.sub)
-            if (chosen := best_pages(index.kernel, q, bounds, self.sub, width)) is not None:
+            ours = index.chooser(q)
+            if ours is not None and (chosen := ours(q, bounds, self.sub, width)) is not None:
                 return chosen, None
         return super().pick(q, index, cached, low, high, width, scale)
 
@@ -90,6 +91,17 @@ class Bounds(Index):
     def __init__(self, page: int):
         self.page = page
         self.pages = Growing()
+        self.choosers: dict[tuple, Any] = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "choosers": {}}
+
+    def chooser(self, q: Tensor) -> Callable[..., Tensor | None] | None:
+        """The function of a kernel that chooses pages for such queries; asked once."""
+        key = (q.dtype, q.device)
+        if key not in self.choosers:
+            self.choosers[key] = page_chooser(self.kernel, q)
+        return self.choosers[key]
 
     @property
     def tokens(self) -> int:
