@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .dense_members import DenseCacheMembers
 from .handles import new_handle
 from .layer import LongCtxLayer
 from .layer_kv import LayerKV
+from .plan import LayerPlan
 from .roll_back import RollBack
 from .sequences import SequenceOperations
 from .stock_layers import StockLayers, copied, stock_layers, tensors_of
@@ -187,6 +188,15 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         self.forward = forward
         self._reading = rows.total
         self.token_ids.append(rows.past, ids)
+
+    def select_by(self, plans: Sequence[LayerPlan]) -> None:
+        """Go on by the selections of ``plans``, which differ from its own in nothing else.
+
+        What is cached does not depend on what decoded tokens read of it. Their indexes are built anew.
+        """
+        self.plans = tuple(plans)
+        for layer, plan in zip(self.own, plans, strict=True):
+            layer.select_by(plan)
 
     def check(self) -> None:
         """Raise CacheError when an earlier forward was interrupted."""

@@ -46,10 +46,16 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         self.stores: list[Store] = [role.store.new(role.heads, max_tokens) for role in plan.filled]
         for store in self.stores:
             store.slack = slack
-        self.selections = [Selection(role.decode, plan.word) if role.selects else None for role in plan.filled]
+        self.select_by(plan)
         self.dense_bytes_per_token = 0
         self.checked = every_forward()
         self.autocast = False
+
+    def select_by(self, plan: LayerPlan) -> None:
+        """Select as ``plan`` says, with indexes that are still to be built; in all else it is the layer's own."""
+        self.plan = plan
+        self.selections = [Selection(role.decode, plan.word) if role.selects else None for role in plan.filled]
+        self.step = None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "step": None}  # a copy lays out its own
