@@ -21,7 +21,7 @@ import torch
 from hf_longctx import patch_model, report, unpatch_model
 from hf_longctx.assets import embedded
 from hf_longctx.bench.patterns import parse
-from hf_longctx.cache.seam import cache_of
+from hf_longctx.cache.seam import CACHE, cache_of
 from hf_longctx.commands._options import load_model
 from hf_longctx.config.find import load_named
 from hf_longctx.evaluate.forwards import follow, losses_along, output_head
@@ -56,6 +56,8 @@ def main() -> None:
                     if key in done:
                         continue
                     patched(model, options.config, roles, text)
+                    model(ids[None, :1], **{CACHE: cache}, use_cache=True)  # makes the index, which forks share
+                    cache.crop(options.tokens if sample is None else len(sample.context))
                     if sample is None:
                         found = continued(model, head, cache.fork(), ids, options.tokens)
                     else:
