@@ -99,6 +99,23 @@ def listed_tokens(blocks: BlockList) -> tuple[Tensor, Tensor]:
     return torch.cat([tokens, columns], 2), torch.cat([named, read], 2)
 
 
+def lying(segments: Sequence[Segment | Streamed], blocks: BlockList) -> list[Segment] | None:
+    """The segments as plain ones without a copy, of which what the lists of one query name can be read; else None."""
+    tokens, _ = listed_tokens(blocks)
+    left: list[Segment] = []
+    begin = 0
+    for segment in segments:
+        if isinstance(segment, Segment):
+            left.append(segment)
+        else:
+            own = tokens[(tokens >= begin) & (tokens < begin + segment.longest)] - begin
+            if (found := segment.lying(own)) is None:
+                return None
+            left += found
+        begin += segment.longest
+    return left
+
+
 def gathered(segments: Sequence[Segment | Streamed], blocks: BlockList) -> Segment:
     """What the lists of one query name, as one segment of ``n * L`` KV heads; L lists for each KV head.
 
