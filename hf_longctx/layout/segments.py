@@ -26,6 +26,7 @@ class Segment:
         length: tokens kept, in every row (int) or row by row (int64 ``[B]``).
         bias: added to the scores of these keys before the softmax, broadcastable to ``[B, n, 1, length]``.
         shared: nobody writes to the memory any more, and other caches may read it.
+        bias_of_pads: the bias hides what is not a sequence's own, and does nothing else: the sequence alone has none.
     """
 
     saved_as: ClassVar[str] = "Segment"  # its word in a cache's file
@@ -35,6 +36,7 @@ class Segment:
     length: int | Tensor
     bias: Tensor | None = None
     shared: bool = False
+    bias_of_pads: bool = False
 
     @property
     def longest(self) -> int:
@@ -199,7 +201,7 @@ class HeadKV:
             cut = min(start, segment.length)
             start -= cut
             if cut < segment.length:
-                bias = segment.bias
+                bias = None if segment.bias_of_pads else segment.bias
                 if bias is not None:
                     bias = (bias if bias.shape[0] == 1 else bias[rows])[..., cut:]
                 k = segment.k[rows, :, cut : segment.length]

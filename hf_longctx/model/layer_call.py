@@ -229,6 +229,7 @@ class LayerCall:
         heads = role.heads
         if not role.decodes(1, position + 1, self.rows):
             return self._attend(q, segments, ALL, heads)
+        self._refuse_bias(segments, "a selection cannot choose. Set decode.retrieval to {select: dense}.")
         chosen, reused = selection.choose(group, q, segments, position, self.scores.scale)
         self.forward.log.decode.add(*chosen.counted(position), reused)
         own = self._scores(heads) if self.by_head else self.scores
@@ -268,11 +269,7 @@ class LayerCall:
         self, q: Tensor, segments: list[Segment | Streamed], role: RolePlan, new: int, processed: int
     ) -> Tensor:
         """What the patterns read, ``[B, h, T, D]``: the first ``new`` queries are real, the rest right pads."""
-        if any(segment.bias is not None for segment in segments):
-            raise UnsupportedModeError(
-                f"layer {self.plan.layer_idx}: the store of the retrieval heads gives keys a score bias, among which a "
-                "prefill pattern cannot choose. Set prefill.retrieval to {pattern: dense}."
-            )
+        self._refuse_bias(segments, "a prefill pattern cannot choose. Set prefill.retrieval to {pattern: dense}.")
         k, v = self._together(segments)
         pads = q.shape[2] - new
         q = q[:, :, :new]
@@ -295,6 +292,14 @@ class LayerCall:
             log.notes.add(SLOWLY + why)
         out = self._attend(q, whole, blocks, role.heads)
         return nn.functional.pad(out, (0, 0, 0, pads)) if pads else out
+
+    def _refuse_bias(self, segments: list[Segment | Streamed], said: str) -> None:
+        """A store whose keys have a score bias: choosing by the scores of keys alone would leave it out."""
+        if any(segment.bias is not None for segment in segments):
+            raise UnsupportedModeError(
+                f"layer {self.plan.layer_idx}: the store of the retrieval heads gives keys a score bias, among which "
+                + said
+            )
 
     def _together(self, segments: list[Segment | Streamed]) -> tuple[Tensor, Tensor]:
         """All keys and values in one piece each, ``[B, n, S, D]``: a pattern chooses among all of them."""
