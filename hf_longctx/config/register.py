@@ -112,7 +112,9 @@ def _check_selection(cls: type, module: str, given: str) -> None:
         raise ConfigError(
             f"{given} lacks: choose. Extend {module}.Select, or set reads_all where it reads every token."
         )
-    if issubclass(cls, base) and (cls.scores, cls.choose) == (base.scores, base.choose):
+    if issubclass(cls, base) and all(
+        getattr(cls, name) is getattr(base, name) for name in ("scores", "pick", "choose")
+    ):
         raise ConfigError(f"{given} lacks: scores.")
 
 

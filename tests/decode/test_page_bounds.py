@@ -14,8 +14,9 @@ from hf_longctx import report
 from hf_longctx.decode import _votes
 from hf_longctx.decode._selection import Selection
 from hf_longctx.decode.base import Chosen
-from hf_longctx.decode.page_bounds import PageBounds, bounds_of
+from hf_longctx.decode.page_bounds import PageBounds
 from hf_longctx.kernels import base as kernels
+from hf_longctx.kernels.reference import page_scores
 from hf_longctx.layout.blocks import BlockList
 from hf_longctx.layout.segments import Segment
 
@@ -89,7 +90,7 @@ def test_pages_of_one_token_are_the_exact_best():
     for row, head in itertools.product(range(2), range(2)):
         best = true[row, head, 4:51].topk(7).indices + 4
         assert entries(chosen, 59, row, head) == [*range(4), *sorted(best.tolist()), *range(51, 60)]
-    assert chosen.reads(59) == 2 * 2 * (4 + 7 + 9)
+    assert chosen.counted(59)[0] == 2 * 2 * (4 + 7 + 9)
 
 
 @pytest.mark.parametrize("position", [40, 47, 48, 63, 64])
@@ -113,7 +114,7 @@ def test_the_first_and_the_newest_tokens_are_read_and_nothing_twice(page, positi
         assert 1 <= len(middle) <= spec.width(position + 1) and (
             more.get("mass") or len(middle) == chosen.entries.shape[2]
         )
-    assert chosen.reads(position) == int(chosen.blocks(position).visible(0, 1).sum())
+    assert chosen.counted(position)[0] == int(chosen.blocks(position).visible(0, 1).sum())
 
 
 def spied(monkeypatch):
@@ -240,7 +241,7 @@ def test_the_list_of_a_choice():
     blocks = made.blocks(29)
     assert isinstance(blocks, BlockList) and (blocks.first, blocks.kv_len) == (29, 30)
     assert entries(made, 29) == [0, 2, 4, 6, 7] and entries(made, 29, head=1) == [0, 3, 6, 7]
-    assert made.reads(29) == int(blocks.visible(0, 1).sum()) == 2 * (4 + 6) + 3 * 4
+    assert made.counted(29)[0] == int(blocks.visible(0, 1).sum()) == 2 * (4 + 6) + 3 * 4
 
 
 def test_the_bounds_are_of_the_keys_at_hand():
@@ -256,7 +257,7 @@ def test_the_bounds_are_of_the_keys_at_hand():
     want = k.unflatten(2, (8, 8))
     assert torch.equal(pages, torch.cat([want.amax(3), want.amin(3)], 3))
     q = torch.randn(2, 2, 1, 8, dtype=torch.float64)
-    assert (bounds_of(q, pages) >= (q @ k.mT)[:, :, 0].unflatten(2, (8, 8)).amax(3) - 1e-12).all()
+    assert (page_scores(q, pages) >= (q @ k.mT)[:, :, 0].unflatten(2, (8, 8)).amax(3) - 1e-12).all()
 
 
 def test_only_the_listed_tokens_are_gathered(monkeypatch):
