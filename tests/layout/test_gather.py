@@ -20,12 +20,13 @@ from hf_longctx.layout.gather import gathered, key_pieces, keys, listed_tokens, 
 from hf_longctx.layout.reads import ALL
 from hf_longctx.layout.scores import Scores
 from hf_longctx.layout.segments import Segment
+from hf_longctx.layout.streamed import Streamed
 from hf_longctx.stores._page import DiskPage, Folder, HostMemory, HostPage
 from hf_longctx.stores._pages import Entry, Pages
 
 BATCH, HEADS, DIM = 2, 3, 8
 SIZES = [1, 63, 64, 65]
-KINDS = ["one", "several", "fork", "packed", "host", "disk", "host and plain", "packed and plain"]
+KINDS = ["one", "several", "fork", "packed", "host", "disk", "own", "host and plain", "packed and plain"]
 HOMES = {"host": HostMemory, "disk": lambda: Folder(None)}
 
 
@@ -48,6 +49,29 @@ def paged(k, v, home="host", page=16) -> Pages:
     return Pages(entries, k.device, k.dtype, "offloaded")
 
 
+class Halves(Streamed):
+    """One that says no more than it must."""
+
+    kind, joined_note, saved_as = "halves", "joined", "Halves"
+
+    def __init__(self, k, v):
+        self.k, self.v, self.dtype = k, v, k.dtype
+
+    def blocks(self):
+        half = self.k.shape[2] // 2
+        for part in (slice(0, half), slice(half, None)):
+            if self.k[:, :, part].shape[2]:
+                yield Segment(self.k[:, :, part], self.v[:, :, part], self.k[:, :, part].shape[2])
+
+    def tensors(self):
+        yield from (self.k, self.v)
+
+    def map_rows(self, change):
+        raise NotImplementedError
+
+    copy = saved = restored = map_rows
+
+
 def laid(kind: str, tokens: int):
     """Segments, and the keys and values ``[B, n, S, D]`` in them."""
     k, v = random(tokens)
@@ -61,6 +85,8 @@ def laid(kind: str, tokens: int):
         k, v = (torch.cat([x[:1, :, :cut].expand(BATCH, -1, -1, -1), x[:, :, cut:]], 2) for x in (k, v))
         first = plain(k[:1, :, :cut], v[:1, :, :cut], shared=True)
         return [first, plain(k[:, :, cut:], v[:, :, cut:])], k, v
+    if kind == "own":
+        return [Halves(k, v)], k, v
     if kind.startswith("packed"):
         made = packed((BATCH, HEADS, 1, DIM), -(-tokens // 16) * 16, 4, 16, [tokens] * BATCH, dtype=torch.float64)
         own = [x[:, :, :tokens] for x in numbers_of(made)[:2]]
