@@ -62,10 +62,12 @@ class Index(ABC):
     Attributes:
         tokens: those it covers, from the first on.
         kernel: the config's word, for what a kernel computes of it.
+        max_tokens: most that it will cover, for which it makes room at once; None: it grows.
     """
 
     tokens: int = 0
     kernel: str = "auto"
+    max_tokens: int | None = None
 
     @abstractmethod
     def extend(self, cached: Cached, tokens: int) -> None:

@@ -109,9 +109,10 @@ class Bounds(Index):
 
     def extend(self, cached: Cached, tokens: int) -> None:
         high = tokens // self.page * self.page
+        most = None if self.max_tokens is None else self.max_tokens // self.page
         for _, k in key_pieces(cached, self.tokens, high, self.page):
             k = k.unflatten(2, (-1, self.page))
-            self.pages.append(torch.cat([k.amax(3), k.amin(3)], 3))
+            self.pages.append(torch.cat([k.amax(3), k.amin(3)], 3), most)
 
     def crop(self, tokens: int) -> None:
         self.pages.crop(tokens // self.page)
