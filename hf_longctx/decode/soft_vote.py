@@ -32,10 +32,10 @@ class SoftVote(Select):
     """
 
     cases: ClassVar = (
-        {"sink": 8, "recent": 32, "budget": 16, "similar": None, "refresh": 1},
-        {"sink": 8, "recent": 32, "budget": 24, "pool": 5, "refresh": 16},
-        {"sink": 8, "recent": 32, "budget": 40, "mass": 0.7, "similar": 0.5},
-        {"sink": 8, "recent": 32, "share": 0.2, "similar": None, "refresh": 4},
+        {"budget": 16, "similar": None, "refresh": 1},
+        {"budget": 24, "pool": 5, "refresh": 16},
+        {"budget": 40, "mass": 0.7, "similar": 0.5},
+        {"share": 0.2, "similar": None, "refresh": 4},
     )
     votes: ClassVar[str] = "layer"
 
