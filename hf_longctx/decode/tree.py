@@ -59,6 +59,7 @@ class Tree(Select):
     ) -> tuple[Tensor, Tensor | None]:
         batch, heads = shape_of(cached)[:2]
         total = high - low
+        width = min(width, total)
         edges = torch.arange(2 * width + 1, device=q.device) * total // (2 * width) + low
         begin, end = (x.expand(batch, heads, -1) for x in (edges[:-1], edges[1:]))
         widest = -(-total // (2 * width))

@@ -98,7 +98,7 @@ def test_the_recursion_can_differ(wrong):
 def test_every_number_of_entries_and_budget(chunk):
     for total in range(2, 24):
         q, k, _ = tokens((total + 1) * chunk + 8, heads=2, kv_heads=1)
-        for count in range(1, total):
+        for count in range(1, total + 1):
             spec = Tree(sink=chunk, recent=8, budget=count * chunk, chunk=chunk)
             entries, _ = entries_of(spec, k.shape[2] - 1)
             assert len(entries) == total
