@@ -111,13 +111,14 @@ class Selection:
             chosen = spec.choose(q, part.index, cached, position, scale)
         _check(chosen)
         if spec.refresh > 1:
-            part.remember(Choice(position, chosen, q.detach().clone() if spec.similar is not None else None))
+            kept = replace(chosen, whole=False)
+            part.remember(Choice(position, kept, q.detach().clone() if spec.similar is not None else None))
         return chosen, False
 
     def _holds(self, last: Choice, q: Tensor, position: int) -> bool:
         if last.position // self.spec.refresh != position // self.spec.refresh:
             return False
-        if self.spec.similar is None:
+        if not self.spec.compares(position):
             return True
         pair = (x.flatten().to(torch.promote_types(q.dtype, torch.float32)) for x in (last.q, q.detach()))
         return bool(torch.cosine_similarity(*pair, dim=0) >= self.spec.similar)

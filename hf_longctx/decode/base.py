@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -122,6 +122,7 @@ class Chosen:
         entries: int32 ``[B, n, M]`` (or ``[B, H, M]``), ascending; what stands after the counts is ignored.
         counts: how many there are, ``[B, n]``; None: M.
         estimate: stands for what is skipped: a segment that every query reads as well.
+        whole: the query that chooses reads everything; those that use the choice again read what it lists.
     """
 
     size: int
@@ -130,6 +131,7 @@ class Chosen:
     entries: Tensor
     counts: Tensor | None = None
     estimate: Segment | None = None
+    whole: bool = False
 
     def blocks(self, position: int) -> BlockList:
         """The list of the query at ``position``."""
@@ -153,8 +155,10 @@ class Chosen:
         return BlockList(self.size, position, position + 1, indices[:, :, None], counts[:, :, None], none, zero)
 
     @property
-    def listed(self) -> Listed:
-        """The same for a kernel that reads one segment."""
+    def listed(self) -> Listed | None:
+        """The same for a kernel that reads one segment; None: all of it."""
+        if self.whole:
+            return None
         counts = None if self.counts is None else self.counts.contiguous()
         return Listed(self.size, self.low, self.high, self.entries.contiguous(), counts)
 
@@ -163,14 +167,17 @@ class Chosen:
         estimate = self.estimate
         if estimate is not None:
             estimate = Segment(change(estimate.k), change(estimate.v), estimate.length, change(estimate.bias))
-        return Chosen(self.size, self.low, self.high, change(self.entries), counts, estimate)
+        return replace(self, entries=change(self.entries), counts=counts, estimate=estimate)
 
     def counted(self, position: int) -> tuple[Tensor | int, int, int]:
         """Of the query at ``position``, summed over sequences and lists: tokens it reads and has, and the sequences."""
         batch, lists, width = self.entries.shape
+        every = batch * lists * (position + 1)
+        if self.whole:
+            return every, every, batch
         outside = self.low * self.size + position + 1 - self.high * self.size
         chosen = batch * lists * width if self.counts is None else self.counts.sum()
-        return batch * lists * outside + chosen * self.size, batch * lists * (position + 1), batch
+        return batch * lists * outside + chosen * self.size, every, batch
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor it keeps alive."""
@@ -215,7 +222,7 @@ class Select(SelectSpec):
         if self.similar is not None and self.refresh == 1:
             raise ConfigError(
                 f"similar: got {self.similar} with refresh 1, which chooses for every token. Set refresh to the most "
-                "tokens for which a choice may be used."
+                "tokens for which a choice may be used, or similar to null."
             )
 
     estimates: ClassVar[bool] = False  # a choice may have an `Chosen.estimate`
@@ -229,6 +236,10 @@ class Select(SelectSpec):
     @property
     def by_sequence(self) -> bool:
         """Whether sequences of one length may choose at different positions, so that each is asked alone."""
+        return self.similar is not None
+
+    def compares(self, position: int) -> bool:
+        """Whether the query at ``position`` is compared with the one that chose."""
         return self.similar is not None
 
     def new_index(self) -> Index:

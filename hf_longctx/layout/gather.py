@@ -61,6 +61,16 @@ def shape_of(segments: Sequence[Segment | Streamed]) -> tuple[int, int, int, int
 
 def take(segments: Sequence[Segment | Streamed], tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Copies of k, v ``[B, n, W, D]`` at the row positions ``tokens [B, n, W]``, int64; nothing else is read."""
+    return _taken(segments, tokens, 2)
+
+
+def take_keys(segments: Sequence[Segment | Streamed], tokens: Tensor) -> Tensor:
+    """`take` without the values, which streamed segments alone read as well."""
+    return _taken(segments, tokens, 1)[0]
+
+
+def _taken(segments: Sequence[Segment | Streamed], tokens: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """The first ``parts`` of k, v at these positions."""
     filled = [segment for segment in segments if segment.longest]
     found = None
     begin = 0
@@ -68,9 +78,9 @@ def take(segments: Sequence[Segment | Streamed], tokens: Tensor) -> tuple[Tensor
         at = (tokens - begin).clamp(0, segment.longest - 1)
         here = None if len(filled) == 1 else (tokens >= begin) & (tokens < begin + segment.longest)
         if isinstance(segment, Segment):
-            own = [x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[3])) for x in segment.contents()]
+            own = [x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[3])) for x in segment.contents()[:parts]]
         else:
-            own = segment.take(at, here)
+            own = segment.take(at, here)[:parts]
         if found is None:
             found = own
         else:

@@ -243,6 +243,8 @@ class LayerCall:
         self._refuse_bias(segments, "a selection cannot choose. Set decode.retrieval to {select: dense}.")
         chosen, reused = selection.choose(group, q, segments, position, self.scores.scale)
         self.forward.log.decode.add(*chosen.counted(position), reused)
+        if chosen.whole:
+            return self._attend(q, segments, ALL, heads)
         own = self._scores(heads) if self.by_head else self.scores
         if chosen.estimate is None:
             return self._attend(q, segments, chosen.blocks(position), heads)
