@@ -10,6 +10,11 @@ from torch import Tensor
 SPARE = 16  # entries: free room that a buffer has at least
 
 
+def room(entries: int) -> int:
+    """Entries that a new buffer for so many has room for."""
+    return entries + max(SPARE, entries // 8)
+
+
 class Growing:
     """Entries ``[B, n, N, W]``, in parts that follow one another.
 
@@ -29,15 +34,14 @@ class Growing:
     def _before(self) -> int:
         return sum(part.shape[2] for part in self.shared)
 
-    def append(self, entries: Tensor) -> None:
-        """``entries [B, n, N, W]`` after those there are."""
+    def append(self, entries: Tensor, more: int = 0) -> None:
+        """``entries [B, n, N, W]`` after those there are; ``more`` will follow at once, and have room then."""
         before = self._before
         used = self.length - before
         needed = used + entries.shape[2]
         if self.own is None or self.own.shape[2] < needed:
-            room = needed + max(SPARE, needed // 8)
             with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
-                grown = entries.new_empty(*entries.shape[:2], room, entries.shape[3])
+                grown = entries.new_empty(*entries.shape[:2], room(needed + more), entries.shape[3])
             if used:
                 grown[:, :, :used] = self.own[:, :, :used]
             self.own = grown

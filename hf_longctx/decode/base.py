@@ -49,9 +49,24 @@ class SelectSpec:
         """Whether it may leave out tokens of a sequence that has ``processed`` tokens."""
         return not self.reads_all
 
+    def reads(self, processed: int) -> int:
+        """Of ``processed`` tokens those that the last one reads, where it is decoded in a layer that selects."""
+        return processed
+
     def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
-        """Bytes that it keeps beside the store, for one KV head of one sequence of ``tokens`` tokens."""
+        """Bytes of an index of the first ``tokens`` tokens of a sequence, for one KV head, with its spare room."""
         return 0
+
+    def covered(self, tokens: int) -> int:
+        """How many of a sequence's ``tokens`` tokens its index covers once the last one was decoded."""
+        return tokens
+
+    def index_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+        """Bytes that it keeps beside the store once the last of ``tokens`` tokens was decoded, for one KV head.
+
+        Nothing where it does not run. What remembers a choice for a while is not counted.
+        """
+        return self.nbytes(self.covered(tokens), head_dim, itemsize) if self.runs(tokens) else 0
 
 
 class Index(ABC):
@@ -241,6 +256,14 @@ class Select(SelectSpec):
         """The entries from which the query at ``position`` chooses: whole ones between sinks and newest tokens."""
         low = -(-self.sink // self.size)
         return low, max(low, (position + 1 - self.recent) // self.size)
+
+    def reads(self, processed: int) -> int:
+        low, high = self.between(processed - 1)
+        left_out = (high - low - self.width(processed)) * self.size
+        return processed - left_out if self.runs(processed) else processed
+
+    def covered(self, tokens: int) -> int:
+        return self.between(tokens - 1)[1] * self.size
 
     def width(self, processed: int) -> int:
         """Entries that are chosen at most, of ``processed`` tokens."""
