@@ -76,7 +76,8 @@ def _indexes(parts: list[HeadKV], tokens: int) -> list[Index]:
     for part in parts:
         if part.selection is not None and part.selection.spec.runs(tokens):
             made.append(part.selection.spec.new_index())
-            made[-1].extend(part.alone(slice(None), 0), part.selection.spec.covered(tokens))
+            _, high = part.selection.spec.between(tokens - 1)
+            made[-1].extend(part.alone(slice(None), 0), high * part.selection.spec.size)
     return made
 
 

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-SPARE = 16  # entries: free room that a buffer has at least
+SPARE = 16  # entries by which a buffer grows at least
 
 
 def room(entries: int) -> int:
-    """Entries that a new buffer for so many has room for."""
-    return entries + max(SPARE, entries // 8)
+    """Entries that a buffer of so many has room for, however it grew: steps of an eighth, and of `SPARE` at least."""
+    size = 0
+    while size < entries:
+        size += max(SPARE, size // 8)
+    return size
 
 
 class Growing:

@@ -54,19 +54,15 @@ class SelectSpec:
         return processed
 
     def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
-        """Bytes of an index of the first ``tokens`` tokens of a sequence, for one KV head, with its spare room."""
+        """Bytes of its index where it runs: for one KV head of one sequence whose last of ``tokens`` was decoded.
+
+        With the spare room of buffers that grow (`_growing.room`).
+        """
         return 0
 
-    def covered(self, tokens: int) -> int:
-        """How many of a sequence's ``tokens`` tokens its index covers once the last one was decoded."""
-        return tokens
-
     def index_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
-        """Bytes that it keeps beside the store once the last of ``tokens`` tokens was decoded, for one KV head.
-
-        Nothing where it does not run. What remembers a choice for a while is not counted.
-        """
-        return self.nbytes(self.covered(tokens), head_dim, itemsize) if self.runs(tokens) else 0
+        """As `nbytes`, and 0 where it does not run. Choices that are remembered are not counted."""
+        return self.nbytes(tokens, head_dim, itemsize) if self.runs(tokens) else 0
 
 
 class Index(ABC):
@@ -261,9 +257,6 @@ class Select(SelectSpec):
         low, high = self.between(processed - 1)
         left_out = (high - low - self.width(processed)) * self.size
         return processed - left_out if self.runs(processed) else processed
-
-    def covered(self, tokens: int) -> int:
-        return self.between(tokens - 1)[1] * self.size
 
     def width(self, processed: int) -> int:
         """Entries that are chosen at most, of ``processed`` tokens."""

@@ -63,7 +63,8 @@ class PageBounds(Select):
         return Bounds(self.page // self.sub)
 
     def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
-        return 2 * room(tokens // self.page * self.sub) * head_dim * itemsize
+        _, high = self.between(tokens - 1)
+        return 2 * room(high * self.sub) * head_dim * itemsize
 
     def scores(self, q: Tensor, index: Bounds, cached: Cached, low: int, high: int, scale: float) -> Tensor:
         found = torch.cat([page_scores(q, part) for part in index.pages.views(low * self.sub, high * self.sub)], 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers.caches import read
@@ -14,6 +16,7 @@ from hf_longctx.bench.memory_check import check
 from hf_longctx.cache.break_even import Form
 from hf_longctx.cache.bytes import storage_bytes
 from hf_longctx.commands._app import app
+from hf_longctx.decode._growing import Growing, room
 from hf_longctx.model.modules import state_of
 from hf_longctx.planning.decoded import decoded
 from hf_longctx.planning.find import find
@@ -53,7 +56,24 @@ def test_the_index_of_every_selection_takes_what_is_counted(case):
     select = state_of(model).config.decode.retrieval
     counted = [heads * select.index_bytes(TOKENS, 8, 4) for heads in (2, 1, 4)]
     expected = [0] * select.dense_layers + counted[select.dense_layers :]
-    assert indexes(after_one(model)) == expected
+    cache = after_one(model)
+    assert indexes(cache) == expected
+    for _ in range(60):
+        read(model, cache, torch.randint(3, 97, (1, 1)))
+    last = 4 * select.index_bytes(TOKENS + 60, 8, 4)
+    held = indexes(cache)[-1]
+    assert held == last or (held < last and select.refresh > 1), "so do indexes that grow, when a token chooses"
+
+
+def test_a_buffer_s_room_is_that_of_its_entries_however_it_grew():
+    steps = [entries for entries in range(1, 2000) if room(entries) == entries]
+    assert steps[:3] == [16, 32, 48] and all(16 <= b - a <= max(16, a // 8) for a, b in pairwise(steps))
+    for parts in ([700], [1] * 700, [300, 400], [20, 600, 80]):
+        grown = Growing()
+        for at, part in enumerate(parts):
+            grown.append(torch.zeros(1, 1, part, 1), sum(parts[at + 1 :]) * (parts == [20, 600, 80]))
+            assert at or parts != [20, 600, 80] or grown.own.shape[2] == room(700), "what follows has room at once"
+        assert grown.own.shape[2] == room(700) < 700 * 9 / 8 + 1
 
 
 @pytest.mark.parametrize("way", [PATCHED, RESERVED])
@@ -74,8 +94,8 @@ def test_planned_bytes_are_those_of_a_cache_that_decoded(way, tmp_path):
             read(model, cache, ids[:, -1:])
             assert cache.nbytes == found[name]
     assert found["later"] == found["dense"], "too short to be selected from: no index is made"
-    entries = (TOKENS - SMALL["recent"]) // PAGES["page"]
-    assert found["pages"] - found["dense"] == (1 + 4) * 2 * (entries + max(16, entries // 8)) * 8 * 4
+    assert (TOKENS - SMALL["recent"]) // PAGES["page"] == 85
+    assert found["pages"] - found["dense"] == (1 + 4) * 2 * (16 * 6) * 8 * 4
 
 
 def test_the_break_even_and_the_config_count_it():
