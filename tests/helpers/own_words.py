@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from hf_longctx import Family
-from hf_longctx.decode.base import Select
+from hf_longctx.decode.base import SelectSpec
 from hf_longctx.identification.methods.base import Method
 from hf_longctx.kernels import reference
 from hf_longctx.layout.blocks import BlockList
-from hf_longctx.layout.gather import keys
 from hf_longctx.prefill.base import BLOCK, PatternSpec
 from hf_longctx.stores.full import Full, FullStore
 from hf_longctx.tasks.synthetic.passkey import Passkey
@@ -59,18 +58,8 @@ class Strided(PatternSpec):
 
 
 @dataclass(frozen=True)
-class Pages(Select):
-    """Read the pages whose last key gives the highest score."""
-
-    page: int = field(default=16, metadata={"min": 1, "max": 128, "unit": "tokens"})
-
-    @property
-    def size(self) -> int:
-        return self.page
-
-    def scores(self, q, index, cached, low, high, scale) -> Tensor:
-        k = keys(cached, low * self.page, high * self.page)[:, :, self.page - 1 :: self.page]
-        return (q.unflatten(1, (k.shape[1], -1))[:, :, :, 0] @ k.mT).flatten(1, 2) * scale
+class Pages(SelectSpec):
+    roles = ("retrieval",)
 
 
 @dataclass(frozen=True)
