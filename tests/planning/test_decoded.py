@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -74,6 +75,18 @@ def test_a_buffer_s_room_is_that_of_its_entries_however_it_grew():
             grown.append(torch.zeros(1, 1, part, 1), sum(parts[at + 1 :]) * (parts == [20, 600, 80]))
             assert at or parts != [20, 600, 80] or grown.own.shape[2] == room(700), "what follows has room at once"
         assert grown.own.shape[2] == room(700) < 700 * 9 / 8 + 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_check_of_bench_memory_makes_the_index_of_every_selection(case, tmp_path):
+    given = CASES[case] if CASES[case]["select"] == "dense" else {**SMALL, **CASES[case]}
+    tiny_config("llama").save_pretrained(tmp_path / "model")
+    select = state_of(model := patched(**given)).config.decode.retrieval
+    state_of(model).config.to_yaml(tmp_path / "select.yaml")
+    memory_model = find(str(tmp_path / "model"), MemorySettings(1, "fp32"), str(tmp_path / "select.yaml"))
+    dense = replace(memory_model, config=memory_model.config.override(decode={"retrieval": {"select": "dense"}}))
+    found = check(memory_model, RESERVED, TOKENS) - check(dense, RESERVED, TOKENS)
+    assert found == (5 if select.dense_layers else 7) * select.index_bytes(TOKENS, 8, 4)
 
 
 @pytest.mark.parametrize("way", [PATCHED, RESERVED])
