@@ -9,7 +9,15 @@ from torch import Tensor
 
 from ..layout.segments import fitting
 
-SPARE = 16  # entries: free room that a buffer has at least
+SPARE = 16  # entries by which a buffer grows at least
+
+
+def room(entries: int) -> int:
+    """Entries that a buffer of so many has room for, however it grew: steps of an eighth, and of `SPARE` at least."""
+    size = 0
+    while size < entries:
+        size += max(SPARE, size // 8)
+    return size
 
 
 class Growing:
@@ -31,19 +39,20 @@ class Growing:
     def _before(self) -> int:
         return sum(part.shape[2] for part in self.shared)
 
-    def append(self, entries: Tensor, most: int | None = None) -> None:
+    def append(self, entries: Tensor, more: int = 0, most: int | None = None) -> None:
         """``entries [B, n, N, W]`` after those there are.
 
         Args:
+            more: entries that will follow at once, and have room then.
             most: entries that there will ever be: room for them is made at once.
         """
         before = self._before
         used = self.length - before
         needed = used + entries.shape[2]
-        room = needed + max(SPARE, needed // 8) if most is None else max(needed, most - before)
-        if self.own is None or not needed <= self.own.shape[2] <= room:  # more: it was cropped
+        size = room(needed + more) if most is None else max(needed, most - before)
+        if self.own is None or not needed <= self.own.shape[2] <= size:  # more: it was cropped
             with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
-                grown = entries.new_empty(*entries.shape[:2], room, entries.shape[3])
+                grown = entries.new_empty(*entries.shape[:2], size, entries.shape[3])
             if used:
                 grown[:, :, :used] = self.own[:, :, :used]
             self.own = grown

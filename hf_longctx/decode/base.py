@@ -49,9 +49,20 @@ class SelectSpec:
         """Whether it may leave out tokens of a sequence that has ``processed`` tokens."""
         return not self.reads_all
 
+    def reads(self, processed: int) -> int:
+        """Of ``processed`` tokens those that the last one reads, where it is decoded in a layer that selects."""
+        return processed
+
     def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
-        """Bytes that it keeps beside the store, for one KV head of one sequence of ``tokens`` tokens."""
+        """Bytes of its index where it runs: for one KV head of one sequence whose last of ``tokens`` was decoded.
+
+        With the spare room of buffers that grow (`_growing.room`).
+        """
         return 0
+
+    def index_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+        """As `nbytes`, and 0 where it does not run. Choices that are remembered are not counted."""
+        return self.nbytes(tokens, head_dim, itemsize) if self.runs(tokens) else 0
 
 
 class Index(ABC):
@@ -254,6 +265,11 @@ class Select(SelectSpec):
         """The entries from which the query at ``position`` chooses: whole ones between sinks and newest tokens."""
         low = -(-self.sink // self.size)
         return low, max(low, (position + 1 - self.recent) // self.size)
+
+    def reads(self, processed: int) -> int:
+        low, high = self.between(processed - 1)
+        left_out = (high - low - self.width(processed)) * self.size
+        return processed - left_out if self.runs(processed) else processed
 
     def width(self, processed: int) -> int:
         """Entries that are chosen at most, of ``processed`` tokens."""

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..kernels.base import page_chooser
 from ..kernels.reference import page_scores
 from ..layout.gather import key_pieces
-from ._growing import Growing
+from ._growing import Growing, room
 from .base import Cached, Index, Select
 
 
@@ -63,7 +63,8 @@ class PageBounds(Select):
         return Bounds(self.page // self.sub)
 
     def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
-        return 2 * (tokens // self.page * self.sub) * head_dim * itemsize
+        _, high = self.between(tokens - 1)
+        return 2 * room(high * self.sub) * head_dim * itemsize
 
     def scores(self, q: Tensor, index: Bounds, cached: Cached, low: int, high: int, scale: float) -> Tensor:
         found = torch.cat([page_scores(q, part) for part in index.pages.views(low * self.sub, high * self.sub)], 2)
@@ -110,9 +111,10 @@ class Bounds(Index):
     def extend(self, cached: Cached, tokens: int) -> None:
         high = tokens // self.page * self.page
         most = None if self.max_tokens is None else self.max_tokens // self.page
-        for _, k in key_pieces(cached, self.tokens, high, self.page):
+        for first, k in key_pieces(cached, self.tokens, high, self.page):
             k = k.unflatten(2, (-1, self.page))
-            self.pages.append(torch.cat([k.amax(3), k.amin(3)], 3), most)
+            more = (high - first) // self.page - k.shape[2]
+            self.pages.append(torch.cat([k.amax(3), k.amin(3)], 3), more, most)
 
     def crop(self, tokens: int) -> None:
         self.pages.crop(tokens // self.page)
