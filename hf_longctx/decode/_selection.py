@@ -85,12 +85,14 @@ class Selection:
         """
         part = self._part(group)
         spec = self.spec
-        if part.choices and self._holds(part.choices[-1], q, position):
-            return part.choices[-1].chosen, True
+        reused = bool(part.choices) and self._holds(part.choices[-1], q, position)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # it would round the scores
+            if reused:
+                return spec.again(part.choices[-1].chosen, part.index, cached), True
             chosen = spec.choose(q, part.index, cached, position, scale)
-        if spec.refresh > 1:
-            part.remember(Choice(position, chosen, q.clone() if spec.similar is not None else None))
+        if spec.refresh > 1:  # without the estimate: as many as may be taken back would be as large as the cache
+            kept = replace(chosen, estimate=None)
+            part.remember(Choice(position, kept, q.clone() if spec.similar is not None else None))
         return chosen, False
 
     def _holds(self, last: Choice, q: Tensor, position: int) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -120,6 +120,7 @@ class Chosen:
         entries: int32 ``[B, n, M]`` (or ``[B, H, M]``), ascending; what stands after the counts is ignored.
         counts: how many there are, ``[B, n]``; None: M.
         estimate: stands for what is skipped: a segment that every query reads as well.
+        skipped: what of it is remembered, from which `Select.again` makes the estimate; tensors ``[B, ...]``.
     """
 
     size: int
@@ -128,6 +129,7 @@ class Chosen:
     entries: Tensor
     counts: Tensor | None = None
     estimate: Segment | None = None
+    skipped: tuple[Tensor, ...] = ()
 
     def blocks(self, position: int) -> BlockList:
         """The list of the query at ``position``."""
@@ -151,11 +153,10 @@ class Chosen:
         return BlockList(self.size, position, position + 1, indices[:, :, None], counts[:, :, None], none, zero)
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> Chosen:
+        """See `Index.map_rows`; of what is remembered, which has no estimate."""
         counts = None if self.counts is None else change(self.counts)
-        estimate = self.estimate
-        if estimate is not None:
-            estimate = Segment(change(estimate.k), change(estimate.v), estimate.length, change(estimate.bias))
-        return Chosen(self.size, self.low, self.high, change(self.entries), counts, estimate)
+        skipped = tuple(change(x) for x in self.skipped)
+        return replace(self, entries=change(self.entries), counts=counts, skipped=skipped)
 
     def reads(self, position: int) -> Tensor | int:
         """Tokens that the query at ``position`` reads, summed over sequences and lists."""
@@ -165,13 +166,11 @@ class Chosen:
         return batch * lists * outside + chosen * self.size
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor it keeps alive."""
+        """Every tensor that it keeps alive while it is remembered."""
         yield self.entries
         if self.counts is not None:
             yield self.counts
-        if self.estimate is not None:
-            yield from self.estimate.tensors()
-            yield self.estimate.bias
+        yield from self.skipped
 
 
 @dataclass(frozen=True)
@@ -253,6 +252,10 @@ class Select(SelectSpec):
         """At most ``width`` of the entries ``low .. high``, counted from ``low``, as `_votes.best` gives them."""
         scores = self.scores(q, index, cached, low, high, scale)
         return best(vote(scores, shape_of(cached)[1], self.votes), width, self.mass)
+
+    def again(self, chosen: Chosen, index: Index, cached: Cached) -> Chosen:
+        """A remembered choice as it was when it was made: with its estimate."""
+        return chosen
 
     def scores(self, q: Tensor, index: Index, cached: Cached, low: int, high: int, scale: float) -> Tensor:
         """Scores of the entries ``low .. high`` for q ``[B, H, 1, D]``, scaled: float32 or wider, ``[B, H, E]``."""
