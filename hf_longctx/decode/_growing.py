@@ -57,6 +57,17 @@ class Growing:
             begin = end
         return found
 
+    def take(self, at: Tensor) -> Tensor:
+        """Copies of the entries ``at [B, n, M]``, int64: ``[B, n, M, W]``."""
+        found = None
+        begin = 0
+        for part in self.views():
+            size = part.shape[2]
+            own = part.gather(2, (at - begin).clamp(0, size - 1)[..., None].expand(-1, -1, -1, part.shape[3]))
+            found = own if found is None else torch.where((at >= begin)[..., None], own, found)
+            begin += size
+        return found
+
     def crop(self, length: int) -> None:
         """Keep the first ``length`` entries; what is shared is kept whole where a part of it is."""
         if length >= self.length:
