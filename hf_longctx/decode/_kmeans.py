@@ -66,9 +66,10 @@ def _nearest(points: Tensor, centres: Tensor) -> Tensor:
     """The centre of ``centres [B, n, C, D]`` that is nearest to each point, the first of equal ones."""
     batch, heads, total, _ = points.shape
     clusters = centres.shape[2]
-    half = centres.square().sum(-1)[:, :, None] / 2
-    centres = centres.transpose(2, 3)
-    of = torch.empty(batch, heads, total, dtype=torch.int64, device=points.device)
+    flat = points.flatten(0, 1)
+    half = centres.square().sum(-1).flatten(0, 1)[:, None] / 2
+    centres = centres.flatten(0, 1).transpose(1, 2)
+    of = torch.empty(batch * heads, total, dtype=torch.int64, device=points.device)
     for some in pieces(total, batch * heads * clusters, TEMPORARY):
-        of[:, :, some] = (points[:, :, some] @ centres - half).argmax(-1)
-    return of
+        of[:, some] = torch.baddbmm(half, flat[:, some], centres, beta=-1).argmax(-1)
+    return of.unflatten(0, (batch, heads))
