@@ -12,6 +12,7 @@ from torch import Tensor
 from ..layout.pieces import pieces
 
 TEMPORARY = 1 << 20  # numbers of the distances that exist at once
+ITERATIONS = {"min": 0, "max": 1000, "unit": "iterations"}  # metadata of a field
 
 
 def clustered(points: Tensor, clusters: int, iterations: int) -> Tensor:

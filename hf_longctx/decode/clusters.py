@@ -18,10 +18,9 @@ from ..errors import ConfigError
 from ..layout.gather import keys_and_values
 from ..layout.segments import Segment
 from ._growing import Growing
-from ._kmeans import clustered, means, sizes
+from ._kmeans import ITERATIONS, clustered, means, sizes
+from ._ranked import Ranked, ascending
 from .base import Cached, Chosen, Index, Select
-
-OFTEN = {"min": 0, "max": 1000, "unit": "iterations"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Clusters(Select):
     per: int = field(default=16, metadata=TOKENS)
     every: int = field(default=1024, metadata=TOKENS)
     estimate: float = field(default=0.232, metadata=SHARE)
-    iterations: int = field(default=5, metadata=OFTEN)
+    iterations: int = field(default=5, metadata=ITERATIONS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,63 +89,15 @@ class Clusters(Select):
         ranked = Ranked.of(index.votes(q) * scale, index.counts)
         width = min(self.width(position + 1), high - low)
         limit = ranked.limit(width, self.mass)
-        entries = index.members(*ranked.members(width))
-        counts = None
-        if self.mass is not None:
-            counts = limit[..., 0].int()
-            entries = entries.masked_fill(torch.arange(width, device=q.device) >= limit, position)
+        entries = ascending(index.order.take(ranked.places(width))[..., 0], limit, position)
+        counts = None if self.mass is None else limit[..., 0].int()
         means = math.ceil(self.estimate * index.length)
         skipped = tuple(x.int() for x in ranked.next(limit, means)) if means else ()
-        return self.again(Chosen(1, low, high, entries.sort(-1).values, counts, skipped=skipped), index, cached)
+        return self.again(Chosen(1, low, high, entries, counts, skipped=skipped), index, cached)
 
     def again(self, chosen: Chosen, index: ClusterIndex, cached: Cached) -> Chosen:
         index.extend(cached, chosen.high)
         return replace(chosen, estimate=index.estimate(*chosen.skipped)) if chosen.skipped else chosen
-
-
-@dataclass(eq=False)
-class Ranked:
-    """Clusters, the best first and of equal ones the lowest, ``[B, n, C]`` each.
-
-    Attributes:
-        votes: -inf for clusters without tokens.
-        clusters: which ones.
-        counts: their tokens.
-        ends: tokens of those up to and with each.
-    """
-
-    votes: Tensor
-    clusters: Tensor
-    counts: Tensor
-    ends: Tensor
-
-    @classmethod
-    def of(cls, votes: Tensor, counts: Tensor) -> Ranked:
-        votes, clusters = votes.masked_fill(counts == 0, float("-inf")).sort(dim=-1, descending=True, stable=True)
-        counts = counts.gather(2, clusters)
-        return cls(votes, clusters, counts, counts.cumsum(-1))
-
-    def limit(self, width: int, mass: float | None) -> Tensor:
-        """How many tokens are read, ``[B, n, 1]``: ``width``, or fewer where the best clusters have the mass."""
-        most = torch.full_like(self.ends[..., :1], width)
-        if mass is None:
-            return most
-        shares = (self.votes + self.counts.log()).softmax(-1).cumsum(-1)
-        needed = (shares < mass).sum(-1, keepdim=True).clamp(max=shares.shape[2] - 1)
-        return most.minimum(self.ends.gather(2, needed))
-
-    def members(self, width: int) -> tuple[Tensor, Tensor]:
-        """The first ``width`` tokens of these clusters, ``[B, n, width]``: whose each is, and which of its tokens."""
-        tokens = torch.arange(width, device=self.ends.device).expand(*self.ends.shape[:2], -1).contiguous()
-        rank = torch.searchsorted(self.ends, tokens, right=True)
-        return self.clusters.gather(2, rank), tokens - (self.ends - self.counts).gather(2, rank)
-
-    def next(self, limit: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """The ``width`` best clusters that are not wholly read, ``[B, n, width]``, and how many tokens of each."""
-        last = self.ends.shape[2] - 1
-        at = (self.ends <= limit).sum(-1, keepdim=True) + torch.arange(width, device=limit.device)
-        left = (self.ends - limit).clamp(min=0).minimum(self.counts).gather(2, at.clamp(max=last))
-        return self.clusters.gather(2, at.clamp(max=last)), left.masked_fill(at > last, 0)
 
 
 class ClusterIndex(Index):
@@ -203,12 +154,6 @@ class ClusterIndex(Index):
         keys = self.keys.views()
         grouped = q[:, :, 0].to(wide).unflatten(1, (keys[0].shape[1], -1))
         return torch.cat([(grouped @ part.to(wide).transpose(2, 3)).amax(2) for part in keys], 2)
-
-    def members(self, cluster: Tensor, which: Tensor) -> Tensor:
-        """Row positions int32 of tokens, by their cluster and which of its tokens they are, ``[B, n, M]`` both."""
-        counts = self.counts
-        begins = counts.cumsum(-1) - counts
-        return self.order.take(begins.gather(2, cluster) + which)[..., 0]
 
     def estimate(self, cluster: Tensor, counts: Tensor) -> Segment:
         """Stands for so many tokens of each of these clusters, ``[B, n, M]`` both."""
