@@ -133,6 +133,7 @@ class Chosen:
         entries: int32 ``[B, n, M]`` (or ``[B, H, M]``), ascending; what stands after the counts is ignored.
         counts: how many there are, ``[B, n]``; None: M.
         estimate: stands for what is skipped: a segment that every query reads as well.
+        skipped: what of it is remembered, from which `Select.again` makes the estimate; tensors ``[B, ...]``.
         whole: the query that chooses reads everything; those that use the choice again read what it lists.
     """
 
@@ -142,6 +143,7 @@ class Chosen:
     entries: Tensor
     counts: Tensor | None = None
     estimate: Segment | None = None
+    skipped: tuple[Tensor, ...] = ()
     whole: bool = False
 
     def blocks(self, position: int) -> BlockList:
@@ -174,11 +176,10 @@ class Chosen:
         return Listed(self.size, self.low, self.high, self.entries.contiguous(), counts)
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> Chosen:
+        """See `Index.map_rows`; of what is remembered, which has no estimate."""
         counts = None if self.counts is None else change(self.counts)
-        estimate = self.estimate
-        if estimate is not None:
-            estimate = Segment(change(estimate.k), change(estimate.v), estimate.length, change(estimate.bias))
-        return replace(self, entries=change(self.entries), counts=counts, estimate=estimate)
+        skipped = tuple(change(x) for x in self.skipped)
+        return replace(self, entries=change(self.entries), counts=counts, skipped=skipped)
 
     def counted(self, position: int) -> tuple[Tensor | int, int, int]:
         """Of the query at ``position``, summed over sequences and lists: tokens it reads and has, and the sequences."""
@@ -191,13 +192,11 @@ class Chosen:
         return batch * lists * outside + chosen * self.size, every, batch
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor it keeps alive."""
+        """Every tensor that it keeps alive while it is remembered."""
         yield self.entries
         if self.counts is not None:
             yield self.counts
-        if self.estimate is not None:
-            yield from self.estimate.tensors()
-            yield self.estimate.bias
+        yield from self.skipped
 
 
 @dataclass(frozen=True)
@@ -289,6 +288,10 @@ class Select(SelectSpec):
         """At most ``width`` of the entries ``low .. high``, counted from ``low``, as `_votes.best` gives them."""
         scores = self.scores(q, index, cached, low, high, scale)
         return best(vote(scores, shape_of(cached)[1], self.votes), width, self.mass)
+
+    def again(self, chosen: Chosen, index: Index, cached: Cached) -> Chosen:
+        """A remembered choice as it was when it was made: with its estimate."""
+        return chosen
 
     def scores(self, q: Tensor, index: Index, cached: Cached, low: int, high: int, scale: float) -> Tensor:
         """Scores of the entries ``low .. high`` for q ``[B, H, 1, D]``, scaled: float32 or wider, ``[B, H, E]``."""

@@ -26,15 +26,29 @@ def tokens_in(segments: Sequence[Segment | Streamed]) -> int:
 
 def keys(segments: Sequence[Segment | Streamed], low: int, high: int) -> Tensor:
     """Keys ``[B, n, high - low, D]`` at the row positions ``low .. high``: a view where they lie in one segment."""
-    parts = []
+    return _together([k for k, _ in _spans(segments, low, high)])
+
+
+def keys_and_values(segments: Sequence[Segment | Streamed], low: int, high: int) -> tuple[Tensor, Tensor]:
+    """As `keys`, and the values beside them ``[B, n, high - low, D_v]``."""
+    k, v = zip(*_spans(segments, low, high), strict=True)
+    return _together(k), _together(v)
+
+
+def _spans(segments: Sequence[Segment | Streamed], low: int, high: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """k, v of the row positions ``low .. high``, segment by segment."""
     begin = 0
     for segment in segments:
         end = begin + segment.longest
         if begin < high and low < end:
             a, b = max(low, begin) - begin, min(high, end) - begin
-            parts.append(segment.k[:, :, a:b] if isinstance(segment, Segment) else segment.span(a, b)[0])
+            plain = isinstance(segment, Segment)
+            yield (segment.k[:, :, a:b], segment.v[:, :, a:b]) if plain else segment.span(a, b)
         begin = end
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 2)
 
 
 def key_pieces(
