@@ -149,6 +149,9 @@ class Chosen:
     def blocks(self, position: int) -> BlockList:
         """The list of the query at ``position``."""
         own = position // self.size
+        if self.whole:
+            none = self.entries[:, :, :0]
+            return replace(self, low=own + 1, high=own + 1, entries=none, counts=None, whole=False).blocks(position)
         batch, heads, width = self.entries.shape
         device = self.entries.device
         sinks = torch.arange(self.low, dtype=torch.int32, device=device).expand(batch, heads, -1)
