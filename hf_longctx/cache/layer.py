@@ -54,7 +54,9 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
     def select_by(self, plan: LayerPlan) -> None:
         """Select as ``plan`` says, with indexes that are still to be built; in all else it is the layer's own."""
         self.plan = plan
-        self.selections = [Selection(role.decode, plan.word) if role.selects else None for role in plan.filled]
+        self.selections = [
+            Selection(role.decode, plan.word, self.max_tokens) if role.selects else None for role in plan.filled
+        ]
         self.step = None
 
     def __getstate__(self) -> dict:

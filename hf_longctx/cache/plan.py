@@ -72,7 +72,8 @@ class RolePlan:
             return False
 
         def make() -> bool:
-            return any(self.decodes(*rows.real(row), rows) for row in range(rows.batch if rows.padded else 1))
+            alike = not rows.padded and rows.ends is None
+            return any(self.decodes(*rows.real(row), rows) for row in range(1 if alike else rows.batch))
 
         return rows.memo(("selecting", id(self.decode)), make)
 

@@ -7,11 +7,19 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..layout.segments import fitting
+
 SPARE = 16  # entries by which a buffer grows at least
 
 
-def room(entries: int) -> int:
-    """Entries that a buffer of so many has room for, however it grew: steps of an eighth, and of `SPARE` at least."""
+def room(entries: int, most: int | None = None) -> int:
+    """Entries that a buffer of so many has room for, however it grew: steps of an eighth, and of `SPARE` at least.
+
+    Args:
+        most: entries that there will ever be: room for them is made at once.
+    """
+    if most is not None:
+        return max(entries, most)
     size = 0
     while size < entries:
         size += max(SPARE, size // 8)
@@ -37,14 +45,20 @@ class Growing:
     def _before(self) -> int:
         return sum(part.shape[2] for part in self.shared)
 
-    def append(self, entries: Tensor, more: int = 0) -> None:
-        """``entries [B, n, N, W]`` after those there are; ``more`` will follow at once, and have room then."""
+    def append(self, entries: Tensor, more: int = 0, most: int | None = None) -> None:
+        """``entries [B, n, N, W]`` after those there are.
+
+        Args:
+            more: entries that follow at once, for which there is room then.
+            most: as for `room`.
+        """
         before = self._before
         used = self.length - before
         needed = used + entries.shape[2]
-        if self.own is None or self.own.shape[2] < needed:
+        capacity = room(needed + more, None if most is None else most - before)
+        if self.own is None or not needed <= self.own.shape[2] <= capacity:  # more: it was cropped
             with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
-                grown = entries.new_empty(*entries.shape[:2], room(needed + more), entries.shape[3])
+                grown = entries.new_empty(*entries.shape[:2], capacity, entries.shape[3])
             if used:
                 grown[:, :, :used] = self.own[:, :, :used]
             self.own = grown
@@ -65,17 +79,19 @@ class Growing:
         return found
 
     def crop(self, length: int) -> None:
-        """Keep the first ``length`` entries; what is shared is kept whole where a part of it is."""
+        """Keep the first ``length`` entries."""
         if length >= self.length:
             return
         self.length = length
         left = []
         for part in self.shared:
             if length > 0:
-                left.append(part[:, :, :length])
+                left.append(_cut(part, length, 1) if length < part.shape[2] else part)
             length -= part.shape[2]
         if length <= 0:
             self.own = None
+        elif self.own.shape[2] > 2 * (length + SPARE):
+            self.own = _cut(self.own, length, 1)
         self.shared = left
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -86,12 +102,21 @@ class Growing:
                 self.own = change(self.own)
 
     def fork(self) -> Growing:
-        """One with the same entries; both write what comes next to memory of their own."""
-        if self.length > self._before:
-            self.shared = [*self.shared, self.own[:, :, : self.length - self._before]]
-        self.own = None
+        """One with the same entries; both write what comes next to memory of their own.
+
+        A few entries are copied, so that many forks do not leave many small parts.
+        """
+        own, shared = self.own, self.shared  # in this order: several threads may fork one
+        before = sum(part.shape[2] for part in shared)
+        used = self.length - before
+        if used > max(SPARE, before // 8):
+            self.shared = shared = [*shared, _cut(own, used, 1 / 8)]
+            self.own = own = None
         other = Growing()
-        other.shared, other.length = list(self.shared), self.length
+        other.shared, other.length = list(shared), self.length
+        if own is not None and used:
+            with torch.inference_mode(False):
+                other.own = own[:, :, :used].clone()
         return other
 
     def tensors(self) -> Iterator[Tensor]:
@@ -99,6 +124,12 @@ class Growing:
         yield from self.shared
         if self.own is not None:
             yield self.own
+
+
+def _cut(part: Tensor, length: int, spare: float) -> Tensor:
+    """Its first ``length`` entries, in memory that fits; rows of one memory stay so."""
+    rows = slice(0, 1) if part.stride(0) == 0 else slice(None)
+    return fitting(part[rows, :, :length], spare).expand(part.shape[0], -1, -1, -1)
 
 
 def _changed(part: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

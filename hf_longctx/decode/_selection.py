@@ -12,7 +12,7 @@ from torch import Tensor
 from ..layout.rows import Rows
 from .base import Cached, Chosen, Index, Select
 
-TAKEN_BACK = 128  # tokens: a forward that checks drafts brings fewer, and so many may be rolled back at once
+TAKEN_BACK = 256  # tokens: of so many the choices are remembered; taking more back, a choice is made again
 ALL = -1  # stands for all sequences of a batch
 
 
@@ -85,12 +85,14 @@ class Selection:
 
     Attributes:
         kernel: the config's word.
+        max_tokens: what the cache was reserved for; None: it grows.
         parts: by sequence, where lengths differ; else one for all of them, under `ALL`.
     """
 
-    def __init__(self, spec: Select, kernel: str = "auto"):
+    def __init__(self, spec: Select, kernel: str = "auto", max_tokens: int | None = None):
         self.spec = spec
         self.kernel = kernel
+        self.max_tokens = max_tokens
         self.parts: dict[int, Part] = {}
 
     def choose(self, group: slice, q: Tensor, cached: Cached, position: int, scale: float) -> tuple[Chosen, bool]:
@@ -109,7 +111,7 @@ class Selection:
             chosen = spec.choose(q, part.index, cached, position, scale)
         _check(chosen)
         if spec.refresh > 1:
-            part.remember(Choice(position, chosen, q.clone() if spec.similar is not None else None))
+            part.remember(Choice(position, chosen, q.detach().clone() if spec.similar is not None else None))
         return chosen, False
 
     def _holds(self, last: Choice, q: Tensor, position: int) -> bool:
@@ -117,7 +119,7 @@ class Selection:
             return False
         if self.spec.similar is None:
             return True
-        pair = (x.flatten().to(torch.promote_types(q.dtype, torch.float32)) for x in (last.q, q))
+        pair = (x.flatten().to(torch.promote_types(q.dtype, torch.float32)) for x in (last.q, q.detach()))
         return bool(torch.cosine_similarity(*pair, dim=0) >= self.spec.similar)
 
     def _part(self, group: slice) -> Part:
@@ -127,8 +129,9 @@ class Selection:
             self.parts = {}
         if key not in self.parts:
             self.parts[key] = Part(self.spec.new_index())
-        self.parts[key].index.kernel = self.kernel
-        return self.parts[key]
+        part = self.parts[key]
+        part.index.kernel, part.index.max_tokens = self.kernel, self.max_tokens
+        return part
 
     def part_ways(self, batch: int) -> None:
         """From now on the ``batch`` sequences have lengths of their own."""
@@ -156,7 +159,7 @@ class Selection:
         self.parts = {}
 
     def fork(self) -> Selection:
-        other = Selection(self.spec, self.kernel)
+        other = Selection(self.spec, self.kernel, self.max_tokens)
         other.parts = {key: part.fork() for key, part in self.parts.items()}
         return other
 

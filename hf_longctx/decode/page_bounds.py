@@ -62,9 +62,10 @@ class PageBounds(Select):
     def new_index(self) -> Bounds:
         return Bounds(self.page // self.sub)
 
-    def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+    def nbytes(self, tokens: int, head_dim: int, itemsize: int, max_tokens: int | None = None) -> int:
         _, high = self.between(tokens - 1)
-        return 2 * room(high * self.sub) * head_dim * itemsize
+        most = None if max_tokens is None else max_tokens // (self.page // self.sub)
+        return 2 * room(high * self.sub, most) * head_dim * itemsize
 
     def scores(self, q: Tensor, index: Bounds, cached: Cached, low: int, high: int, scale: float) -> Tensor:
         found = torch.cat([page_scores(q, part) for part in index.pages.views(low * self.sub, high * self.sub)], 2)
@@ -110,10 +111,11 @@ class Bounds(Index):
 
     def extend(self, cached: Cached, tokens: int) -> None:
         high = tokens // self.page * self.page
+        most = None if self.max_tokens is None else self.max_tokens // self.page
         for first, k in key_pieces(cached, self.tokens, high, self.page):
             k = k.unflatten(2, (-1, self.page))
             more = (high - first) // self.page - k.shape[2]
-            self.pages.append(torch.cat([k.amax(3), k.amin(3)], 3), more)
+            self.pages.append(torch.cat([k.amax(3), k.amin(3)], 3), more, most)
 
     def crop(self, tokens: int) -> None:
         self.pages.crop(tokens // self.page)
