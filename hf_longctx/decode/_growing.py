@@ -78,6 +78,19 @@ class Growing:
             begin = end
         return found
 
+    def take(self, at: Tensor) -> Tensor:
+        """Copies of the entries ``at [B, n, M]``, int64: ``[B, n, M, W]``."""
+        rows, heads = (torch.arange(size, device=at.device) for size in at.shape[:2])
+        rows, heads = rows[:, None, None], heads[:, None]
+        found = None
+        begin = 0
+        for part in self.views():
+            size = part.shape[2]
+            own = part[rows, heads, (at - begin).clamp(0, size - 1)]
+            found = own if found is None else torch.where((at >= begin)[..., None], own, found)
+            begin += size
+        return found
+
     def crop(self, length: int) -> None:
         """Keep the first ``length`` entries."""
         if length >= self.length:

@@ -104,20 +104,21 @@ class Selection:
         """
         part = self._part(group)
         spec = self.spec
-        if part.choices and self._holds(part.choices[-1], q, position):
-            return part.choices[-1].chosen, True
         rounds = torch.is_autocast_enabled(q.device.type)  # the scores; asking is cheaper than switching off
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False) if rounds else nullcontext():
+            if part.choices and self._holds(part.choices[-1], q, position):
+                return spec.again(part.choices[-1].chosen, part.index, cached), True
             chosen = spec.choose(q, part.index, cached, position, scale)
         _check(chosen)
-        if spec.refresh > 1:
-            part.remember(Choice(position, chosen, q.detach().clone() if spec.similar is not None else None))
+        if spec.refresh > 1:  # without the estimate: as many as may be taken back would be as large as the cache
+            kept = replace(chosen, whole=False, estimate=None)
+            part.remember(Choice(position, kept, q.detach().clone() if spec.similar is not None else None))
         return chosen, False
 
     def _holds(self, last: Choice, q: Tensor, position: int) -> bool:
         if last.position // self.spec.refresh != position // self.spec.refresh:
             return False
-        if self.spec.similar is None:
+        if not self.spec.compares(position):
             return True
         pair = (x.flatten().to(torch.promote_types(q.dtype, torch.float32)) for x in (last.q, q.detach()))
         return bool(torch.cosine_similarity(*pair, dim=0) >= self.spec.similar)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -133,6 +133,8 @@ class Chosen:
         entries: int32 ``[B, n, M]`` (or ``[B, H, M]``), ascending; what stands after the counts is ignored.
         counts: how many there are, ``[B, n]``; None: M.
         estimate: stands for what is skipped: a segment that every query reads as well.
+        skipped: what of it is remembered, from which `Select.again` makes the estimate; tensors ``[B, ...]``.
+        whole: the query that chooses reads everything; those that use the choice again read what it lists.
     """
 
     size: int
@@ -141,6 +143,8 @@ class Chosen:
     entries: Tensor
     counts: Tensor | None = None
     estimate: Segment | None = None
+    skipped: tuple[Tensor, ...] = ()
+    whole: bool = False
 
     def blocks(self, position: int) -> BlockList:
         """The list of the query at ``position``."""
@@ -164,33 +168,35 @@ class Chosen:
         return BlockList(self.size, position, position + 1, indices[:, :, None], counts[:, :, None], none, zero)
 
     @property
-    def listed(self) -> Listed:
-        """The same for a kernel that reads one segment."""
+    def listed(self) -> Listed | None:
+        """The same for a kernel that reads one segment; None: all of it."""
+        if self.whole:
+            return None
         counts = None if self.counts is None else self.counts.contiguous()
         return Listed(self.size, self.low, self.high, self.entries.contiguous(), counts)
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> Chosen:
+        """See `Index.map_rows`; of what is remembered, which has no estimate."""
         counts = None if self.counts is None else change(self.counts)
-        estimate = self.estimate
-        if estimate is not None:
-            estimate = Segment(change(estimate.k), change(estimate.v), estimate.length, change(estimate.bias))
-        return Chosen(self.size, self.low, self.high, change(self.entries), counts, estimate)
+        skipped = tuple(change(x) for x in self.skipped)
+        return replace(self, entries=change(self.entries), counts=counts, skipped=skipped)
 
     def counted(self, position: int) -> tuple[Tensor | int, int, int]:
         """Of the query at ``position``, summed over sequences and lists: tokens it reads and has, and the sequences."""
         batch, lists, width = self.entries.shape
+        every = batch * lists * (position + 1)
+        if self.whole:
+            return every, every, batch
         outside = self.low * self.size + position + 1 - self.high * self.size
         chosen = batch * lists * width if self.counts is None else self.counts.sum()
-        return batch * lists * outside + chosen * self.size, batch * lists * (position + 1), batch
+        return batch * lists * outside + chosen * self.size, every, batch
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor it keeps alive."""
+        """Every tensor that it keeps alive while it is remembered."""
         yield self.entries
         if self.counts is not None:
             yield self.counts
-        if self.estimate is not None:
-            yield from self.estimate.tensors()
-            yield self.estimate.bias
+        yield from self.skipped
 
 
 @dataclass(frozen=True)
@@ -226,7 +232,7 @@ class Select(SelectSpec):
         if self.similar is not None and self.refresh == 1:
             raise ConfigError(
                 f"similar: got {self.similar} with refresh 1, which chooses for every token. Set refresh to the most "
-                "tokens for which a choice may be used."
+                "tokens for which a choice may be used, or similar to null."
             )
 
     estimates: ClassVar[bool] = False  # a choice may have an `Chosen.estimate`
@@ -240,6 +246,10 @@ class Select(SelectSpec):
     @property
     def by_sequence(self) -> bool:
         """Whether sequences of one length may choose at different positions, so that each is asked alone."""
+        return self.similar is not None
+
+    def compares(self, position: int) -> bool:
+        """Whether the query at ``position`` is compared with the one that chose."""
         return self.similar is not None
 
     def new_index(self) -> Index:
@@ -278,6 +288,10 @@ class Select(SelectSpec):
         """At most ``width`` of the entries ``low .. high``, counted from ``low``, as `_votes.best` gives them."""
         scores = self.scores(q, index, cached, low, high, scale)
         return best(vote(scores, shape_of(cached)[1], self.votes), width, self.mass)
+
+    def again(self, chosen: Chosen, index: Index, cached: Cached) -> Chosen:
+        """A remembered choice as it was when it was made: with its estimate."""
+        return chosen
 
     def scores(self, q: Tensor, index: Index, cached: Cached, low: int, high: int, scale: float) -> Tensor:
         """Scores of the entries ``low .. high`` for q ``[B, H, 1, D]``, scaled: float32 or wider, ``[B, H, E]``."""

@@ -45,7 +45,7 @@ from ..errors import ConfigError, UnsupportedModeError
 from ..layout.blocks import BlockList
 from ..layout.dtypes import needs_grad
 from ..layout.forward import Forward
-from ..layout.gather import gathered
+from ..layout.gather import gathered, lying
 from ..layout.heads import RoleHeads
 from ..layout.reads import ALL, All, Causal, Reads
 from ..layout.scores import Scores
@@ -255,6 +255,9 @@ def _listed(
 
     A bias of the first token is added to the first that is named: selections name it always.
     """
+    if q.device.type == "cpu" and (plain := lying(segments, reads)) is not None:
+        kernel = choose(word, case_of(q, plain, reads, scores), forward)
+        return kernel.attend(q, plain, reads, scores, True)
     return _attend_plain(word, q, gathered(segments, reads), ALL, scores, forward)
 
 

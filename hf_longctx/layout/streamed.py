@@ -37,6 +37,13 @@ class Streamed(ABC):
     def joined_note(self) -> str:
         """What the report says where a prefill pattern needs all of it at once (`contents`)."""
 
+    def lying(self, slots: Tensor) -> list[Segment] | None:
+        """Plain segments, together all tokens in order, in the memory where they lie; None where that cannot be.
+
+        Only what holds one of ``slots`` (int64, any shape) may be read; the rest is room without contents.
+        """
+        return None
+
     @abstractmethod
     def blocks(self) -> Iterator[Segment]:
         """Plain segments, together the cached tokens in order. One is only valid until the next is requested."""

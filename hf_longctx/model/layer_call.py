@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -228,6 +229,8 @@ class LayerCall:
             for position in range(processed - new, processed):
                 at = start + position - rows.past
                 own = part.without_last(rows.new - 1 - at).alone(group, start)
+                if rows.padded:  # a bias hid the pads, which are gone
+                    own = [replace(one, bias=None) if isinstance(one, Segment) else one for one in own]
                 one = q[group, :, at : at + 1]
                 out[:, :, at : at + 1] = self._selected_one(one, role, part.selection, group, own, position)
             outs.append(out)
@@ -243,6 +246,8 @@ class LayerCall:
         self._refuse_bias(segments, "a selection cannot choose. Set decode.retrieval to {select: dense}.")
         chosen, reused = selection.choose(group, q, segments, position, self.scores.scale)
         self.forward.log.decode.add(*chosen.counted(position), reused)
+        if chosen.whole:
+            return self._attend(q, segments, ALL, heads)
         own = self._scores(heads) if self.by_head else self.scores
         if chosen.estimate is None:
             return self._attend(q, segments, chosen.blocks(position), heads)
