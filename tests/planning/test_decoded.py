@@ -155,6 +155,18 @@ def test_what_is_planned_to_be_read_is_read(more):
     assert select.runs(found.begins) and not select.runs(found.begins - 1)
 
 
+def test_a_full_step_of_recycle_counts_in_the_mean():
+    few = {**SMALL, "select": "recycle", "refresh": 10}
+    model = patched(**few)
+    (_, reads), *_ = decoded(state_of(model).plans, 700).reads
+    cache = LongCtxCache(model, rollback=False)
+    read(model, cache, torch.randint(3, 97, (1, 700)))
+    for _ in range(10):  # the first of them is a full step, at position 700
+        read(model, cache, torch.randint(3, 97, (1, 1)))
+    assert report(model).read == pytest.approx(reads / 700, rel=0.05), "newer tokens are read as well"
+    assert reads > 1.5 * (64 + 16 + 4)
+
+
 def test_nothing_is_said_without_a_selection():
     assert decoded(state_of(patched(select="dense")).plans, TOKENS) is None
     never = decoded(state_of(patched(**{**PAGES, "share": 1.0})).plans, TOKENS)
