@@ -255,7 +255,7 @@ def test_room_of_what_grows():
     made.append(torch.randn(1, 1, 5, 4), most=100)
     assert made.own.shape[2] == 100
     made, _ = growing(400)
-    assert made.own.shape[2] == 450
+    assert 400 < made.own.shape[2] <= 450
     made.crop(3)
     assert made.own.shape[2] <= 2 * (3 + SPARE)
 
