@@ -198,6 +198,12 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         for selection in self.chosen:
             yield from selection.tensors()
 
+    def waiting(self) -> Iterator[tuple[Selection, Store]]:
+        """The selections that are to be settled, each with its store."""
+        for store, selection in zip(self.stores, self.selections, strict=True):
+            if selection is not None and selection.waits:
+                yield selection, store
+
     @property
     def chosen(self) -> Iterator[Selection]:
         """The selections there are."""

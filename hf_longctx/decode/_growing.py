@@ -86,7 +86,7 @@ class Growing:
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """``change`` reorders, repeats or selects the rows of a tensor ``[B, ...]``; rows of one memory stay so."""
-        self.shared = [_changed(part, change) for part in self.shared]
+        self.shared = [map_shared(part, change) for part in self.shared]
         if self.own is not None:
             with torch.inference_mode(False):
                 self.own = change(self.own)
@@ -107,8 +107,9 @@ class Growing:
             yield self.own
 
 
-def _changed(part: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    if part.shape[0] == 1 or part.stride(0) == 0:
-        return part[:1].expand(change(part[:, :0, :0]).shape[0], -1, -1, -1)
+def map_shared(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """``change(tensor)`` of a tensor ``[B, ...]`` that nobody writes: rows of one memory stay so."""
+    if tensor.shape[0] == 1 or tensor.stride(0) == 0:
+        return tensor[:1].expand(change(tensor[:, :0]).shape[0], *tensor.shape[1:])
     with torch.inference_mode(False):
-        return change(part)
+        return change(tensor)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..layout.rows import Rows
+from ..layout.segments import HeadKV
 from .base import Cached, Chosen, Index, Select
 
 TAKEN_BACK = 128  # tokens: a forward that checks drafts brings fewer, and so many may be rolled back at once
@@ -95,6 +96,15 @@ class Selection:
             part.remember(Choice(position, kept, q.clone() if spec.similar is not None else None))
         return chosen, False
 
+    def saw(self, group: slice, q: Tensor, position: int, scale: float) -> None:
+        """The queries ``[B, H, T, D]`` of a prompt of these sequences, from ``position`` on."""
+        self._part(group).index.saw(q, position, scale)
+
+    @property
+    def waits(self) -> bool:
+        """See `Index.waits`."""
+        return any(part.index.waits for part in self.parts.values())
+
     def _holds(self, last: Choice, q: Tensor, position: int) -> bool:
         if last.position // self.spec.refresh != position // self.spec.refresh:
             return False
@@ -147,3 +157,16 @@ class Selection:
         """Every tensor it keeps alive."""
         for part in self.parts.values():
             yield from part.tensors()
+
+
+def settle(waiting: Sequence[tuple[Selection, HeadKV]], rows: Rows) -> None:
+    """Settle the indexes of selections of all layers, beside what their stores hold; ``rows`` are all that was seen."""
+    first = waiting[0][0]
+    for key in list(first.parts):
+        group, start = (slice(None), 0) if key == ALL else (slice(key, key + 1), rows.start(key))
+        found = [
+            (one.parts[key].index, held) for one, held in waiting if key in one.parts and one.parts[key].index.waits
+        ]
+        if found:
+            indexes, held = zip(*found, strict=True)
+            first.spec.settle(indexes, [one.alone(group, start) for one in held])

@@ -49,6 +49,17 @@ class SelectSpec:
         """Whether it may leave out tokens of a sequence that has ``processed`` tokens."""
         return not self.reads_all
 
+    @property
+    def queries(self) -> int:
+        """How many of a prompt's last queries an index needs (`Index.saw`); 0: none, and `settle` is not asked."""
+        return 0
+
+    def settle(self, indexes: Sequence[Index], cached: Sequence[Cached]) -> None:  # noqa: B027
+        """End the prompt of the same sequences in all layers, whose indexes wait for each other (`Index.waits`).
+
+        It is asked before the first decoded token that selects, or earlier, where a prompt is kept for others.
+        """
+
     def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
         """Bytes that it keeps beside the store, for one KV head of one sequence of ``tokens`` tokens."""
         return 0
@@ -57,15 +68,20 @@ class SelectSpec:
 class Index(ABC):
     """What is known of the keys of sequences of one length, beside the store that has them.
 
-    It is a function of the keys: `extend` reads them, a file does not have it.
+    It is a function of the keys: `extend` reads them, a file does not have it. One that needs queries (`saw`) is saved.
 
     Attributes:
         tokens: those it covers, from the first on.
         kernel: the config's word, for what a kernel computes of it.
+        waits: it has seen what it needs and is not settled yet (`SelectSpec.settle`).
     """
 
     tokens: int = 0
     kernel: str = "auto"
+    waits: bool = False
+
+    def saw(self, q: Tensor, position: int, scale: float) -> None:  # noqa: B027
+        """Queries ``[B, H, T, D]`` of a prompt, from this position on."""
 
     @abstractmethod
     def extend(self, cached: Cached, tokens: int) -> None:
@@ -120,6 +136,7 @@ class Chosen:
         entries: int32 ``[B, n, M]`` (or ``[B, H, M]``), ascending; what stands after the counts is ignored.
         counts: how many there are, ``[B, n]``; None: M.
         estimate: stands for what is skipped: a segment that every query reads as well.
+        note: what the report says of it; None for nothing.
         skipped: what of it is remembered, from which `Select.again` makes the estimate; tensors ``[B, ...]``.
     """
 
@@ -129,6 +146,7 @@ class Chosen:
     entries: Tensor
     counts: Tensor | None = None
     estimate: Segment | None = None
+    note: str | None = None
     skipped: tuple[Tensor, ...] = ()
 
     def blocks(self, position: int) -> BlockList:
