@@ -37,12 +37,14 @@ class SelectSpec:
         roles: the roles whose heads the selection serves.
         reads_all: it reads every cached token.
         dense_layers: the first layers of the model, in which it reads every cached token.
+        saved: fields on which depends what a file has of its indexes; none: a file has nothing of them.
         cases: small settings, fields by name, that together show all it does; the tests run each of them.
     """
 
     roles: ClassVar[tuple[str, ...]] = ()
     reads_all: ClassVar[bool] = False
     dense_layers: int = 0
+    saved: ClassVar[tuple[str, ...]] = ()
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     def runs(self, processed: int) -> bool:
@@ -71,11 +73,13 @@ class Index(ABC):
     It is a function of the keys: `extend` reads them, a file does not have it. One that needs queries (`saw`) is saved.
 
     Attributes:
+        numbers: names of the attributes (plain ints, not negative) that a file has of it.
         tokens: those it covers, from the first on.
         kernel: the config's word, for what a kernel computes of it.
         waits: it has seen what it needs and is not settled yet (`SelectSpec.settle`).
     """
 
+    numbers: ClassVar[tuple[str, ...]] = ()
     tokens: int = 0
     kernel: str = "auto"
     waits: bool = False
@@ -102,6 +106,30 @@ class Index(ABC):
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor it keeps alive."""
+
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors that a file has of it, beside `numbers`."""
+        return {}
+
+    def expected(
+        self, numbers: Mapping[str, int], tokens: int, shape: tuple[int, int, int, int], dtype: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of what `saved` gives where its numbers are these, of sequences of ``tokens`` tokens.
+
+        Args:
+            shape: B, n, H, D.
+
+        Raises:
+            ValueError: no index has such numbers.
+        """
+        return {}
+
+    def restore(self, numbers: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Make an empty index the one of which `saved` gave these, whose dtypes and shapes are right.
+
+        Raises:
+            ValueError: no index has such tensors; asked of an index that nobody uses before, with views of a file.
+        """
 
 
 class NoIndex(Index):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -57,6 +57,8 @@ class PrefixClusters(Select):
         {"percent": 20.0, "observation": 8, "share": 0.2, "similar": 0.5, "refresh": 32},
     )
 
+    saved: ClassVar = ("sink", "recent", "percent", "observation", "quantile", "iterations")
+
     budget: int = field(default=MOST, metadata=TOKENS)
     percent: float = field(default=5.0, metadata=PERCENT)
     observation: int = field(default=100, metadata=TOKENS)
@@ -90,7 +92,7 @@ class PrefixClusters(Select):
         counts = []
         for index, own in zip(indexes, cached, strict=True):
             index.cluster(own)
-            weights.append(index.weights(index.seen, index.scale).flatten(1).double())
+            weights.append(index.weights(index.seen, 1.0).flatten(1).double())
             counts.append(index.counts.flatten(1))
         devices = {index.device for index in indexes}
         here = weights[0].device
@@ -118,8 +120,9 @@ class PrefixIndex(Index):
 
     Attributes:
         tokens: of the prefix, as far as its queries were seen.
-        seen: its last queries, ``[B, H, T, D]``; None before the first, and when it is settled.
-        scale: of their scores.
+        seen: its last queries, scaled, ``[B, H, T, D]``; None before the first, and when it is settled.
+        kept: how many these are.
+        done: 1 where it is settled.
         low, high: the clustered tokens.
         of: the cluster of each, int32 ``[B, n, N]``; None before it is settled.
         threshold: float64 ``[B, 1, 1]``, of the logarithm of a weight.
@@ -128,20 +131,28 @@ class PrefixIndex(Index):
         order: the tokens by cluster, int32 ``[B, n, N]``.
     """
 
+    numbers = ("tokens", "kept", "done")
+
     def __init__(self, spec: PrefixClusters):
         self.spec = spec
-        self.scale = 1.0
-        self.low = self.high = 0
         self._forget()
 
     def _forget(self) -> None:
-        self.tokens = 0
+        self.tokens = self.low = self.high = 0
         self.seen = self.of = self.threshold = self.keys = self.counts = self.order = None
+
+    @property
+    def kept(self) -> int:
+        return 0 if self.seen is None else self.seen.shape[2]
+
+    @property
+    def done(self) -> int:
+        return int(self.threshold is not None)
 
     @property
     def waits(self) -> bool:
         low, high = self.spec.clustered(self.tokens)
-        return self.seen is not None and self.seen.shape[2] == self.spec.observation and low < high
+        return self.kept == self.spec.observation and low < high
 
     @property
     def device(self) -> torch.device:
@@ -149,11 +160,11 @@ class PrefixIndex(Index):
 
     def saw(self, q: Tensor, position: int, scale: float) -> None:
         if self.threshold is None and position == self.tokens:
+            last = q[:, :, -self.spec.observation :].detach() * scale
             with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
-                both = q.detach() if self.seen is None else torch.cat([self.seen, q.detach().to(self.seen)], 2)
+                both = last if self.seen is None else torch.cat([self.seen, last.to(self.seen)], 2)
                 self.seen = both[:, :, -self.spec.observation :].clone()
             self.tokens += q.shape[2]
-            self.scale = scale
 
     def cluster(self, cached: Cached) -> None:
         """Cluster the prefix, one KV head after the other."""
@@ -200,7 +211,7 @@ class PrefixIndex(Index):
             if tokens < self.high:
                 self._forget()
         elif tokens < self.tokens:
-            left = 0 if self.seen is None else self.seen.shape[2] - (self.tokens - tokens)
+            left = self.kept - (self.tokens - tokens)
             self.seen = self.seen[:, :, :left].clone() if left > 0 else None
             self.tokens = tokens
 
@@ -214,6 +225,35 @@ class PrefixIndex(Index):
 
     def tensors(self) -> Iterator[Tensor]:
         return (tensor for name in TENSORS if (tensor := getattr(self, name)) is not None)
+
+    def saved(self) -> dict[str, Tensor]:
+        named = {name: getattr(self, name) for name in ("seen", "of", "threshold")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def expected(
+        self, numbers: Mapping[str, int], tokens: int, shape: tuple[int, int, int, int], dtype: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        batch, kv_heads, heads, dim = shape
+        prefix, kept, done = (numbers[name] for name in self.numbers)
+        low, high = self.spec.clustered(prefix)
+        if done:
+            if done > 1 or kept or not low < high <= tokens:
+                raise ValueError(f"a prefix of {prefix} of {tokens} tokens with {kept} queries is not settled")
+            clusters = (torch.int32, (batch, kv_heads, high - low))
+            return {"of": clusters, "threshold": (torch.float64, (batch, 1, 1))}
+        if prefix > tokens or kept > min(self.spec.observation, prefix):
+            raise ValueError(f"a prefix of {prefix} of {tokens} tokens has no {kept} last queries")
+        return {"seen": (dtype, (batch, heads, kept, dim))} if kept else {}
+
+    def restore(self, numbers: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+        self.tokens = numbers["tokens"]
+        self.low, self.high = self.spec.clustered(self.tokens)
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+        if self.of is not None:
+            least, most = torch.aminmax(self.of)
+            if least < 0 or most >= self.spec.clusters(self.high - self.low):
+                raise ValueError(f"its clusters are from {int(least)} to {int(most)}")
 
 
 TENSORS = ("seen", "of", "threshold", "keys", "counts", "order")

@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from helpers.forgeries import Forger, at, changed, others, places, put
 from helpers.selecting import SMALL, read, selecting_model
 
-from hf_longctx import LongCtxCache, PromptCache, observe, report
+from hf_longctx import CacheError, LongCtxCache, PromptCache, observe, report
 from hf_longctx.decode.prefix_clusters import EVERYTHING, PrefixClusters, quantile
 from hf_longctx.layout.segments import Segment
 
@@ -103,8 +104,8 @@ def test_clusters_are_of_normalised_keys_and_their_means_of_raw_ones():
     long = [(q, k * torch.linspace(1, 9, 120, dtype=torch.float64)[:, None]) for q, k in layers]
     (index,), (other,) = settled(one, layers), settled(one, long)
     assert members(index, 0, 0) == members(other, 0, 0)
-    for at, tokens in enumerate(c for c in members(other, 0, 1)):
-        found = other.keys[0, 1][other.counts[0, 1] > 0][at]
+    for c, tokens in enumerate(c for c in members(other, 0, 1)):
+        found = other.keys[0, 1][other.counts[0, 1] > 0][c]
         torch.testing.assert_close(found, long[0][1][0, 1, tokens].mean(0), rtol=0, atol=TOLERANCE)
 
 
@@ -223,6 +224,82 @@ def test_forks_of_a_kept_prompt_share_its_clusters():
     third = prompts.prefill(ids(160)[0].tolist()).cache
     read(model, long, third, steps=(141,))
     assert next(iter(third.own[0].selections[0].parts.values())).index.of is one.of, "the prefix stays"
+
+
+def test_a_saved_cache_has_its_prefix(tmp_path):
+    """Settled, padded, before it is settled, and cropped into the tokens that are always read."""
+    model = selecting_model("prefix_clusters", **FIELDS)
+    mask = torch.tensor([[int(j >= 200 - length) for j in range(200)] for length in (200, 170)])
+    for name, text, own, read_first, target in (
+        ("settled", ids(), None, 170, 170),
+        ("cropped", ids(), None, 170, 147),
+        ("waiting", ids(), None, 150, 150),
+        ("padded", ids(200, 2) * mask, mask, 170, 170),
+    ):
+        cache = LongCtxCache(model)
+        read(model, text[:, :read_first], cache, own, steps=(150,))
+        cache.crop(target)
+        cache.save(tmp_path / name)
+        loaded = LongCtxCache.load(tmp_path / name, model)
+        want = read(model, text[:, target:], cache, own)
+        torch.testing.assert_close(read(model, text[:, target:], loaded, own), want, rtol=0, atol=1e-11)
+        again = LongCtxCache(model)
+        read(model, text[:, :target], again, own, steps=(target,))
+        differs = (read(model, text[:, target:], again, own) - want).abs().max()
+        assert (differs > 1e-3) == (name != "waiting"), "a control: another prefix is another choice"
+
+
+def test_a_file_fits_the_selection_it_was_saved_with(tmp_path):
+    made = selecting_model("prefix_clusters", **FIELDS)
+    plain = selecting_model(None)
+    for model in (made, plain):
+        cache = LongCtxCache(model)
+        logits(model, ids(), cache)
+        cache.save(tmp_path / ("made" if model is made else "plain"))
+    budget = selecting_model("prefix_clusters", **FIELDS, budget=40, refresh=4)
+    assert LongCtxCache.load(tmp_path / "made", budget).seen == 200, "what decides how much is read may differ"
+    bounds = selecting_model("page_bounds", page=8)
+    assert LongCtxCache.load(tmp_path / "plain", bounds).seen == 200
+    other = selecting_model("prefix_clusters", **{**FIELDS, "percent": 10.0})
+    for name, model, said in (
+        ("made", plain, 'another config, layer 0 .decode: .*"prefix_clusters".* there, null here'),
+        ("made", bounds, "prefix_clusters.* there, null here"),
+        ("plain", made, 'another config, layer 0 .decode: null there, .*"prefix_clusters"'),
+        ("made", other, '"percent": 20.0.* there, .*"percent": 10.0'),
+    ):
+        with pytest.raises(CacheError, match=said):
+            LongCtxCache.load(tmp_path / name, model)
+
+
+@pytest.mark.parametrize("state", ["settled", "waiting"])
+def test_a_file_is_believed_in_nothing(state, tmp_path):
+    model = selecting_model("prefix_clusters", **FIELDS)
+    cache = LongCtxCache(model)
+    read(model, ids()[:, : 170 if state == "settled" else 150], cache, steps=(150,))
+    cache.save(tmp_path / "true")
+    forger = Forger(tmp_path / "true")
+    kept = {place for place in places(forger.told["kept"]) if "selections" in place[:2]}
+    wrong = [
+        lambda tensors, told, p=p, v=v: put(told["kept"], p, v)
+        for p in kept
+        for v in others(at(forger.told["kept"], p))
+    ]
+    for name, tensor in forger.tensors.items():
+        if ".selections." in name:
+            for other in changed(tensor).values():
+                wrong.append(lambda tensors, told, name=name, other=other: tensors.update({name: other}))
+            if tensor.dtype == torch.int32:
+                wrong.append(lambda tensors, told, name=name: tensors.update({name: tensors[name] + 99}))
+                wrong.append(lambda tensors, told, name=name: tensors.update({name: tensors[name] - 99}))
+    refused = 0
+    for edit in wrong[:: max(1, len(wrong) // 150)]:
+        try:
+            loaded = LongCtxCache.load(forger.write(tmp_path / "false", edit), model)
+        except CacheError:
+            refused += 1
+        else:
+            read(model, ids()[:, loaded.seen :][:, :2], loaded)  # another prefix that can be
+    assert refused > 100
 
 
 def test_layers_that_an_observer_answered_for_are_not_known():
