@@ -10,8 +10,9 @@ import torch
 from helpers.forgeries import Forger, at, changed, others, places, put
 from helpers.selecting import SMALL, read, selecting_model
 
-from hf_longctx import CacheError, LongCtxCache, PromptCache, observe, report
-from hf_longctx.decode.prefix_clusters import EVERYTHING, PrefixClusters, quantile
+from hf_longctx import CacheError, ConfigError, LongCtxCache, PromptCache, observe, report
+from hf_longctx.decode._weights import EVERYTHING, quantile
+from hf_longctx.decode.prefix_clusters import PrefixClusters
 from hf_longctx.layout.segments import Segment
 
 STORES = ("full", {"store": "quantized", "bits": 8}, "offloaded", "offloaded_disk")
@@ -126,11 +127,54 @@ def test_a_budget_takes_the_heaviest_clusters():
     few = spec(quantile=0.0, budget=10)
     choice = few.choose(query, index, kept, 120, 0.5)
     assert choice.counts.tolist() == [[10, 10]]
-    weights = index.weights(query, 0.5)
+    best_first = index.ranked(query, 0.5).clusters
     for head in range(2):
-        best = int(weights[0, head].masked_fill(index.counts[0, head] == 0, -math.inf).argmax())
+        best = int(best_first[0, head, 0])
         tokens = [t for t, c in enumerate(index.of[0, head].tolist(), start=4) if c == best]
         assert set(tokens[:10]) <= set(choice.entries[0, head].tolist())
+
+
+def test_two_levels_read_inside_of_coarse_clusters_that_pass():
+    layers = some_layers()
+    query = torch.randn(1, 4, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) * 2
+    one, all_pass, few_pass = spec(), spec(coarse=5.0, coarse_quantile=0.0), spec(coarse=5.0, coarse_quantile=0.5)
+    found = {}
+    for name, which in (("one", one), ("all", all_pass), ("few", few_pass)):
+        indexes = settled(which, layers)
+        choices = [
+            which.choose(query, index, [Segment(k, k, 120)], 120, 0.5)
+            for index, (_, k) in zip(indexes, layers, strict=True)
+        ]
+        found[name] = [
+            [choice.entries[0, head, : int(choice.counts[0, head])].tolist() for head in range(2)] for choice in choices
+        ]
+    assert found["one"] == found["all"], "a first threshold that everything passes is one level"
+    assert found["one"] != found["few"]
+    for index, (_, k), choice in zip(indexes, layers, found["few"], strict=True):
+        assert index.threshold.shape == (1, 1, 2)
+        for head in range(2):
+            assert set(choice[head]) == coarse_by_hand(index, k[0, head], query[0, 2 * head : 2 * head + 2], head)
+
+
+def coarse_by_hand(index, k, q, head: int) -> set[int]:
+    """Clusters inside of coarse ones that pass; the others count by their coarse means."""
+    fine, coarse = ({}, {})
+    for token, cluster in enumerate(index.of[0, head].tolist(), start=index.low):
+        fine.setdefault(cluster, []).append(token)
+        coarse.setdefault(int(index.top[0, head, cluster]), []).append(token)
+    passed = []
+    for c, weight in zip(coarse, weights_by_hand(None, q, k, list(coarse.values()), 0.5).tolist(), strict=True):
+        if math.log(weight) > index.threshold[0, 0, 1]:
+            passed.append(c)
+    inside = [c for c in fine if int(index.top[0, head, c]) in passed]
+    others = [tokens for c, tokens in coarse.items() if c not in passed]
+    own = weights_by_hand(None, q, k, [fine[c] for c in inside] + others, 0.5)[: len(inside)]
+    return {t for c, w in zip(inside, own.log().tolist(), strict=True) if w > index.threshold[0, 0, 0] for t in fine[c]}
+
+
+def test_more_coarse_clusters_than_clusters_are_refused():
+    with pytest.raises(ConfigError, match="coarse: got 20.0, expected less than percent, 20.0"):
+        spec(coarse=20.0)
 
 
 def logits(model, text, cache=None, steps=(150,), mask=None):
@@ -227,8 +271,8 @@ def test_forks_of_a_kept_prompt_share_its_clusters():
 
 
 def test_a_saved_cache_has_its_prefix(tmp_path):
-    """Settled, padded, before it is settled, and cropped into the tokens that are always read."""
-    model = selecting_model("prefix_clusters", **FIELDS)
+    """Two levels: settled, padded, before it is settled, and cropped into the tokens that are always read."""
+    model = selecting_model("prefix_clusters", **FIELDS, coarse=5.0, coarse_quantile=0.3)
     mask = torch.tensor([[int(j >= 200 - length) for j in range(200)] for length in (200, 170)])
     for name, text, own, read_first, target in (
         ("settled", ids(), None, 170, 170),
@@ -273,7 +317,7 @@ def test_a_file_fits_the_selection_it_was_saved_with(tmp_path):
 
 @pytest.mark.parametrize("state", ["settled", "waiting"])
 def test_a_file_is_believed_in_nothing(state, tmp_path):
-    model = selecting_model("prefix_clusters", **FIELDS)
+    model = selecting_model("prefix_clusters", **FIELDS, coarse=5.0)
     cache = LongCtxCache(model)
     read(model, ids()[:, : 170 if state == "settled" else 150], cache, steps=(150,))
     cache.save(tmp_path / "true")
@@ -316,8 +360,10 @@ def test_layers_that_an_observer_answered_for_are_not_known():
     assert [one is not None for one in known] == [True, False, True]
 
 
-def test_nbytes_are_those_of_the_index():
-    one, layers = spec(), some_layers(1)
+@pytest.mark.parametrize("coarse", [None, 5.0])
+def test_nbytes_are_those_of_the_index(coarse):
+    one, layers = spec(coarse=coarse), some_layers(1)
     (index,) = settled(one, layers)
-    held = sum(tensor.numel() * tensor.element_size() for tensor in index.tensors()) - 8
+    held = sum(tensor.numel() * tensor.element_size() for tensor in index.tensors())
+    held -= index.threshold.numel() * 8
     assert 2 * one.nbytes(120, 8, 8) == held
