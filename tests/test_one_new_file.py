@@ -29,6 +29,7 @@ CHECKS = {
     "config/test_bounds.py": "Rounded or LocalBlocks or FewPages or WeightNorm or Pin",
     "stores/test_every_store.py": "rounded and (reset or copies or user_give or bad_input)",
     "prefill/test_every_pattern.py": "local_blocks",
+    "decode/test_every_selection.py": "few_pages and (dense or padded or assisted or forks or report)",
     "kernels/test_every_kernel.py": "textbook",
     "tasks/test_every_task.py": "pin and (bytes or tiny)",
 }
@@ -75,7 +76,7 @@ def test_there_is_one_file_of_every_kind():
 
 RUN = """
     import json, torch, hf_longctx
-    from hf_longctx import ConfigError, LongCtxConfig, identify, patch_model, report
+    from hf_longctx import LongCtxConfig, identify, patch_model, report
     from hf_longctx.config.reference import reference
     from hf_longctx.model.family import families
     from hf_longctx.tasks import task_from
@@ -110,11 +111,10 @@ RUN = """
     told |= {"store": [apart(logits(model, **one), dense) for one in (fine, coarse)]}
     told |= {"pattern": [apart(logits(model, **one), dense) for one in (all_, some)]}
     told["kernel"] = [apart(logits(model, **whole, kernel="textbook"), dense), *report(model).kernels]
-    try:
-        logits(model, **whole, decode={"retrieval": {"select": "few_pages"}})
-    except ConfigError as error:
-        told["select"] = str(error)
     told["persisted"] = LongCtxConfig.from_dict(json.loads(json.dumps(model.config.longctx))).kernel
+    select = {"select": "few_pages", "min_tokens": 1, "dense_layers": 0, "sink": 4, "recent": 16}
+    few, all_ = ({"decode": {"retrieval": {**select, "budget": n}}} for n in (32, 400))
+    told["select"] = [apart(logits(model, **whole, **one), dense) for one in (all_, few)] + [report(model).read]
     found = identify(model_of("llama"), None, "weight_norm", power=2.0, sink=2, recent=8)
     told["method"] = [found.heads.source["method"], len({score for row in found.heads.scores for score in row})]
     from hf_longctx.tasks.language import language_for
@@ -136,10 +136,10 @@ def told(copy) -> dict:
 def test_models_run_with_the_words(copy, told):
     assert told["file"] == str(copy / "hf_longctx" / "__init__.py")
     assert told["dense"] < 1e-9 and told["family"][0] and told["family"][1] < 1e-9
-    for same, other in (told["store"], told["pattern"]):
+    for same, other in (told["store"], told["pattern"], told["select"][:2]):
         assert same < 0.1 * other, "what the limit changes is small, what the word does is not"
     assert told["kernel"][0] < 1e-9 and told["kernel"][1:] == ["textbook"] and told["persisted"] == "textbook"
-    assert "got select 'few_pages'" in told["select"] and "What works: select 'dense'" in told["select"]
+    assert 0.1 < told["select"][2] < 0.2, "32 of 400 tokens, sinks and the newest"
     assert told["method"] == ["weight_norm", 4] and told["task"] == ["pin", 200]
 
 
@@ -150,6 +150,7 @@ def test_the_reference_has_a_row_of_every_field(told):
         "`pattern: local_blocks` in prefill (retrieval heads)",
         "| `near` | whole number, >= 1, <= 1048576 (blocks) | `2` | latest blocks, the query's own among them. |",
         "`select: few_pages` in decode (retrieval heads)",
+        "| `page` | whole number, >= 1, <= 128 (tokens) | `16` | tokens of a page. |",
         "| `textbook` | `kernel: textbook`: the definition of attention. |",
     ):
         assert row in told["reference"], row

@@ -8,6 +8,8 @@ import re
 import pytest
 from helpers.pages import DOCS, PAGES, RESULTS, ROOT, prose, snippets
 
+from hf_longctx.config.words import words
+
 PACKAGE = ROOT / "hf_longctx"
 BEGIN_LINES = 3  # of the block that a page begins with
 README_LINES = 150
@@ -101,6 +103,18 @@ def test_the_table_of_packages_is_the_rule_of_imports():
         above = above | {package}
     assert table == names["LAYERS"]
     assert list(table) == list(names["LAYERS"])
+
+
+def test_every_selection_has_a_row():
+    text = (ROOT / "docs" / "decoding.md").read_text("utf-8").partition("## Selections")[2].partition("## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", text, re.M))
+    assert set(words("decode")) <= rows.keys(), (
+        "docs/decoding.md says of each word where it is from and when to take it"
+    )
+    for word in words("decode"):
+        papers = re.findall(r"arXiv:\d{4}\.\d{5}", (PACKAGE / "decode" / f"{word}.py").read_text("utf-8"))
+        assert all(paper in rows[word] for paper in papers), f"{word}: its file names {papers}"
+        assert papers or word == "dense"
 
 
 def test_the_readme_is_short():

@@ -13,6 +13,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, C
 from ..cache.cache import LongCtxCache
 from ..config.config import LongCtxConfig
 from ..errors import LongCtxError
+from ..layout.forward import Forward, ForwardLog
+from ..layout.rows import Rows
 from ..model.patch import patch_model
 from ..planning.sizes import dtype_of as dtype_of
 from .settings import VOCABULARY, Settings
@@ -76,7 +78,8 @@ class Column:
     ``update`` and ``attend`` are the two calls that an attention module's forward makes between its projections.
 
     Attributes:
-        forward: what the last ``attend`` of a patched model noted down.
+        forward: that of the last ``attend`` of a patched model.
+        log: what its forwards noted down.
         mask: which keys are read, ``[1, 1, T, S]``, where a stock model would make a mask.
     """
 
@@ -85,6 +88,7 @@ class Column:
     functions: AttentionInterface = field(default_factory=AttentionInterface)
     forward: Any = None
     mask: Tensor | None = None
+    log: ForwardLog = field(default_factory=ForwardLog)
 
     @classmethod
     def of(
@@ -112,6 +116,9 @@ class Column:
         self.cache = LongCtxCache(self.model) if patched else DynamicCache(config=self.model.config)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Any, Any]:
+        if layer == 0 and isinstance(self.cache, LongCtxCache):  # what the hook of a patched model does
+            rows = Rows(k.shape[0], self.cache.seen, k.shape[2])
+            self.cache.begin(Forward(rows, self.log, cached=True, steps=rows.new == 1))
         return self.cache.update(k, v, layer)
 
     def attend(self, layer: int, q: Tensor, kept: tuple[Any, Any]) -> Tensor:

@@ -51,8 +51,8 @@ def _case(settings: Settings, word: str, tokens: int, told: Told) -> dict:
     sums = {name: Samples() for name in columns}
     for _, name in turns(columns, settings.rounds, tokens, told):
         for _ in range(settings.steps):
-            token = _token(settings, dtype)
-            kept[name] = times[name].time(lambda: _step(columns[name], token), settings.layers)  # noqa: B023
+            token = token_of(settings, dtype)
+            kept[name] = times[name].time(lambda: step(columns[name], token), settings.layers)  # noqa: B023
         for _ in range(settings.steps):
             sums[name].time(lambda: _read(kept[name]), settings.layers)  # noqa: B023
     figures = {
@@ -69,16 +69,16 @@ def _case(settings: Settings, word: str, tokens: int, told: Told) -> dict:
 
 def _try_static(settings: Settings, dtype: torch.dtype) -> None:
     """One token through every layer of a ``StaticCache`` for two."""
-    _step(StaticColumn.of_capacity(settings, dtype, 2), _token(settings, dtype))
+    step(StaticColumn.of_capacity(settings, dtype, 2), token_of(settings, dtype))
 
 
-def _token(settings: Settings, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+def token_of(settings: Settings, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Random q, k, v of one token for every layer."""
     counts = (settings.heads, settings.kv_heads, settings.kv_heads)
     return [tuple(random_heads(n, 1, settings, dtype) for n in counts) for _ in range(settings.layers)]
 
 
-def _step(column: Column, token: list[tuple[Tensor, Tensor, Tensor]], outs: list[Tensor] | None = None) -> list:
+def step(column: Column, token: list[tuple[Tensor, Tensor, Tensor]], outs: list[Tensor] | None = None) -> list:
     """One token through all layers, one after the other, so that no layer finds its keys in the processor's cache."""
     kept = []
     for layer, (q, k, v) in enumerate(token):
@@ -102,11 +102,11 @@ def _first_token(
     settings: Settings, columns: dict[str, Column], half: list[str], word: str, selections: list[SelectCase]
 ) -> tuple[dict, float]:
     """Decode one token in every column, and check that all of them give the right answer."""
-    token = _token(settings, dtype_of(word))
+    token = token_of(settings, dtype_of(word))
     outs = {name: [] for name in columns}
     kept = {}
     for name, column in columns.items():
-        kept[name] = _step(column, token, outs[name])
+        kept[name] = step(column, token, outs[name])
     error = 0.0
     group = settings.heads // settings.kv_heads
     for layer, (q, _, _) in enumerate(token):

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from ..cache.bytes import storage_bytes
 from ..cache.cache import LongCtxCache, cache_bytes
 from ..cache.stock_layers import changed
+from ..decode.base import Index
 from ..errors import LongCtxError
+from ..layout.segments import HeadKV
 from ..planning.memory import DENSE, RESERVED, MemoryModel
 from ..planning.sizes import dtype_of
 from .environment import free_memory
@@ -49,19 +52,33 @@ def fill(memory_model: MemoryModel, way: str, tokens: int) -> int:
         cache = LongCtxCache(memory_model.patch(), tokens if own else None, rollback=own)
     windows = {plan.layer_idx: plan.window if way == DENSE else None for plan in memory_model.plans}
     most = 0
+    indexes: list[Index] = []
     for index, window in sorted({**windows, **memory_model.stock_windows}.items()):
         step = tokens if window is None else memory_model.chunk(tokens)
         before = cache_bytes(cache)
         largest = 0
         for past in range(0, tokens, step):
-            cache.update(*_zeros(memory_model, memory_model.kv_heads, min(step, tokens - past)), index)
+            kept, _ = cache.update(*_zeros(memory_model, memory_model.kv_heads, min(step, tokens - past)), index)
             largest = max(largest, cache_bytes(cache) - before)
         most += largest
+        indexes += [] if way == DENSE or window is not None else _indexes(kept.parts, tokens)
     before = cache_bytes(cache)
     for index, states in memory_model.activations.states.items():
         cache.layers[index] = changed(states, lambda _, tensor: torch.zeros_like(tensor, device="cpu"))
     most += cache_bytes(cache) - before
+    most += sum(storage_bytes(one.tensors()) for one in indexes)
     return most if way == DENSE else most - cache.nbytes_offloaded.get("in host memory", 0)
+
+
+def _indexes(parts: list[HeadKV], tokens: int) -> list[Index]:
+    """What the selections of a layer keep beside their stores once the last token was decoded."""
+    made = []
+    for part in parts:
+        if part.selection is not None and part.selection.spec.runs(tokens):
+            made.append(part.selection.spec.new_index())
+            _, high = part.selection.spec.between(tokens - 1)
+            made[-1].extend(part.alone(slice(None), 0), high * part.selection.spec.size)
+    return made
 
 
 def _zeros(memory_model: MemoryModel, heads: int, tokens: int) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,14 @@ TITLES = {
     "e2e": "whole model: prompt to logits and one decoded token",
     "real": "whole checkpoint: prompt to logits, and decoded tokens",
     "crossover": "attention of a layer's retrieval heads over a prompt: dense, and by their patterns",
+    "crossover_decode": "a decoded token of retrieval heads, per layer: reading all, and a selection",
     "kernels": "kernel native against kernel cpu (torch), attention of one layer",
 }
-FLAT = ("crossover", "kernels")  # tables whose lines are not grouped by case, and that have no stock
+FLAT = (
+    "crossover",
+    "crossover_decode",
+    "kernels",
+)  # tables whose lines are not grouped by case, and that have no stock
 TEXTS = ("function", "dtype", "", "choosing with", "kernel", "wins")  # columns of words
 QUIET = 0.05  # share of the processors that others may take before the figures are called bad
 NOTES = {
@@ -41,6 +46,9 @@ NOTES = {
     "crossover": "Both are the patched model, so that the gain is the patterns' alone; choosing the blocks is part of "
     "the sparse time. Queries and keys are random and score near ones higher: on a text, a pattern that looks at them "
     "may read more or less than this density. Wins = faster in every round (of 10 or more: in nine tenths).",
+    "crossover_decode": "Attention and cache update of one decoded token, per layer, over caches with random keys and "
+    "values, all of whose heads keep every token. Choosing and using a choice again are part of the time. Density = "
+    "the cached tokens that the selection read. Wins = faster in every round (of 10 or more: in nine tenths).",
     "kernels": "Times faster = the median over rounds of torch and native in the same round. Block lists are random, "
     "head by head. 16 tokens are the last of so many. Decode is one token over several caches in turn, per cache. "
     "auto takes torch where a row of kernels/native_speed.json for this kind of machine is below 1.",
@@ -100,8 +108,9 @@ def show(console: Console, data: dict) -> None:
         )
     for line in dict.fromkeys(_asides(data["results"])):
         console.print(line, markup=False, highlight=False)
+    what = "a selection" if benchmark == "crossover_decode" else "sparse prefill"
     for word, verdict in data.get("crossover", {}).items():
-        _show_crossover(console, word, verdict)
+        _show_crossover(console, word, verdict, what)
 
 
 def _print_tables(
@@ -140,18 +149,18 @@ def _asides(results: list[dict]) -> Iterator[str]:
                 yield f"{name}, {where}: holds {column['kept']:.1%} of the prompt's K/V; answers not compared."
 
 
-def _show_crossover(console: Console, word: str, verdict: dict) -> None:
-    """From which length on sparse prefill wins, and what to write; or that it never did."""
+def _show_crossover(console: Console, word: str, verdict: dict, what: str) -> None:
+    """From which length on ``what`` wins, and what to write; or that it never did."""
     tokens = verdict["min_tokens"]
     lengths = f"{verdict['shortest']} to {verdict['longest']}"
     if tokens is None:
         console.print(
-            f"  {word}: sparse prefill did not win at the longest of the prompts measured ({lengths} tokens). Leave "
-            "these heads dense here, or measure longer prompts (--tokens).",
+            f"  {word}: {what} did not win at the longest of the lengths measured ({lengths} tokens). Leave these "
+            "heads dense here, or measure longer ones (--tokens).",
             style="yellow",
         )
         return
-    console.print(f"  {word}: sparse prefill wins from {tokens} tokens on (measured: {lengths}).", style="green")
+    console.print(f"  {word}: {what} wins from {tokens} tokens on (measured: {lengths}).", style="green")
     plain = {"markup": False, "highlight": False, "soft_wrap": True}
     console.print(f"    in Python:  {verdict['python']}\n    in a YAML:", **plain)
     console.print(textwrap.indent(verdict["yaml"].rstrip(), " " * 8), **plain)
@@ -164,7 +173,7 @@ def subject(data: dict) -> str:
 
 def _sizes(benchmark: str, s: dict) -> str:
     """What else the settings say of a model, and of its streaming heads."""
-    if benchmark == "crossover":
+    if benchmark.startswith("crossover"):
         return ""
     if benchmark == "kernels":
         return kernels_table.sizes(s)
@@ -307,5 +316,6 @@ TABLES = {
     "e2e": [_whole],
     "real": [_checkpoint],
     "crossover": [_crossover],
+    "crossover_decode": [_crossover],
     "kernels": [kernels_table.lines],
 }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from ..decode.base import SelectSpec
 from ..stores.base import Reserve, StoreSpec
 
 if TYPE_CHECKING:
     from .cache import LongCtxCache
 
+Spec = TypeVar("Spec")
 MOST = 1 << 20  # tokens: what costs more than dense here is said to do so at any length
 
 
@@ -23,30 +26,34 @@ class Form:
         head_dim: elements of a key.
         itemsize: bytes of an element.
         reserve: the room of its buffers.
+        indexed: KV heads that a selection serves, by what says which tokens they read.
     """
 
     heads: tuple[tuple[StoreSpec, int], ...]
     head_dim: int
     itemsize: int
     reserve: Reserve
+    indexed: tuple[tuple[SelectSpec, int], ...] = ()
 
     @classmethod
     def of(cls, cache: LongCtxCache) -> Form:
         """That of a cache that has seen tokens."""
         stores = [store for layer in cache.own for store in layer.stores]
+        pairs = [pair for layer in cache.own for pair in zip(layer.stores, layer.selections, strict=True)]
         layer = cache.own[0]
-        specs: list[StoreSpec] = []
-        for store in stores:
-            if store.spec not in specs:  # one with a mapping among its fields has no hash
-                specs.append(store.spec)
-        heads = [(one, sum(len(store.heads.kv_heads) for store in stores if store.spec == one)) for one in specs]
-        slack = max(store.slack for store in stores)
-        return cls(tuple(heads), layer.head_dim, layer.dtype.itemsize, Reserve(cache.max_tokens, slack))
+        heads = _counted((store.spec, len(store.heads.kv_heads)) for store in stores)
+        indexed = _counted((one.spec, len(store.heads.kv_heads)) for store, one in pairs if one is not None)
+        reserve = Reserve(cache.max_tokens, max(store.slack for store in stores))
+        return cls(heads, layer.head_dim, layer.dtype.itemsize, reserve, indexed)
 
     def nbytes(self, tokens: int) -> int:
-        """Bytes of a row after a prompt of ``tokens`` tokens, spare room and pages in host memory included."""
-        form = (tokens, self.head_dim, self.itemsize, self.reserve)
-        return sum(n * sum(spec.nbytes(*form)) for spec, n in self.heads)
+        """Bytes of a row after a prompt of ``tokens`` tokens, spare room and pages in host memory included.
+
+        Indexes are counted, which are made when the first token is decoded.
+        """
+        form = (tokens, self.head_dim, self.itemsize)
+        kept = sum(n * sum(spec.nbytes(*form, self.reserve)) for spec, n in self.heads)
+        return kept + sum(n * select.index_bytes(*form) for select, n in self.indexed)
 
     def saves(self, tokens: int) -> bool:
         """Whether that is less than a dense cache takes."""
@@ -67,3 +74,15 @@ class Form:
         # Room grows in steps, so some lengths above that cost more again; over that many tokens steps even out.
         above = range(min(most, low + low // 4 + 2048), low, -1)
         return 1 + next((tokens for tokens in above if not self.saves(tokens)), low)
+
+
+def _counted(pairs: Iterable[tuple[Spec, int]]) -> tuple[tuple[Spec, int], ...]:
+    """How many there are of each; one with a mapping among its fields has no hash."""
+    counts: list[tuple[Spec, int]] = []
+    for spec, n in pairs:
+        at = next((i for i, (one, _) in enumerate(counts) if one == spec), None)
+        if at is None:
+            counts.append((spec, n))
+        else:
+            counts[at] = (spec, counts[at][1] + n)
+    return tuple(counts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from .dense_members import DenseCacheMembers
 from .handles import new_handle
 from .layer import LongCtxLayer
 from .layer_kv import LayerKV
+from .plan import LayerPlan
 from .roll_back import RollBack
 from .sequences import SequenceOperations
 from .stock_layers import StockLayers, copied, stock_layers, tensors_of
@@ -198,6 +199,15 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
             rows = Rows(self.batch_size, 0, self.seen, self.starts)
             with torch.no_grad(), torch.autocast(self.own[0].device.type, enabled=False):
                 settle([(one, store.held(rows)) for one, store in waiting], rows)
+
+    def select_by(self, plans: Sequence[LayerPlan]) -> None:
+        """Go on by the selections of ``plans``, which differ from its own in nothing else.
+
+        What is cached does not depend on what decoded tokens read of it. Their indexes are built anew.
+        """
+        self.plans = tuple(plans)
+        for layer, plan in zip(self.own, plans, strict=True):
+            layer.select_by(plan)
 
     def check(self) -> None:
         """Raise CacheError when an earlier forward was interrupted."""

@@ -47,10 +47,18 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         self.stores: list[Store] = [role.store.new(role.heads, max_tokens) for role in plan.filled]
         for store in self.stores:
             store.slack = slack
-        self.selections = [Selection(role.decode, plan.word) if role.selects else None for role in plan.filled]
+        self.select_by(plan)
         self.dense_bytes_per_token = 0
         self.checked = every_forward()
         self.autocast = False
+
+    def select_by(self, plan: LayerPlan) -> None:
+        """Select as ``plan`` says, with indexes that are still to be built; in all else it is the layer's own."""
+        self.plan = plan
+        self.selections = [
+            Selection(role.decode, plan.word, self.max_tokens) if role.selects else None for role in plan.filled
+        ]
+        self.step = None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "step": None}  # a copy lays out its own
@@ -80,7 +88,7 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         held, kind = (self.batch, self.plan.kv_heads, 1, self.head_dim), (self.dtype, self.device)
         if k.shape != held or (k.dtype, k.device) != kind or (v.dtype, v.device) != kind:
             return None
-        if needs_grad(k, v) or self.checked or self.plan.selecting(forward.rows):
+        if needs_grad(k, v) or self.checked or not self._steps_select(forward.rows):
             return None
         places = []
         for store in self.stores:
@@ -88,6 +96,11 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
             if places[-1] is None:
                 return None
         return LayerKV(None, forward, Pending(self, k, v, places, forward.rows.total))
+
+    def _steps_select(self, rows: Rows) -> bool:
+        """Whether what a token reads of each store is all of it, or a list that is chosen for all sequences at once."""
+        plans = (role.decode for role in self.plan.filled if role.selecting(rows))
+        return not any(spec.estimates or (spec.by_sequence and rows.batch > 1) for spec in plans)
 
     def _new_step(self) -> Any:
         if self.autocast or self.plan.scores or self.plan.kernel == "stock":

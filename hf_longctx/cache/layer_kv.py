@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedModeError
-from ..layout.forward import Forward, ForwardLog
+from ..layout.forward import Forward
 from ..layout.segments import HeadKV, Place, Segment
 
 if TYPE_CHECKING:
@@ -43,17 +43,22 @@ class Pending:
         """Write it, and what it reads: as the stores' `append` would have given it."""
         parts = []
         self.layer.whole = False
-        for store, (segment, slot, length) in zip(self.layer.stores, self.places, strict=True):
+        for store, (segment, slot, length, _) in zip(self.layer.stores, self.places, strict=True):
             store.heads.copy_to(segment.k[:, :, slot : slot + 1], self.k)
             store.heads.copy_to(segment.v[:, :, slot : slot + 1], self.v)
             seen = Segment(segment.k[:, :, :length], segment.v[:, :, :length], length)
             parts.append(HeadKV(store.heads, [seen], store.spec, state=store.state))
+        for part, selection in zip(parts, self.layer.selections, strict=True):
+            part.selection = selection
         self._done()
         return parts
 
-    def attend(self, q: Tensor, scale: float, log: ForwardLog) -> Tensor | None:
+    def attend(self, q: Tensor, scale: float, forward: Forward) -> Tensor | None:
         """Write it and attend, q ``[B, H, 1, D]``, in one call: ``[B, 1, H, D]``; None where the kernel does not."""
         step = self.layer.step
+        log = forward.log
+        if self.layer.plan.selecting(forward.rows):
+            self._choose(q, scale, forward)
         self.layer.whole = False
         out = step.run(q, self.k, self.v, self.places, scale)
         if out is not None:
@@ -61,8 +66,22 @@ class Pending:
             log.used.add(step.NAME)
         return out
 
+    def _choose(self, q: Tensor, scale: float, forward: Forward) -> None:
+        """What the token reads of each place, by the tokens before it."""
+        plan = self.layer.plan
+        group = q.shape[1] // plan.kv_heads
+        for at, (role, place) in enumerate(zip(plan.filled, self.places, strict=True)):
+            if not role.selecting(forward.rows):
+                continue
+            segment, _, length, _ = place
+            cached = [Segment(segment.k[:, :, : length - 1], segment.v[:, :, : length - 1], length - 1)]
+            own = role.heads.take(q, group)
+            chosen, reused = self.layer.selections[at].choose(slice(None), own, cached, length - 1, scale)
+            forward.log.decode.add(*chosen.counted(length - 1), reused)
+            self.places[at] = place._replace(listed=chosen.listed)
+
     def _done(self) -> None:
-        for segment, _, length in self.places:
+        for segment, _, length, _ in self.places:
             segment.length = length
         self.layer.seen = self.total
         self.layer.whole = True

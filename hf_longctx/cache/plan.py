@@ -68,7 +68,14 @@ class RolePlan:
         A forward of `FEWEST` new tokens is a prompt, and so is the first of a sequence: their tokens read by the
         store's rule. All others are decoded tokens, drafts among them.
         """
-        return self.selects and any(self.decodes(*rows.real(row), rows) for row in range(rows.batch))
+        if not self.selects or rows.new >= FEWEST:
+            return False
+
+        def make() -> bool:
+            alike = not rows.padded and rows.ends is None
+            return any(self.decodes(*rows.real(row), rows) for row in range(1 if alike else rows.batch))
+
+        return rows.memo(("selecting", id(self.decode)), make)
 
     def decodes(self, new: int, processed: int, rows: Rows) -> bool:
         """Whether the selection is asked for the ``new`` of the ``processed`` tokens of a sequence."""

@@ -108,8 +108,12 @@ def show(console: Console, memory_model: MemoryModel, results: list[dict[str, An
         "a calculation (docs/benchmarks.md has the rule), attention kernels for GPUs may need more.",
         *memory_model.notes,
     ]
-    from ..planning.memory import UNKNOWN_LENGTH
+    from ..planning.decoded import decoded
+    from ..planning.memory import PATCHED, UNKNOWN_LENGTH, WAYS
 
+    context = results[WAYS.index(PATCHED)]["longest"]
+    if context and (reads := decoded(memory_model.plans, context)) is not None:
+        lines.append(f"decode.retrieval: {reads}. Its index is in KV.")
     made_for = (
         UNKNOWN_LENGTH if memory_model.made_for is None else f"the model was made for {memory_model.made_for} tokens"
     )

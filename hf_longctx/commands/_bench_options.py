@@ -160,6 +160,10 @@ class Crossover(Measured):
     heads: Annotated[int | None, typer.Option(help="Query heads, without --config.", show_default="32")] = None
     kv_heads: Annotated[int | None, typer.Option(help="KV heads, half of them measured.", show_default="8")] = None
     head_dim: Annotated[int | None, typer.Option(help="Dimension of a head.", show_default="64")] = None
+    decode: Annotated[
+        str | None,
+        typer.Option(help="Measure decoded tokens instead, by this selection: WORD or WORD:field=value:..."),
+    ] = None
 
 
 @dataclass(frozen=True)

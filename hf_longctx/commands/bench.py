@@ -66,12 +66,17 @@ def real(options: Real) -> None:
 @app.command("crossover")
 @takes(Crossover)
 def crossover(options: Crossover) -> None:
-    """The prompt length from which sparse prefill wins on this machine, and the override that says so."""
+    """The length from which sparse prefill, or a selection (--decode), wins on this machine, and its override."""
     shape = [name for name in ("heads", "kv_heads", "head_dim") if getattr(options, name) is not None]
     if options.config is not None and shape:
         flag = f"--{shape[0].replace('_', '-')}"
         raise typer.BadParameter("the shape is the config's; give one or the other", param_hint=flag)
-    _bench("crossover", options, case=("config", "pattern", "table", "kernel"))
+    if options.decode is None:
+        _bench("crossover", options, ("config", "pattern", "table", "kernel"), ("decode",))
+        return
+    if other := [name for name in ("config", "pattern", "table") if getattr(options, name) is not None]:
+        raise typer.BadParameter("is of prompts; with --decode the shape is given", param_hint=f"--{other[0]}")
+    _bench("crossover_decode", options, ("decode",), ("config", "pattern", "table"))
 
 
 @app.command("kernels")

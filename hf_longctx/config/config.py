@@ -211,7 +211,7 @@ class LongCtxConfig:
     def kv_bytes(self, tokens: int, number_bytes: int = ITEMSIZE) -> tuple[int, int]:
         """(bytes of a dense KV cache, bytes of what the heads cache) of one sequence after ``tokens`` tokens.
 
-        The spare room of growing buffers is not in it, nor are layers whose heads have no role. Where
+        The spare room of growing stores is not in it, nor are layers whose heads have no role. Where
         ``model.full_attention_layers`` does not say which those are, a model's own sliding windows count as if whole.
 
         Args:
@@ -221,6 +221,8 @@ class LongCtxConfig:
         heads = "".join(self.roles()).replace(NONE, "")
         form = (tokens, self.model.head_dim, number_bytes)
         kept = sum(heads.count(letter) * store.nbytes(*form).device for letter, store in stores.items())
+        select = self.decode.retrieval
+        kept += "".join(self.roles()[select.dense_layers :]).count("R") * select.index_bytes(*form)
         return 2 * len(heads) * tokens * self.model.head_dim * number_bytes, kept
 
     @classmethod

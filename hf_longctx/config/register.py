@@ -98,9 +98,24 @@ def _check_class(kind: str, word: str, thing: Any, where: str) -> None:
         raise ConfigError(f"{given}.roles is {short(thing.roles)}, expected a tuple of: {', '.join(ROLES)}.")
     if kind == "prefill" and thing.select.__func__ is base.select.__func__:
         raise ConfigError(f"{given} lacks: select.")
+    if kind == "decode":
+        _check_selection(thing, f"hf_longctx.{module}", given)
     if kind == "heads" and not isinstance(getattr(thing, "paper", None), str):
         raise ConfigError(f"{given} lacks: paper, a text that says where the method comes from.")
     _check_fields(thing, key, given)
+
+
+def _check_selection(cls: type, module: str, given: str) -> None:
+    """Refuse a selection that does not say what a decoded token reads."""
+    base = importlib.import_module(module).Select
+    if not cls.reads_all and not issubclass(cls, base):
+        raise ConfigError(
+            f"{given} lacks: choose. Extend {module}.Select, or set reads_all where it reads every token."
+        )
+    if issubclass(cls, base) and all(
+        getattr(cls, name) is getattr(base, name) for name in ("scores", "pick", "choose")
+    ):
+        raise ConfigError(f"{given} lacks: scores.")
 
 
 def _check_fields(cls: type, key: str, given: str) -> None:

@@ -222,7 +222,8 @@ class DecodeSection:
         if not self.retrieval.reads_all and not hasattr(self.retrieval, "choose"):
             raise ConfigError(
                 f"retrieval: got select {spec_word(self.retrieval)!r}, whose class says neither that it reads every "
-                "token (reads_all) nor what to read. Make it a subclass of hf_longctx.decode.base.Select."
+                "token (reads_all) nor what to read. Make it a subclass of hf_longctx.decode.base.Select. What works: "
+                "select 'dense'."
             )
 
 

@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-SPARE = 16  # entries: free room that a buffer has at least
+from ..layout.segments import fitting
+
+SPARE = 16  # entries by which a buffer grows at least
+
+
+def room(entries: int) -> int:
+    """Entries that a buffer of so many has room for, however it grew: steps of an eighth, and of `SPARE` at least."""
+    size = 0
+    while size < entries:
+        size += max(SPARE, size // 8)
+    return size
 
 
 class Growing:
@@ -29,15 +39,20 @@ class Growing:
     def _before(self) -> int:
         return sum(part.shape[2] for part in self.shared)
 
-    def append(self, entries: Tensor) -> None:
-        """``entries [B, n, N, W]`` after those there are."""
+    def append(self, entries: Tensor, more: int = 0, most: int | None = None) -> None:
+        """``entries [B, n, N, W]`` after those there are.
+
+        Args:
+            more: entries that will follow at once, and have room then.
+            most: entries that there will ever be: room for them is made at once.
+        """
         before = self._before
         used = self.length - before
         needed = used + entries.shape[2]
-        if self.own is None or self.own.shape[2] < needed:
-            room = needed + max(SPARE, needed // 8)
+        size = room(needed + more) if most is None else max(needed, most - before)
+        if self.own is None or not needed <= self.own.shape[2] <= size:  # more: it was cropped
             with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
-                grown = entries.new_empty(*entries.shape[:2], room, entries.shape[3])
+                grown = entries.new_empty(*entries.shape[:2], size, entries.shape[3])
             if used:
                 grown[:, :, :used] = self.own[:, :, :used]
             self.own = grown
@@ -71,17 +86,19 @@ class Growing:
         return found
 
     def crop(self, length: int) -> None:
-        """Keep the first ``length`` entries; what is shared is kept whole where a part of it is."""
+        """Keep the first ``length`` entries."""
         if length >= self.length:
             return
         self.length = length
         left = []
         for part in self.shared:
             if length > 0:
-                left.append(part[:, :, :length])
+                left.append(_cut(part, length, 1) if length < part.shape[2] else part)
             length -= part.shape[2]
         if length <= 0:
             self.own = None
+        elif self.own.shape[2] > 2 * (length + SPARE):
+            self.own = _cut(self.own, length, 1)
         self.shared = left
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -92,12 +109,21 @@ class Growing:
                 self.own = change(self.own)
 
     def fork(self) -> Growing:
-        """One with the same entries; both write what comes next to memory of their own."""
-        if self.length > self._before:
-            self.shared = [*self.shared, self.own[:, :, : self.length - self._before]]
-        self.own = None
+        """One with the same entries; both write what comes next to memory of their own.
+
+        A few entries are copied, so that many forks do not leave many small parts.
+        """
+        own, shared = self.own, self.shared  # in this order: several threads may fork one
+        before = sum(part.shape[2] for part in shared)
+        used = self.length - before
+        if used > max(SPARE, before // 8):
+            self.shared = shared = [*shared, _cut(own, used, 1 / 8)]
+            self.own = own = None
         other = Growing()
-        other.shared, other.length = list(self.shared), self.length
+        other.shared, other.length = list(shared), self.length
+        if own is not None and used:
+            with torch.inference_mode(False):
+                other.own = own[:, :, :used].clone()
         return other
 
     def tensors(self) -> Iterator[Tensor]:
@@ -113,3 +139,9 @@ def map_shared(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         return tensor[:1].expand(change(tensor[:, :0]).shape[0], *tensor.shape[1:])
     with torch.inference_mode(False):
         return change(tensor)
+
+
+def _cut(part: Tensor, length: int, spare: float) -> Tensor:
+    """Its first ``length`` entries, in memory that fits; rows of one memory stay so."""
+    rows = slice(0, 1) if part.stride(0) == 0 else slice(None)
+    return fitting(part[rows, :, :length], spare).expand(part.shape[0], -1, -1, -1)

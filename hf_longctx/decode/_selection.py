@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +13,7 @@ from ..layout.rows import Rows
 from ..layout.segments import HeadKV
 from .base import Cached, Chosen, Index, Select
 
-TAKEN_BACK = 128  # tokens: a forward that checks drafts brings fewer, and so many may be rolled back at once
+TAKEN_BACK = 256  # tokens: of so many the choices are remembered; taking more back, a choice is made again
 ALL = -1  # stands for all sequences of a batch
 
 
@@ -64,17 +65,35 @@ class Part:
                 yield one.q
 
 
+def _check(chosen: Chosen) -> None:
+    """That a choice is one: kernels read where it says. On a device that is not asked: the answer would take time."""
+    entries, counts = chosen.entries, chosen.counts
+    if entries.dtype != torch.int32 or (counts is not None and counts.dtype != torch.int32):
+        raise ValueError(
+            f"a selection gave entries {entries.dtype} and counts {None if counts is None else counts.dtype}, not int32"
+        )
+    if entries.device.type != "cpu" or not entries.numel():
+        return
+    if counts is not None:
+        entries = entries[torch.arange(entries.shape[2]) < counts[..., None]]
+    least, most = (x.item() for x in torch.aminmax(entries)) if entries.numel() else (chosen.low, chosen.low)
+    if not chosen.low <= least <= most < max(chosen.high, chosen.low + 1):
+        raise ValueError(f"a selection chose entries {least} to {most} of {chosen.low} to {chosen.high}")
+
+
 class Selection:
     """Of the KV heads of one role in one layer, beside their store.
 
     Attributes:
         kernel: the config's word.
+        max_tokens: what the cache was reserved for; None: it grows.
         parts: by sequence, where lengths differ; else one for all of them, under `ALL`.
     """
 
-    def __init__(self, spec: Select, kernel: str = "auto"):
+    def __init__(self, spec: Select, kernel: str = "auto", max_tokens: int | None = None):
         self.spec = spec
         self.kernel = kernel
+        self.max_tokens = max_tokens
         self.parts: dict[int, Part] = {}
 
     def choose(self, group: slice, q: Tensor, cached: Cached, position: int, scale: float) -> tuple[Chosen, bool]:
@@ -86,14 +105,15 @@ class Selection:
         """
         part = self._part(group)
         spec = self.spec
-        reused = bool(part.choices) and self._holds(part.choices[-1], q, position)
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # it would round the scores
-            if reused:
+        rounds = torch.is_autocast_enabled(q.device.type)  # the scores; asking is cheaper than switching off
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False) if rounds else nullcontext():
+            if part.choices and self._holds(part.choices[-1], q, position):
                 return spec.again(part.choices[-1].chosen, part.index, cached), True
             chosen = spec.choose(q, part.index, cached, position, scale)
+        _check(chosen)
         if spec.refresh > 1:  # without the estimate: as many as may be taken back would be as large as the cache
-            kept = replace(chosen, estimate=None)
-            part.remember(Choice(position, kept, q.clone() if spec.similar is not None else None))
+            kept = replace(chosen, whole=False, estimate=None)
+            part.remember(Choice(position, kept, q.detach().clone() if spec.similar is not None else None))
         return chosen, False
 
     def saw(self, group: slice, q: Tensor, position: int, scale: float) -> None:
@@ -108,9 +128,9 @@ class Selection:
     def _holds(self, last: Choice, q: Tensor, position: int) -> bool:
         if last.position // self.spec.refresh != position // self.spec.refresh:
             return False
-        if self.spec.similar is None:
+        if not self.spec.compares(position):
             return True
-        pair = (x.flatten().to(torch.promote_types(q.dtype, torch.float32)) for x in (last.q, q))
+        pair = (x.flatten().to(torch.promote_types(q.dtype, torch.float32)) for x in (last.q, q.detach()))
         return bool(torch.cosine_similarity(*pair, dim=0) >= self.spec.similar)
 
     def _part(self, group: slice) -> Part:
@@ -120,8 +140,9 @@ class Selection:
             self.parts = {}
         if key not in self.parts:
             self.parts[key] = Part(self.spec.new_index())
-        self.parts[key].index.kernel = self.kernel
-        return self.parts[key]
+        part = self.parts[key]
+        part.index.kernel, part.index.max_tokens = self.kernel, self.max_tokens
+        return part
 
     def part_ways(self, batch: int) -> None:
         """From now on the ``batch`` sequences have lengths of their own."""
@@ -149,7 +170,7 @@ class Selection:
         self.parts = {}
 
     def fork(self) -> Selection:
-        other = Selection(self.spec, self.kernel)
+        other = Selection(self.spec, self.kernel, self.max_tokens)
         other.parts = {key: part.fork() for key, part in self.parts.items()}
         return other
 

@@ -23,7 +23,7 @@ from ..config.bounds import COUNT, TOKENS, TOKENS_OR_NONE
 from ..errors import ConfigError
 from ..layout.blocks import BlockList
 from ..layout.gather import shape_of
-from ..layout.segments import Segment
+from ..layout.segments import Listed, Segment
 from ..layout.streamed import Streamed
 from ._votes import best, vote
 
@@ -62,9 +62,20 @@ class SelectSpec:
         It is asked before the first decoded token that selects, or earlier, where a prompt is kept for others.
         """
 
+    def reads(self, processed: int) -> int:
+        """Of ``processed`` tokens those that the last one reads, where it is decoded in a layer that selects."""
+        return processed
+
     def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
-        """Bytes that it keeps beside the store, for one KV head of one sequence of ``tokens`` tokens."""
+        """Bytes of its index where it runs: for one KV head of one sequence whose last of ``tokens`` was decoded.
+
+        With the spare room of buffers that grow (`_growing.room`).
+        """
         return 0
+
+    def index_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+        """As `nbytes`, and 0 where it does not run. Choices that are remembered are not counted."""
+        return self.nbytes(tokens, head_dim, itemsize) if self.runs(tokens) else 0
 
 
 class Index(ABC):
@@ -77,12 +88,14 @@ class Index(ABC):
         tokens: those it covers, from the first on.
         kernel: the config's word, for what a kernel computes of it.
         waits: it has seen what it needs and is not settled yet (`SelectSpec.settle`).
+        max_tokens: most that it will cover, for which it makes room at once; None: it grows.
     """
 
     numbers: ClassVar[tuple[str, ...]] = ()
     tokens: int = 0
     kernel: str = "auto"
     waits: bool = False
+    max_tokens: int | None = None
 
     def saw(self, q: Tensor, position: int, scale: float) -> None:  # noqa: B027
         """Queries ``[B, H, T, D]`` of a prompt, from this position on."""
@@ -166,6 +179,7 @@ class Chosen:
         estimate: stands for what is skipped: a segment that every query reads as well.
         note: what the report says of it; None for nothing.
         skipped: what of it is remembered, from which `Select.again` makes the estimate; tensors ``[B, ...]``.
+        whole: the query that chooses reads everything; those that use the choice again read what it lists.
     """
 
     size: int
@@ -176,6 +190,7 @@ class Chosen:
     estimate: Segment | None = None
     note: str | None = None
     skipped: tuple[Tensor, ...] = ()
+    whole: bool = False
 
     def blocks(self, position: int) -> BlockList:
         """The list of the query at ``position``."""
@@ -198,18 +213,29 @@ class Chosen:
         zero = counts.new_zeros(batch, heads)
         return BlockList(self.size, position, position + 1, indices[:, :, None], counts[:, :, None], none, zero)
 
+    @property
+    def listed(self) -> Listed | None:
+        """The same for a kernel that reads one segment; None: all of it."""
+        if self.whole:
+            return None
+        counts = None if self.counts is None else self.counts.contiguous()
+        return Listed(self.size, self.low, self.high, self.entries.contiguous(), counts)
+
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> Chosen:
         """See `Index.map_rows`; of what is remembered, which has no estimate."""
         counts = None if self.counts is None else change(self.counts)
         skipped = tuple(change(x) for x in self.skipped)
         return replace(self, entries=change(self.entries), counts=counts, skipped=skipped)
 
-    def reads(self, position: int) -> Tensor | int:
-        """Tokens that the query at ``position`` reads, summed over sequences and lists."""
+    def counted(self, position: int) -> tuple[Tensor | int, int, int]:
+        """Of the query at ``position``, summed over sequences and lists: tokens it reads and has, and the sequences."""
         batch, lists, width = self.entries.shape
+        every = batch * lists * (position + 1)
+        if self.whole:
+            return every, every, batch
         outside = self.low * self.size + position + 1 - self.high * self.size
         chosen = batch * lists * width if self.counts is None else self.counts.sum()
-        return batch * lists * outside + chosen * self.size
+        return batch * lists * outside + chosen * self.size, every, batch
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that it keeps alive while it is remembered."""
@@ -252,9 +278,10 @@ class Select(SelectSpec):
         if self.similar is not None and self.refresh == 1:
             raise ConfigError(
                 f"similar: got {self.similar} with refresh 1, which chooses for every token. Set refresh to the most "
-                "tokens for which a choice may be used."
+                "tokens for which a choice may be used, or similar to null."
             )
 
+    estimates: ClassVar[bool] = False  # a choice may have an `Chosen.estimate`
     votes: ClassVar[str] = "max"  # how the query heads of a KV head vote, a word of `_votes.vote`
 
     @property
@@ -265,6 +292,10 @@ class Select(SelectSpec):
     @property
     def by_sequence(self) -> bool:
         """Whether sequences of one length may choose at different positions, so that each is asked alone."""
+        return self.similar is not None
+
+    def compares(self, position: int) -> bool:
+        """Whether the query at ``position`` is compared with the one that chose."""
         return self.similar is not None
 
     def new_index(self) -> Index:
@@ -279,6 +310,11 @@ class Select(SelectSpec):
         """The entries from which the query at ``position`` chooses: whole ones between sinks and newest tokens."""
         low = -(-self.sink // self.size)
         return low, max(low, (position + 1 - self.recent) // self.size)
+
+    def reads(self, processed: int) -> int:
+        low, high = self.between(processed - 1)
+        left_out = (high - low - self.width(processed)) * self.size
+        return processed - left_out if self.runs(processed) else processed
 
     def width(self, processed: int) -> int:
         """Entries that are chosen at most, of ``processed`` tokens."""

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..kernels.base import best_pages
+from ..kernels.base import page_chooser
 from ..kernels.reference import page_scores
 from ..layout.gather import key_pieces
-from ._growing import Growing
+from ._growing import Growing, room
 from .base import Cached, Index, Select
 
 
@@ -63,7 +63,8 @@ class PageBounds(Select):
         return Bounds(self.page // self.sub)
 
     def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
-        return 2 * (tokens // self.page * self.sub) * head_dim * itemsize
+        _, high = self.between(tokens - 1)
+        return 2 * room(high * self.sub) * head_dim * itemsize
 
     def scores(self, q: Tensor, index: Bounds, cached: Cached, low: int, high: int, scale: float) -> Tensor:
         found = torch.cat([page_scores(q, part) for part in index.pages.views(low * self.sub, high * self.sub)], 2)
@@ -74,7 +75,8 @@ class PageBounds(Select):
     ) -> tuple[Tensor, Tensor | None]:
         if self.vote == "max" and self.mass is None:
             bounds = index.pages.views(low * self.sub, high * self.sub)
-            if (chosen := best_pages(index.kernel, q, bounds, self.sub, width)) is not None:
+            ours = index.chooser(q)
+            if ours is not None and (chosen := ours(q, bounds, self.sub, width)) is not None:
                 return chosen, None
         return super().pick(q, index, cached, low, high, width, scale)
 
@@ -90,6 +92,17 @@ class Bounds(Index):
     def __init__(self, page: int):
         self.page = page
         self.pages = Growing()
+        self.choosers: dict[tuple, Any] = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "choosers": {}}
+
+    def chooser(self, q: Tensor) -> Callable[..., Tensor | None] | None:
+        """The function of a kernel that chooses pages for such queries; asked once."""
+        key = (q.dtype, q.device)
+        if key not in self.choosers:
+            self.choosers[key] = page_chooser(self.kernel, q)
+        return self.choosers[key]
 
     @property
     def tokens(self) -> int:
@@ -97,9 +110,11 @@ class Bounds(Index):
 
     def extend(self, cached: Cached, tokens: int) -> None:
         high = tokens // self.page * self.page
-        for _, k in key_pieces(cached, self.tokens, high, self.page):
+        most = None if self.max_tokens is None else self.max_tokens // self.page
+        for first, k in key_pieces(cached, self.tokens, high, self.page):
             k = k.unflatten(2, (-1, self.page))
-            self.pages.append(torch.cat([k.amax(3), k.amin(3)], 3))
+            more = (high - first) // self.page - k.shape[2]
+            self.pages.append(torch.cat([k.amax(3), k.amin(3)], 3), more, most)
 
     def crop(self, tokens: int) -> None:
         self.pages.crop(tokens // self.page)

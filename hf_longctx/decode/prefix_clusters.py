@@ -97,6 +97,12 @@ class PrefixClusters(Select):
     def runs(self, processed: int) -> bool:
         return processed >= self.min_tokens
 
+    def reads(self, processed: int) -> int:
+        """As if all but the last of ``processed`` tokens were the prefix, and the last query like those before it."""
+        low, high = self.clustered(processed - 1)
+        chosen = min(self.width(processed), math.ceil((1 - self.quantile) * (high - low)))
+        return processed - (high - low - chosen) if self.runs(processed) else processed
+
     def clusters(self, tokens: int) -> int:
         """How many clusters so many tokens have."""
         return max(1, math.ceil(self.percent / 100 * tokens))
@@ -134,7 +140,7 @@ class PrefixClusters(Select):
     def choose(self, q: Tensor, index: PrefixIndex, cached: Cached, position: int, scale: float) -> Chosen:
         if index.threshold is None:
             nothing = torch.empty(q.shape[0], shape_of(cached)[1], 0, dtype=torch.int32, device=q.device)
-            return Chosen(1, 0, 0, nothing, note=TOO_FEW)
+            return Chosen(1, 0, 0, nothing, note=TOO_FEW, whole=True)
         index.extend(cached, index.high)
         ranked = index.ranked(q, scale)
         most = min(self.width(position + 1), index.high - index.low)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layout.dtypes import needs_grad
 from ..layout.heads import RoleHeads
-from ..layout.segments import Place
+from ..layout.segments import Listed, Place
 
 # Where the numbers that change with every token stand in what the library is given (step in _native/decode.h).
 THREADS, Q, OUT, K, V, PLACES = 5, 6, 10, 16, 20, 25
@@ -45,10 +45,13 @@ class LayerStep:
         numbers = self.numbers
         numbers[THREADS] = torch.get_num_threads()
         numbers[Q], numbers[OUT], numbers[K], numbers[V] = q.data_ptr(), out.data_ptr(), k.data_ptr(), v.data_ptr()
-        for (at, capacity), (_, slot, length) in zip(self.slots, places, strict=True):
+        for (at, capacity), (_, slot, length, listed) in zip(self.slots, places, strict=True):
             if not (0 <= slot < length <= capacity):
                 raise ValueError(f"slot {slot} and length {length} of a segment of {capacity} slots")
             numbers[at], numbers[at + 1] = slot, length
+            numbers[at + 10] = 0
+            if listed is not None:
+                numbers[at + 10 : at + 16] = array("q", _listed(listed, length, batch))
         if self.load().hf_longctx_step(q.dtype == torch.bfloat16, scale, 0, numbers.buffer_info()[0]) <= 0:
             raise MemoryError("kernel native: no memory for the temporaries of a decoded token")
         return out
@@ -70,9 +73,17 @@ class LayerStep:
         self.slots = []
         for place, own in zip(places, self.heads, strict=True):
             self.slots.append((len(numbers), place.segment.k.shape[2]))
-            numbers += [0, 0, *heads_of(place.segment.k), *heads_of(place.segment.v), len(own), *own]
+            numbers += [0, 0, *heads_of(place.segment.k), *heads_of(place.segment.v), *[0] * 6, len(own), *own]
         self.numbers, self.facts = array("q", numbers), facts
         return True
+
+
+def _listed(listed: Listed, length: int, batch: int) -> tuple[int, ...]:
+    """Of a list as the library takes it; its entries were checked when they were chosen."""
+    size, low, high, entries, counts = listed
+    if not (0 <= low <= high <= length // size) or entries.dtype != torch.int32 or entries.shape[0] != batch:
+        raise ValueError(f"entries {low} to {high} of {size} slots, {list(entries.shape)}, for a length of {length}")
+    return size, low, high, entries.shape[2], entries.data_ptr(), 0 if counts is None else counts.data_ptr()
 
 
 def takes_scale(scale: float) -> bool:

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ from ..errors import ConfigError, UnsupportedModeError
 from ..layout.blocks import BlockList
 from ..layout.dtypes import needs_grad
 from ..layout.forward import Forward
-from ..layout.gather import gathered
+from ..layout.gather import gathered, lying
 from ..layout.heads import RoleHeads
 from ..layout.reads import ALL, All, Causal, Reads
 from ..layout.scores import Scores
@@ -204,11 +204,10 @@ def new_step(word: str, device: torch.device, dtype: torch.dtype, head_dim: int,
     return None if step is None else step(heads)
 
 
-def best_pages(word: str, q: Tensor, bounds: Sequence[Tensor], sub: int, width: int) -> Tensor | None:
-    """``best_pages`` of the kernel that computes lists of this query; None where it has none."""
+def page_chooser(word: str, q: Tensor) -> Callable[..., Tensor | None] | None:
+    """``best_pages`` of the kernel that computes lists of such a query; None where it has none."""
     module, _ = _first(word, Case(q.device, q.dtype, q.shape[3], reads=BlockList, one_query=True))
-    chosen = getattr(module, "best_pages", None)
-    return None if chosen is None else chosen(q, bounds, sub, width)
+    return getattr(module, "best_pages", None)
 
 
 def some_launch_layers(word: str, device: torch.device, forward: Forward) -> bool:
@@ -256,6 +255,9 @@ def _listed(
 
     A bias of the first token is added to the first that is named: selections name it always.
     """
+    if q.device.type == "cpu" and (plain := lying(segments, reads)) is not None:
+        kernel = choose(word, case_of(q, plain, reads, scores), forward)
+        return kernel.attend(q, plain, reads, scores, True)
     return _attend_plain(word, q, gathered(segments, reads), ALL, scores, forward)
 
 

@@ -108,10 +108,14 @@ def page_scores(q: Tensor, bounds: Tensor) -> Tensor:
     Args:
         bounds: the largest, then the smallest number of each channel, ``[B, n, P, 2 D]``.
     """
+    return products(torch.cat([q.clamp(min=0), q.clamp(max=0)], 3), bounds)
+
+
+def products(q: Tensor, k: Tensor) -> Tensor:
+    """q ``[B, H, 1, D]`` times the keys ``[B, n, W, D]`` of its KV heads, ``[B, H, W]``, in float32 or wider."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    signed = torch.cat([q.clamp(min=0), q.clamp(max=0)], 3).to(dtype)
-    grouped = signed[:, :, 0].unflatten(1, (bounds.shape[1], -1))
-    return (grouped @ bounds.to(dtype).transpose(2, 3)).flatten(1, 2)
+    grouped = q[:, :, 0].unflatten(1, (k.shape[1], -1)).to(dtype)
+    return (grouped @ k.to(dtype).transpose(2, 3)).flatten(1, 2)
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:

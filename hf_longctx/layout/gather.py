@@ -75,6 +75,16 @@ def shape_of(segments: Sequence[Segment | Streamed]) -> tuple[int, int, int, int
 
 def take(segments: Sequence[Segment | Streamed], tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Copies of k, v ``[B, n, W, D]`` at the row positions ``tokens [B, n, W]``, int64; nothing else is read."""
+    return _taken(segments, tokens, 2)
+
+
+def take_keys(segments: Sequence[Segment | Streamed], tokens: Tensor) -> Tensor:
+    """`take` without the values, which streamed segments alone read as well."""
+    return _taken(segments, tokens, 1)[0]
+
+
+def _taken(segments: Sequence[Segment | Streamed], tokens: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """The first ``parts`` of k, v at these positions."""
     filled = [segment for segment in segments if segment.longest]
     found = None
     begin = 0
@@ -82,9 +92,9 @@ def take(segments: Sequence[Segment | Streamed], tokens: Tensor) -> tuple[Tensor
         at = (tokens - begin).clamp(0, segment.longest - 1)
         here = None if len(filled) == 1 else (tokens >= begin) & (tokens < begin + segment.longest)
         if isinstance(segment, Segment):
-            own = [x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[3])) for x in segment.contents()]
+            own = [x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[3])) for x in segment.contents()[:parts]]
         else:
-            own = segment.take(at, here)
+            own = segment.take(at, here)[:parts]
         if found is None:
             found = own
         else:
@@ -111,6 +121,23 @@ def listed_tokens(blocks: BlockList) -> tuple[Tensor, Tensor]:
     read &= columns < last // blocks.block * blocks.block
     read &= ~blocks.block_mask()[:, :, 0].gather(2, columns // blocks.block)
     return torch.cat([tokens, columns], 2), torch.cat([named, read], 2)
+
+
+def lying(segments: Sequence[Segment | Streamed], blocks: BlockList) -> list[Segment] | None:
+    """The segments as plain ones without a copy, of which what the lists of one query name can be read; else None."""
+    tokens, _ = listed_tokens(blocks)
+    left: list[Segment] = []
+    begin = 0
+    for segment in segments:
+        if isinstance(segment, Segment):
+            left.append(segment)
+        else:
+            own = tokens[(tokens >= begin) & (tokens < begin + segment.longest)] - begin
+            if (found := segment.lying(own)) is None:
+                return None
+            left += found
+        begin += segment.longest
+    return left
 
 
 def gathered(segments: Sequence[Segment | Streamed], blocks: BlockList) -> Segment:

@@ -26,6 +26,7 @@ class Segment:
         length: tokens kept, in every row (int) or row by row (int64 ``[B]``).
         bias: added to the scores of these keys before the softmax, broadcastable to ``[B, n, 1, length]``.
         shared: nobody writes to the memory any more, and other caches may read it.
+        bias_of_pads: the bias hides what is not a sequence's own, and does nothing else: the sequence alone has none.
     """
 
     saved_as: ClassVar[str] = "Segment"  # its word in a cache's file
@@ -35,6 +36,7 @@ class Segment:
     length: int | Tensor
     bias: Tensor | None = None
     shared: bool = False
+    bias_of_pads: bool = False
 
     @property
     def longest(self) -> int:
@@ -105,18 +107,36 @@ class Segment:
         The copy where the memory beside them, which they would keep alive, is more than ``spare`` times theirs.
         """
         rows = slice(0, 1) if self._one_row else slice(None)
-        pair = [x[rows, :, :tokens] for x in (self.k, self.v)]
-        own = sum(x.numel() * x.element_size() for x in pair)
-        held = sum(x.untyped_storage().nbytes() for x in pair)
-        if held - own > spare * own:
-            with torch.inference_mode(False):  # as other segments, to be read outside of inference mode
-                pair = [x.clone(memory_format=torch.contiguous_format) for x in pair]
+        pair = [fitting(x[rows, :, :tokens], spare) for x in (self.k, self.v)]
         return Segment(*(x.expand(self.k.shape[0], -1, -1, -1) for x in pair), tokens, shared=True)
 
     @property
     def _one_row(self) -> bool:
         """Whether all rows are one and the same memory."""
         return self.k.shape[0] == 1 or self.k.stride(0) == 0
+
+
+def fitting(x: Tensor, spare: float) -> Tensor:
+    """x, or a copy where the memory beside it, which it would keep alive, is more than ``spare`` times its own."""
+    if x.untyped_storage().nbytes() <= (1 + spare) * x.nbytes:
+        return x
+    with torch.inference_mode(False):  # to be read outside of inference mode
+        return x.clone(memory_format=torch.contiguous_format)
+
+
+class Listed(NamedTuple):
+    """Entries of ``size`` slots that a token reads of a segment: the first ``low``, listed ones, all from ``high`` on.
+
+    Attributes:
+        entries: int32 ``[B, n, M]``, contiguous, ascending, between ``low`` and ``high``.
+        counts: how many of them, int32 ``[B, n]``, contiguous; None: M.
+    """
+
+    size: int
+    low: int
+    high: int
+    entries: Tensor
+    counts: Tensor | None = None
 
 
 class Place(NamedTuple):
@@ -126,11 +146,13 @@ class Place(NamedTuple):
         segment: of one length for all sequences, without a bias.
         slot: which one the token takes.
         length: how many slots it reads, its own among them.
+        listed: of these slots it reads the listed ones; None: all.
     """
 
     segment: Segment
     slot: int
     length: int
+    listed: Listed | None = None
 
 
 @dataclass
@@ -182,7 +204,7 @@ class HeadKV:
             cut = min(start, segment.length)
             start -= cut
             if cut < segment.length:
-                bias = segment.bias
+                bias = None if segment.bias_of_pads else segment.bias
                 if bias is not None:
                     bias = (bias if bias.shape[0] == 1 else bias[rows])[..., cut:]
                 k = segment.k[rows, :, cut : segment.length]

@@ -37,26 +37,12 @@ class Streamed(ABC):
     def joined_note(self) -> str:
         """What the report says where a prefill pattern needs all of it at once (`contents`)."""
 
-    @property
-    @abstractmethod
-    def longest(self) -> int:
-        """Tokens of the sequence that has most."""
+    def lying(self, slots: Tensor) -> list[Segment] | None:
+        """Plain segments, together all tokens in order, in the memory where they lie; None where that cannot be.
 
-    @property
-    @abstractmethod
-    def form(self) -> tuple[int, int, int]:
-        """Sequences, KV heads, head_dim of the keys."""
-
-    @abstractmethod
-    def span(self, low: int, high: int) -> tuple[Tensor, Tensor]:
-        """k, v ``[B, n, high - low, D]`` of the slots ``low .. high``."""
-
-    @abstractmethod
-    def take(self, slots: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """k, v ``[B, n, W, D]`` of the slots ``slots [B, n, W]`` (int64), of which no others are fetched or unpacked.
-
-        ``wanted``: bool like ``slots``, what may be anything where it is False; None: all are wanted.
+        Only what holds one of ``slots`` (int64, any shape) may be read; the rest is room without contents.
         """
+        return None
 
     @abstractmethod
     def blocks(self) -> Iterator[Segment]:
@@ -87,6 +73,31 @@ class Streamed(ABC):
             tensors: views of a file on the CPU, to be copied to wherever this keeps them.
             device: that of the layer.
         """
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the sequence that has most."""
+        return sum(block.longest for block in self.blocks())
+
+    @property
+    def form(self) -> tuple[int, int, int]:
+        """Sequences, KV heads, head_dim of the keys."""
+        k = next(self.blocks()).k
+        return k.shape[0], k.shape[1], k.shape[3]
+
+    def span(self, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """k, v ``[B, n, high - low, D]`` of the slots ``low .. high``. Slow, unless a class says it better."""
+        return tuple(x[:, :, low:high] for x in self.contents())
+
+    def take(self, slots: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """k, v ``[B, n, W, D]`` of the slots ``slots [B, n, W]`` (int64): a selection's.
+
+        Slow; a class says it better that fetches or unpacks no others.
+
+        Args:
+            wanted: bool like ``slots``, what may be anything where it is False; None: all are wanted.
+        """
+        return tuple(x.gather(2, slots[..., None].expand(-1, -1, -1, x.shape[3])) for x in self.contents())
 
     def contents(self) -> tuple[Tensor, Tensor]:
         """All of it at once, k, v ``[B, n, S, D]``: what a prefill pattern needs, which chooses among all keys."""

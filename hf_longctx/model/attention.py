@@ -93,7 +93,7 @@ def attend(
 def attend_cached(plan: LayerPlan, query: Tensor, kv: LayerKV, scores: Scores) -> Tensor:
     """Attention ``[B, T, H, D]``, contiguous, of q ``[B, H, T, D]`` over what a LongCtxCache holds."""
     forward = kv.forward
-    if kv.pending is not None and (out := kv.pending.attend(query, scores.scale, forward.log)) is not None:
+    if kv.pending is not None and (out := kv.pending.attend(query, scores.scale, forward)) is not None:
         return out
     layer = LayerCall(plan, forward, scores)
     (query,) = as_autocast(query)

@@ -130,12 +130,14 @@ class BeforeForward:
         self.state.runs_dense(implementation)
 
     def _check_cache(self, base: nn.Module, cache: LongCtxCache) -> None:
-        if cache.plans != self.state.plans[: len(cache.plans)]:
-            differs = ", ".join(differing(cache.plans, self.state.plans)) or "number of layers"
-            raise CacheError(
-                f"this LongCtxCache was made for another model or another config (other {differs}). Start with a new "
-                "cache after patch_model."
-            )
+        if cache.plans != (plans := self.state.plans[: len(cache.plans)]):
+            differs = differing(cache.plans, plans)
+            if differs != ["decode"]:
+                raise CacheError(
+                    "this LongCtxCache was made for another model or another config (other "
+                    f"{', '.join(differs) or 'number of layers'}). Start with a new cache after patch_model."
+                )
+            cache.select_by(plans)
         cache.check()
         cache.model = self.state.base = weakref.ref(base)
 

@@ -205,18 +205,29 @@ class LayerCall:
             elif tails and (tail := role.tail(real[0])):
                 out = self._with_tail(alone, part, group, start, real[0], tail)
             else:
-                segments, reads = part.spec.reads(part, self.rows, group, start)
-                out = self._attend(alone, segments, reads, part.heads)
+                out = self._by_rule(alone, part, group, start)
             outs.append(nn.functional.pad(out, (0, 0, pads, 0)) if pads else out)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _by_rule(self, q: Tensor, part: HeadKV, group: slice, start: int) -> Tensor:
+        """As the store reads."""
+        segments, reads = part.spec.reads(part, self.rows, group, start)
+        return self._attend(q, segments, reads, part.heads)
 
     def _selected(self, q: Tensor, role: RolePlan, part: HeadKV) -> Tensor:
         """What the selection reads, ``[B, h, T, D]``, query by query; zeros for pads."""
         rows = self.rows
         outs = []
+        if rows.ends is not None:
+            part.selection.part_ways(rows.batch)
         for group, start in self._apart(role):
             out = q.new_zeros(*q[group].shape[:3], part.segments[-1].v.shape[3])
             new, processed = rows.real(group.start or 0)
+            if rows.new > 1 and new and not role.decodes(new, processed, rows):  # its prompt, or it is short
+                pads = max(0, start - rows.past)
+                out[:, :, pads:] = self._by_rule(q[group, :, pads:], part, group, start)
+                outs.append(out)
+                continue
             for position in range(processed - new, processed):
                 at = start + position - rows.past
                 own = part.without_last(rows.new - 1 - at).alone(group, start)
@@ -234,11 +245,13 @@ class LayerCall:
         heads = role.heads
         if not role.decodes(1, position + 1, self.rows):
             return self._attend(q, segments, ALL, heads)
+        self._refuse_bias(segments, "a selection cannot choose. Set decode.retrieval to {select: dense}.")
         chosen, reused = selection.choose(group, q, segments, position, self.scores.scale)
-        batch, lists, _ = chosen.entries.shape
-        self.forward.log.decode.add(chosen.reads(position), batch * lists * (position + 1), batch, reused)
         if chosen.note is not None:
             self.forward.log.notes.add(chosen.note)
+        self.forward.log.decode.add(*chosen.counted(position), reused)
+        if chosen.whole:
+            return self._attend(q, segments, ALL, heads)
         own = self._scores(heads) if self.by_head else self.scores
         if chosen.estimate is None:
             return self._attend(q, segments, chosen.blocks(position), heads)
@@ -259,8 +272,8 @@ class LayerCall:
 
     def _apart(self, role: RolePlan) -> Iterator[tuple[slice, int]]:
         """As `Rows.groups`, but one sequence at a time where each chooses by itself."""
-        if not role.decode.by_sequence or self.rows.padded:
-            return self.rows.groups()
+        if not role.decode.by_sequence or self.rows.padded or self.rows.ends is not None:
+            return self.rows.groups(by_end=True)
         return ((slice(row, row + 1), 0) for row in range(self.rows.batch))
 
     def _with_tail(self, q: Tensor, part: HeadKV, group: slice, start: int, new: int, tail: int) -> Tensor:
@@ -285,11 +298,7 @@ class LayerCall:
         self, q: Tensor, segments: list[Segment | Streamed], role: RolePlan, new: int, processed: int
     ) -> Tensor:
         """What the patterns read, ``[B, h, T, D]``: the first ``new`` queries are real, the rest right pads."""
-        if any(segment.bias is not None for segment in segments):
-            raise UnsupportedModeError(
-                f"layer {self.plan.layer_idx}: the store of the retrieval heads gives keys a score bias, among which a "
-                "prefill pattern cannot choose. Set prefill.retrieval to {pattern: dense}."
-            )
+        self._refuse_bias(segments, "a prefill pattern cannot choose. Set prefill.retrieval to {pattern: dense}.")
         k, v = self._together(segments)
         pads = q.shape[2] - new
         q = q[:, :, :new]
@@ -312,6 +321,14 @@ class LayerCall:
             log.notes.add(SLOWLY + why)
         out = self._attend(q, whole, blocks, role.heads)
         return nn.functional.pad(out, (0, 0, 0, pads)) if pads else out
+
+    def _refuse_bias(self, segments: list[Segment | Streamed], said: str) -> None:
+        """A store whose keys have a score bias: choosing by the scores of keys alone would leave it out."""
+        if any(segment.bias is not None for segment in segments):
+            raise UnsupportedModeError(
+                f"layer {self.plan.layer_idx}: the store of the retrieval heads gives keys a score bias, among which "
+                + said
+            )
 
     def _together(self, segments: list[Segment | Streamed]) -> tuple[Tensor, Tensor]:
         """All keys and values in one piece each, ``[B, n, S, D]``: a pattern chooses among all of them."""

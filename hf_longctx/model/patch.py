@@ -19,6 +19,7 @@ from ..config.words import spec_word
 from ..errors import UnsupportedModeError, UnsupportedModelError
 from ..kernels import base as kernels
 from ..layout.blocks import BlockList
+from ..stores.base import StoreSpec
 from .attention import NAME, register
 from .compiled import GiveCacheBack
 from .compiled_generate import ON_COMPILED
@@ -104,6 +105,14 @@ def _family_of(model: nn.Module) -> Family:
         raise refusal(base, _apply) from None
 
 
+def _refuse_store(store: StoreSpec, what: str, instead: str) -> None:
+    if not store.reads_all:
+        raise UnsupportedModeError(
+            f"stores.retrieval: with {spec_word(store)!r} a token does not read all before it, and {what} chooses "
+            f"among those. Set {instead}, or stores.retrieval to {{store: full}}."
+        )
+
+
 def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
     """Patch with a config that fits: all plans are made before anything is changed."""
     inner = unwrap(model)
@@ -118,14 +127,12 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
     check_transformers(inner, base, attention_copies(modules[0], family)[0])
     plans = [make_plan(module, settings, family, base.config) for module in modules]
     stock_layers(base.config, {plan.layer_idx for plan in plans})  # refuses a model whose other layers have no place
-    for store in [role.store for plan in plans for role in plan.roles if role.prefill is not None]:
-        if not store.reads_all:
-            raise UnsupportedModeError(
-                f"stores.retrieval: with {spec_word(store)!r} a token does not read all before it, and a prefill "
-                "pattern chooses among those. Set prefill.retrieval to {pattern: dense}, or stores.retrieval to "
-                "{store: full}."
-            )
-        kernels.require(settings.kernel, BlockList, "this config's prefill pattern")
+    for role in [role for plan in plans for role in plan.roles]:
+        if role.prefill is not None:
+            _refuse_store(role.store, "a prefill pattern", "prefill.retrieval to {pattern: dense}")
+            kernels.require(settings.kernel, BlockList, "this config's prefill pattern")
+        if role.selects:
+            _refuse_store(role.store, "a decode selection", "decode.retrieval to {select: dense}")
 
     unpatch_model(model)
     register()

@@ -60,7 +60,7 @@ def refuse_selection(plans: Sequence[LayerPlan], rows: Rows, cache: Any, device:
     if device.type != "cpu" and any(one.by_sequence for one in asked):
         raise UnsupportedModeError(
             f"decode.retrieval.similar is {asked[0].similar}: whether a choice is used again would be read from "
-            f"{device.type} in every layer and for every token. Leave similar out; refresh alone decides without that."
+            f"{device.type} in every layer and for every token. Set similar to null: refresh alone decides then."
         )
 
 

@@ -109,7 +109,7 @@ class Report:
         """Why the cache takes more than a dense one, where it does."""
         if self.nbytes <= self.nbytes_dense:
             return
-        why = "buffers have room to grow"
+        why = "buffers have room to grow" if self.read is None else "room to grow, and an index"
         if self.reserved is not None:
             why = f"max_tokens={self.reserved} is reserved"
         if self.saves_from is None:

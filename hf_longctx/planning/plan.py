@@ -13,6 +13,7 @@ import yaml
 from ..config.config import LongCtxConfig
 from ..errors import ConfigError, LongCtxError
 from ..io.console import count
+from .decoded import Decoded, decoded
 from .find import find, loaded
 from .ladder import RULE, Overrides, Rung, ladder, offloaded
 from .memory import DENSE, PATCHED, RESERVED, UNKNOWN_LENGTH, MemoryModel, MemorySettings, Need, longest
@@ -35,6 +36,7 @@ class Plan:
         dense: what the model needs without a patch.
         reserved: what the last rung needs with a cache made with ``max_tokens``.
         notes: what is known of the quality, and what is not known.
+        decoded: what its selection reads; None where decoded tokens read every cached one.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Plan:
     dense: Need
     reserved: Need
     notes: tuple[str, ...]
+    decoded: Decoded | None = None
 
     @property
     def context(self) -> int:
@@ -81,6 +84,7 @@ class Plan:
             "dense": self.dense.as_dict(),
             "reserved": self.reserved.as_dict(),
             "notes": list(self.notes),
+            "decode": None if self.decoded is None else self.decoded.as_dict(),
         }
 
     def __str__(self) -> str:
@@ -100,6 +104,8 @@ class Plan:
             self._line("dense", self.dense),
             f"chosen    {changes}",
         ]
+        if self.decoded is not None:
+            lines.append(f"decode    {self.decoded}")
         if self.dense_fits:
             lines.append("dense     fits: there is no need to patch")
         if not self.reserve:
@@ -154,7 +160,8 @@ def plan(
             notes = (*_quality(here.config, rung), *here.notes, *_beyond(here, context))
             dense = here.need(DENSE, context)
             reserved = here.need(RESERVED, context)
-            return Plan(here.name, here.settings, reserve, here.config, tuple(tried), dense, reserved, notes)
+            reads = decoded(here.plans, context)
+            return Plan(here.name, here.settings, reserve, here.config, tuple(tried), dense, reserved, notes, reads)
     raise LongCtxError(_refusal(here, way, tried))
 
 

@@ -24,6 +24,9 @@ from torch import Tensor
 from ..errors import CacheError
 from ..io.tensor_file import checksum
 
+MAPS = 1 << 15  # files that are mapped at once: half of what a process may map, as Linux is set up
+_maps: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # page -> its keys and values, in a file
+
 GONE = "Nobody may touch page files while their cache lives. Call cache.reset() and read the prompt again."
 
 
@@ -49,6 +52,11 @@ class Page(ABC):
         """k, v ``[N, D]`` of N tokens, each of its row, KV head and slot (int64 ``[N]``), on the CPU."""
         self.settle()
         return tuple(x[rows, heads, slots] for x in self.read())
+
+    def mapped(self) -> tuple[Tensor, Tensor]:
+        """k, v ``[B, n, tokens, D]`` on the CPU, of which a few tokens are read: no more than those need be fetched."""
+        self.settle()
+        return self.read()
 
     def soon(self) -> None:  # noqa: B027
         """A hint that `read` comes next."""
@@ -129,10 +137,16 @@ class DiskPage(Page):
         return found
 
     def read_at(self, rows: Tensor, heads: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        found = self._mapped()
+        return tuple(x[rows, heads, slots] for x in self.mapped())
+
+    def mapped(self) -> tuple[Tensor, Tensor]:
         if _stamp(self.path) != self.stamp:
             self._refuse()
-        return tuple(x[rows, heads, slots] for x in found)
+        found = _maps.pop(self, None) or self._mapped()
+        _maps[self] = found  # the last one in is the last one out
+        while len(_maps) > MAPS:
+            _maps.pop(next(iter(_maps)), None)
+        return found
 
     def _mapped(self) -> tuple[Tensor, Tensor]:
         try:

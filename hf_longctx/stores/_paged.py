@@ -157,7 +157,7 @@ class PagedStore(Store):
         seen = [own] if old == 0 else [pages.first(old), own]
         bias = rows.pad_bias(k.device, own.dtype) if rows.new == 1 else None
         if bias is not None:
-            own.bias = bias[..., old:]
+            own.bias, own.bias_of_pads = bias[..., old:], True
         if old:
             seen[0].bias, seen[0].padded = bias, max(rows.starts or (0,))
         return PagedKV(self.heads, seen, self.spec, state=self.state)

@@ -125,6 +125,26 @@ class Pages(Streamed):
         for at, block in enumerate(pages.blocks()):
             yield block if at == last else replace(block, k=block.k.clone(), v=block.v.clone())
 
+    def lying(self, slots: Tensor) -> list[Segment] | None:
+        if self.device.type != "cpu" or any(entry.index is not None for entry in self.entries):
+            return None
+        ends = list(itertools.accumulate(entry.high - entry.low for entry in self.entries))
+        wanted = torch.bucketize(slots.flatten(), torch.tensor(ends), right=True)
+        wanted = torch.bincount(wanted, minlength=len(ends)).tolist()
+        batch, heads, dim = self.form
+        room = torch.empty((), dtype=self.dtype)
+        left = []
+        for entry, count in zip(self.entries, wanted, strict=True):
+            length = entry.high - entry.low
+            if count:
+                k, v = (x[self.rows, :, entry.low : entry.high] for x in entry.page.mapped())
+            else:
+                k = v = room.expand(batch, heads, length, dim)
+            if k.dtype != self.dtype:
+                return None
+            left.append(Segment(k, v, length))
+        return left
+
     def take(self, slots: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Streamed`; pages that hold none of the slots are not touched. Reads ``slots``: a GPU is waited for."""
         flat = slots.cpu().flatten()

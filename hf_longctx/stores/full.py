@@ -118,7 +118,8 @@ class FullStore(Store):
             dtype = segment.dtype
             cuts = [low, own, high] if low < own < high else [low, high]
             for a, b in zip(cuts[:-1], cuts[1:], strict=True):
-                part = Segment(segment.k[:, :, a - low : b - low], segment.v[:, :, a - low : b - low], b - a)
+                pair = (segment.k[:, :, a - low : b - low], segment.v[:, :, a - low : b - low])
+                part = Segment(*pair, b - a, bias_of_pads=True)
                 if own <= a < self.aligned:
                     part.bias = rows.tail_bias(self.aligned, device, dtype)[..., a - own : b - own]
                 elif a >= self.aligned and pads:

@@ -151,7 +151,7 @@ class QuantizedStore(Store):
             low = 0
             plain = [Segment(*self.incoming(k, v), rows.new)]
         if rows.new == 1 and rows.padded:
-            plain[0].bias = _hidden(rows, low, read, plain[0].k)
+            plain[0].bias, plain[0].bias_of_pads = _hidden(rows, low, read, plain[0].k), True
         seen = (piece.seen(read, rows.ints) for piece in self.pieces if piece.first < max(read))
         return QuantisedKV(self.heads, [*seen, *plain], spec, state=self.state, past=rows.past, low=low)
 

@@ -24,7 +24,7 @@ from hf_longctx.config import words as registry
 from hf_longctx.config.model import ModelSection
 from hf_longctx.config.reference import meanings
 from hf_longctx.config.words import load, words
-from hf_longctx.decode.base import SelectSpec
+from hf_longctx.decode.base import Select, SelectSpec
 from hf_longctx.model.modules import state_of
 from hf_longctx.prefill.base import PatternSpec
 
@@ -228,6 +228,12 @@ def test_a_new_word_that_nothing_runs_is_refused(new_word, folder, key, base, ro
         refused(call, f"{folder}.{role}: got {key} 'newest'", f"What works: {key} '{works}'.")
     data[folder][role][key] = works
     assert not isinstance(outcome(data), str)
+
+
+def test_a_new_selection_is_run(new_word):
+    new_word("decode", Select, "retrieval")
+    data = {**bases()[1], "decode": {"retrieval": {"select": "newest"}}}
+    assert "Newest" in str(outcome(data))
 
 
 def test_a_new_pattern_of_retrieval_heads_is_run(new_word):

@@ -34,7 +34,7 @@ from hf_longctx.assets import asset
 from hf_longctx.config.config import kernel_words
 from hf_longctx.config.reference import reference
 from hf_longctx.config.words import FOLDERS, dump, load, words
-from hf_longctx.decode.base import SelectSpec
+from hf_longctx.decode.base import Select, SelectSpec
 from hf_longctx.evaluate.run import evaluate
 from hf_longctx.layout.reads import Causal
 from hf_longctx.model.family import families, find_family
@@ -317,16 +317,35 @@ def test_an_object_is_checked_as_its_fields_are(section, parts):
     assert not hasattr(model.config, "longctx")
 
 
-def test_a_selection_can_be_registered_and_not_yet_run():
+def test_a_selection_runs_as_word_and_as_object():
     own("decode")
-    model = tiny_model()
-    for given in ({"select": "pages"}, Pages()):
-        refused(
-            lambda given=given: patch_model(model, config_for(model), decode={"retrieval": given}),
-            "decode.retrieval: got select 'pages'",
-            "What works: select 'dense'",
-        )
-    assert issubclass(Pages, SelectSpec)
+    few = {"page": 4, "budget": 8, "sink": 4, "recent": 8, "min_tokens": 1, "dense_layers": 0}
+    found = []
+    for given in ({"select": "pages", **few}, Pages(**few), Pages(**few | {"budget": 99}), {"select": "dense"}):
+        model = tiny_model(dtype=torch.float64)
+        patch_model(model, config_for(model, "retrieval"), decode={"retrieval": given})
+        cache = LongCtxCache(model)
+        logits(model, past_key_values=cache)
+        found.append(logits(model, IDS[:, :1], past_key_values=cache))
+        torch.manual_seed(0)
+    assert model.config.longctx["decode"]["retrieval"] == {"select": "dense"}
+    assert torch.equal(*found[:2]) and not torch.allclose(found[0], found[3], atol=1e-3)
+    assert torch.allclose(found[2], found[3], atol=1e-9, rtol=0)
+
+
+@dataclass(frozen=True)
+class NoChoice(SelectSpec):
+    roles = ("retrieval",)
+
+
+@dataclass(frozen=True)
+class NoScores(Select):
+    pass
+
+
+@pytest.mark.parametrize(("thing", "lacks"), [(NoChoice, "choose"), (NoScores, "scores")])
+def test_a_selection_that_does_not_say_what_to_read_is_refused(thing, lacks):
+    refused(lambda: register("decode", "mine", thing), f"{thing.__name__} lacks: {lacks}")
 
 
 def test_a_patched_model_is_copied_pickled_and_saved(tmp_path):

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from hf_longctx import Family
-from hf_longctx.decode.base import SelectSpec
+from hf_longctx.decode.base import Cached, Index, Select
 from hf_longctx.identification.methods.base import Method
 from hf_longctx.kernels import reference
 from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.gather import keys
 from hf_longctx.prefill.base import BLOCK, PatternSpec
 from hf_longctx.stores.full import Full, FullStore
 from hf_longctx.tasks.synthetic.passkey import Passkey
@@ -58,8 +59,22 @@ class Strided(PatternSpec):
 
 
 @dataclass(frozen=True)
-class Pages(SelectSpec):
-    roles = ("retrieval",)
+class Pages(Select):
+    """Read the pages whose mean key has the highest product with the query.
+
+    Attributes:
+        page: tokens of a page.
+    """
+
+    page: int = field(default=16, metadata={"min": 1, "max": 128, "unit": "tokens"})
+
+    @property
+    def size(self) -> int:
+        return self.page
+
+    def scores(self, q: Tensor, index: Index, cached: Cached, low: int, high: int, scale: float) -> Tensor:
+        k = keys(cached, low * self.page, high * self.page).unflatten(2, (-1, self.page)).mean(3)
+        return (q[:, :, 0].unflatten(1, (k.shape[1], -1)) @ k.mT).flatten(1, 2).mul(scale)
 
 
 @dataclass(frozen=True)

@@ -558,21 +558,27 @@ template <bool BF16> static int decode(const Call& call, const Formula& formula,
 }
 
 // One new token of every sequence of a layer: its key and value are written to their places, and then it reads. After the
-// new keys and values: how many roles, and of each the slot, how many slots are read, the buffers, and the KV heads.
+// new keys and values: how many roles, and of each the slot, how many slots are read, the buffers, what is listed of them,
+// and the KV heads.
+struct Listed {  // of layout/segments.py; size 0: everything is read
+    int64_t size, low, high, width;
+    const int32_t *entries, *counts;
+};
 template <bool BF16> static int step(const Call& call, const Formula& formula, const int64_t* packed) {
     const Shape& s = call.shape;
     const Heads &k = *(const Heads*)packed, &v = *(&k + 1);
     const int64_t* next = (const int64_t*)(&v + 1);
     std::vector<Segment> segments(*next++);
-    struct Own { const Segment* segment; int64_t head; };
+    struct Own { const Segment* segment; const Listed* listed; int64_t head, heads; };
     std::vector<Own> own(s.kv_heads);
     for (Segment& segment : segments) {
         const int64_t slot = *next++;
         segment = {*(const Heads*)(next + 1), *(const Heads*)(next + 5), *next, nullptr, nullptr, 0, 0, 0};
-        next += 9;
+        const Listed* listed = (const Listed*)(next + 9);
+        next += 9 + sizeof(Listed) / 8;
         const int64_t heads = *next++;
         for (int64_t i = 0; i < heads; ++i, ++next) {
-            own[*next] = {&segment, i};
+            own[*next] = {&segment, listed, i, heads};
             for (int64_t b = 0; b < s.batch; ++b) {
                 memcpy(segment.k.at(b, i, slot), k.at(b, *next), s.dim * (BF16 ? 2 : 4));
                 memcpy(segment.v.at(b, i, slot), v.at(b, *next), s.dim * (BF16 ? 2 : 4));
@@ -583,7 +589,24 @@ template <bool BF16> static int step(const Call& call, const Formula& formula, c
     for (int64_t b = 0; b < s.batch; ++b)
         for (const Own& one : own) {
             work.next_head();
-            work.add(b, &one - own.data(), one.head, {one.segment, EARLIER, 0, one.segment->length}, INT_MAX);
+            const int64_t n = &one - own.data(), length = one.segment->length;
+            auto read = [&](int64_t low, int64_t high) {
+                work.add(b, n, one.head, {one.segment, EARLIER, low, high}, INT_MAX, one.listed->size > 0);
+            };
+            if (!one.listed->size) {
+                read(0, length);
+                continue;
+            }
+            const Listed& list = *one.listed;
+            const int64_t at = b * one.heads + one.head, count = list.counts ? list.counts[at] : list.width;
+            read(0, list.low * list.size);
+            for (const int32_t* entry = list.entries + at * list.width, *end = entry + count; entry < end;) {
+                const int64_t first = *entry;  // neighbours are read as one
+                int64_t last = first + 1;
+                while (++entry < end && *entry == last) ++last;
+                read(first * list.size, last * list.size);
+            }
+            read(list.high * list.size, length);
         }
     return work.run([](int64_t) { return 0; }, [](int64_t, int64_t) -> const char* { return nullptr; });
 }

@@ -1,20 +1,31 @@
-"""``select: few_pages``: a selection that nothing runs yet."""
+"""``select: few_pages``: the pages whose mean key is most alike the query."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .base import SelectSpec
+from torch import Tensor
+
+from ..layout.gather import keys
+from .base import Cached, Index, Select
 
 
 @dataclass(frozen=True)
-class FewPages(SelectSpec):
-    """Read a few pages.
+class FewPages(Select):
+    """Read the pages whose mean key has the highest product with the query.
 
     Attributes:
-        pages: how many.
+        page: tokens of a page.
     """
 
-    roles = ("retrieval",)
+    cases = ({"page": 8, "budget": 16},)
 
-    pages: int = field(default=2, metadata={"min": 1, "max": 2**20, "unit": "pages"})
+    page: int = field(default=16, metadata={"min": 1, "max": 128, "unit": "tokens"})
+
+    @property
+    def size(self) -> int:
+        return self.page
+
+    def scores(self, q: Tensor, index: Index, cached: Cached, low: int, high: int, scale: float) -> Tensor:
+        k = keys(cached, low * self.page, high * self.page).unflatten(2, (-1, self.page)).mean(3)
+        return (q[:, :, 0].unflatten(1, (k.shape[1], -1)) @ k.mT).flatten(1, 2).mul(scale)

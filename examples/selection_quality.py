@@ -1,0 +1,123 @@
+"""What decode selections cost in quality: every selection over the same caches, beside reading every token.
+
+    python examples/selection_quality.py hf-longctx/smollm2-135m-instruct --tokens 4096 --out quality.jsonl
+
+Each context is read once, densely; then every selection answers its questions over a fork of that cache, question and
+expected answer token by token as in decoding (the last question of a chat is read that way). A text is gone on with in
+the same way, for its perplexity. Lines that are in ``--out`` already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_longctx import patch_model, report, unpatch_model
+from hf_longctx.assets import embedded
+from hf_longctx.bench.patterns import parse
+from hf_longctx.cache.seam import CACHE, cache_of
+from hf_longctx.commands._options import load_model
+from hf_longctx.config.find import load_named
+from hf_longctx.evaluate.forwards import follow, losses_along, output_head
+from hf_longctx.evaluate.plan import Case
+from hf_longctx.evaluate.prompts import perplexity_text
+from hf_longctx.io.json_lines import json_lines
+from hf_longctx.model.modules import language_model
+from hf_longctx.tasks import tasks_from
+from hf_longctx.tasks.forced import forced_over
+from hf_longctx.tasks.language import language_for
+
+TASKS = "needle:variant=multi_key:needles=8:questions=8,facts:questions=6,passkey"
+DENSE = "dense"
+
+
+def main() -> None:
+    options = arguments()
+    model, tokenizer = load_model(embedded(options.model), options.dtype, torch.device("cpu"))
+    language = language_for(tokenizer, options.haystack, None, options.chat)
+    head = output_head(model)
+    done = {line["key"] for _, line in json_lines(options.out, "--out")} if options.out.exists() else set()
+    texts = [DENSE, *options.select.split(",")]
+    with torch.no_grad():
+        for roles in options.roles.split(","):
+            for name, ids, sample in contexts(options, language, tokenizer):
+                keys = {text: f"{roles} | {name} | {text}" for text in texts}
+                if done.issuperset(keys.values()):
+                    continue
+                patched(model, options.config, roles, DENSE)
+                cache = cache_of(language_model(model)(ids[None, : options.tokens], use_cache=True))
+                for text, key in keys.items():
+                    if key in done:
+                        continue
+                    patched(model, options.config, roles, text)
+                    model(ids[None, :1], **{CACHE: cache}, use_cache=True)  # makes the index, which forks share
+                    cache.crop(options.tokens if sample is None else len(sample.context))
+                    if sample is None:
+                        found = continued(model, head, cache.fork(), ids, options.tokens)
+                    else:
+                        answers = forced_over(model, sample, cache)
+                        found = {"nll": [one.nll for one in answers], "tokens": [one.tokens for one in answers]}
+                        found["right"] = [one.right for one in answers]
+                    told = report(model)
+                    line = {"key": key, "roles": roles, "case": name, "select": text, **found, "read": told.read}
+                    with options.out.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    sys.stderr.write(f"{key}: read {told.read}\n")
+
+
+def contexts(options: argparse.Namespace, language: Any, tokenizer: Any) -> Iterator[tuple[str, torch.Tensor, Any]]:
+    """(name, token ids ``[T]``, the sample whose context they are, or None for a text that is gone on with)."""
+    for number in range(options.samples):
+        for task in tasks_from(options.tasks):
+            sample = Case(task, options.tokens, None, number, options.seed).sample(language)
+            yield f"{task.name} {number}", torch.as_tensor(sample.context), sample
+    text = tokenizer(perplexity_text("book", tokenizer), return_tensors="pt").input_ids[0]
+    each = options.tokens + options.follow
+    for number in range(options.samples):
+        yield f"text {number}", text[number * each : (number + 1) * each], None
+
+
+def patched(model: Any, config: str, roles: str, select: str) -> None:
+    """The model with half of its heads streaming or none, and this selection for what it decodes."""
+    given = {"decode": {"retrieval": {"select": "dense"} if select == DENSE else parse(select, "select", "select")}}
+    if roles == "none":
+        described = load_named(config).model
+        letters = ["R" * described.num_key_value_heads] * described.num_hidden_layers
+        given["heads"] = {"roles": letters}
+    unpatch_model(model)
+    patch_model(model, config, **given)
+
+
+def continued(model: Any, head: Any, cache: Any, ids: torch.Tensor, read: int) -> dict:
+    """The text goes on after ``read`` tokens, each token read as a decoded one."""
+    states = follow(model, cache, ids[read:-1])
+    losses = losses_along(model, head, states, ids[read + 1 :])
+    return {"nll": [losses.sum().item()], "tokens": [len(losses)], "right": []}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--config", default="smollm2-135m-instruct")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=3, help="contexts of each task, and texts")
+    parser.add_argument("--tasks", default=TASKS)
+    parser.add_argument("--roles", default="none,config", help="none: no head streams; config: those of the config")
+    parser.add_argument("--select", default="page_bounds:budget=1024", help="WORD:field=value:...,...")
+    parser.add_argument("--follow", type=int, default=257, help="tokens of a text that are gone on with")
+    parser.add_argument("--haystack", default="book")
+    parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
