@@ -95,7 +95,9 @@ class PrefixClusters(Select):
         return PrefixIndex(self)
 
     def runs(self, processed: int) -> bool:
-        return processed >= self.min_tokens
+        low, high = self.clustered(processed - 1)
+        everything = self.quantile == 0 and self.mass is None and self.width(processed) >= high - low
+        return processed >= self.min_tokens and not everything
 
     def reads(self, processed: int) -> int:
         """As if all but the last of ``processed`` tokens were the prefix, and the last query like those before it."""

@@ -117,6 +117,12 @@ def test_a_quantile_leaves_out_at_most_its_share():
     assert found == [EVERYTHING, EVERYTHING, 0.1, 0.1, 0.2, 0.2, 0.5]
 
 
+def test_it_does_not_run_where_it_would_read_everything():
+    assert spec().runs(120) and spec(quantile=0.0, budget=10).runs(120) and spec(quantile=0.0, mass=0.9).runs(120)
+    assert not spec(quantile=0.0).runs(120) and not spec(min_tokens=121).runs(120)
+    assert spec(quantile=0.5).reads(121) == 121 - 54
+
+
 def test_a_budget_takes_the_heaviest_clusters():
     layers = some_layers(1)
     everything = spec(quantile=0.0)
@@ -185,7 +191,7 @@ def logits(model, text, cache=None, steps=(150,), mask=None):
 def test_every_store_in_a_model(store):
     dense = selecting_model(None, store)
     want = logits(dense, ids())
-    exact = selecting_model("prefix_clusters", store, **{**FIELDS, "quantile": 0.0})
+    exact = selecting_model("prefix_clusters", store, **{**FIELDS, "quantile": 1e-9})  # of 0 nothing would run
     torch.testing.assert_close(logits(exact, ids()), want, rtol=0, atol=1e-11)
     fewer = selecting_model("prefix_clusters", store, **FIELDS)
     got = logits(fewer, ids())
