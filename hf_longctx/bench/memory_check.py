@@ -76,6 +76,7 @@ def _indexes(parts: list[HeadKV], tokens: int) -> list[Index]:
     for part in parts:
         if part.selection is not None and part.selection.spec.runs(tokens):
             made.append(part.selection.spec.new_index())
+            made[-1].max_tokens = part.selection.max_tokens
             _, high = part.selection.spec.between(tokens - 1)
             made[-1].extend(part.alone(slice(None), 0), high * part.selection.spec.size)
     return made

@@ -53,7 +53,7 @@ class Form:
         """
         form = (tokens, self.head_dim, self.itemsize)
         kept = sum(n * sum(spec.nbytes(*form, self.reserve)) for spec, n in self.heads)
-        return kept + sum(n * select.index_bytes(*form) for select, n in self.indexed)
+        return kept + sum(n * select.index_bytes(*form, self.reserve.max_tokens) for select, n in self.indexed)
 
     def saves(self, tokens: int) -> bool:
         """Whether that is less than a dense cache takes."""

@@ -12,8 +12,14 @@ from ..layout.segments import fitting
 SPARE = 16  # entries by which a buffer grows at least
 
 
-def room(entries: int) -> int:
-    """Entries that a buffer of so many has room for, however it grew: steps of an eighth, and of `SPARE` at least."""
+def room(entries: int, most: int | None = None) -> int:
+    """Entries that a buffer of so many has room for, however it grew: steps of an eighth, and of `SPARE` at least.
+
+    Args:
+        most: entries that there will ever be: room for them is made at once.
+    """
+    if most is not None:
+        return max(entries, most)
     size = 0
     while size < entries:
         size += max(SPARE, size // 8)
@@ -43,16 +49,16 @@ class Growing:
         """``entries [B, n, N, W]`` after those there are.
 
         Args:
-            more: entries that will follow at once, and have room then.
-            most: entries that there will ever be: room for them is made at once.
+            more: entries that follow at once, for which there is room then.
+            most: as for `room`.
         """
         before = self._before
         used = self.length - before
         needed = used + entries.shape[2]
-        size = room(needed + more) if most is None else max(needed, most - before)
-        if self.own is None or not needed <= self.own.shape[2] <= size:  # more: it was cropped
+        capacity = room(needed + more, None if most is None else most - before)
+        if self.own is None or not needed <= self.own.shape[2] <= capacity:  # more: it was cropped
             with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
-                grown = entries.new_empty(*entries.shape[:2], size, entries.shape[3])
+                grown = entries.new_empty(*entries.shape[:2], capacity, entries.shape[3])
             if used:
                 grown[:, :, :used] = self.own[:, :, :used]
             self.own = grown

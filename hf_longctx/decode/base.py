@@ -66,16 +66,16 @@ class SelectSpec:
         """Of ``processed`` tokens those that the last one reads, where it is decoded in a layer that selects."""
         return processed
 
-    def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+    def nbytes(self, tokens: int, head_dim: int, itemsize: int, max_tokens: int | None = None) -> int:
         """Bytes of its index where it runs: for one KV head of one sequence whose last of ``tokens`` was decoded.
 
-        With the spare room of buffers that grow (`_growing.room`).
+        With the spare room of buffers that grow (`_growing.room`), or what ``max_tokens`` reserves.
         """
         return 0
 
-    def index_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+    def index_bytes(self, tokens: int, head_dim: int, itemsize: int, max_tokens: int | None = None) -> int:
         """As `nbytes`, and 0 where it does not run. Choices that are remembered are not counted."""
-        return self.nbytes(tokens, head_dim, itemsize) if self.runs(tokens) else 0
+        return self.nbytes(tokens, head_dim, itemsize, max_tokens) if self.runs(tokens) else 0
 
 
 class Index(ABC):
@@ -195,6 +195,9 @@ class Chosen:
     def blocks(self, position: int) -> BlockList:
         """The list of the query at ``position``."""
         own = position // self.size
+        if self.whole:
+            none = self.entries[:, :, :0]
+            return replace(self, low=own + 1, high=own + 1, entries=none, counts=None, whole=False).blocks(position)
         batch, heads, width = self.entries.shape
         device = self.entries.device
         sinks = torch.arange(self.low, dtype=torch.int32, device=device).expand(batch, heads, -1)

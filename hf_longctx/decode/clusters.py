@@ -17,7 +17,7 @@ from ..config.bounds import SHARE, TOKENS
 from ..errors import ConfigError
 from ..layout.gather import keys_and_values
 from ..layout.segments import Segment
-from ._growing import Growing
+from ._growing import Growing, room
 from ._kmeans import ITERATIONS, clustered, means, sizes
 from ._ranked import Ranked, ascending
 from .base import Cached, Chosen, Index, Select
@@ -64,10 +64,10 @@ class Clusters(Select):
     def new_index(self) -> ClusterIndex:
         return ClusterIndex(self)
 
-    def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+    def nbytes(self, tokens: int, head_dim: int, itemsize: int, max_tokens: int | None = None) -> int:
         low, high = self.between(tokens - 1)
         clusters = sum(-(-(b - a) // self.per) for a, b in self.batches(0, high))
-        return clusters * (2 * head_dim * itemsize + 4) + (high - low) * 4
+        return room(clusters) * (2 * head_dim * itemsize + 4) + room(high - low) * 4
 
     def between(self, position: int) -> tuple[int, int]:
         """The tokens from which the query at ``position`` chooses: the clustered ones."""

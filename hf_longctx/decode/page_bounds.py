@@ -62,9 +62,10 @@ class PageBounds(Select):
     def new_index(self) -> Bounds:
         return Bounds(self.page // self.sub)
 
-    def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+    def nbytes(self, tokens: int, head_dim: int, itemsize: int, max_tokens: int | None = None) -> int:
         _, high = self.between(tokens - 1)
-        return 2 * room(high * self.sub) * head_dim * itemsize
+        most = None if max_tokens is None else max_tokens // (self.page // self.sub)
+        return 2 * room(high * self.sub, most) * head_dim * itemsize
 
     def scores(self, q: Tensor, index: Bounds, cached: Cached, low: int, high: int, scale: float) -> Tensor:
         found = torch.cat([page_scores(q, part) for part in index.pages.views(low * self.sub, high * self.sub)], 2)

@@ -54,6 +54,10 @@ class Recycle(Select):
     def compares(self, position: int) -> bool:
         return super().compares(position) and position % self.check == 0
 
+    def reads(self, processed: int) -> int:
+        """The mean of a full step and those after it, where none turns away."""
+        return (processed + (self.refresh - 1) * super().reads(processed)) // self.refresh
+
     def choose(self, q: Tensor, index: Index, cached: Cached, position: int, scale: float) -> Chosen:
         return replace(super().choose(q, index, cached, position, scale), whole=True)
 

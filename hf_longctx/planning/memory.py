@@ -173,10 +173,11 @@ class MemoryModel:
             return plan.kv_heads * longest * self._slot
         reserve = Reserve(tokens, SLACK) if way == RESERVED else Reserve(None, 0)
         form = (tokens, self.head_dim, self.number)
-        each = (
-            (role, role.store.nbytes(*form, reserve).device + role.decode.index_bytes(*form)) for role in plan.filled
-        )
-        return sum(len(role.heads.kv_heads) * held for role, held in each) * self.settings.batch
+        held = 0
+        for role in plan.filled:
+            index = role.decode.index_bytes(*form, reserve.max_tokens)
+            held += len(role.heads.kv_heads) * (role.store.nbytes(*form, reserve).device + index)
+        return held * self.settings.batch
 
     def host(self, tokens: int) -> int:
         """Bytes that stores keep in host memory by choice, in all rows; not in ``kv``."""

@@ -11,7 +11,7 @@ from helpers.recall import retrieval_heads
 from helpers.selecting import SMALL, attended, read, selecting_model
 
 from hf_longctx import ConfigError, LongCtxCache, report
-from hf_longctx.decode import _kmeans
+from hf_longctx.decode import _growing, _kmeans
 from hf_longctx.decode.clusters import Clusters
 from hf_longctx.layout.segments import Segment
 
@@ -275,7 +275,8 @@ def test_crop_and_continue_is_as_never_cropped(fields):
     torch.testing.assert_close(changed, fresh[:, 140:], rtol=0, atol=1e-11)
 
 
-def test_forks_share_the_clusters_they_had():
+def test_forks_share_the_clusters_they_had(monkeypatch):
+    monkeypatch.setattr(_growing, "SPARE", 1)  # fewer entries than that are copied
     model = selecting_model("clusters", roles="retrieval", **SHORT, budget=16, refresh=4)
     first = LongCtxCache(model)
     want = read(model, ids(220), first, steps=(130,))

@@ -29,6 +29,7 @@ from helpers.tiny import left_padded
 from hf_longctx import LongCtxCache, report
 from hf_longctx.cache.bytes import storage_bytes
 from hf_longctx.config.words import words
+from hf_longctx.decode import _growing
 from hf_longctx.decode._selection import Selection
 from hf_longctx.decode.base import Select
 
@@ -158,7 +159,8 @@ def test_several_tokens_at_once_equal_one_by_one_and_what_is_taken_back_changes_
 
 
 @pytest.mark.parametrize(("case", "store"), EXACT_STORES)
-def test_forks_go_on_as_independent_caches_and_share_the_index(case, store):
+def test_forks_go_on_as_independent_caches_and_share_the_index(case, store, monkeypatch):
+    monkeypatch.setattr(_growing, "SPARE", 1)  # fewer entries than that are copied
     model = selecting(spec_of(case), store)
     ids, first, steps = tokens(PROMPT), tokens(9), tokens(14, 2)
 

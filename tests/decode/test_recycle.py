@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.caches import read
@@ -141,6 +143,14 @@ def test_full_steps_of_a_model_by_other_kernels(kernel):
         unpatch_model(model)
     torch.testing.assert_close(answers[0], answers[2], rtol=0, atol=1e-3)
     assert answers[1] == answers[3] and answers[1][0] == 7 * 3
+
+
+def test_the_list_of_a_full_step_has_everything():
+    q, k, _ = tokens(50)
+    chosen = choose(Recycle(budget=6, **SMALL), q[:, :, -1:], k)
+    assert chosen.whole and chosen.blocks(49).visible().all()
+    again = dataclasses.replace(chosen, whole=False).blocks(49).visible()
+    assert again.sum().item() == 2 * (OUTSIDE + 6)
 
 
 def test_check_needs_something_to_compare():

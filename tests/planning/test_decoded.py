@@ -75,6 +75,9 @@ def test_a_buffer_s_room_is_that_of_its_entries_however_it_grew():
             grown.append(torch.zeros(1, 1, part, 1), sum(parts[at + 1 :]) * (parts == [20, 600, 80]))
             assert at or parts != [20, 600, 80] or grown.own.shape[2] == room(700), "what follows has room at once"
         assert grown.own.shape[2] == room(700) < 700 * 9 / 8 + 1
+    grown = Growing()
+    grown.append(torch.zeros(1, 1, 20, 1), most=500)
+    assert grown.own.shape[2] == room(20, 500) == 500
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,7 +89,7 @@ def test_the_check_of_bench_memory_makes_the_index_of_every_selection(case, tmp_
     memory_model = find(str(tmp_path / "model"), MemorySettings(1, "fp32"), str(tmp_path / "select.yaml"))
     dense = replace(memory_model, config=memory_model.config.override(decode={"retrieval": {"select": "dense"}}))
     found = check(memory_model, RESERVED, TOKENS) - check(dense, RESERVED, TOKENS)
-    assert found == (5 if select.dense_layers else 7) * select.index_bytes(TOKENS, 8, 4)
+    assert found == (5 if select.dense_layers else 7) * select.index_bytes(TOKENS, 8, 4, TOKENS)
 
 
 @pytest.mark.parametrize("way", [PATCHED, RESERVED])
@@ -108,7 +111,7 @@ def test_planned_bytes_are_those_of_a_cache_that_decoded(way, tmp_path):
             assert cache.nbytes == found[name]
     assert found["later"] == found["dense"], "too short to be selected from: no index is made"
     assert (TOKENS - SMALL["recent"]) // PAGES["page"] == 85
-    assert found["pages"] - found["dense"] == (1 + 4) * 2 * (16 * 6) * 8 * 4
+    assert found["pages"] - found["dense"] == (1 + 4) * 2 * (16 * 6 if way == PATCHED else TOKENS // 8) * 8 * 4
 
 
 def test_the_break_even_and_the_config_count_it():
@@ -150,6 +153,18 @@ def test_what_is_planned_to_be_read_is_read(more):
         assert f"reads {reads} of {TOKENS} tokens ({reads / TOKENS:.1%}), all of {TOKENS // 4}," in str(found)
     select = state_of(model).config.decode.retrieval
     assert select.runs(found.begins) and not select.runs(found.begins - 1)
+
+
+def test_a_full_step_of_recycle_counts_in_the_mean():
+    few = {**SMALL, "select": "recycle", "refresh": 10}
+    model = patched(**few)
+    (_, reads), *_ = decoded(state_of(model).plans, 700).reads
+    cache = LongCtxCache(model, rollback=False)
+    read(model, cache, torch.randint(3, 97, (1, 700)))
+    for _ in range(10):  # the first of them is a full step, at position 700
+        read(model, cache, torch.randint(3, 97, (1, 1)))
+    assert report(model).read == pytest.approx(reads / 700, rel=0.05), "newer tokens are read as well"
+    assert reads > 1.5 * (64 + 16 + 4)
 
 
 def test_nothing_is_said_without_a_selection():
