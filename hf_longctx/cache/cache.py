@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..decode._selection import settle
 from ..errors import CacheError, UnsupportedModeError, UnsupportedModelError
 from ..layout.dtypes import as_autocast
 from ..layout.forward import Forward
@@ -184,10 +185,20 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
             )
         self._check_room(rows)
         self._check_starts(rows)
+        if any(layer.plan.selecting(rows) for layer in self.own if layer.is_initialized):
+            self.settle()
         self._thaw_stock()
         self.forward = forward
         self._reading = rows.total
         self.token_ids.append(rows.past, ids)
+
+    def settle(self) -> None:
+        """End the prompt here for selections that learn from all layers together, where they have not done so yet."""
+        waiting = [pair for layer in self.own for pair in layer.waiting()]
+        if waiting:
+            rows = Rows(self.batch_size, 0, self.seen, self.starts)
+            with torch.no_grad(), torch.autocast(self.own[0].device.type, enabled=False):
+                settle([(one, store.held(rows)) for one, store in waiting], rows)
 
     def select_by(self, plans: Sequence[LayerPlan]) -> None:
         """Go on by the selections of ``plans``, which differ from its own in nothing else.

@@ -22,6 +22,7 @@ from ..io.tensor_file import TensorFile
 from ..layout.forward import ForwardLog
 from ..layout.rows import Rows
 from ..stores._saved import SavedTensors, Told, short
+from . import selections
 from .fingerprint import fingerprint
 from .finite import is_finite
 from .layer import SAVED as LAYER_SAVED
@@ -137,7 +138,10 @@ def _check(
 
     Nothing was allocated before, and no tensor was read but ids and indices, whose numbers are checked.
     """
-    layers = [layer.fields(*LAYER_SAVED, "dtype", "stores") for layer in told["kept"].items(len(cache.own))]
+    layers = [
+        layer.fields(*LAYER_SAVED, "dtype", "stores", *(selections.NAME for _ in own.remembering))
+        for own, layer in zip(cache.own, told["kept"].items(len(cache.own)), strict=True)
+    ]
     seen = layers[0]["seen"].number(1, cache.max_tokens or MOST)
     batch = layers[0]["batch"].number(1)
     tensors = SavedTensors(str(file.path), file.shapes, file.__getitem__)
@@ -147,9 +151,11 @@ def _check(
         Told(tensors.path, f"tensor {IDS}", None).refuse(f"ids are not all from 0 to {known - 1}, those of this model")
     saved = _check_rows(told["cache"], batch, seen)
     rows = Rows(batch, 0, seen, saved["starts"], saved["ends"])
-    head_dim = model_facts(base.config)["head_dim"]
+    facts = model_facts(base.config)
+    group = facts["num_attention_heads"] // facts["num_key_value_heads"]
+    shape = {"head_dim": facts["head_dim"], "group": group}
     for number, (layer, plain) in enumerate(zip(cache.own, layers, strict=True)):
-        layer.check(plain, tensors, f"layers.{number}.", rows, head_dim=head_dim, staggered=saved["staggered"])
+        layer.check(plain, tensors, f"layers.{number}.", rows, **shape, staggered=saved["staggered"])
     for index, layer in one_token.items():
         for name, dtype, shape in stock_shapes(layer, batch, seen):
             tensors.check(f"{STOCK}.{index}.{name}", dtype, *shape)
@@ -186,13 +192,15 @@ def _fill(cache: Any, told: list[dict], saved: Mapping[str, Any], file: TensorFi
 
 
 def describe(plan: LayerPlan) -> dict[str, Any]:
-    """What a layer keeps, as plain data: roles and stores; kernel, prefill patterns and places have no part in it."""
+    """What a layer keeps, as plain data: roles, stores, and a selection whose index is saved; all else has no part."""
     stores = {}
     for role in plan.filled:
         stores[role.heads.role] = fields = dump(role.store, "store")
         for name in role.store.places:
             fields.pop(name, None)
     plain = {"roles": plan.letters, "own window": plan.window is not None, "stores": stores}
+    if kept := [facts for role in plan.filled if (facts := selections.facts(role.decode))]:
+        plain["decode"] = kept[0]
     return json.loads(json.dumps(plain))
 
 

@@ -20,6 +20,7 @@ from ..layout.forward import Forward
 from ..layout.rows import Rows
 from ..stores._saved import SavedStore, SavedTensors, Told
 from ..stores.base import SLACK, Store
+from . import selections
 from .dense_members import DenseLayerMembers
 from .finite import check_forward, every_forward
 from .layer_kv import LayerKV, Pending
@@ -211,6 +212,17 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         for selection in self.chosen:
             yield from selection.tensors()
 
+    def waiting(self) -> Iterator[tuple[Selection, Store]]:
+        """The selections that are to be settled, each with its store."""
+        for store, selection in zip(self.stores, self.selections, strict=True):
+            if selection is not None and selection.waits:
+                yield selection, store
+
+    @property
+    def remembering(self) -> list[Selection]:
+        """The selection of which a file has something: at most one, that of the retrieval heads."""
+        return [one for one in self.chosen if one.spec.saved]
+
     @property
     def chosen(self) -> Iterator[Selection]:
         """The selections there are."""
@@ -224,8 +236,12 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         for store in self.stores:
             kept, stores[store.heads.role] = store.saved(rows)
             tensors |= {f"{store.heads.role}.{name}": tensor for name, tensor in kept.items()}
-        numbers = {name: getattr(self, name) for name in SAVED}
-        return tensors, {**numbers, "dtype": str(self.dtype).removeprefix("torch."), "stores": stores}
+        plain = {name: getattr(self, name) for name in SAVED}
+        plain |= {"dtype": str(self.dtype).removeprefix("torch."), "stores": stores}
+        for selection in self.remembering:
+            kept, plain[selections.NAME] = selections.saved(selection)
+            tensors |= {f"{selections.NAME}.{name}": tensor for name, tensor in kept.items()}
+        return tensors, plain
 
     def check(
         self,
@@ -235,11 +251,12 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         rows: Rows,
         *,
         head_dim: int,
+        group: int,
         staggered: bool,
     ) -> None:
         """Raise CacheError unless ``restore`` can take ``plain`` and the tensors whose names begin with ``prefix``.
 
-        ``rows`` are all that was seen; ``head_dim`` is the model's, ``staggered`` the cache's.
+        ``rows`` are all that was seen; ``head_dim`` and ``group`` are the model's, ``staggered`` the cache's.
         """
         words = [str(dtype).removeprefix("torch.") for dtype in DTYPES if dtype.is_floating_point]
         dtype = getattr(torch, plain["dtype"].one_of(*words))
@@ -258,12 +275,20 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
                 saved.refuse("the cache is staggered, which this store cannot be")
             store.check(saved)
             saved.close()
+        for selection in self.remembering:
+            n = len(self.plan.filled[self.selections.index(selection)].heads.kv_heads)
+            heads = (n, n * group, head_dim)
+            where = f"{prefix}{selections.NAME}."
+            selections.check(selection, plain[selections.NAME], tensors, where, rows, heads, dtype)
 
     def restore(self, read: Callable[[str], Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
         """Fill this empty layer with what ``saved`` gave, each tensor as ``read(name)`` gives it, onto ``device``."""
         for store in self.stores:
             role = store.heads.role
             store.restore(lambda name, role=role: read(f"{role}.{name}"), plain["stores"][role], device)
+        for selection in self.remembering:
+            kept = plain[selections.NAME]
+            selections.restore(selection, lambda name: read(f"{selections.NAME}.{name}"), kept, device)
         for name in SAVED:
             setattr(self, name, plain[name])
         self.dtype = getattr(torch, plain["dtype"])

@@ -79,7 +79,11 @@ class RolePlan:
 
     def decodes(self, new: int, processed: int, rows: Rows) -> bool:
         """Whether the selection is asked for the ``new`` of the ``processed`` tokens of a sequence."""
-        return 0 < new < processed and rows.new < FEWEST and self.decode.runs(processed)
+        return new > 0 and not self.prompts(new, processed, rows) and self.decode.runs(processed)
+
+    def prompts(self, new: int, processed: int, rows: Rows) -> bool:
+        """Whether the ``new`` of the ``processed`` tokens of a sequence are of a prompt."""
+        return new > 0 and (new == processed or rows.new >= FEWEST)
 
     def tail(self, new: int) -> int:
         """How many of the ``new`` real tokens that a forward adds to a sequence are its dense tail."""

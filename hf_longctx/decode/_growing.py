@@ -109,7 +109,7 @@ class Growing:
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """``change`` reorders, repeats or selects the rows of a tensor ``[B, ...]``; rows of one memory stay so."""
-        self.shared = [_changed(part, change) for part in self.shared]
+        self.shared = [map_shared(part, change) for part in self.shared]
         if self.own is not None:
             with torch.inference_mode(False):
                 self.own = change(self.own)
@@ -139,14 +139,15 @@ class Growing:
             yield self.own
 
 
+def map_shared(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """``change(tensor)`` of a tensor ``[B, ...]`` that nobody writes: rows of one memory stay so."""
+    if tensor.shape[0] == 1 or tensor.stride(0) == 0:
+        return tensor[:1].expand(change(tensor[:, :0]).shape[0], *tensor.shape[1:])
+    with torch.inference_mode(False):
+        return change(tensor)
+
+
 def _cut(part: Tensor, length: int, spare: float) -> Tensor:
     """Its first ``length`` entries, in memory that fits; rows of one memory stay so."""
     rows = slice(0, 1) if part.stride(0) == 0 else slice(None)
     return fitting(part[rows, :, :length], spare).expand(part.shape[0], -1, -1, -1)
-
-
-def _changed(part: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    if part.shape[0] == 1 or part.stride(0) == 0:
-        return part[:1].expand(change(part[:, :0, :0]).shape[0], -1, -1, -1)
-    with torch.inference_mode(False):
-        return change(part)

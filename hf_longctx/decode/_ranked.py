@@ -30,10 +30,10 @@ class Ranked:
     ends: Tensor
 
     @classmethod
-    def of(cls, votes: Tensor, counts: Tensor) -> Ranked:
-        """Of votes and int64 counts ``[B, n, C]``."""
+    def of(cls, votes: Tensor, counts: Tensor, begins: Tensor | None = None) -> Ranked:
+        """Of votes and int64 counts ``[B, n, C]``; ``begins``: None where these are all clusters, in order."""
         votes, clusters = votes.masked_fill(counts == 0, float("-inf")).sort(dim=-1, descending=True, stable=True)
-        begins = (counts.cumsum(-1) - counts).gather(2, clusters)
+        begins = (counts.cumsum(-1) - counts if begins is None else begins).gather(2, clusters)
         counts = counts.gather(2, clusters)
         return cls(votes, clusters, counts, begins, counts.cumsum(-1))
 
@@ -46,10 +46,18 @@ class Ranked:
         needed = (shares < mass).sum(-1, keepdim=True).clamp(max=shares.shape[2] - 1)
         return most.minimum(self.ends.gather(2, needed))
 
+    def above(self, threshold: Tensor) -> Tensor:
+        """The tokens of those whose votes are above this, ``[B, n, 1]``."""
+        return self.counts.masked_fill(self.votes <= threshold, 0).sum(-1, keepdim=True)
+
     def places(self, width: int) -> Tensor:
-        """Where the first ``width`` tokens of these clusters stand among all, ordered by cluster, ``[B, n, width]``."""
+        """Where the first ``width`` tokens of these clusters stand among all, ordered by cluster, ``[B, n, width]``.
+
+        Anything where a head has fewer.
+        """
         tokens = torch.arange(width, device=self.ends.device).expand(*self.ends.shape[:2], -1).contiguous()
-        rank = torch.searchsorted(self.ends, tokens, right=True)
+        tokens = tokens.minimum(self.ends[..., -1:] - 1).clamp(min=0)
+        rank = torch.searchsorted(self.ends, tokens, right=True).clamp(max=self.ends.shape[2] - 1)
         return tokens + (self.begins - self.ends + self.counts).gather(2, rank)
 
     def next(self, limit: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layout.rows import Rows
+from ..layout.segments import HeadKV
 from .base import Cached, Chosen, Index, Select
 
 TAKEN_BACK = 256  # tokens: of so many the choices are remembered; taking more back, a choice is made again
@@ -119,6 +120,15 @@ class Selection:
             part.remember(Choice(position, kept, q.detach().clone() if spec.similar is not None else None))
         return chosen, False
 
+    def saw(self, group: slice, q: Tensor, position: int, scale: float) -> None:
+        """The queries ``[B, H, T, D]`` of a prompt of these sequences, from ``position`` on."""
+        self._part(group).index.saw(q, position, scale)
+
+    @property
+    def waits(self) -> bool:
+        """See `Index.waits`."""
+        return any(part.index.waits for part in self.parts.values())
+
     def _holds(self, last: Choice, q: Tensor, position: int) -> bool:
         if last.position // self.spec.refresh != position // self.spec.refresh:
             return False
@@ -172,3 +182,16 @@ class Selection:
         """Every tensor it keeps alive."""
         for part in self.parts.values():
             yield from part.tensors()
+
+
+def settle(waiting: Sequence[tuple[Selection, HeadKV]], rows: Rows) -> None:
+    """Settle the indexes of selections of all layers, beside what their stores hold; ``rows`` are all that was seen."""
+    first = waiting[0][0]
+    for key in list(first.parts):
+        group, start = (slice(None), 0) if key == ALL else (slice(key, key + 1), rows.start(key))
+        found = [
+            (one.parts[key].index, held) for one, held in waiting if key in one.parts and one.parts[key].index.waits
+        ]
+        if found:
+            indexes, held = zip(*found, strict=True)
+            first.spec.settle(indexes, [one.alone(group, start) for one in held])

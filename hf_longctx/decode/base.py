@@ -37,17 +37,30 @@ class SelectSpec:
         roles: the roles whose heads the selection serves.
         reads_all: it reads every cached token.
         dense_layers: the first layers of the model, in which it reads every cached token.
+        saved: fields on which depends what a file has of its indexes; none: a file has nothing of them.
         cases: small settings, fields by name, that together show all it does; the tests run each of them.
     """
 
     roles: ClassVar[tuple[str, ...]] = ()
     reads_all: ClassVar[bool] = False
     dense_layers: int = 0
+    saved: ClassVar[tuple[str, ...]] = ()
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     def runs(self, processed: int) -> bool:
         """Whether it may leave out tokens of a sequence that has ``processed`` tokens."""
         return not self.reads_all
+
+    @property
+    def queries(self) -> int:
+        """How many of a prompt's last queries an index needs (`Index.saw`); 0: none, and `settle` is not asked."""
+        return 0
+
+    def settle(self, indexes: Sequence[Index], cached: Sequence[Cached]) -> None:  # noqa: B027
+        """End the prompt of the same sequences in all layers, whose indexes wait for each other (`Index.waits`).
+
+        It is asked before the first decoded token that selects, or earlier, where a prompt is kept for others.
+        """
 
     def reads(self, processed: int) -> int:
         """Of ``processed`` tokens those that the last one reads, where it is decoded in a layer that selects."""
@@ -68,17 +81,24 @@ class SelectSpec:
 class Index(ABC):
     """What is known of the keys of sequences of one length, beside the store that has them.
 
-    It is a function of the keys: `extend` reads them, a file does not have it.
+    It is a function of the keys: `extend` reads them, a file does not have it. One that needs queries (`saw`) is saved.
 
     Attributes:
+        numbers: names of the attributes (plain ints, not negative) that a file has of it.
         tokens: those it covers, from the first on.
         kernel: the config's word, for what a kernel computes of it.
+        waits: it has seen what it needs and is not settled yet (`SelectSpec.settle`).
         max_tokens: most that it will cover, for which it makes room at once; None: it grows.
     """
 
+    numbers: ClassVar[tuple[str, ...]] = ()
     tokens: int = 0
     kernel: str = "auto"
+    waits: bool = False
     max_tokens: int | None = None
+
+    def saw(self, q: Tensor, position: int, scale: float) -> None:  # noqa: B027
+        """Queries ``[B, H, T, D]`` of a prompt, from this position on."""
 
     @abstractmethod
     def extend(self, cached: Cached, tokens: int) -> None:
@@ -99,6 +119,30 @@ class Index(ABC):
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor it keeps alive."""
+
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors that a file has of it, beside `numbers`."""
+        return {}
+
+    def expected(
+        self, numbers: Mapping[str, int], tokens: int, shape: tuple[int, int, int, int], dtype: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of what `saved` gives where its numbers are these, of sequences of ``tokens`` tokens.
+
+        Args:
+            shape: B, n, H, D.
+
+        Raises:
+            ValueError: no index has such numbers.
+        """
+        return {}
+
+    def restore(self, numbers: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Make an empty index the one of which `saved` gave these, whose dtypes and shapes are right.
+
+        Raises:
+            ValueError: no index has such tensors; asked of an index that nobody uses before, with views of a file.
+        """
 
 
 class NoIndex(Index):
@@ -133,6 +177,7 @@ class Chosen:
         entries: int32 ``[B, n, M]`` (or ``[B, H, M]``), ascending; what stands after the counts is ignored.
         counts: how many there are, ``[B, n]``; None: M.
         estimate: stands for what is skipped: a segment that every query reads as well.
+        note: what the report says of it; None for nothing.
         skipped: what of it is remembered, from which `Select.again` makes the estimate; tensors ``[B, ...]``.
         whole: the query that chooses reads everything; those that use the choice again read what it lists.
     """
@@ -143,6 +188,7 @@ class Chosen:
     entries: Tensor
     counts: Tensor | None = None
     estimate: Segment | None = None
+    note: str | None = None
     skipped: tuple[Tensor, ...] = ()
     whole: bool = False
 

@@ -130,6 +130,8 @@ class LayerCall:
 
     def _role(self, q: Tensor, role: RolePlan, part: HeadKV, rowwise: bool = False, by_store: bool = False) -> Tensor:
         """Attention ``[B, h, T, D]`` of one role's query heads."""
+        if part.selection is not None and not by_store and role.decode.queries:
+            self._show_prompt(q, role, part.selection)
         if part.selection is not None and not by_store and role.selecting(self.rows):
             return self._selected(q, role, part)
         patterns = not by_store and self._runs_patterns(role)
@@ -245,6 +247,8 @@ class LayerCall:
             return self._attend(q, segments, ALL, heads)
         self._refuse_bias(segments, "a selection cannot choose. Set decode.retrieval to {select: dense}.")
         chosen, reused = selection.choose(group, q, segments, position, self.scores.scale)
+        if chosen.note is not None:
+            self.forward.log.notes.add(chosen.note)
         self.forward.log.decode.add(*chosen.counted(position), reused)
         if chosen.whole:
             return self._attend(q, segments, ALL, heads)
@@ -256,6 +260,15 @@ class LayerCall:
         )
         read = kernels.attend(self.plan.word, q, segments, chosen.blocks(position), own, self.forward, True)
         return kernels.merge([read, more])[0]
+
+    def _show_prompt(self, q: Tensor, role: RolePlan, selection: Selection) -> None:
+        """Show the selection the queries of prompts."""
+        rows = self.rows
+        for group, start in self._apart(role):
+            new, processed = rows.real(group.start or 0)
+            if role.prompts(new, processed, rows):
+                first = start + processed - new - rows.past
+                selection.saw(group, q[group, :, first : first + new], processed - new, self.scores.scale)
 
     def _apart(self, role: RolePlan) -> Iterator[tuple[slice, int]]:
         """As `Rows.groups`, but one sequence at a time where each chooses by itself."""

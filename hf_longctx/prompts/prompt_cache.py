@@ -133,6 +133,7 @@ class PromptCache:
                 cache.crop(common)
             done = Prompt(self.model, self.tokenizer, ids, cache)
             new = done.catch_up(self.chunk_size)
+            cache.settle()  # once, for all that go on from here
             handle = done.fork()
             with self._lock:
                 self.hits = self.hits + (common > 0)

@@ -162,6 +162,12 @@ class PagedStore(Store):
             seen[0].bias, seen[0].padded = bias, max(rows.starts or (0,))
         return PagedKV(self.heads, seen, self.spec, state=self.state)
 
+    def held(self, rows: Rows) -> HeadKV:
+        recent = self.segments["recent"]
+        own = Segment(recent.k, recent.v, recent.length)
+        seen = [self.pages.first(self.paged), own] if self.paged else [own]
+        return PagedKV(self.heads, seen, self.spec, state=self.state)
+
     def crop(self, rows: Rows, target: int) -> None:
         paged = self.paged
         recent = self.segments.get("recent")

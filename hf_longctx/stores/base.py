@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..config.words import spec_word
+from ..errors import UnsupportedModeError
 from ..layout.heads import RoleHeads
 from ..layout.reads import CAUSAL, Reads
 from ..layout.rows import Rows
@@ -167,6 +169,13 @@ class Store(ABC):
             k, v: keys and values of *all* the layer's KV heads, ``[B, H_kv, T, D]``.
             rows: the rows of this forward.
         """
+
+    def held(self, rows: Rows) -> HeadKV:
+        """What it would show a forward that follows, which brings nothing; ``rows`` are all that was seen."""
+        raise UnsupportedModeError(
+            f"store {spec_word(self.spec)} of the {self.heads.role} heads does not say what it holds between forwards "
+            "(held), which this selection needs. Use stores.retrieval: {store: full}."
+        )
 
     def place(self, rows: Rows) -> Place | None:
         """Where the one new token of every sequence goes, which the caller writes next; None where that is not all.

@@ -89,10 +89,15 @@ class FullStore(Store):
             seen = [Segment(*self.incoming(k, v), rows.total)]
         else:
             seen = [Segment(*segment.contents(), segment.length) for segment in self.segments.values()]
-        seen = self._hide_pads(seen, rows) if rows.new == 1 and rows.padded else seen
+        return self._shown(self._hide_pads(seen, rows) if rows.new == 1 and rows.padded else seen)
+
+    def held(self, rows: Rows) -> HeadKV:
+        return self._shown([Segment(*segment.contents(), segment.length) for segment in self.segments.values()])
+
+    def _shown(self, segments: list[Segment]) -> HeadKV:
         if self.aligned:
-            return Staggered(self.heads, seen, self.spec, state=self.state, aligned=self.aligned)
-        return HeadKV(self.heads, seen, self.spec, state=self.state)
+            return Staggered(self.heads, segments, self.spec, state=self.state, aligned=self.aligned)
+        return HeadKV(self.heads, segments, self.spec, state=self.state)
 
     def place(self, rows: Rows) -> Place | None:
         kept = self.segments.get("kept")

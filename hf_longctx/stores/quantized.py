@@ -155,6 +155,16 @@ class QuantizedStore(Store):
         seen = (piece.seen(read, rows.ints) for piece in self.pieces if piece.first < max(read))
         return QuantisedKV(self.heads, [*seen, *plain], spec, state=self.state, past=rows.past, low=low)
 
+    def held(self, rows: Rows) -> QuantisedKV:
+        starts = rows.starts or (0,)
+        read = [self.spec.packed(rows.total - start) for start in starts]
+        low = min(rows.total, *(start + count for start, count in zip(starts, read, strict=True)))
+        kept = self.segments["exact"]
+        k, v = (x[:, :, low - self.base : rows.total - self.base] for x in (kept.k, kept.v))
+        seen = [piece.seen(read, rows.ints) for piece in self.pieces if piece.first < max(read)]
+        plain = Segment(k, v, rows.total - low)
+        return QuantisedKV(self.heads, [*seen, plain], self.spec, state=self.state, past=rows.total, low=low)
+
     def _make_room(self, k: Tensor, v: Tensor, rows: Rows) -> None:
         """Room for what is packed by now, and until the tokens outgrow what a buffer of all of them would have."""
         total = rows.total

@@ -252,14 +252,18 @@ def test_copies_pickles_and_changed_rows_go_on_alike(case, store):
 @pytest.mark.parametrize("store", RETRIEVAL)
 @pytest.mark.parametrize("case", FIRST)
 def test_a_saved_cache_goes_on(case, store, tmp_path):
-    """The index is made anew from the keys: of a quantized store from the packed ones, so choices may differ there."""
-    model = selecting(spec_of(case, refresh=1, similar=None), store)
+    """The index is made anew from the keys: of a quantized store from the packed ones, so choices may differ there.
+
+    But for what is learned from queries, which are gone.
+    """
+    spec = spec_of(case, refresh=1, similar=None)
+    model = selecting(spec, store)
     ids, steps = tokens(PROMPT, 2), tokens(NEW, 2)
     cache = prompted(model, ids)
     go_on(model, cache, steps)
     cache.save(tmp_path / "x.cache")
     loaded = LongCtxCache.load(tmp_path / "x.cache", model)
-    assert not index_memory(loaded)
+    assert bool(index_memory(loaded)) == bool(spec.saved)
     got, want = (go_on(model, one, steps) for one in (loaded, cache))
     assert got.isfinite().all()
     if store not in ROUNDED:
@@ -291,7 +295,8 @@ def test_the_bytes_of_a_cache_have_its_index(case):
     dense = selecting(None)
     ids, steps = tokens(PROMPT, 2), tokens(NEW, 2)
     caches = [prompted(one, ids) for one in (model, dense)]
-    assert caches[0].nbytes == caches[1].nbytes, "made at the first decoded token"
+    if not spec.queries:
+        assert caches[0].nbytes == caches[1].nbytes, "made at the first decoded token"
     for one, cache in zip((model, dense), caches, strict=True):
         go_on(one, cache, steps)
     more = storage_bytes(x for one in selections(caches[0]) for x in one.tensors())
@@ -346,6 +351,8 @@ def test_turns_go_on_from_the_cache_as_one_text(case):
 
 @pytest.mark.parametrize("case", SELECTING)
 def test_staggered_sequences_equal_each_alone(case):
+    if spec_of(case).queries:
+        pytest.skip("what it knows is of the prompt that the sequences share, not of the part of it that each keeps")
     model = selecting(spec_of(case), roles="retrieval")
     ids, steps, pads = tokens(PROMPT), tokens(NEW, 3), [0, 3, 17]
     for decoded in (False, True):

@@ -14,7 +14,7 @@ from hf_longctx import LongCtxCache, patch_model
 from hf_longctx.config.words import load
 
 SMALL = {"sink": 4, "recent": 9, "min_tokens": 0, "dense_layers": 0}
-EVERYTHING = {"budget": 1 << 20, "share": None, "mass": None}
+EVERYTHING = {"budget": 1 << 20, "share": None, "mass": None, "quantile": 0.0, "coarse": None}
 WORDS = {name: word for name, (word, _) in cases("decode").items()}
 CASES = {name: fields for name, (_, fields) in cases("decode").items()}
 SELECTING = [name for name, word in WORDS.items() if not load("decode", word).reads_all]
