@@ -29,7 +29,6 @@ from helpers.tiny import left_padded
 from hf_longctx import LongCtxCache, report
 from hf_longctx.cache.bytes import storage_bytes
 from hf_longctx.config.words import words
-from hf_longctx.decode import _growing
 from hf_longctx.decode._selection import Selection
 from hf_longctx.decode.base import Select
 
