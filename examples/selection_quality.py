@@ -1,6 +1,7 @@
 """What decode selections cost in quality: every selection over the same caches, beside reading every token.
 
-    python examples/selection_quality.py hf-longctx/smollm2-135m-instruct --tokens 4096 --out quality.jsonl
+    python examples/selection_quality.py hf-longctx/smollm2-135m-instruct --tokens 4096 --haystack book --chat \
+        --out quality.jsonl
 
 Each context is read once, densely; then every selection answers its questions over a fork of that cache, question and
 expected answer token by token as in decoding (the last question of a chat is read that way). A text is gone on with in
@@ -154,7 +155,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--roles", default="none,config", help="none: no head streams; config: those of the config")
     parser.add_argument("--select", default="page_bounds:budget=1024", help="WORD:field=value:...,...")
     parser.add_argument("--follow", type=int, default=257, help="tokens of a text that are gone on with")
-    parser.add_argument("--haystack", default="book")
+    parser.add_argument("--haystack", help="sentences, book, noise")
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)

@@ -60,7 +60,7 @@ def test_a_wrong_choice_is_no_column(monkeypatch):
     ("text", "says"),
     [
         ("dense", "select: got 'dense', expected a selection that leaves tokens out"),
-        ("pages", "select.select: unknown"),
+        ("pages", "select.select: got 'pages', expected one of: clusters"),
         ("page_bounds:pages=2", "select.pages: unknown key"),
         ("page_bounds:page", "WORD or WORD:field=value"),
     ],
@@ -103,12 +103,12 @@ def test_quality_of_selections_over_one_cache(tmp_path, monkeypatch, capsys):
     out = tmp_path / "quality.jsonl"
     everything = "page_bounds:budget=4096:min_tokens=0"
     given = ["hf-longctx/tiny-llama", "--config", str(plain_config(tmp_path)), "--tokens", "300", "--samples", "1"]
-    given += ["--tasks", "needle", "--roles", "none", "--haystack", "sentences", "--out", str(out), "--texts", "0"]
+    given += ["--tasks", "needle", "--roles", "none", "--out", str(out), "--texts", "0"]
     given += ["--select", f"{everything},page_bounds:budget=8:page=4:sink=4:recent=8:min_tokens=0:dense_layers=0"]
     monkeypatch.setattr("sys.argv", ["selection_quality.py", *given])
     quality.main()
     dense, whole, few = (json.loads(line) for line in out.read_text().splitlines())
-    assert dense["nll"] == pytest.approx(whole["nll"], abs=1e-2) and few["nll"][0] > dense["nll"][0] + 0.1
+    assert dense["nll"] == whole["nll"] != few["nll"]
     assert dense["read"] is whole["read"] is None and few["read"] < 0.2
     rows = capsys.readouterr().out.splitlines()
     assert rows[0] == "| heads | select | read | needle |" and len(rows) == 5
