@@ -158,6 +158,30 @@ def test_several_tokens_at_once_equal_one_by_one_and_what_is_taken_back_changes_
     assert not torch.allclose(go_on(model, prompted(model, ids), others[:, :NEW]), want, atol=1e-3)
 
 
+@pytest.mark.parametrize("case", SELECTING)
+def test_a_token_written_and_read_in_one_call_chooses_as_the_others_do(case, monkeypatch):
+    """Where a kernel has such a call: in float32, one token at a time."""
+    found = []
+    choose = Selection.choose
+
+    def spy(self, group, q, cached, position, scale):
+        chosen, reused = choose(self, group, q, cached, position, scale)
+        blocks = chosen.blocks(position)
+        found.append((position, reused, blocks.visible(0, 1).nonzero().tolist()))
+        return chosen, reused
+
+    monkeypatch.setattr(Selection, "choose", spy)
+    model = selecting(spec_of(case), dtype=torch.float32, head_dim=16)
+    ids, steps = tokens(PROMPT), tokens(NEW)
+    outs, lists = [], []
+    for step in (1, NEW):
+        outs.append(go_on(model, prompted(model, ids), steps, step=step))
+        lists.append(sorted(found, key=lambda one: one[0]))
+        found.clear()
+    assert lists[0] == lists[1]
+    same(*outs, 1e-3)
+
+
 @pytest.mark.parametrize(("case", "store"), EXACT_STORES)
 def test_forks_go_on_as_independent_caches_and_share_the_index(case, store, monkeypatch):
     monkeypatch.setattr(_growing, "SPARE", 1)  # fewer entries than that are copied
