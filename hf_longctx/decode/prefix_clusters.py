@@ -117,7 +117,7 @@ class PrefixClusters(Select):
         """Which tokens of a prefix of so many are clustered: from, to."""
         return self.sink, max(self.sink, prefix - max(self.observation, self.recent))
 
-    def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+    def nbytes(self, tokens: int, head_dim: int, itemsize: int, max_tokens: int | None = None) -> int:
         low, high = self.clustered(tokens)
         if high <= low:
             return 0
