@@ -43,10 +43,12 @@ class PrefixIndex(Index):
 
     def __init__(self, spec: PrefixClusters):
         self.spec = spec
-        self._forget()
+        self._forget(0)
 
-    def _forget(self) -> None:
-        self.tokens = self.low = self.high = 0
+    def _forget(self, tokens: int) -> None:
+        """From now on queries count that follow the first ``tokens`` tokens."""
+        self.tokens = tokens
+        self.low = self.high = 0
         for name in TENSORS:
             setattr(self, name, None)
 
@@ -108,6 +110,10 @@ class PrefixIndex(Index):
         self.threshold = threshold
         self.seen = None
 
+    def reopen(self, tokens: int) -> None:
+        if self.threshold is not None:
+            self._forget(tokens)
+
     def extend(self, cached: Cached, tokens: int) -> None:
         if self.keys is None:
             k = keys(cached, self.low, self.high)
@@ -149,7 +155,7 @@ class PrefixIndex(Index):
         """The clusters stay while all clustered tokens do: what follows those is read in any case."""
         if self.threshold is not None:
             if tokens < self.high:
-                self._forget()
+                self._forget(tokens)
         elif tokens < self.tokens:
             left = self.kept - (self.tokens - tokens)
             self.seen = self.seen[:, :, :left].clone() if left > 0 else None

@@ -33,8 +33,8 @@ TOO_FEW = (
 class PrefixClusters(Select):
     """Read the clusters of a prefix of which the query expects more attention than a threshold.
 
-    The prefix is what PromptCache has read, for all that go on from it; otherwise the prompt: all tokens before the
-    first that is decoded. What follows it is always read, later prompts of a chat too, and so are its last tokens, as
+    The prefix is what PromptCache has read last, for all that go on from it; otherwise the prompt: all tokens before
+    the first that is decoded. What follows it is always read, later prompts of a chat too, and so are its last tokens, as
     many as are observed or as ``recent``. Its other tokens but the sinks are clustered, by k-means of their normalised
     keys. A cluster's weight for a query is the softmax, over the clusters and the numbers of their tokens, of its mean
     key times the query; the query heads of a KV head are averaged. The threshold belongs to the prefix: it is the

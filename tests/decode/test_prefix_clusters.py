@@ -276,6 +276,28 @@ def test_forks_of_a_kept_prompt_share_its_clusters():
     assert next(iter(third.own[0].selections[0].parts.values())).index.of is one.of, "the prefix stays"
 
 
+def index_of(cache):
+    return next(iter(cache.own[0].selections[0].parts.values())).index
+
+
+def test_a_kept_prompt_that_begins_like_another_has_clusters_of_its_own():
+    """It goes on from the whole of the other one, or from a part of it."""
+    model = selecting_model("prefix_clusters", roles="retrieval", **FIELDS)
+    first, long, other = ids(160), ids(330, seed=8), ids(300, seed=9)
+    for text in (torch.cat([first, long[:, :170]], 1), torch.cat([first[:, :90], other[:, :200]], 1)):
+        prompts = PromptCache(model)
+        old = index_of(prompts.prefill(first[0].tolist()).cache)
+        cache = prompts.prefill(text[0].tolist()).cache
+        assert prompts.hits == 1 and index_of(cache).tokens == text.shape[1] - 1 and old.tokens == 159
+        fresh = PromptCache(model).prefill(text[0].tolist()).cache
+        more = torch.cat([text[:, -1:], ids()[:, :9]], 1)
+        torch.testing.assert_close(read(model, more, cache), read(model, more, fresh), rtol=0, atol=1e-11)
+    prompts = PromptCache(model)
+    prompts.prefill(first[0].tolist())
+    short = torch.cat([first, long[:, :20]], 1)
+    assert index_of(prompts.prefill(short[0].tolist()).cache).tokens == 159, "too little for another prefix"
+
+
 def test_a_saved_cache_has_its_prefix(tmp_path):
     """Two levels: settled, padded, before it is settled, and cropped into the tokens that are always read."""
     model = selecting_model("prefix_clusters", **FIELDS, coarse=5.0, coarse_quantile=0.3)
