@@ -1,6 +1,7 @@
 """What decode selections cost in quality: every selection over the same caches, beside reading every token.
 
-    python examples/selection_quality.py hf-longctx/smollm2-135m-instruct --tokens 4096 --out quality.jsonl
+    python examples/selection_quality.py hf-longctx/smollm2-135m-instruct --tokens 4096 --haystack book --chat \
+        --out quality.jsonl
 
 Each context is read once, densely; then every selection answers its questions over a fork of that cache, question and
 expected answer token by token as in decoding (the last question of a chat is read that way). A text is gone on with in
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +71,45 @@ def main() -> None:
                     with options.out.open("a") as file:
                         file.write(json.dumps(line) + "\n")
                     sys.stderr.write(f"{key}: read {told.read}\n")
+    for line in table([line for _, line in json_lines(options.out, "--out")]):
+        sys.stdout.write(line + "\n")
+
+
+def table(lines: list[dict]) -> list[str]:
+    """One row per roles and selection, as Markdown: what it read, and how much worse than reading everything it was.
+
+    Of questions: the mean nats that an answer takes more, and how many more or fewer are right. Of texts: the
+    perplexity, over that of reading everything.
+    """
+    kinds = list(dict.fromkeys(kind_of(line) for line in lines))
+    rows = ["| heads | select | read | " + " | ".join(kinds) + " |", "|---" * (3 + len(kinds)) + "|"]
+    for roles, select in dict.fromkeys((line["roles"], line["select"]) for line in lines):
+        mine = [line for line in lines if (line["roles"], line["select"]) == (roles, select)]
+        reads = [line["read"] for line in mine if line["read"] is not None]
+        cells = [roles, select, f"{sum(reads) / len(reads):.1%}" if reads else "all"]
+        for kind in kinds:
+            own = [line for line in mine if kind_of(line) == kind]
+            base = {line["case"]: line for line in lines if line["roles"] == roles and line["select"] == DENSE}
+            cells.append(cell(own, [base[line["case"]] for line in own if line["case"] in base], kind))
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def kind_of(line: dict) -> str:
+    """The task's word, or ``text``."""
+    return line["case"].partition(" ")[0].partition(":")[0]
+
+
+def cell(own: list[dict], base: list[dict], kind: str) -> str:
+    nlls, dense = ([nll for line in some for nll in line["nll"]] for some in (own, base))
+    if not own or len(nlls) != len(dense):
+        return ""
+    tokens = sum(count for line in own for count in line["tokens"])
+    if kind == "text":
+        own_loss, other = sum(nlls) / tokens, sum(dense) / tokens
+        return f"{math.exp(own_loss):.2f} ({math.exp(own_loss - other):.3f}x)"
+    right, before = (sum(sum(line["right"]) for line in some) for some in (own, base))
+    return f"{(sum(nlls) - sum(dense)) / tokens:+.3f}, {right} of {len(nlls)} ({right - before:+d})"
 
 
 def contexts(options: argparse.Namespace, language: Any, tokenizer: Any) -> Iterator[tuple[str, torch.Tensor, Any]]:
@@ -77,9 +118,11 @@ def contexts(options: argparse.Namespace, language: Any, tokenizer: Any) -> Iter
         for task in tasks_from(options.tasks):
             sample = Case(task, options.tokens, None, number, options.seed).sample(language)
             yield f"{task.name} {number}", torch.as_tensor(sample.context), sample
+    if not options.texts:
+        return
     text = tokenizer(perplexity_text("book", tokenizer), return_tensors="pt").input_ids[0]
     each = options.tokens + options.follow
-    for number in range(options.samples):
+    for number in range(options.texts):
         yield f"text {number}", text[number * each : (number + 1) * each], None
 
 
@@ -106,12 +149,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--config", default="smollm2-135m-instruct")
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--samples", type=int, default=3, help="contexts of each task, and texts")
+    parser.add_argument("--samples", type=int, default=3, help="contexts of each task")
+    parser.add_argument("--texts", type=int, default=3, help="texts that are gone on with")
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--roles", default="none,config", help="none: no head streams; config: those of the config")
     parser.add_argument("--select", default="page_bounds:budget=1024", help="WORD:field=value:...,...")
     parser.add_argument("--follow", type=int, default=257, help="tokens of a text that are gone on with")
-    parser.add_argument("--haystack", default="book")
+    parser.add_argument("--haystack", help="sentences, book, noise")
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)

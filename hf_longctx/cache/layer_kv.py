@@ -57,17 +57,19 @@ class Pending:
         """Write it and attend, q ``[B, H, 1, D]``, in one call: ``[B, 1, H, D]``; None where the kernel does not."""
         step = self.layer.step
         log = forward.log
-        if self.layer.plan.selecting(forward.rows):
-            self._choose(q, scale, forward)
+        read = self._choose(q, scale, forward) if self.layer.plan.selecting(forward.rows) else ()
         self.layer.whole = False
         out = step.run(q, self.k, self.v, self.places, scale)
         if out is not None:
             self._done()
             log.used.add(step.NAME)
+            for counted in read:
+                log.decode.add(*counted)
         return out
 
-    def _choose(self, q: Tensor, scale: float, forward: Forward) -> None:
-        """What the token reads of each place, by the tokens before it."""
+    def _choose(self, q: Tensor, scale: float, forward: Forward) -> list[tuple]:
+        """Choose what the token reads of each place, by the tokens before it; what `DecodeCounts.add` needs."""
+        read = []
         plan = self.layer.plan
         group = q.shape[1] // plan.kv_heads
         for at, (role, place) in enumerate(zip(plan.filled, self.places, strict=True)):
@@ -77,8 +79,9 @@ class Pending:
             cached = [Segment(segment.k[:, :, : length - 1], segment.v[:, :, : length - 1], length - 1)]
             own = role.heads.take(q, group)
             chosen, reused = self.layer.selections[at].choose(slice(None), own, cached, length - 1, scale)
-            forward.log.decode.add(*chosen.counted(length - 1), reused)
+            read.append((*chosen.counted(length - 1), reused))
             self.places[at] = place._replace(listed=chosen.listed)
+        return read
 
     def _done(self) -> None:
         for segment, _, length, _ in self.places:

@@ -111,6 +111,10 @@ class Selection:
                 return spec.again(part.choices[-1].chosen, part.index, cached), True
             chosen = spec.choose(q, part.index, cached, position, scale)
         _check(chosen)
+        if chosen.estimate is not None and not spec.estimates:
+            raise ValueError(
+                f"{type(spec).__name__} gave an estimate, and its class does not say so: set estimates to True."
+            )
         if spec.refresh > 1:  # without the estimate: as many as may be taken back would be as large as the cache
             kept = replace(chosen, whole=False, estimate=None)
             part.remember(Choice(position, kept, q.detach().clone() if spec.similar is not None else None))

@@ -54,6 +54,7 @@ class Clusters(Select):
     per: int = field(default=16, metadata=TOKENS)
     every: int = field(default=1024, metadata=TOKENS)
     estimate: float = field(default=0.232, metadata=SHARE)
+    estimates: ClassVar[bool] = True
     iterations: int = field(default=5, metadata=ITERATIONS)
 
     def __post_init__(self) -> None:

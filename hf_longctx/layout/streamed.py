@@ -18,13 +18,14 @@ class Streamed(ABC):
     Attributes:
         dtype: of the plain blocks.
         saved_as: its word in a cache's file.
-        bias: none, as of a segment whose scores get nothing added.
+        bias, bias_of_pads: none, as of a segment whose scores get nothing added.
         note: what the report says where it is read; None for nothing.
     """
 
     dtype: torch.dtype
     saved_as: ClassVar[str]
     bias: ClassVar[None] = None
+    bias_of_pads: ClassVar[bool] = False
     note: str | None = None
 
     @property

@@ -173,6 +173,17 @@ def test_a_choice_keeps_no_graph_and_leaves_inference_mode():
     pickle.dumps(cache)
 
 
+def test_a_choice_of_a_token_that_is_read_another_way_counts_once():
+    """A layer's own call has no gradients: with some of queries alone it is found out after it has chosen."""
+    model = selecting(pages(), dtype=torch.float32, head_dim=16)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.0.self_attn.q_proj" in name)
+    cache = prompted(model, tokens(60))
+    for _ in range(3):
+        model(tokens(1), past_key_values=cache)
+    assert report(model).chosen == 2 * 3
+
+
 def test_autocast_does_not_change_the_index():
     model = selecting(pages(), dtype=torch.float32, head_dim=16)
     ids, steps = tokens(60), tokens(4)
