@@ -11,6 +11,7 @@ from ..cache.cache import LongCtxCache, cache_bytes
 from ..cache.stock_layers import changed
 from ..decode.base import Index
 from ..errors import LongCtxError
+from ..layout.gather import shape_of
 from ..layout.segments import HeadKV
 from ..planning.memory import DENSE, RESERVED, MemoryModel
 from ..planning.sizes import dtype_of
@@ -75,10 +76,17 @@ def _indexes(parts: list[HeadKV], tokens: int) -> list[Index]:
     made = []
     for part in parts:
         if part.selection is not None and part.selection.spec.runs(tokens):
-            made.append(part.selection.spec.new_index())
-            made[-1].max_tokens = part.selection.max_tokens
-            _, high = part.selection.spec.between(tokens - 1)
-            made[-1].extend(part.alone(slice(None), 0), high * part.selection.spec.size)
+            spec = part.selection.spec
+            index = spec.new_index()
+            index.max_tokens = part.selection.max_tokens
+            cached = part.alone(slice(None), 0)
+            if spec.queries:  # of the prompt before that token
+                batch, heads, _, dim = shape_of(cached)
+                index.saw(torch.zeros(1, dtype=part.dtype).expand(batch, heads, tokens - 1, dim), 0, 1.0)
+                spec.settle([index], [cached])
+            else:
+                index.extend(cached, spec.between(tokens - 1)[1] * spec.size)
+            made.append(index)
     return made
 
 

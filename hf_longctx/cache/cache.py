@@ -27,7 +27,7 @@ from .dense_members import DenseCacheMembers
 from .handles import new_handle
 from .layer import LongCtxLayer
 from .layer_kv import LayerKV
-from .plan import LayerPlan
+from .plan import FEWEST, LayerPlan
 from .roll_back import RollBack
 from .sequences import SequenceOperations
 from .stock_layers import StockLayers, copied, stock_layers, tensors_of
@@ -191,6 +191,13 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         self.forward = forward
         self._reading = rows.total
         self.token_ids.append(rows.past, ids)
+
+    def reopen(self, new: int) -> None:
+        """A prompt goes on by ``new`` tokens: let selections learn from all of it, where these are enough for that."""
+        rows = Rows(self.batch_size, 0, self.seen, self.starts)
+        for selection in (one for layer in self.own for one in layer.chosen):
+            if 0 < selection.spec.queries <= new >= FEWEST:
+                selection.reopen(rows)
 
     def settle(self) -> None:
         """End the prompt here for selections that learn from all layers together, where they have not done so yet."""

@@ -31,7 +31,7 @@ class PrefixIndex(Index):
         low, high: the clustered tokens.
         of: the cluster of each, int32 ``[B, n, N]``; None before it is settled.
         top: the coarse cluster of each cluster, int32 ``[B, n, C]``; None with one level.
-        threshold: of the logarithm of a weight, and of that of a coarse cluster, float64 ``[B, 1, 1 or 2]``.
+        threshold: of the logarithm of a weight, and of that of a coarse cluster, float64 ``[B, n, 1 or 2]``.
         keys: mean keys, ``[B, n, C, D]``; made of the cached keys where they are not there, as after a file.
         counts: tokens of each cluster, ``[B, n, C]``.
         order: the tokens by cluster, int32 ``[B, n, N]``.
@@ -43,10 +43,12 @@ class PrefixIndex(Index):
 
     def __init__(self, spec: PrefixClusters):
         self.spec = spec
-        self._forget()
+        self._forget(0)
 
-    def _forget(self) -> None:
-        self.tokens = self.low = self.high = 0
+    def _forget(self, tokens: int) -> None:
+        """From now on queries count that follow the first ``tokens`` tokens."""
+        self.tokens = tokens
+        self.low = self.high = 0
         for name in TENSORS:
             setattr(self, name, None)
 
@@ -105,8 +107,13 @@ class PrefixIndex(Index):
 
     def settled(self, threshold: Tensor) -> None:
         """The prefix ends, with this threshold."""
-        self.threshold = threshold
+        with torch.inference_mode(False):
+            self.threshold = threshold.expand(-1, self.of.shape[1], -1).clone()
         self.seen = None
+
+    def reopen(self, tokens: int) -> None:
+        if self.threshold is not None:
+            self._forget(tokens)
 
     def extend(self, cached: Cached, tokens: int) -> None:
         if self.keys is None:
@@ -149,7 +156,7 @@ class PrefixIndex(Index):
         """The clusters stay while all clustered tokens do: what follows those is read in any case."""
         if self.threshold is not None:
             if tokens < self.high:
-                self._forget()
+                self._forget(tokens)
         elif tokens < self.tokens:
             left = self.kept - (self.tokens - tokens)
             self.seen = self.seen[:, :, :left].clone() if left > 0 else None
@@ -182,7 +189,7 @@ class PrefixIndex(Index):
             found = {"of": (torch.int32, (batch, kv_heads, high - low))}
             if self.spec.coarse is not None:
                 found["top"] = torch.int32, (batch, kv_heads, self.spec.clusters(high - low))
-            return {**found, "threshold": (torch.float64, (batch, 1, len(found)))}
+            return {**found, "threshold": (torch.float64, (batch, kv_heads, len(found)))}
         if prefix > tokens or kept > min(self.spec.observation, prefix):
             raise ValueError(f"a prefix of {prefix} of {tokens} tokens has no {kept} last queries")
         return {"seen": (dtype, (batch, heads, kept, dim))} if kept else {}

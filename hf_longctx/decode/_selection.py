@@ -124,6 +124,12 @@ class Selection:
         """The queries ``[B, H, T, D]`` of a prompt of these sequences, from ``position`` on."""
         self._part(group).index.saw(q, position, scale)
 
+    def reopen(self, rows: Rows) -> None:
+        """A prompt goes on after ``rows``, which are all that was seen: let it be settled anew."""
+        for key, part in self.parts.items():
+            part.index.reopen(rows.total - rows.start(max(0, key)))
+            part.choices = []
+
     @property
     def waits(self) -> bool:
         """See `Index.waits`."""

@@ -100,6 +100,9 @@ class Index(ABC):
     def saw(self, q: Tensor, position: int, scale: float) -> None:  # noqa: B027
         """Queries ``[B, H, T, D]`` of a prompt, from this position on."""
 
+    def reopen(self, tokens: int) -> None:  # noqa: B027
+        """A prompt goes on after its first ``tokens`` tokens: let it be settled anew."""
+
     @abstractmethod
     def extend(self, cached: Cached, tokens: int) -> None:
         """Cover the first ``tokens`` tokens."""

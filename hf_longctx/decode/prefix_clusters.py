@@ -33,13 +33,13 @@ TOO_FEW = (
 class PrefixClusters(Select):
     """Read the clusters of a prefix of which the query expects more attention than a threshold.
 
-    The prefix is what PromptCache has read, for all that go on from it; otherwise the prompt: all tokens before the
-    first that is decoded. What follows it is always read, later prompts of a chat too, and so are its last tokens, as
-    many as are observed or as ``recent``. Its other tokens but the sinks are clustered, by k-means of their normalised
-    keys. A cluster's weight for a query is the softmax, over the clusters and the numbers of their tokens, of its mean
-    key times the query; the query heads of a KV head are averaged. The threshold belongs to the prefix: it is the
-    weight below which ``quantile`` of the tokens lie, of all layers and KV heads of this process that select, for the
-    prefix's last queries on average. So a head that attends to few tokens reads few.
+    The prefix is what PromptCache has read last, for all that go on from it; otherwise the prompt: all tokens before
+    the first that is decoded. What follows it is always read, later prompts of a chat too, and so are its last tokens,
+    as many as are observed or as ``recent``. Its other tokens but the sinks are clustered, by k-means of their
+    normalised keys. A cluster's weight for a query is the softmax, over the clusters and the numbers of their tokens,
+    of its mean key times the query; the query heads of a KV head are averaged. The threshold belongs to the prefix: it
+    is the weight below which ``quantile`` of the tokens lie, of all layers and KV heads of this process that select,
+    for the prefix's last queries on average. So a head that attends to few tokens reads few.
 
     With two levels the clusters' means are clustered again; clusters are weighed inside of coarse ones alone whose own
     weight passes a threshold of theirs, and the other coarse ones stand for what is in them.
@@ -117,13 +117,13 @@ class PrefixClusters(Select):
         """Which tokens of a prefix of so many are clustered: from, to."""
         return self.sink, max(self.sink, prefix - max(self.observation, self.recent))
 
-    def nbytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
-        low, high = self.clustered(tokens)
+    def nbytes(self, tokens: int, head_dim: int, itemsize: int, max_tokens: int | None = None) -> int:
+        low, high = self.clustered(tokens - 1)
         if high <= low:
             return 0
         fine, coarse = self.clusters(high - low), self.coarse_clusters(high - low)
         more = coarse * (head_dim * itemsize + 16) + (8 * fine if coarse else 0)
-        return fine * (head_dim * itemsize + 8) + 8 * (high - low) + more
+        return fine * (head_dim * itemsize + 8) + 8 * (high - low) + more + (16 if coarse else 8)
 
     def settle(self, indexes: Sequence[PrefixIndex], cached: Sequence[Cached]) -> None:
         for index, own in zip(indexes, cached, strict=True):

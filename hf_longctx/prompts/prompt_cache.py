@@ -132,6 +132,7 @@ class PromptCache:
             if cache.seen > common:
                 cache.crop(common)
             done = Prompt(self.model, self.tokenizer, ids, cache)
+            cache.reopen(len(ids) - 1 - cache.seen)
             new = done.catch_up(self.chunk_size)
             cache.settle()  # once, for all that go on from here
             handle = done.fork()
