@@ -195,10 +195,6 @@ def test_forks_go_on_as_independent_caches(case, store):
     want = [go_on(model, fresh(), one[None]) for one in steps]
     cache = fresh()
     other = cache.fork()
-<<<<<<< HEAD
-=======
-    assert index_memory(other) == index_memory(cache)
->>>>>>> w-c
     got = [go_on(model, one, step[None]) for one, step in zip((cache, other), steps, strict=True)]
     for a, b in zip(got, want, strict=True):
         same(a, b)
