@@ -78,8 +78,11 @@ class Pending:
             segment, _, length, _ = place
             cached = [Segment(segment.k[:, :, : length - 1], segment.v[:, :, : length - 1], length - 1)]
             own = role.heads.take(q, group)
-            chosen, reused = self.layer.selections[at].choose(slice(None), own, cached, length - 1, scale)
+            rows = slice(0, 1) if role.decode.by_sequence else slice(None)  # as where it is read query by query
+            chosen, reused = self.layer.selections[at].choose(rows, own, cached, length - 1, scale)
             read.append((*chosen.counted(length - 1), reused))
+            if chosen.note is not None:
+                forward.log.notes.add(chosen.note)
             self.places[at] = place._replace(listed=chosen.listed)
         return read
 
