@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..layout.huge_pages import in_huge_pages
 from ..layout.segments import fitting
 
 SPARE = 16  # entries by which a buffer grows at least
@@ -58,7 +59,7 @@ class Growing:
         capacity = room(needed + more, None if most is None else most - before)
         if self.own is None or not needed <= self.own.shape[2] <= capacity:  # more: it was cropped
             with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
-                grown = entries.new_empty(*entries.shape[:2], capacity, entries.shape[3])
+                grown = in_huge_pages(entries.new_empty(*entries.shape[:2], capacity, entries.shape[3]))
             if used:
                 grown[:, :, :used] = self.own[:, :, :used]
             self.own = grown

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config.words import spec_word
 from ..errors import UnsupportedModeError
 from ..layout.heads import RoleHeads
+from ..layout.huge_pages import in_huge_pages
 from ..layout.reads import CAUSAL, Reads
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Place, Segment
@@ -289,7 +290,8 @@ class Store(ABC):
         batch = k.shape[0]
         n = len(self.heads.kv_heads)
         with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
-            return Segment(k.new_empty(batch, n, capacity, k.shape[3]), v.new_empty(batch, n, capacity, v.shape[3]), 0)
+            made = (in_huge_pages(x.new_empty(batch, n, capacity, x.shape[3])) for x in (k, v))
+            return Segment(*made, 0)
 
     def grow(self, name: str, k: Tensor, v: Tensor, needed: int, limit: int | None = None) -> Segment:
         """The segment ``name`` with room for ``needed`` slots, at most ``limit``, and never for many more.

@@ -142,9 +142,10 @@ template <bool BF16, int BITS> class Few {
         fill(item, range, pos, nullptr, *rows);
         while (rows->count) {
             fill(item, range, pos, nullptr, *following);
-            for (int j = 0; j < following->ahead; ++j) fetch(following->k[j]);
+            // What is asked for with each key is the value in its place: here the key of the next tile.
+            for (int j = 0; j < rows->count; ++j) rows->v[j] = following->k[std::min(j, std::max(0, following->ahead - 1))];
             for (int party = 0; party < parties; ++party) {
-                multiply_keys(*rows, q + party * steps * W, false);
+                multiply_keys(*rows, q + party * steps * W, !party && following->ahead);
                 for_heads(std::min(HEADS, queries - party * HEADS), [&](auto n) {
                     for (int j = 0; j < rows->count; ++j) {
                         float most = party ? out[j] : score[j * HEADS];
