@@ -275,7 +275,7 @@ class Select(SelectSpec):
     mass: float | None = field(default=None, metadata={"above": 0.0, "max": 1.0})
     sink: int = field(default=64, metadata=TOKENS)
     recent: int = field(default=256, metadata=TOKENS)
-    min_tokens: int = field(default=4096, metadata=TOKENS_OR_NONE)
+    min_tokens: int = field(default=8192, metadata=TOKENS_OR_NONE)
     refresh: int = field(default=1, metadata=TOKENS)
     similar: float | None = field(default=None, metadata={"min": -1.0, "max": 1.0})
     dense_layers: int = field(default=2, metadata={**COUNT, "min": 0, "unit": "layers"})
