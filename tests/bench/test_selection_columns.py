@@ -139,4 +139,4 @@ def test_more_tokens_than_a_layer_may_hold(tmp_path, monkeypatch, capsys):
     told = json.loads(capsys.readouterr().out)
     assert torch.get_num_threads() == threads
     assert told["read"] == pytest.approx(2368 / 20000, rel=0.02) and len(told["token s"]) == 1
-    assert told["on disk MB"] > told["cache in memory MB"] and told["dense MB"] == 41
+    assert told["cache in memory MB"] <= 7 and told["on disk MB"] >= 18 and told["dense MB"] == 41
