@@ -20,16 +20,18 @@ from typing import Any
 
 import torch
 
-from hf_longctx import patch_model, report, unpatch_model
+from hf_longctx import observe, patch_model, report, unpatch_model
 from hf_longctx.assets import embedded
 from hf_longctx.bench.patterns import parse
 from hf_longctx.cache.seam import CACHE, cache_of
 from hf_longctx.commands._options import load_model
 from hf_longctx.config.find import load_named
+from hf_longctx.config.words import build
 from hf_longctx.evaluate.forwards import follow, losses_along, output_head
 from hf_longctx.evaluate.plan import Case
 from hf_longctx.evaluate.prompts import perplexity_text
 from hf_longctx.io.json_lines import json_lines
+from hf_longctx.layout.segments import Segment
 from hf_longctx.model.modules import language_model
 from hf_longctx.tasks import tasks_from
 from hf_longctx.tasks.forced import forced_over
@@ -47,6 +49,13 @@ def main() -> None:
     done = {line["key"] for _, line in json_lines(options.out, "--out")} if options.out.exists() else set()
     texts = [DENSE, *options.select.split(",")]
     with torch.no_grad():
+        if options.mass:
+            patched(model, options.config, "none", DENSE)
+            _, ids, sample = next(contexts(options, language, tokenizer))
+            ids = torch.cat([ids, torch.as_tensor(sample.questions[0].prompt)])
+            for text, (kept, best) in masses(model, ids, texts[1:]).items():
+                sys.stdout.write(f"| {text} | {kept:.3f} | {best:.3f} |\n")
+            return
         for roles in options.roles.split(","):
             for name, ids, sample in contexts(options, language, tokenizer):
                 keys = {text: f"{roles} | {name} | {text}" for text in texts}
@@ -112,6 +121,36 @@ def cell(own: list[dict], base: list[dict], kind: str) -> str:
     return f"{(sum(nlls) - sum(dense)) / tokens:+.3f}, {right} of {len(nlls)} ({right - before:+d})"
 
 
+def masses(model: Any, ids: torch.Tensor, texts: list[str]) -> dict[str, tuple[float, float]]:
+    """Share of the attention of the last of ``ids [T]`` that selections keep, and as many best tokens would keep.
+
+    Means over query heads and over the layers that select; no head streams.
+    """
+    specs = {text: build("decode", parse(text, "select", "select"), "select", "select") for text in texts}
+    found: dict[str, list[tuple[float, float]]] = {text: [] for text in texts}
+
+    def look(layer, q, k, v, scale, rows, compute) -> None:
+        q, tokens = q[:, :, -1:], k.shape[2]
+        scores = (q[:, :, 0].unflatten(1, (k.shape[1], -1)).float() @ k.float().transpose(2, 3)) * scale
+        weights = scores.softmax(-1)  # [1, n, G, S]
+        for text, spec in specs.items():
+            if layer < spec.dense_layers:
+                continue
+            if not spec.runs(tokens):
+                found[text].append((1.0, 1.0))
+                continue
+            chosen = spec.choose(q, spec.new_index(), [Segment(k, v, tokens)], tokens - 1, scale)
+            read = chosen.blocks(tokens - 1).visible(0, 1)[:, :, 0]
+            best = weights.amax(2).argsort(-1, descending=True).argsort(-1) < read.sum(-1, keepdim=True)
+            found[text].append(tuple((weights * some[:, :, None]).sum(-1).mean().item() for some in (read, best)))
+
+    with observe(model, look):
+        language_model(model)(ids[None], use_cache=False)
+    return {
+        text: tuple(sum(column) / len(column) for column in zip(*rows, strict=True)) for text, rows in found.items()
+    }
+
+
 def contexts(options: argparse.Namespace, language: Any, tokenizer: Any) -> Iterator[tuple[str, torch.Tensor, Any]]:
     """(name, token ids ``[T]``, the sample whose context they are, or None for a text that is gone on with)."""
     for number in range(options.samples):
@@ -157,6 +196,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--follow", type=int, default=257, help="tokens of a text that are gone on with")
     parser.add_argument("--haystack", help="sentences, book, noise")
     parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--mass", action="store_true", help="instead: the share of the attention that is kept")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)

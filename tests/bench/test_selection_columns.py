@@ -115,6 +115,16 @@ def test_quality_of_selections_over_one_cache(tmp_path, monkeypatch, capsys):
     before = out.read_text()
     quality.main()
     assert out.read_text() == before, "nothing is measured again"
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["selection_quality.py", *given, "--mass"])
+    quality.main()
+    masses = [[float(cell) for cell in row.split(" | ")[1:3]] for row in rows_of(capsys.readouterr().out)]
+    (all_kept, all_best), (kept, best) = masses
+    assert all_kept == all_best == 1 and 0.1 < kept < best < 1
+
+
+def rows_of(text):
+    return [line.removesuffix(" |") for line in text.splitlines()]
 
 
 def plain_config(folder):
