@@ -146,10 +146,9 @@ def best_pages(q: Tensor, bounds: Sequence[Tensor], sub: int, width: int) -> Ten
     if q_len != 1 or heads % kv_heads or parts % sub or not 0 < width <= parts // sub:
         _refuse(f"{width} pages to choose of {parts} parts, {sub} of each, for queries {list(q.shape)}")
     call = _Call(Scores(1.0), want_lse=False)
-    signed = torch.cat([q.clamp(min=0), q.clamp(max=0)], 3)
     chosen = torch.empty(batch, kv_heads, width, dtype=torch.int32)
     segments = call.segments([Segment(x, x, x.shape[2]) for x in bounds])
-    call.run("pages", signed, kv_heads, (sub, width, chosen.data_ptr(), *segments))
+    call.run("pages", q, kv_heads, (sub, width, chosen.data_ptr(), *segments))
     return chosen
 
 

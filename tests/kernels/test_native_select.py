@@ -76,6 +76,20 @@ def test_equal_pages_go_to_the_first_and_nan_to_none():
     assert native.best_pages(q, [bounds], 1, 7).tolist() == [[[0, 1, 2, 3, 4, 5, 6]]]
 
 
+@pytest.mark.parametrize(
+    "values", [[0.0, -0.0, 1e-38, -1e-38], [-3.0, -3.0000002, -2.9999998], [7.0, -7.0, 1e30, -1e30]]
+)
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 4097])
+def test_the_largest_of_any_numbers(values, count):
+    """Scores that are the numbers themselves: near ones share a bin, equal ones go to the first."""
+    bounds = torch.zeros(1, 1, count, 32)
+    bounds[..., 0] = torch.tensor(values)[torch.randint(len(values), (count,))]
+    q = torch.zeros(1, 1, 1, 16)
+    q[..., 0] = 1
+    for width in {1, (count + 1) // 2, max(1, count - 1), count}:
+        assert torch.equal(native.best_pages(q, [bounds], 1, width), best(bounds[..., 0], width)[0])
+
+
 def test_what_it_does_not_choose_is_left_to_the_definition(monkeypatch):
     bounds, q = bounds_of(1, 1, 8, 16, torch.float32), torch.randn(1, 2, 1, 16)
     assert native.best_pages(q, [bounds.double()], 1, 2) is None

@@ -1,5 +1,7 @@
 // Which pages the query heads of a KV head read together: those with the highest bounds.
 #pragma once
+#include <functional>
+
 #include "decode.h"
 
 struct Pages {
@@ -8,18 +10,55 @@ struct Pages {
     int64_t count;       // segments with the bounds, as keys of 2 D numbers, that follow
 };
 
+// A number whose order is that of the floats, but for -0 and 0.
+static inline uint32_t in_order(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// The ``width``-th largest of ``votes``: found in the one of 2048 bins, by sign, exponent and two digits, that has it.
+static float least_of_largest(const float* votes, int64_t count, int64_t width, std::vector<float>& room) {
+    constexpr int BINS = 2048, SHIFT = 21;
+    int32_t in_bin[BINS] = {};
+    for (int64_t i = 0; i < count; ++i) ++in_bin[in_order(votes[i]) >> SHIFT];
+    int bin = BINS - 1;
+    int64_t left = width;
+    for (; in_bin[bin] < left; --bin) left -= in_bin[bin];
+    room.clear();
+    for (int64_t i = 0; i < count; ++i)
+        if (int(in_order(votes[i]) >> SHIFT) == bin) room.push_back(votes[i]);
+    std::nth_element(room.begin(), room.begin() + left - 1, room.end(), std::greater<float>());
+    return room[left - 1];
+}
+
 // The largest ``width`` of ``votes``, ascending; of equal ones the first.
 static void largest(const float* votes, int64_t count, int64_t width, std::vector<float>& room, int32_t* chosen) {
-    room.assign(votes, votes + count);
-    std::nth_element(room.begin(), room.begin() + width - 1, room.end(), std::greater<float>());
-    const float least = room[width - 1];
+    const float least = least_of_largest(votes, count, width, room);
     int64_t equal = width - std::count_if(votes, votes + count, [&](float x) { return x > least; });
     for (int64_t i = 0; i < count; ++i)
         if (votes[i] > least || (votes[i] == least && equal-- > 0)) *chosen++ = int32_t(i);
 }
 
-template <bool BF16> static int pages(const Call& call, const Formula& formula, const int64_t* packed) {
+// Each query twice: what is positive of it, for the largest numbers of a page, and what is negative, for the smallest.
+template <class Number> static std::vector<Number> by_sign(const Call& call) {
     const Shape& s = call.shape;
+    std::vector<Number> both(s.batch * s.heads * 2 * s.dim);
+    for (int64_t b = 0; b < s.batch; ++b)
+        for (int64_t h = 0; h < s.heads; ++h) {
+            const Number* q = (const Number*)call.q.at(b, h);
+            Number* into = both.data() + (b * s.heads + h) * 2 * s.dim;
+            for (int64_t d = 0; d < s.dim; ++d) into[d + (q[d] >> (8 * sizeof(Number) - 1) ? s.dim : 0)] = q[d];
+        }
+    return both;
+}
+
+template <bool BF16> static int pages(const Call& call, const Formula& formula, const int64_t* packed) {
+    auto both = by_sign<std::conditional_t<BF16, uint16_t, uint32_t>>(call);
+    Shape s = call.shape;
+    s.dim *= 2;
+    const int64_t row = s.dim * int64_t(sizeof both[0]);
+    const Heads queries{(char*)both.data(), s.heads * row, row, row};
     const Pages& asked = *(const Pages*)packed;
     const Segment* segments = (const Segment*)(&asked + 1);
     int64_t parts = 0;
@@ -46,7 +85,7 @@ template <bool BF16> static int pages(const Call& call, const Formula& formula, 
     parallel(int64_t(items.size()), threads, [&](int64_t i, int64_t worker) {
         Own& own = items[i];
         own.item.range = &own.range, own.item.end = &own.range + 1;
-        team[worker].votes(call.q, own.item, own.out);
+        team[worker].votes(queries, own.item, own.out);
     });
     std::vector<std::vector<float>> rooms(threads);
     return parallel(pairs, threads, [&](int64_t pair, int64_t worker) {
