@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.native_builds import other_build  # noqa: F401 - a fixture
 from helpers.tiny import config_for, tiny_model
 
 from hf_longctx import LongCtxCache, patch_model, report
@@ -74,6 +75,13 @@ def test_equal_pages_go_to_the_first_and_nan_to_none():
     assert native.best_pages(q, [bounds], 1, 7).tolist() == [[[0, 1, 2, 4, 5, 6, 7]]]
     bounds[:] = float("nan")
     assert native.best_pages(q, [bounds], 1, 7).tolist() == [[[0, 1, 2, 3, 4, 5, 6]]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("other_build")
+def test_other_instruction_sets(dtype):
+    test_the_best_pages_are_those_of_the_definition(dtype, SHAPES[1], 2)
+    test_a_step_reads_what_is_listed(dtype, 2, True)
 
 
 @pytest.mark.parametrize(
