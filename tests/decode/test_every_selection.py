@@ -34,8 +34,17 @@ from hf_longctx.decode.base import Select
 
 EXACT = [store for store in RETRIEVAL if store not in ROUNDED]
 OTHERS = [store for store in RETRIEVAL if store != "full"]
+
+
+def case_over(store: str | None, case: str):
+    """The parameters of a test; the further cases of a word are slow ones."""
+    given = (case,) if store is None else (case, store)
+    return pytest.param(*given, marks=() if case in FIRST else pytest.mark.slow)
+
+
+EVERY = [case_over(None, case) for case in SELECTING]
 # Every case over plain memory, and one of each word over the other stores; or over a store of pages and a rounded one.
-PLAIN = [(case, "full") for case in SELECTING]
+PLAIN = [case_over("full", case) for case in SELECTING]
 ALL_STORES = PLAIN + [(case, store) for case in FIRST for store in OTHERS]
 SOME_STORES = PLAIN + [(case, store) for case in FIRST for store in ("offloaded", min(ROUNDED))]
 EXACT_STORES = PLAIN + [(case, "offloaded") for case in FIRST]
@@ -108,7 +117,7 @@ def test_beams_of_a_padded_batch_equal_those_of_its_sequences(case):
         assert torch.equal(together[row, -NEW:], alone[0, -NEW:])
 
 
-@pytest.mark.parametrize("case", SELECTING)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_prompt_in_chunks_equals_one_that_is_read_at_once(case):
     model = selecting(spec_of(case))
     ids, steps = tokens(300), tokens(NEW)
@@ -119,7 +128,7 @@ def test_a_prompt_in_chunks_equals_one_that_is_read_at_once(case):
 
 
 @pytest.mark.parametrize("refresh", [1, 5])
-@pytest.mark.parametrize("case", SELECTING)
+@pytest.mark.parametrize("case", EVERY)
 def test_assisted_decoding_gives_the_tokens_of_plain_decoding(case, refresh):
     spec = spec_of(case)
     if refresh > 1:
@@ -158,7 +167,7 @@ def test_several_tokens_at_once_equal_one_by_one_and_what_is_taken_back_changes_
     assert not torch.allclose(go_on(model, prompted(model, ids), others[:, :NEW]), want, atol=1e-3)
 
 
-@pytest.mark.parametrize("case", SELECTING)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_token_written_and_read_in_one_call_chooses_as_the_others_do(case, monkeypatch):
     """Where a kernel has such a call: in float32, one token at a time."""
     found = []
@@ -208,7 +217,7 @@ def test_forks_go_on_as_independent_caches(case, store):
     same(go_on(model, third, steps[:1, -1:]), want[0][:, -1:])
 
 
-@pytest.mark.parametrize("case", SELECTING)
+@pytest.mark.parametrize("case", EVERY)
 def test_forks_of_one_prompt_hold_its_index_once(case):
     model = selecting(spec_of(case))
     cache = prompted(model, tokens(800))
@@ -269,7 +278,7 @@ def test_a_saved_cache_goes_on(case, store, tmp_path):
         same(got, want)
 
 
-@pytest.mark.parametrize("case", SELECTING)
+@pytest.mark.parametrize("case", EVERY)
 def test_reserved_memory_and_a_reset_change_nothing(case):
     model = selecting(spec_of(case))
     ids, steps = tokens(PROMPT, 2), tokens(NEW, 2)
@@ -287,7 +296,7 @@ def test_reserved_memory_and_a_reset_change_nothing(case):
     assert go_on(model, cache, steps[:1]).isfinite().all(), "another number of sequences"
 
 
-@pytest.mark.parametrize("case", SELECTING)
+@pytest.mark.parametrize("case", EVERY)
 def test_the_bytes_of_a_cache_have_its_index(case):
     spec = spec_of(case)
     model = selecting(spec)
@@ -304,7 +313,7 @@ def test_the_bytes_of_a_cache_have_its_index(case):
     assert bool(index_memory(caches[0])) == (spec.nbytes(PROMPT, 8, 8) > 0)
 
 
-@pytest.mark.parametrize("case", SELECTING)
+@pytest.mark.parametrize("case", EVERY)
 def test_the_report_counts_what_was_chosen_and_read(case, monkeypatch):
     found = Counter()
     choose = Selection.choose
@@ -330,7 +339,7 @@ def test_the_report_counts_what_was_chosen_and_read(case, monkeypatch):
     assert f"read {said.read:.1%}" in str(said)
 
 
-@pytest.mark.parametrize("case", SELECTING)
+@pytest.mark.parametrize("case", EVERY)
 def test_turns_go_on_from_the_cache_as_one_text(case):
     model = selecting(spec_of(case))
     text, cache, other = tokens(PROMPT), None, None
@@ -348,7 +357,7 @@ def test_turns_go_on_from_the_cache_as_one_text(case):
         text = torch.cat([said, tokens(4)], 1)
 
 
-@pytest.mark.parametrize("case", SELECTING)
+@pytest.mark.parametrize("case", EVERY)
 def test_staggered_sequences_equal_each_alone(case):
     if spec_of(case).queries:
         pytest.skip("what it knows is of the prompt that the sequences share, not of the part of it that each keeps")
@@ -369,7 +378,7 @@ def test_staggered_sequences_equal_each_alone(case):
             same(got[row : row + 1], go_on(model, own, steps[row : row + 1]), 1e-5)  # positions are rounded alike
 
 
-@pytest.mark.parametrize("case", SELECTING)
+@pytest.mark.parametrize("case", EVERY)
 def test_every_run_chooses_alike(case):
     outs = []
     for _ in range(2):
