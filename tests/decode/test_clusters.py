@@ -20,6 +20,7 @@ STORES = ("full", {"store": "quantized", "bits": 8}, "offloaded", "offloaded_dis
 SHORT = {"segment": 64, "every": 16, "per": 4, "iterations": 3}
 EXACT = {**SHORT, "per": 1, "iterations": 0, "budget": 1, "estimate": 1.0}  # one mean for each token
 TOLERANCE = 1e-12
+EVERY = [pytest.param(one, marks=pytest.mark.slow if at else ()) for at, one in enumerate(Clusters.cases)]
 
 
 def spec(**fields) -> Clusters:
@@ -236,7 +237,7 @@ def test_every_store_in_a_model(store):
         torch.testing.assert_close(got, read(full, ids(), LongCtxCache(full), steps=(120,)), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("fields", Clusters.cases, ids=str)
+@pytest.mark.parametrize("fields", EVERY, ids=str)
 def test_however_the_text_is_cut(fields):
     model = selecting_model("clusters", **fields)
     once = read(model, ids(310), LongCtxCache(model), steps=(290,))
@@ -245,7 +246,7 @@ def test_however_the_text_is_cut(fields):
         torch.testing.assert_close(parts, once, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("fields", Clusters.cases, ids=str)
+@pytest.mark.parametrize("fields", EVERY, ids=str)
 def test_a_left_padded_batch_is_its_sequences_alone(fields):
     model = selecting_model("clusters", **fields)
     lengths = (170, 133, 170)
@@ -258,7 +259,7 @@ def test_a_left_padded_batch_is_its_sequences_alone(fields):
     assert (together[0, -20:] - together[2, -20:]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("fields", Clusters.cases, ids=str)
+@pytest.mark.parametrize("fields", EVERY, ids=str)
 def test_crop_and_continue_is_as_never_cropped(fields):
     """Over the end of a segment, which is clustered anew when it is whole, and back."""
     model = selecting_model("clusters", roles="retrieval", **fields)

@@ -18,6 +18,7 @@ from hf_longctx.layout.segments import Segment
 STORES = ("full", {"store": "quantized", "bits": 8}, "offloaded", "offloaded_disk")
 FIELDS = {"percent": 20.0, "observation": 8, "quantile": 0.6, "recent": 8}
 TOLERANCE = 1e-12
+EVERY = [pytest.param(one, marks=pytest.mark.slow if at else ()) for at, one in enumerate(PrefixClusters.cases)]
 
 
 def spec(**fields) -> PrefixClusters:
@@ -204,7 +205,7 @@ def test_every_store_in_a_model(store):
         torch.testing.assert_close(got, logits(full, ids()), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("fields", PrefixClusters.cases, ids=str)
+@pytest.mark.parametrize("fields", EVERY, ids=str)
 def test_however_the_text_is_cut(fields):
     model = selecting_model("prefix_clusters", **fields)
     once = logits(model, ids(320), steps=(290,))
@@ -212,7 +213,7 @@ def test_however_the_text_is_cut(fields):
         torch.testing.assert_close(logits(model, ids(320), steps=steps), once, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("fields", PrefixClusters.cases, ids=str)
+@pytest.mark.parametrize("fields", EVERY, ids=str)
 def test_a_left_padded_batch_is_its_sequences_alone(fields):
     model = selecting_model("prefix_clusters", **fields)
     lengths = (170, 133, 170)
@@ -225,7 +226,7 @@ def test_a_left_padded_batch_is_its_sequences_alone(fields):
     assert (together[0, -20:] - together[2, -20:]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("fields", PrefixClusters.cases, ids=str)
+@pytest.mark.parametrize("fields", EVERY, ids=str)
 def test_crop_and_continue_is_as_never_cropped(fields):
     model = selecting_model("prefix_clusters", roles="retrieval", **fields)
     cache = LongCtxCache(model)
