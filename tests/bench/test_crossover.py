@@ -235,7 +235,7 @@ def test_the_command_prints_the_override_or_that_there_is_none(tmp_path, monkeyp
             assert said["min_tokens"] == 256 and "wins from 256 tokens on (measured: 256 to 512)" in done.output
             assert said["python"] in done.output and "          min_tokens: 256" in done.output
         else:
-            assert said["min_tokens"] is None and "did not win at the longest of the prompts" in done.output
+            assert said["min_tokens"] is None and "did not win at the longest of the lengths" in done.output
             assert "patch_model" not in done.output
 
 

@@ -40,6 +40,7 @@ def scored(spec, q, segments, pages, scale=1.0):
     return spec.scores(q, index, segments, 0, pages, scale)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("sub", [1, 2, 4])
 @pytest.mark.parametrize("group", [1, 3])
 def test_a_score_is_the_most_of_all_corners(sub, group):
@@ -81,6 +82,7 @@ def test_no_key_of_a_page_has_a_higher_score(page, name, dtype):
         torch.testing.assert_close(finer.double(), true, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.quick
 def test_pages_of_one_token_are_the_exact_best():
     spec = PageBounds(page=1, budget=7, **SMALL)
     segments, k = cached(60)
