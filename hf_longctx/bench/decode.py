@@ -63,6 +63,8 @@ def _case(settings: Settings, word: str, tokens: int, told: Told) -> dict:
         for name, whole in one.names:
             counts = columns[name].forward.log.decode
             figures[name] |= {"instead_of": whole, "read": counts.share, "reused": counts.reused}
+            for speed in ("gb_per_s", "sum_gb_per_s", "share_of_sum"):  # of reading all that is kept
+                del figures[name][speed]
     facts = {"roles": roles[HALF], "error": error, "not_measured": {STATIC: why} if why else {}}
     return {"dtype": word, "tokens": tokens, **facts, "columns": figures}
 

@@ -205,10 +205,11 @@ def _decode(results: list[dict]) -> list[list[str]]:
         for name, column in columns.items():
             bases = (STOCK, *[STATIC] * static, RETRIEVAL)
             times = [f"{ms[base] / ms[name]:.2f}x" if base in ms else "" for base in bases]
+            whole = "gb_per_s" in column
             speed = [
                 f"{column['kept_bytes_per_layer'] / 1e6:.1f}",
-                f"{column['gb_per_s']:.2f}",
-                f"{column['share_of_sum']:.0%}",
+                f"{column['gb_per_s']:.2f}" if whole else "",
+                f"{column['share_of_sum']:.0%}" if whole else "",
             ]
             more = _selected(column, ms, ms[name]) if selects else []
             lines.append(
