@@ -10,6 +10,7 @@ import ctypes
 import sys
 from functools import cache
 
+import torch
 from torch import Tensor
 
 HUGE = 1 << 21  # bytes of a huge page
@@ -19,6 +20,8 @@ MADV_HUGEPAGE = 14
 
 def in_huge_pages(x: Tensor) -> Tensor:
     """``x``, whose memory nobody wrote yet. Where it is large and on a CPU, Linux is asked for huge pages."""
+    if torch.compiler.is_compiling():
+        return x  # it has no memory yet
     if x.device.type == "cpu" and x.nbytes >= LEAST and (ask := _madvise()) is not None:
         first = -(-x.data_ptr() // HUGE) * HUGE
         end = (x.data_ptr() + x.nbytes) // HUGE * HUGE
