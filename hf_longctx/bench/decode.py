@@ -124,8 +124,8 @@ def _first_token(
             check_same(f"{where}, {HALF},", outs[HALF][layer], want, word),
         )
         for one in selections:
-            selected = one.answer(q, k, v, q.shape[3] ** -0.5)
-            wanted = (selected, torch.where(streams, streamed, selected))
+            selected, some = (one.answer(q, k, v, q.shape[3] ** -0.5, row) for row in (None, half[layer]))
+            wanted = (selected, torch.where(streams, streamed, some))
             for (name, _), right in zip(one.names, wanted, strict=True):
                 error = max(error, check_same(f"{where}, {name},", outs[name][layer], right, word))
         if STATIC in outs:

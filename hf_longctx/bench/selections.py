@@ -10,6 +10,7 @@ from torch import Tensor
 from ..config.words import build, wrong
 from ..decode.base import Select
 from ..kernels import reference
+from ..layout.heads import RoleHeads
 from ..layout.reads import ALL, Reads
 from ..layout.scores import Scores
 from ..layout.segments import Segment
@@ -59,8 +60,17 @@ class SelectCase:
             for (name, _), own in zip(self.names, roles, strict=True)
         }
 
-    def answer(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """``[1, 1, H, D]`` in float32 of q ``[1, H, 1, D]``: what a new selection reads, by definition."""
+    def answer(self, q: Tensor, k: Tensor, v: Tensor, scale: float, letters: str | None = None) -> Tensor:
+        """``[1, 1, H, D]`` in float32 of q ``[1, H, 1, D]``: what a new selection reads, by definition.
+
+        Of a layer with these roles (None: all retrieval) the retrieval heads alone choose; 0 for the others.
+        """
+        if letters is not None:
+            heads = RoleHeads("retrieval", tuple(i for i, one in enumerate(letters) if one == "R"), len(letters))
+            own = self.answer(heads.take(q, q.shape[1] // len(letters)), heads.take(k), heads.take(v), scale)
+            out = own.new_zeros(1, 1, len(letters), q.shape[1] // len(letters), own.shape[3])
+            out[:, :, list(heads.kv_heads)] = own.unflatten(2, (len(heads.kv_heads), -1))
+            return out.flatten(2, 3)
         tokens = k.shape[2]
         wide = [Segment(k.float(), v.float(), tokens)]
         reads: Reads = ALL

@@ -43,6 +43,12 @@ def test_every_selection_has_two_columns_that_give_what_it_reads(tmp_path):
     assert max(map(len, narrow.splitlines())) <= 80
 
 
+def test_heads_that_vote_together_are_those_of_the_column():
+    vote = "soft_vote:budget=16:sink=4:recent=16:similar=null:refresh=1"
+    found = decode.run(Settings((150,), dtypes=("fp32",), static=False, select=(vote,), **SHAPE))
+    assert found[0]["error"] <= columns.TOLERANCE["fp32"]
+
+
 def test_a_wrong_choice_is_no_column(monkeypatch):
     real = Selection.choose
 
