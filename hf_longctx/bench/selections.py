@@ -18,6 +18,7 @@ from .columns import HALF, RETRIEVAL, Column
 from .patterns import parse
 from .settings import Settings
 
+MOST = 64  # tokens of a turn, where a choice may be used for longer
 EVERY_LAYER = {"dense_layers": 0, "min_tokens": 0}  # a layer of the benchmark is any layer
 
 
@@ -52,6 +53,11 @@ class SelectCase:
     def names(self) -> tuple[tuple[str, str], ...]:
         """(column, the column that reads everything and keeps the same)."""
         return ((self.text, RETRIEVAL), (f"half, {self.text}", HALF))
+
+    def together(self, steps: int) -> int:
+        """Tokens of a turn, at least ``steps``, that hold as many choices wherever they begin; 1: every token chooses."""
+        refresh = min(self.spec.refresh, MOST)
+        return 1 if refresh == 1 else -(-steps // refresh) * refresh
 
     def columns(self, settings: Settings, dtype: torch.dtype, half: list[str]) -> dict[str, Column]:
         roles = (settings.all_heads("R"), half)
