@@ -48,7 +48,7 @@ def draw(data: dict) -> Figure:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    makers = {"crossover": _crossover, "memory": _memory}
+    makers = {"crossover": _crossover, "crossover_decode": _crossover, "memory": _memory}
     return makers.get(data["benchmark"], _times)(data)
 
 
@@ -114,6 +114,8 @@ def _crossover(data: dict) -> Figure:
     """Time against length, dense and sparse, a panel per dtype; a line where sparse begins to win."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
+    decoded = data["benchmark"] == "crossover_decode"
+    of, what = ("cached tokens", "a decoded token") if decoded else ("tokens of the prompt", "attention")
     words = list(dict.fromkeys(result["dtype"] for result in data["results"]))
     figure = new_figure(max(6.0, 4.6 * len(words)), 4.4)
     for axes, word in zip(figure.subplots(1, len(words), squeeze=False)[0], words, strict=True):
@@ -132,14 +134,18 @@ def _crossover(data: dict) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(lengths, [str(length) for length in lengths], rotation=45)
-        axes.set_xlabel("tokens of the prompt", fontsize=8)
-        axes.set_ylabel("attention of a layer's retrieval heads, ms", fontsize=8)
+        axes.set_xlabel(of, fontsize=8)
+        axes.set_ylabel(f"{what} of a layer's retrieval heads, ms", fontsize=8)
         axes.legend(fontsize=8, loc="upper left")
         axes.minorticks_off()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
         _plain(axes, "both")
-    _head(figure, data, "medians, shaded: 10th to 90th percentile; choosing the blocks is part of sparse")
+    _head(
+        figure,
+        data,
+        f"medians, shaded: 10th to 90th percentile; choosing the {'tokens' if decoded else 'blocks'} is part of sparse",
+    )
     return figure
 
 

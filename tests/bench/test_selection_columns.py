@@ -79,8 +79,11 @@ def test_a_text_that_is_no_selection_is_refused(text, says):
 def test_the_crossover_of_a_selection_is_an_override_of_decode(tmp_path):
     path = tmp_path / "out.json"
     shape = ["--heads", "8", "--kv-heads", "4", "--head-dim", "16", "--rounds", "2", "--dtype", "fp32"]
-    done = invoke("bench", "crossover", *shape, "--decode", FEW, "--tokens", "60,150", "--json", path)
+    picture = tmp_path / "out.png"
+    given = ["--decode", FEW, "--tokens", "60,150", "--json", path, "--png", picture]
+    done = invoke("bench", "crossover", *shape, *given)
     assert done.exit_code == 0, done.output
+    assert picture.read_bytes()[1:4] == b"PNG"
     data = json.loads(path.read_text())
     assert [result["tokens"] for result in data["results"]] == [60, 150]
     assert data["results"][1]["columns"]["sparse"]["density"] < 0.4
