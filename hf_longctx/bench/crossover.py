@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import yaml
@@ -130,12 +131,17 @@ def _drawn(config: LongCtxConfig, seed: int, name: str) -> tuple[int, dict]:
 
 @torch.no_grad()
 def run(case: CrossoverCase, told: Told = quiet) -> list[dict]:
-    """One result per dtype and length, shortest first, until it is clear that longer prompts win as well."""
+    """One result per dtype and length, as `until_clear`."""
+    return until_clear(case.settings, lambda word, tokens: _measured(case, word, tokens, told))
+
+
+def until_clear(settings: Settings, measured: Callable[[str, int], dict]) -> list[dict]:
+    """``measured(dtype, tokens)`` of each dtype, shortest first, until it is clear that longer lengths win as well."""
     results = []
-    for word in case.settings.dtypes:
+    for word in settings.dtypes:
         found: list[dict] = []
-        for tokens in sorted(set(case.settings.tokens)):
-            found.append(_measured(case, word, tokens, told))
+        for tokens in sorted(set(settings.tokens)):
+            found.append(measured(word, tokens))
             if is_clear(found):
                 break
         results += found
@@ -160,12 +166,19 @@ def _measured(case: CrossoverCase, word: str, tokens: int, told: Told) -> dict:
         out = attend(columns[name], qkv, times[name], Samples())
         if number == 0:
             error = max(error, _check(columns[name], name, qkv, out, word))
+    density = columns[SPARSE].forward.log.prefill.density
+    return {"dtype": word, "tokens": tokens, **compared(settings, columns, times, density, error)}
+
+
+def compared(
+    settings: Settings, columns: dict[str, Column], times: dict[str, Samples], density: float, error: float
+) -> dict:
+    """What a result says of two columns, `DENSE` and `SPARSE`, and which of them wins."""
     middle, worst = gain(times[DENSE].ms, times[SPARSE].ms)
     figures = {name: {"ms": times[name].as_dict(), "kernel": column.kernel} for name, column in columns.items()}
-    figures[SPARSE]["density"] = columns[SPARSE].forward.log.prefill.density
+    figures[SPARSE]["density"] = density
     facts = {"heads": settings.heads, "kv_heads": settings.kv_heads, "error": error}
-    verdict = {"faster": middle, "faster_in_worst": worst, "wins": worst > 1}
-    return {"dtype": word, "tokens": tokens, **facts, "columns": figures, **verdict}
+    return {**facts, "columns": figures, "faster": middle, "faster_in_worst": worst, "wins": worst > 1}
 
 
 def _check(column: Column, name: str, qkv: QKV, out: Tensor, word: str) -> float:
@@ -211,14 +224,19 @@ def is_clear(results: list[dict]) -> bool:
 def override(case: CrossoverCase, min_tokens: int) -> dict[str, str]:
     """The override of ``prefill``, as a user would write it in Python and in a YAML."""
     sections = {**case.given, "prefill": {"min_tokens": min_tokens, **case.given.get("prefill", {})}}
-    arguments = ["model", *([] if case.config is None else [repr(case.config)])]
+    return written(sections, case.config)
+
+
+def written(sections: dict, config: str | None = None) -> dict[str, str]:
+    """Sections laid over a config, as a user would write them in Python and in a YAML."""
+    arguments = ["model", *([] if config is None else [repr(config)])]
     arguments += [f"{name}={value!r}" for name, value in sections.items()]
     call = f"patch_model({', '.join(arguments)})"
     return {"python": call, "yaml": yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=110)}
 
 
-def verdicts(case: CrossoverCase, results: list[dict]) -> dict[str, dict]:
-    """By dtype: ``min_tokens`` and how to write it, or None where sparse prefill never won."""
+def verdicts(results: list[dict], override: Callable[[int], dict[str, str]]) -> dict[str, dict]:
+    """By dtype: ``min_tokens`` and how to write it, or None where sparse never won."""
     found = {}
     for word in dict.fromkeys(result["dtype"] for result in results):
         mine = [result for result in results if result["dtype"] == word]
@@ -226,11 +244,11 @@ def verdicts(case: CrossoverCase, results: list[dict]) -> dict[str, dict]:
         lengths = [result["tokens"] for result in mine]
         found[word] = {"min_tokens": tokens, "shortest": min(lengths), "longest": max(lengths)}
         if tokens is not None:
-            found[word] |= override(case, tokens)
+            found[word] |= override(tokens)
     return found
 
 
 def facts(case: CrossoverCase, results: list[dict]) -> dict:
     """What the JSON holds besides every time: what was measured, and the verdicts."""
     what = {"config": case.config, "prefill": case.prefill}
-    return {"subject": what, "crossover": verdicts(case, results)}
+    return {"subject": what, "crossover": verdicts(results, partial(override, case))}

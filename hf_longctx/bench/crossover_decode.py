@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-import yaml
 
 from .columns import RETRIEVAL, Column, check_same, dtype_of, random_heads
-from .crossover import DENSE, SPARSE, first_win, gain, is_clear
+from .crossover import DENSE, SPARSE, compared, until_clear, verdicts, written
 from .decode import step, token_of
 from .measure import Samples, Told, quiet, turns
 from .selections import SelectCase
 from .settings import Settings
 
-STEPS = 8  # tokens of a turn, so that choosing and using a choice again are both in it
+STEPS = 8  # tokens of a turn, at least
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,14 @@ def case_of(settings: Settings, decode: str) -> DecodeCase:
     Raises:
         ConfigError: it is none, or reads everything.
     """
-    return DecodeCase(replace(settings, patterns=(), densities=(), steps=STEPS), SelectCase.of(decode))
+    select = SelectCase.of(decode)
+    return DecodeCase(replace(settings, patterns=(), densities=(), steps=select.together(STEPS)), select)
 
 
 @torch.no_grad()
 def run(case: DecodeCase, told: Told = quiet) -> list[dict]:
-    """One result per dtype and length, shortest first, until it is clear that longer ones win as well."""
-    results = []
-    for word in case.settings.dtypes:
-        found: list[dict] = []
-        for tokens in sorted(set(case.settings.tokens)):
-            found.append(_measured(case, word, tokens, told))
-            if is_clear(found):
-                break
-        results += found
-    return results
+    """One result per dtype and length, as `until_clear`."""
+    return until_clear(case.settings, lambda word, tokens: _measured(case, word, tokens, told))
 
 
 def _measured(case: DecodeCase, word: str, tokens: int, told: Told) -> dict:
@@ -71,13 +64,9 @@ def _measured(case: DecodeCase, word: str, tokens: int, told: Told) -> dict:
     for _, name in turns(columns, settings.rounds, tokens, told):
         several = [token_of(settings, dtype) for _ in range(settings.steps)]
         times[name].time(lambda: [step(columns[name], one) for one in several], settings.layers * settings.steps)  # noqa: B023
-    middle, worst = gain(times[DENSE].ms, times[SPARSE].ms)
-    figures = {name: {"ms": times[name].as_dict(), "kernel": column.kernel} for name, column in columns.items()}
     share = columns[SPARSE].log.decode.share
-    figures[SPARSE]["density"] = 1.0 if share is None else share
-    facts = {"heads": settings.heads, "kv_heads": settings.kv_heads, "error": error}
-    verdict = {"faster": middle, "faster_in_worst": worst, "wins": worst > 1}
-    return {"dtype": word, "tokens": tokens, **facts, "columns": figures, **verdict}
+    density = 1.0 if share is None else share
+    return {"dtype": word, "tokens": tokens, **compared(settings, columns, times, density, error)}
 
 
 def _first_token(case: DecodeCase, word: str, columns: dict[str, Column], kept: list) -> float:
@@ -97,20 +86,11 @@ def _first_token(case: DecodeCase, word: str, columns: dict[str, Column], kept: 
 
 def facts(case: DecodeCase, results: list[dict]) -> dict:
     """What the JSON holds besides every time: what was measured, and from which length on it wins, by dtype."""
-    found = {}
-    for word in dict.fromkeys(result["dtype"] for result in results):
-        mine = [result for result in results if result["dtype"] == word]
-        tokens = first_win((result["tokens"], result["wins"]) for result in mine)
-        lengths = [result["tokens"] for result in mine]
-        found[word] = {"min_tokens": tokens, "shortest": min(lengths), "longest": max(lengths)}
-        if tokens is not None:
-            found[word] |= _override(case, tokens)
-    return {"subject": {"select": case.select.fields, "instead of": RETRIEVAL}, "crossover": found}
+    what = {"select": case.select.fields, "instead of": RETRIEVAL}
+    return {"subject": what, "crossover": verdicts(results, partial(_override, case))}
 
 
 def _override(case: DecodeCase, min_tokens: int) -> dict[str, str]:
     """The override of ``decode``, as a user would write it in Python and in a YAML."""
     fields = {name: value for name, value in case.select.fields.items() if name != "dense_layers"}
-    section = {"decode": {"retrieval": {**fields, "min_tokens": min_tokens}}}
-    call = f"patch_model(model, decode={section['decode']!r})"
-    return {"python": call, "yaml": yaml.safe_dump(section, sort_keys=False, default_flow_style=None, width=110)}
+    return written({"decode": {"retrieval": {**fields, "min_tokens": min_tokens}}})

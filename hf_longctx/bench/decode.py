@@ -47,13 +47,13 @@ def _case(settings: Settings, word: str, tokens: int, told: Told) -> dict:
         for column in columns.values():
             column.update(layer, k, v)
     kept, error = _first_token(settings, columns, roles[HALF], word, selections)
-    # Of a selection whose choice is used again, tokens are timed together, so that choosing has its share in each time.
-    whole = {name: one.together(settings.steps) for one in selections for name, _ in one.names}
+    # Of a selection the tokens of a turn are timed together, so that choosing has its share in each time.
+    together = {name: one.together(settings.steps) for one in selections for name, _ in one.names}
     times = {name: Samples() for name in columns}
     sums = {name: Samples() for name in columns}
     for _, name in turns(columns, settings.rounds, tokens, told):
-        each = whole.get(name, 1)
-        for _ in range(settings.steps if each == 1 else 1):
+        each = together.get(name, 1)
+        for _ in range(1 if name in together else settings.steps):
             some = [token_of(settings, dtype) for _ in range(each)]
             work = lambda: [step(columns[name], token) for token in some][-1]  # noqa: B023, E731
             kept[name] = times[name].time(work, settings.layers * each)

@@ -55,9 +55,9 @@ class SelectCase:
         return ((self.text, RETRIEVAL), (f"half, {self.text}", HALF))
 
     def together(self, steps: int) -> int:
-        """Tokens of a turn, at least ``steps``, with as many choices wherever they begin; 1: each token chooses."""
+        """Tokens of a turn, at least ``steps``, that hold as many choices wherever they begin."""
         refresh = min(self.spec.refresh, MOST)
-        return 1 if refresh == 1 else -(-steps // refresh) * refresh
+        return -(-steps // refresh) * refresh
 
     def columns(self, settings: Settings, dtype: torch.dtype, half: list[str]) -> dict[str, Column]:
         roles = (settings.all_heads("R"), half)

@@ -25,11 +25,7 @@ TITLES = {
     "crossover_decode": "a decoded token of retrieval heads, per layer: reading all, and a selection",
     "kernels": "kernel native against kernel cpu (torch), attention of one layer",
 }
-FLAT = (
-    "crossover",
-    "crossover_decode",
-    "kernels",
-)  # tables whose lines are not grouped by case, and that have no stock
+FLAT = ("crossover", "crossover_decode", "kernels")  # not grouped by case, and without stock
 TEXTS = ("function", "dtype", "", "choosing with", "kernel", "wins")  # columns of words
 QUIET = 0.05  # share of the processors that others may take before the figures are called bad
 NOTES = {

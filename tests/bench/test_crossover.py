@@ -83,7 +83,8 @@ def test_measuring_stops_when_it_is_clear_and_starts_with_the_shortest(monkeypat
     assert [(r["dtype"], r["tokens"]) for r in results] == [
         (word, tokens) for word in ("fp32", "bf16") for tokens in (256, 512, 1024, 2048)
     ]
-    found = crossover.verdicts(case, [r for r in results if r["dtype"] == "fp32" or r["tokens"] == 256])
+    some = [r for r in results if r["dtype"] == "fp32" or r["tokens"] == 256]
+    found = crossover.facts(case, some)["crossover"]
     assert found["fp32"]["min_tokens"] == 512 and (found["fp32"]["shortest"], found["fp32"]["longest"]) == (256, 2048)
     assert found["bf16"] == {"min_tokens": None, "shortest": 256, "longest": 256}
 
