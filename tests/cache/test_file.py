@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.halves import Halves
 from helpers.memory import Allocations
 from helpers.tiny import FAMILIES, SLIDING, config_for, left_padded, tiny_model
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,6 @@ from hf_longctx.config.words import load, words
 from hf_longctx.io import tensor_file
 from hf_longctx.io.atomic import left_over
 from hf_longctx.layout.segments import HeadKV, Segment
-from hf_longctx.layout.streamed import Streamed
 from hf_longctx.stores.base import Store
 from hf_longctx.stores.full import Full, FullStore
 
@@ -196,40 +196,6 @@ def test_every_store_can_be_saved(word, role, lengths, tmp_path):
     assert torch.equal(read(model, loaded, more, longer), want)
     cache.crop(-20), loaded.crop(-20)
     assert torch.equal(read(model, loaded, more, longer[:, :-15]), read(model, cache, more, longer[:, :-15]))
-
-
-class Halves(Streamed):
-    """Reads what it keeps in two blocks."""
-
-    kind = "halves"
-    saved_as = "Halves"
-    joined_note = "halves were joined"
-
-    def __init__(self, k, v):
-        self.k, self.v, self.dtype = k, v, k.dtype
-
-    def blocks(self):
-        half = self.k.shape[2] // 2
-        for part in (slice(0, half), slice(half, None)):
-            if self.k[:, :, part].shape[2]:
-                yield Segment(self.k[:, :, part], self.v[:, :, part], self.k[:, :, part].shape[2])
-
-    def tensors(self):
-        yield from (self.k, self.v)
-
-    def map_rows(self, change):
-        self.k, self.v = change(self.k), change(self.v)
-
-    def copy(self):
-        return Halves(self.k.clone(), self.v.clone())
-
-    def saved(self):
-        return {"k": self.k, "v": self.v}, {"extra": 5}
-
-    @classmethod
-    def restored(cls, tensors, numbers, device):
-        assert numbers == {"extra": 5} and device.type == "cpu"
-        return cls(*(tensors[name].to(device, copy=True) for name in ("k", "v")))
 
 
 class HalvesStore(FullStore):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from helpers.recall import retrieval_heads
-from helpers.selecting import SMALL, attended, read, selecting_model
+from helpers.selecting import SMALL, assert_padded_as_alone, attended, read, selecting_model
 
 from hf_longctx import ConfigError, LongCtxCache, report
 from hf_longctx.decode import _growing, _kmeans
@@ -248,15 +248,7 @@ def test_however_the_text_is_cut(fields):
 
 @pytest.mark.parametrize("fields", EVERY, ids=str)
 def test_a_left_padded_batch_is_its_sequences_alone(fields):
-    model = selecting_model("clusters", **fields)
-    lengths = (170, 133, 170)
-    text = ids(170, 3)
-    mask = torch.tensor([[int(j >= 170 - length) for j in range(170)] for length in lengths])
-    together = read(model, text * mask, LongCtxCache(model), mask, steps=(150,))
-    for row, length in enumerate(lengths):
-        alone = read(model, text[row : row + 1, 170 - length :], LongCtxCache(model), steps=(length - 20,))
-        torch.testing.assert_close(together[row, -20:], alone[0, -20:], rtol=0, atol=1e-11)
-    assert (together[0, -20:] - together[2, -20:]).abs().max() > 1e-2
+    assert_padded_as_alone(selecting_model("clusters", **fields), ids(170, 3))
 
 
 @pytest.mark.parametrize("fields", EVERY, ids=str)

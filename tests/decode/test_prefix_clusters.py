@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from helpers.forgeries import Forger, at, changed, others, places, put
-from helpers.selecting import SMALL, read, selecting_model
+from helpers.selecting import SMALL, assert_padded_as_alone, read, selecting_model
 
 from hf_longctx import CacheError, ConfigError, LongCtxCache, PromptCache, observe, report
 from hf_longctx.decode._weights import EVERYTHING, quantile
@@ -215,15 +215,7 @@ def test_however_the_text_is_cut(fields):
 
 @pytest.mark.parametrize("fields", EVERY, ids=str)
 def test_a_left_padded_batch_is_its_sequences_alone(fields):
-    model = selecting_model("prefix_clusters", **fields)
-    lengths = (170, 133, 170)
-    text = ids(170, 3)
-    mask = torch.tensor([[int(j >= 170 - length) for j in range(170)] for length in lengths])
-    together = logits(model, text * mask, mask=mask)
-    for row, length in enumerate(lengths):
-        alone = logits(model, text[row : row + 1, 170 - length :], steps=(length - 20,))
-        torch.testing.assert_close(together[row, -20:], alone[0, -20:], rtol=0, atol=1e-11)
-    assert (together[0, -20:] - together[2, -20:]).abs().max() > 1e-2
+    assert_padded_as_alone(selecting_model("prefix_clusters", **fields), ids(170, 3))
 
 
 @pytest.mark.parametrize("fields", EVERY, ids=str)

@@ -12,6 +12,7 @@ from hf_longctx import Family
 from hf_longctx.decode.base import Cached, Index, Select
 from hf_longctx.identification.methods.base import Method
 from hf_longctx.kernels import reference
+from hf_longctx.kernels.reference import products
 from hf_longctx.layout.blocks import BlockList
 from hf_longctx.layout.gather import keys
 from hf_longctx.prefill.base import BLOCK, PatternSpec
@@ -74,7 +75,7 @@ class Pages(Select):
 
     def scores(self, q: Tensor, index: Index, cached: Cached, low: int, high: int, scale: float) -> Tensor:
         k = keys(cached, low * self.page, high * self.page).unflatten(2, (-1, self.page)).mean(3)
-        return (q[:, :, 0].unflatten(1, (k.shape[1], -1)) @ k.mT).flatten(1, 2).mul(scale)
+        return products(q, k) * scale
 
 
 @dataclass(frozen=True)

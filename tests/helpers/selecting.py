@@ -57,3 +57,14 @@ def attended(spec: Select, q: Tensor, k: Tensor, v: Tensor, scale: float, kernel
     part = HeadKV(heads, [Segment(k, v, k.shape[2])], Full(), selection=Selection(spec))
     call = LayerCall(plan, Forward(Rows(q.shape[0], k.shape[2] - 1, 1)), Scores(scale))
     return call.cached(q, [part])
+
+
+def assert_padded_as_alone(model, text: Tensor) -> None:
+    """Sequences of a left-padded batch, made of ``text [3, 170]``, give what each gives alone, in 20 decoded tokens."""
+    lengths = (170, 133, 170)
+    mask = torch.tensor([[int(j >= 170 - length) for j in range(170)] for length in lengths])
+    together = read(model, text * mask, LongCtxCache(model), mask, steps=(150,))
+    for row, length in enumerate(lengths):
+        alone = read(model, text[row : row + 1, 170 - length :], LongCtxCache(model), steps=(length - 20,))
+        torch.testing.assert_close(together[row, -20:], alone[0, -20:], rtol=0, atol=1e-11)
+    assert (together[0, -20:] - together[2, -20:]).abs().max() > 1e-2

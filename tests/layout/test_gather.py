@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.block_lists import block_list, random_qkv
 from helpers.calls import sparse
+from helpers.halves import Halves
 from helpers.packed_cases import numbers_of, packed
 
 from hf_longctx.errors import CacheError
@@ -20,7 +21,6 @@ from hf_longctx.layout.gather import gathered, key_pieces, keys, listed_tokens, 
 from hf_longctx.layout.reads import ALL
 from hf_longctx.layout.scores import Scores
 from hf_longctx.layout.segments import Segment
-from hf_longctx.layout.streamed import Streamed
 from hf_longctx.stores._page import DiskPage, Folder, HostMemory, HostPage
 from hf_longctx.stores._pages import Entry, Pages
 
@@ -47,29 +47,6 @@ def paged(k, v, home="host", page=16) -> Pages:
     parts = zip(k.split(page, 2), v.split(page, 2), strict=True)
     entries = [Entry(written.write(a, b), 0, a.shape[2]) for a, b in parts]
     return Pages(entries, k.device, k.dtype, "offloaded")
-
-
-class Halves(Streamed):
-    """One that says no more than it must."""
-
-    kind, joined_note, saved_as = "halves", "joined", "Halves"
-
-    def __init__(self, k, v):
-        self.k, self.v, self.dtype = k, v, k.dtype
-
-    def blocks(self):
-        half = self.k.shape[2] // 2
-        for part in (slice(0, half), slice(half, None)):
-            if self.k[:, :, part].shape[2]:
-                yield Segment(self.k[:, :, part], self.v[:, :, part], self.k[:, :, part].shape[2])
-
-    def tensors(self):
-        yield from (self.k, self.v)
-
-    def map_rows(self, change):
-        raise NotImplementedError
-
-    copy = saved = restored = map_rows
 
 
 def laid(kind: str, tokens: int):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..kernels.reference import products
 from ..layout.gather import keys
 from .base import Cached, Index, Select
 
@@ -28,4 +29,4 @@ class FewPages(Select):
 
     def scores(self, q: Tensor, index: Index, cached: Cached, low: int, high: int, scale: float) -> Tensor:
         k = keys(cached, low * self.page, high * self.page).unflatten(2, (-1, self.page)).mean(3)
-        return (q[:, :, 0].unflatten(1, (k.shape[1], -1)) @ k.mT).flatten(1, 2).mul(scale)
+        return products(q, k) * scale
