@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -65,15 +65,18 @@ class Form:
         most = MOST if self.reserve.max_tokens is None else self.reserve.max_tokens
         if not self.saves(most):
             return None
-        # at low it does not, at high it does
-        low = 0
-        high = most
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.saves(middle) else (middle, high)
+        low = first_where(self.saves, 0, most) - 1
         # Room grows in steps, so some lengths above that cost more again; over that many tokens steps even out.
         above = range(min(most, low + low // 4 + 2048), low, -1)
         return 1 + next((tokens for tokens in above if not self.saves(tokens)), low)
+
+
+def first_where(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """By halves: the first number after ``low`` where ``holds`` is True; False at ``low``, True at ``high``."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
 
 
 def _counted(pairs: Iterable[tuple[Spec, int]]) -> tuple[tuple[Spec, int], ...]:

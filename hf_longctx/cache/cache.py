@@ -185,7 +185,7 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
             )
         self._check_room(rows)
         self._check_starts(rows)
-        if any(layer.plan.selecting(rows) for layer in self.own if layer.is_initialized):
+        if any(layer.plan.learns and layer.plan.selecting(rows) for layer in self.own if layer.is_initialized):
             self.settle()
         self._thaw_stock()
         self.forward = forward

@@ -162,6 +162,11 @@ class LayerPlan:
         return "auto" if self.kernel == "stock" else self.kernel
 
     @cached_property
+    def learns(self) -> bool:
+        """Whether some selection has an index that is settled where a prompt ends (`SelectSpec.queries`)."""
+        return any(role.decode.queries for role in self.filled)
+
+    @cached_property
     def tells_prompts(self) -> bool:
         """Whether the tokens of a prompt read otherwise than those that are decoded, in some head."""
         return any(role.prefill is not None or role.dense_tail or role.selects for role in self.filled)

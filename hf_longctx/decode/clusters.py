@@ -15,11 +15,13 @@ from torch import Tensor
 
 from ..config.bounds import SHARE, TOKENS
 from ..errors import ConfigError
+from ..kernels.reference import products
 from ..layout.gather import keys_and_values
 from ..layout.segments import Segment
 from ._growing import Growing, room
 from ._kmeans import ITERATIONS, clustered, means, sizes
 from ._ranked import Ranked, ascending
+from ._votes import vote
 from .base import Cached, Chosen, Index, Select
 
 
@@ -151,10 +153,7 @@ class ClusterIndex(Index):
 
     def votes(self, q: Tensor) -> Tensor:
         """The highest product of each cluster's mean key and a query head of its KV head, ``[B, n, C]``, not scaled."""
-        wide = torch.promote_types(q.dtype, torch.float32)
-        keys = self.keys.views()
-        grouped = q[:, :, 0].to(wide).unflatten(1, (keys[0].shape[1], -1))
-        return torch.cat([(grouped @ part.to(wide).transpose(2, 3)).amax(2) for part in keys], 2)
+        return torch.cat([vote(products(q, part), part.shape[1], "max") for part in self.keys.views()], 2)
 
     def estimate(self, cluster: Tensor, counts: Tensor) -> Segment:
         """Stands for so many tokens of each of these clusters, ``[B, n, M]`` both."""

@@ -48,6 +48,8 @@ def refuse_selection(plans: Sequence[LayerPlan], rows: Rows, cache: Any, device:
     Raises:
         UnsupportedModeError: the cache is not ours, or a choice is compared by value on a device.
     """
+    if isinstance(cache, LongCtxCache) and device.type == "cpu":
+        return
     asked = [role.decode for plan in plans for role in plan.filled if role.selecting(rows)]
     if not asked:
         return

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..cache.break_even import first_where
 from ..cache.plan import LayerPlan
 from ..config.bounds import MOST
 from ..config.words import spec_word
@@ -70,12 +71,4 @@ def decoded(plans: Sequence[LayerPlan], context: int) -> Decoded | None:
 
 def begins(select: SelectSpec) -> int | None:
     """Fewest tokens from which the selection leaves some out."""
-    if not select.runs(MOST):
-        return None
-    # at low it reads all, at high it does not
-    low = 0
-    high = MOST
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if select.runs(middle) else (middle, high)
-    return high
+    return first_where(select.runs, 0, MOST) if select.runs(MOST) else None

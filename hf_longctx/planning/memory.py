@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from ..cache.break_even import first_where
 from ..cache.plan import LayerPlan
 from ..cache.stock_layers import stock_layers, tensors_of
 from ..config.config import LongCtxConfig
@@ -259,18 +260,14 @@ class MemoryModel:
 def longest(memory_model: MemoryModel, way: str) -> int | None:
     """Tokens of the longest context whose need fits into the memory; 0 for none, None where there is no limit."""
 
-    def fits(tokens: int) -> bool:
-        return memory_model.need(way, tokens).total <= memory_model.settings.memory
+    def too_much(tokens: int) -> bool:
+        return memory_model.need(way, tokens).total > memory_model.settings.memory
 
-    if fits(MOST):
+    if not too_much(MOST):
         return None
-    # low fits, high does not
     low = 0
     high = 1
-    while fits(high):
+    while not too_much(high):
         low = high
         high = 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return first_where(too_much, low, high) - 1

@@ -107,15 +107,7 @@ class Pages(Streamed):
             yield [x[rows] for x in page.read()]
 
     def span(self, low: int, high: int) -> tuple[Tensor, Tensor]:
-        kept = self.first(high)
-        begin = 0
-        entries = []
-        for entry in kept.entries:
-            end = begin + entry.high - entry.low
-            if low < end:
-                entries.append(entry._replace(low=entry.low + max(0, low - begin)))
-            begin = end
-        parts = [block.contents() for block in self._copied(replace(kept, entries=entries, bias=None))]
+        parts = [block.contents() for block in self._copied(self.first(high).alone(self.rows, low))]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(pair, 2) for pair in zip(*parts, strict=True))
 
     @staticmethod
