@@ -26,7 +26,7 @@ OURS = {name for name in vars(hf_longctx.errors) if name.endswith("Error")}
 
 # Package -> the packages that it imports, beside itself. Data flows from top to bottom: a row names rows above it, and
 # no other. A new file in a package gets no row; nothing but these stands at the root.
-BELOW = {"errors", "config", "io", "layout", "kernels", "prefill", "decode", "stores", "cache"}
+BELOW = {"errors", "config", "io", "layout", "kernels", "prefill", "decode", "eviction", "stores", "cache"}
 LAYERS = {
     "errors": set(),
     "assets": {"errors"},
@@ -36,7 +36,8 @@ LAYERS = {
     "kernels": {"errors", "config", "layout"},
     "prefill": {"errors", "config", "layout", "kernels"},
     "decode": {"errors", "config", "layout", "kernels"},
-    "stores": {"errors", "config", "io", "layout", "kernels"},
+    "eviction": {"errors", "config", "layout", "kernels"},
+    "stores": {"errors", "config", "io", "layout", "kernels", "eviction"},
     "cache": BELOW - {"cache"},
     "model": BELOW,
     "tasks": {"errors", "config", "io", "cache", "assets"},

@@ -21,10 +21,12 @@ BASES = {
     "store": ("stores.base", "StoreSpec", "store"),
     "prefill": ("prefill.base", "PatternSpec", "pattern"),
     "decode": ("decode.base", "SelectSpec", "select"),
+    "eviction": ("eviction.base", "Score", "score"),
+    "after": ("eviction.after.base", "After", "after"),
     "heads": ("identification.methods.base", "Method", "method"),
     "task": ("tasks.base", "Task", "task"),
 }
-WITH_ROLES = ("store", "prefill", "decode")
+WITH_ROLES = ("store", "prefill", "decode", "eviction", "after")
 ROLES = ("retrieval", "streaming")
 PLAIN = (int, float, str, bool, dict)
 KERNEL = ("NAME", "PREFERENCE", "READS", "supports", "attend")
@@ -37,10 +39,10 @@ def register(kind: str, word: str, thing: Any) -> None:
     be registered again. A class that is defined again, as by a notebook cell run twice, takes the place of the earlier.
 
     Args:
-        kind: ``store``, ``prefill``, ``decode``, ``heads`` (an identification method), ``task``, ``kernel`` or
-            ``family``.
+        kind: ``store``, ``prefill``, ``decode``, ``eviction`` (a score), ``after`` (of an eviction), ``heads`` (an
+            identification method), ``task``, ``kernel`` or ``family``.
         word: small letters, digits and underscores; of a family, its ``model_type``.
-        thing: of the first five kinds the class, a frozen dataclass that extends the kind's base; of ``kernel`` a
+        thing: of the first seven kinds the class, a frozen dataclass that extends the kind's base; of ``kernel`` a
             module or object with what ``kernels/base.py`` asks of one; of ``family`` a ``Family``.
 
     Raises:

@@ -32,6 +32,8 @@ FOLDERS = {
     "store": "stores",
     "prefill": "prefill",
     "decode": "decode",
+    "eviction": "eviction",
+    "after": "eviction.after",
     "heads": "identification.methods",
     "task": "tasks.synthetic",
     "kernel": "kernels",

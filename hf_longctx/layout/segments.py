@@ -169,6 +169,8 @@ class HeadKV:
         spec: the spec of the store, which knows its visibility rule.
         state: what else the spec's `reads` needs, tensors by name.
         selection: which of these tokens a decoded token reads; None: all.
+        attended: called after attention with the queries, this, the rows and the scores (`Store.attended`); None: it
+            is not.
     """
 
     heads: RoleHeads
@@ -178,6 +180,7 @@ class HeadKV:
     first: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
     selection: Any = None
+    attended: Callable[..., None] | None = None
 
     @property
     def dtype(self) -> torch.dtype:

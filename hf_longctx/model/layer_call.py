@@ -128,7 +128,14 @@ class LayerCall(SelectedReads):
         )
 
     def _role(self, q: Tensor, role: RolePlan, part: HeadKV, rowwise: bool = False, by_store: bool = False) -> Tensor:
-        """Attention ``[B, h, T, D]`` of one role's query heads."""
+        """Attention ``[B, h, T, D]`` of one role's query heads; the store is shown their queries where it asks."""
+        out = self._role_read(q, role, part, rowwise, by_store)
+        if part.attended is not None and not by_store:
+            scores = self._scores(role.heads) if self.by_head else self.scores
+            part.attended(q.detach(), part, self.rows, scores)
+        return out
+
+    def _role_read(self, q: Tensor, role: RolePlan, part: HeadKV, rowwise: bool, by_store: bool) -> Tensor:
         if part.selection is not None and not by_store and role.decode.queries:
             self._show_prompt(q, role, part.selection)
         if part.selection is not None and not by_store and role.selecting(self.rows):

@@ -21,6 +21,7 @@ from ..layout.heads import RoleHeads
 from ..layout.huge_pages import in_huge_pages
 from ..layout.reads import CAUSAL, Reads
 from ..layout.rows import Rows
+from ..layout.scores import Scores
 from ..layout.segments import HeadKV, Place, Segment
 from ..layout.streamed import Streamed
 from ._saved import SavedStore
@@ -169,6 +170,17 @@ class Store(ABC):
         Args:
             k, v: keys and values of *all* the layer's KV heads, ``[B, H_kv, T, D]``.
             rows: the rows of this forward.
+        """
+
+    def attended(self, q: Tensor, part: HeadKV, rows: Rows, scores: Scores) -> None:  # noqa: B027
+        """The queries of a forward, after their attention; what was cached does not change here.
+
+        Asked where `append` put this method into ``part.attended``.
+
+        Args:
+            q: of the role's heads, ``[B, h, T, D]``, rotated as the keys are.
+            part: what `append` returned.
+            scores: how attention made scores of them, of these heads.
         """
 
     def held(self, rows: Rows) -> HeadKV:

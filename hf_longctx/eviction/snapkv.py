@@ -1,0 +1,52 @@
+"""``score: snapkv``: what the last queries of the prompt attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+from ..config.bounds import TOKENS
+from ..errors import ConfigError
+from ._columns import weights
+from .base import Score, Seen
+
+
+@dataclass(frozen=True)
+class Snapkv(Score):
+    """Keep the tokens to which the prompt's last queries attend, and their neighbours.
+
+    The mean of the attention weights of the last ``window`` queries, smoothed over neighbours, and its mean over the
+    query heads of a KV head.
+
+    Attributes:
+        window: last queries, whose own keys are scored as nothing: `recent` keeps them.
+        pool: tokens of a neighbourhood, odd.
+        pooling: ``avg`` or ``max`` over the neighbourhood.
+    """
+
+    paper: ClassVar[str] = "arXiv:2404.14469"
+    cases: ClassVar = ({"window": 8, "pool": 5}, {"window": 16, "pool": 1}, {"window": 8, "pool": 7, "pooling": "max"})
+
+    window: int = field(default=32, metadata={**TOKENS, "max": 4096})
+    pool: int = field(default=5, metadata={**TOKENS, "max": 1025})
+    pooling: str = field(default="avg", metadata={"choices": ("avg", "max")})
+
+    def __post_init__(self) -> None:
+        if self.pool % 2 == 0:
+            raise ConfigError(f"pool: got {self.pool}, expected an odd number (tokens).")
+
+    @property
+    def queries(self) -> int:
+        return self.window
+
+    def score(self, seen: Seen) -> Tensor:
+        by_query = weights(seen)  # [B, H, T, S]
+        votes = by_query.mean(2)[..., : seen.k.shape[2] - seen.q.shape[2]]
+        pool = avg_pool1d if self.pooling == "avg" else max_pool1d
+        votes = pool(votes, self.pool, stride=1, padding=self.pool // 2)
+        votes = votes.unflatten(1, (seen.k.shape[1], -1)).mean(2)
+        return torch.nn.functional.pad(votes, (0, seen.q.shape[2]))

@@ -1,0 +1,141 @@
+"""Keys and values of heads that keep different numbers of tokens: what an eviction leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .segments import Segment
+from .streamed import Streamed
+
+BLOCK = 4096  # tokens of each KV head in a block that kernels get which read plain segments alone
+KIND = "ragged"  # what `Streamed.kind` says of it
+
+
+@dataclass
+class Ragged(Streamed):
+    """The tokens of each sequence and KV head one after the other, in one flat buffer to which nobody writes.
+
+        sequence 0: head 0 keeps 3 tokens, head 1 keeps 1        sequence 1: head 0 keeps 2 tokens, head 1 keeps 4
+
+        k, v       | a a a | b | c c | d d d d |         each part ascending by position
+        starts       0       3   4     6                 [[0, 3], [4, 6]]
+        lengths                                          [[3, 1], [2, 4]]
+
+    Sequences may share a part: a batch of forks of one prompt has it once.
+
+    Attributes:
+        k, v: ``[N, D]`` and ``[N, D_v]``.
+        positions: row positions of the tokens, int32 ``[N]``.
+        starts, lengths: where the part of a sequence's KV head begins, and its tokens: int64 ``[B, n]``, contiguous, in
+            host memory.
+        score_bias: added to the scores of a token, float32 ``[N]``; None: nothing.
+    """
+
+    saved_as: ClassVar[str] = "Ragged"
+    kind: ClassVar[str] = KIND
+    joined_note: ClassVar[str] = ""  # heads of different lengths are never joined
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    starts: Tensor
+    lengths: Tensor
+    score_bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, parts: Sequence[Sequence[tuple[Tensor, ...]]]) -> Ragged:
+        """One from the parts of each sequence's KV heads: (k ``[S, D]``, v, positions), or with a bias ``[S]`` too."""
+        flat = [part for heads in parts for part in heads]
+        lengths = torch.tensor([[len(part[0]) for part in heads] for heads in parts])
+        with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
+            k, v, positions, *bias = (torch.cat(tensors) for tensors in zip(*flat, strict=True))
+        starts = (lengths.flatten().cumsum(0) - lengths.flatten()).view_as(lengths)
+        return cls(k, v, positions.to(torch.int32), starts, lengths, *bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k.dtype
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max()) if self.lengths.numel() else 0
+
+    @property
+    def form(self) -> tuple[int, int, int]:
+        return (*self.lengths.shape, self.k.shape[1])
+
+    def of_head(self, row: int, head: int) -> slice:
+        """Where the tokens of a sequence's KV head lie in the flat buffer."""
+        start = int(self.starts[row, head])
+        return slice(start, start + int(self.lengths[row, head]))
+
+    def head(self, row: int, head: int) -> Segment:
+        """The tokens of one sequence's KV head, ``[1, 1, S, D]``: a view."""
+        own = self.of_head(row, head)
+        bias = None if self.score_bias is None else self.score_bias[own][None, None, None]
+        return Segment(self.k[own][None, None], self.v[own][None, None], own.stop - own.start, bias)
+
+    def alone(self, rows: slice) -> Ragged:
+        """That of these sequences."""
+        return replace(self, starts=self.starts[rows].contiguous(), lengths=self.lengths[rows].contiguous())
+
+    def blocks(self) -> Iterator[Segment]:
+        """Copies as long as the longest head's, in which a bias of -inf hides what a shorter one has not."""
+        for low in range(0, self.longest, BLOCK):
+            slots = torch.arange(low, min(low + BLOCK, self.longest))
+            hidden = slots >= self.lengths[..., None]
+            at = (self.starts[..., None] + slots).masked_fill(hidden, 0).to(self.k.device)
+            hidden = hidden.to(self.k.device)
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=self.k.device)
+            if self.score_bias is not None:
+                bias += self.score_bias[at]
+            bias = bias.masked_fill(hidden, float("-inf"))[:, :, None]
+            yield Segment(self.k[at], self.v[at], len(slots), bias)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.k, self.v, self.positions, self.starts, self.lengths)
+        if self.score_bias is not None:
+            yield self.score_bias
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Sequences that come from one go on sharing its part; what no sequence has any more is given back."""
+        self.starts, self.lengths = (change(x).contiguous() for x in (self.starts, self.lengths))
+        own = set(self._parts())
+        if sum(length for _, length in own) < len(self.positions):
+            self._pack(sorted(own))
+
+    def _pack(self, parts: list[tuple[int, int]]) -> None:
+        """Move these parts, (start, length), next to each other."""
+        moved = {}
+        end = 0
+        for start, length in parts:
+            moved[start, length] = end
+            end += length
+        at = torch.cat([torch.arange(start, start + length) for start, length in parts]).to(self.k.device)
+        with torch.inference_mode(False):
+            self.k, self.v, self.positions = self.k[at], self.v[at], self.positions[at]
+            self.score_bias = None if self.score_bias is None else self.score_bias[at]
+        self.starts = torch.tensor([moved[pair] for pair in self._parts()]).view_as(self.lengths)
+
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        """(start, length) of every sequence's KV heads."""
+        return zip(self.starts.flatten().tolist(), self.lengths.flatten().tolist(), strict=True)
+
+    def copy(self) -> Ragged:
+        return replace(self)
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        tensors = {"k": self.k, "v": self.v, "positions": self.positions, "starts": self.starts}
+        tensors["lengths"] = self.lengths
+        return (tensors if self.score_bias is None else {**tensors, "score_bias": self.score_bias}), {}
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device) -> Ragged:
+        host = ("starts", "lengths")
+        return cls(**{name: x.to("cpu" if name in host else device, copy=True) for name, x in tensors.items()})
