@@ -147,12 +147,14 @@ class Place(NamedTuple):
         slot: which one the token takes.
         length: how many slots it reads, its own among them.
         listed: of these slots it reads the listed ones; None: all.
+        before: a `Ragged` that it reads before them; None: nothing.
     """
 
     segment: Segment
     slot: int
     length: int
     listed: Listed | None = None
+    before: Any = None
 
 
 @dataclass
@@ -185,6 +187,15 @@ class HeadKV:
     @property
     def dtype(self) -> torch.dtype:
         return self.segments[0].dtype
+
+    @property
+    def uneven(self) -> bool:
+        """Whether its heads have different numbers of a sequence's tokens."""
+        return False
+
+    def gone(self, row: int) -> int:
+        """Tokens of a sequence that are not cached any more, in any of its heads; 0 where those are `uneven`."""
+        return 0
 
     def without_last(self, count: int) -> HeadKV:
         """The same if this forward had not brought its last ``count`` tokens, which lie in the last segment."""
