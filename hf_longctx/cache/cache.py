@@ -370,8 +370,12 @@ class LongCtxCache(SequenceOperations, RollBack, Eviction, StockLayers, DenseCac
 def cache_bytes(cache: Cache) -> int:
     """Bytes of memory that a cache really holds, a ``LongCtxCache`` or a dense one of Transformers.
 
-    A dense sliding layer whose keys are a view of the whole prompt's holds all of them.
+    A dense sliding layer whose keys are a view of the whole prompt's holds all of them. Of a prompt that has not ended
+    yet, what will be held then.
     """
     if isinstance(cache, LongCtxCache):
+        if cache.evicts and cache.reading:
+            cache = cache.fork()
+            cache.evict()
         return cache.nbytes
     return storage_bytes(tensor for layer in cache.layers for tensor in tensors_of(layer))

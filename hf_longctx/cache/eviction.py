@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config.bounds import MOST
 from ..eviction._budgets import by_head, by_model, pyramid, uniform
 from ..layout.forward import EvictionCounts
 from ..layout.rows import Rows
@@ -29,9 +31,13 @@ class Eviction:
     reading: bool = False
 
     def reads_prompt(self, rows: Rows) -> bool:
-        """Whether this forward is of a prompt: the first of a cache, one of many tokens, or before `prompt_end`."""
-        known = self.prompt_end is not None and rows.past < self.prompt_end
-        return rows.past == 0 or known or rows.new >= FEWEST
+        """Whether this forward is of a prompt: the first of a cache, one of many tokens, or before `prompt_end`.
+
+        Where nobody says the end, a prompt goes on until a forward of one token.
+        """
+        if rows.past == 0 or rows.new >= FEWEST:
+            return True
+        return self.reading and rows.new > 1 if self.prompt_end is None else rows.past < self.prompt_end
 
     def evict(self) -> None:
         """End the prompt here: evict what the config's budget leaves out, and free its memory.
@@ -60,9 +66,15 @@ class Eviction:
 
     def _end_prompt(self, seen: int) -> None:
         self.reading = False
+        self.prompt_end = None
         self._evict(self._evicting)
         for layer in self.own:
             layer.end_prompt(Rows(max(self.batch_size, 1), 0, seen, self.starts))
+
+    @property
+    def evicts(self) -> bool:
+        """Whether some tokens of a prompt leave where it ends."""
+        return any(role.store.by_data for layer in self.own for role in layer.plan.filled)
 
     @property
     def _evicting(self) -> list[LongCtxLayer]:
@@ -99,6 +111,15 @@ class Eviction:
         """Of the model's report; None where it is gone."""
         state = getattr(self.model() if self.model else None, "longctx_state", None)
         return None if state is None else state.log.eviction
+
+
+def tell_prompt(cache: Any, ended: bool) -> None:
+    """Tell a cache, if it is a `LongCtxCache`, that what it reads now is a prompt, however short, or that it has ended.
+
+    The next forward after its end evicts, whatever it brings.
+    """
+    if isinstance(cache, Eviction):
+        cache.prompt_end = cache.seen if ended else MOST
 
 
 def _of_layer(scored: Scored, rows: Rows, spec, at: int, layers: int) -> Scored:

@@ -43,11 +43,11 @@ class Pending:
         """Write it, and what it reads: as the stores' `append` would have given it."""
         parts = []
         self.layer.whole = False
-        for store, (segment, slot, length, *_) in zip(self.layer.stores, self.places, strict=True):
+        for store, (segment, slot, length, _, before) in zip(self.layer.stores, self.places, strict=True):
             store.heads.copy_to(segment.k[:, :, slot : slot + 1], self.k)
             store.heads.copy_to(segment.v[:, :, slot : slot + 1], self.v)
             seen = Segment(segment.k[:, :, :length], segment.v[:, :, :length], length)
-            parts.append(HeadKV(store.heads, [seen], store.spec, state=store.state))
+            parts.append(store.shown([seen], before))
         for part, selection in zip(parts, self.layer.selections, strict=True):
             part.selection = selection
         self._done()

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .heads import RoleHeads
+
+if TYPE_CHECKING:
+    from .ragged import Ragged
 
 
 @dataclass
@@ -147,14 +150,14 @@ class Place(NamedTuple):
         slot: which one the token takes.
         length: how many slots it reads, its own among them.
         listed: of these slots it reads the listed ones; None: all.
-        before: a `Ragged` that it reads before them; None: nothing.
+        before: what it reads before these slots; None: nothing.
     """
 
     segment: Segment
     slot: int
     length: int
     listed: Listed | None = None
-    before: Any = None
+    before: Ragged | None = None
 
 
 @dataclass

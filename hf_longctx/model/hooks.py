@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache.cache import LongCtxCache
+from ..cache.eviction import tell_prompt
 from ..cache.plan import LayerPlan, differing
 from ..cache.seam import CACHE, rename_cache
-from ..config.bounds import MOST
 from ..errors import CacheError, UnsupportedModeError
 from ..layout.dtypes import autocast_on
 from ..layout.forward import Forward
@@ -285,11 +285,11 @@ class Prefill(OnModel):
         again = getattr(generation_config, "is_assistant", False) and cache is not None and cache.get_seq_length()
         if self.dense or again or not isinstance(cache, LongCtxCache):
             return self.original(*given, *args, **kwargs)
-        cache.prompt_end = MOST
+        tell_prompt(cache, ended=False)
         try:
             return self.original(*given, *args, **kwargs)
         finally:
-            cache.prompt_end = cache.seen
+            tell_prompt(cache, ended=True)
 
 
 class MakeDrafts(OnModel):

@@ -28,7 +28,7 @@ from .family import Family, find_family
 from .hooks import ON_MODEL, BeforeForward, OnModel
 from .modules import attention_copies, attention_modules, language_model, name_of, state_of, unwrap
 from .overrides import keywords
-from .plans import make_plan
+from .plans import asks_rotation, make_plan, make_rotations
 from .private_config import PrivateConfig, around
 from .state import PatchState
 from .trial import refusal
@@ -134,7 +134,11 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
             "there is nothing to patch."
         )
     check_transformers(inner, base, attention_copies(modules[0], family)[0])
-    plans = [make_plan(module, settings, family, base.config) for module in modules]
+    turned = {}
+    if asks_rotation(settings):
+        with unpatched(model):
+            turned = make_rotations(base, settings, family)
+    plans = [make_plan(module, settings, family, base.config, turned.get(module.layer_idx)) for module in modules]
     stock_layers(base.config, {plan.layer_idx for plan in plans})  # refuses a model whose other layers have no place
     for role in [role for plan in plans for role in plan.roles]:
         if role.prefill is not None:

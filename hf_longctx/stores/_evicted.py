@@ -175,10 +175,13 @@ class EvictedStore(Store):
         return Left(self.heads, [*past, *part.segments], self.spec, state=part.state, **more)
 
     def place(self, rows: Rows) -> Place | None:
-        if (self.asks and self.spec.every is not None) or self.ragged is not None:
+        if self.asks and self.spec.every is not None:
             return None  # its queries are asked for
         place = self.inner.place(self.geometry(rows)) if self.inner.has_place() else None
         return place if place is None or self.ragged is None else place._replace(before=self.ragged)
+
+    def shown(self, segments: list[Segment], before: Ragged | None = None) -> Left:
+        return self._shown(self.inner.shown(segments))
 
     def attended(self, q: Tensor, part: Left, rows: Rows, scores: Scores) -> None:
         if rows.ends is not None:

@@ -218,6 +218,10 @@ class Store(ABC):
         """
         return None
 
+    def shown(self, segments: list[Segment], before: Streamed | None = None) -> HeadKV:
+        """What a token reads that was written to a `place`: these segments, after what lies ``before`` them."""
+        return HeadKV(self.heads, segments, self.spec, state=self.state)
+
     @classmethod
     def has_place(cls) -> bool:
         """Whether `place` says what `append` does: it is defined anew where a class has an `append` of its own."""
