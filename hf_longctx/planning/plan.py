@@ -104,6 +104,12 @@ class Plan:
             self._line("dense", self.dense),
             f"chosen    {changes}",
         ]
+        if self.need.kv_left < self.need.kv:
+            left = self.need.kv_left
+            lines.append(
+                f"evicted   KV is counted while the prompt is read. Once it has ended the cache takes {_size(left)}, "
+                f"and all of it {_size(self.need.weights + left)} beside what a decoded token needs"
+            )
         if self.decoded is not None:
             lines.append(f"decode    {self.decoded}")
         if self.dense_fits:

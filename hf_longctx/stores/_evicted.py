@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -123,6 +123,7 @@ class EvictedStore(Store):
         ragged: what is left of earlier tokens where they do not.
         cut: geometry of the last eviction; None before the first.
         evidence: what is known of queries, by sequence and KV head.
+        asked: seen when an eviction was due the last time, whether or not some token left.
         rotation, layer: of the layer, for the score.
     """
 
@@ -142,6 +143,7 @@ class EvictedStore(Store):
         self.evidence: dict[Key, Evidence] = {}
         self.scores: Scores | None = None
         self.evicted: tuple[int, ...] = ()
+        self.asked = 0
 
     @property
     def slack(self) -> int:
@@ -188,7 +190,7 @@ class EvictedStore(Store):
             return  # right pads: such a cache cannot be continued
         self.scores = scores
         n = len(self.heads.kv_heads)
-        for group, start in rows.groups():
+        for group, start in self._groups(rows):
             new, processed = rows.real(group.start or 0)
             if not new:
                 continue
@@ -199,6 +201,12 @@ class EvictedStore(Store):
                 known = self._known(group, head, rows.batch)
                 tokens = partial(part.tokens, group, start, head)
                 known.saw(own, processed, tokens, of_heads(scores, heads, n), self.slack)
+
+    def _groups(self, rows: Rows) -> Iterable[tuple[slice, int]]:
+        """Sequences that begin at one slot, or each alone where heads keep different numbers."""
+        if self.ragged is None:
+            return rows.groups()
+        return ((slice(row, row + 1), rows.start(row)) for row in range(rows.batch))
 
     def _known(self, group: slice, head: int, batch: int) -> Evidence:
         """What is known of these sequences and heads; what was known of all is parted where it is asked of one."""
@@ -221,7 +229,7 @@ class EvictedStore(Store):
         """
         part = self.held(rows)
         found: list[list[Tensor]] = [[] for _ in range(rows.batch)]
-        for group, start in rows.groups():
+        for group, start in self._groups(rows):
             _, processed = rows.real(group.start or 0)
             for head in self._heads:
                 made = self._score(group, head, part.tokens(group, start, head), processed, rows.batch)
@@ -255,14 +263,14 @@ class EvictedStore(Store):
     def due(self, seen: int) -> bool:
         """Whether so many tokens came since the last eviction that one is due."""
         every = self.spec.every
-        return every is not None and seen - (self.cut.slots if self.cut else 0) >= every
+        return every is not None and seen - self.asked >= every
 
     def evict(self, rows: Rows, keep: list[list[Tensor]]) -> None:
         """Leave of each sequence's KV heads the tokens of the masks ``keep``, bool ``[S]``."""
+        self.asked = rows.total
         if spec_word(self.spec.keep) == "full" and all(one.all() for heads in keep for one in heads):
             self.evidence = {key: replace(one, q=None) for key, one in self.evidence.items()}
             return
-        slack = self.slack
         known = self._known_after(rows, keep)
         part = self.held(rows)
         if self.spec.ragged:
@@ -270,7 +278,6 @@ class EvictedStore(Store):
         else:
             self._leave_even(rows, part, keep)
         self.evidence = known
-        self.slack = slack
 
     def _leave_ragged(self, rows: Rows, part: Left, keep: list[list[Tensor]]) -> None:
         parts = []
@@ -328,7 +335,9 @@ class EvictedStore(Store):
         )
         self.cut = Cut(rows.total, held, starts)
         room = None if self.max_tokens is None else max(1, self.max_tokens - self.cut.gone)
+        slack = self.slack
         self.inner = spec.new(self.own, room)
+        self.slack = slack  # before anything is cached: the room of some buffers depends on it
 
     def _known_after(self, rows: Rows, keep: list[list[Tensor]]) -> dict[Key, Evidence]:
         """What is still known once these are left: what was gathered of all queries."""
@@ -348,6 +357,7 @@ class EvictedStore(Store):
         return known
 
     def crop(self, rows: Rows, target: int) -> None:
+        self.asked = min(self.asked, target)
         self.inner.crop(self.geometry(rows), target - (self.cut.gone if self.cut else 0))
         for (row, _), one in self.evidence.items():
             one.crop(target - rows.start(max(0, row)))
