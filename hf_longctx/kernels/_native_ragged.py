@@ -20,8 +20,9 @@ def numbers(ragged: Ragged) -> tuple[int, ...]:
 
 
 def facts(ragged: Ragged) -> tuple:
-    """What tells one from another as far as the library and its checks see it."""
-    return (*numbers(ragged), ragged.k.dtype, ragged.k.shape, ragged.lengths.shape)
+    """What tells one from another whose memory lies elsewhere, or is read otherwise."""
+    tensors = (ragged.k, ragged.v, ragged.starts, ragged.lengths, ragged.score_bias)
+    return tuple((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors if x is not None)
 
 
 def fits(ragged: Ragged, q: Tensor) -> bool:
@@ -44,9 +45,9 @@ def misfit(ragged: Ragged, batch: int, kv_heads: int) -> str | None:
         right = x.shape == (batch, kv_heads) and x.dtype == torch.int64 and x.device.type == "cpu"
         if not (right and x.is_contiguous()):
             return f"{name} {x.dtype} {list(x.shape)} on {x.device} for {batch} sequences of {kv_heads} KV heads"
-    ends = ragged.starts + ragged.lengths
-    if ends.numel() and (min(ragged.starts.min(), ragged.lengths.min()) < 0 or ends.max() > tokens):
-        return f"parts from {int(ragged.starts.min())} to {int(ends.max())} of {tokens} tokens"
+    starts, lengths = ragged.starts, ragged.lengths
+    if lengths.numel() and (min(starts.min(), lengths.min()) < 0 or (lengths > tokens - starts).any()):
+        return f"parts from {int(starts.min())} on, of up to {int(lengths.max())} tokens, of {tokens} tokens"
     bias = ragged.score_bias
     if bias is not None and not (
         bias.dtype == torch.float32 and bias.shape == (tokens,) and bias.is_contiguous() and bias.device.type == "cpu"
