@@ -381,13 +381,23 @@ def test_what_is_read_before_must_fit_together(changed):
     """Also where the step went well before: then nothing is written either."""
     heads, places, q, k, v = before_call()
     step = native.Step(heads)
-    step.run(q, k, v, places, 0.3)
+    first = step.run(q, k, v, places, 0.3)
     wrong = replace(places[0].before, **{name: how(getattr(places[0].before, name)) for name, how in changed.items()})
     kept = places[0].segment.k.clone()
     with pytest.raises(ValueError, match="a decoded token was given"):
         step.run(q, k + 1, v, [places[0]._replace(before=wrong), places[1]], 0.3)
     assert torch.equal(places[0].segment.k, kept)
-    assert step.run(q, k, v, places, 0.3) is not None
+    assert torch.equal(step.run(q, k, v, places, 0.3), first)
+
+
+def test_parts_are_looked_at_with_every_token():
+    """Also where they changed in place, of which the step is not told."""
+    heads, places, q, k, v = before_call()
+    step = native.Step(heads)
+    step.run(q, k, v, places, 0.3)
+    places[0].before.lengths[0, 0] += 600
+    with pytest.raises(ValueError, match="starts and lengths beyond the tokens"):
+        step.run(q, k, v, places, 0.3)
 
 
 @pytest.mark.parametrize("name", ["k", "v"])
