@@ -173,7 +173,9 @@ class LayerPlan:
     @cached_property
     def tells_prompts(self) -> bool:
         """Whether the tokens of a prompt read otherwise than those that are decoded, in some head."""
-        return any(role.prefill is not None or role.dense_tail or role.selects for role in self.filled)
+        return any(
+            role.prefill is not None or role.dense_tail or role.selects or role.store.by_data for role in self.filled
+        )
 
     def selecting(self, rows: Rows) -> bool:
         """Whether some decoded token of this forward may leave out cached tokens, in some head."""

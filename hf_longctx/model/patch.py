@@ -113,6 +113,15 @@ def _refuse_store(store: StoreSpec, what: str, instead: str) -> None:
         )
 
 
+def _refuse_uneven(store: StoreSpec) -> None:
+    if not store.alike:
+        raise UnsupportedModeError(
+            f"stores.retrieval: with {spec_word(store)!r} by {store.by!r} heads keep different tokens in different "
+            "numbers, and a decode selection chooses the same pages' places in all of them. Set by to uniform or layer "
+            "(after: drop), or decode.retrieval to {select: dense}."
+        )
+
+
 def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
     """Patch with a config that fits: all plans are made before anything is changed."""
     inner = unwrap(model)
@@ -137,6 +146,7 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
             kernels.require(settings.kernel, BlockList, "this config's prefill pattern")
         if role.selects:
             _refuse_store(role.store, "a decode selection", "decode.retrieval to {select: dense}")
+            _refuse_uneven(role.store)
 
     unpatch_model(model)
     register()
