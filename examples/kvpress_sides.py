@@ -166,7 +166,7 @@ def theirs(stock: Stock, rows: Sequence[Row], sample: Sample, questions: int) ->
 
 
 def ours(model: Any, config: str, row: Row, sample: Sample, questions: int) -> Iterator[tuple[Row, str, dict]]:
-    """As ``theirs``, for one row of this package: the context is read once, each question goes on from a fork."""
+    """As ``theirs``, for one row of this package: the context is read once, each question goes on from a copy."""
     context = torch.as_tensor(sample.context)
     asked = [tuple(map(torch.as_tensor, (one.prompt, one.target))) for one in sample.questions[:questions]]
 
@@ -176,10 +176,10 @@ def ours(model: Any, config: str, row: Row, sample: Sample, questions: int) -> I
     def each(where: str, cache: Any) -> dict:
         answers, held, dense = [], [], []
         if where == "after":
-            cache = cache.fork()
+            cache = copy.deepcopy(cache)
             cache.settle()
         for prompt, target in asked:
-            one = cache.fork()
+            one = copy.deepcopy(cache)
             logits = forward(one, prompt, 1)
             if where == "inside":
                 one.settle()
