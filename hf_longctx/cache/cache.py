@@ -24,6 +24,7 @@ from ..stores.base import SLACK
 from . import file as cache_file
 from .bytes import storage_bytes
 from .dense_members import DenseCacheMembers
+from .eviction import Eviction
 from .handles import new_handle
 from .layer import LongCtxLayer
 from .layer_kv import LayerKV
@@ -34,7 +35,7 @@ from .stock_layers import StockLayers, copied, stock_layers, tensors_of
 from .token_ids import TokenIds
 
 
-class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers, Cache):
+class LongCtxCache(SequenceOperations, RollBack, Eviction, StockLayers, DenseCacheMembers, Cache):
     """KV cache of a patched model.
 
     Args:
@@ -187,6 +188,7 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         self._check_starts(rows)
         if any(layer.plan.learns and layer.plan.selecting(rows) for layer in self.own if layer.is_initialized):
             self.settle()
+        self._end_due_prompt(rows, forward.prompt)
         self._thaw_stock()
         self.forward = forward
         self._reading = rows.total
@@ -274,7 +276,8 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
             return layer.update(key_states, value_states)
         forward = self.forward
         if forward is None or (forward.rows.past, forward.rows.new) != (layer.seen, new):
-            forward = self.forward = Forward(Rows(key_states.shape[0], layer.seen, new, self.starts))
+            rows = Rows(key_states.shape[0], layer.seen, new, self.starts)
+            forward = self.forward = Forward(rows, prompt=self.reads_prompt(rows))
             self._check_room(forward.rows)
             self.token_ids.append(forward.rows.past, None)
         result = layer.take_step(key_states, value_states, forward) if forward.steps else None
@@ -308,6 +311,8 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
         self.ends = None
         self.ahead = None
         self.staggered = False
+        self.prompt_end = None
+        self.reading = False
 
     def fork(self) -> LongCtxCache:
         """A cache that goes on from here independently of this one.
@@ -365,8 +370,12 @@ class LongCtxCache(SequenceOperations, RollBack, StockLayers, DenseCacheMembers,
 def cache_bytes(cache: Cache) -> int:
     """Bytes of memory that a cache really holds, a ``LongCtxCache`` or a dense one of Transformers.
 
-    A dense sliding layer whose keys are a view of the whole prompt's holds all of them.
+    A dense sliding layer whose keys are a view of the whole prompt's holds all of them. Of a prompt that has not ended
+    yet, what will be held then.
     """
     if isinstance(cache, LongCtxCache):
+        if cache.evicts and cache.reading:
+            cache = cache.fork()
+            cache.evict()
         return cache.nbytes
     return storage_bytes(tensor for layer in cache.layers for tensor in tensors_of(layer))

@@ -18,6 +18,7 @@ from ..kernels import base as kernels
 from ..layout.dtypes import autocast_on, needs_grad
 from ..layout.forward import Forward
 from ..layout.rows import Rows
+from ..stores._evicted import EvictedStore
 from ..stores._saved import SavedStore, SavedTensors, Told
 from ..stores.base import SLACK, Store
 from . import selections
@@ -47,6 +48,8 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         self.stores: list[Store] = [role.store.new(role.heads, max_tokens) for role in plan.filled]
         for store in self.stores:
             store.slack = slack
+        for store in self.evicting:
+            store.rotation, store.layer = getattr(plan.role(store.heads.role), "rotation", None), plan.layer_idx
         self.select_by(plan)
         self.dense_bytes_per_token = 0
         self.checked = every_forward()
@@ -58,6 +61,30 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         self.selections = [
             Selection(role.decode, plan.word, self.max_tokens) if role.selects else None for role in plan.filled
         ]
+        self.step = None
+
+    @property
+    def evicting(self) -> list[EvictedStore]:
+        """The stores of which tokens are evicted by score."""
+        return [store for store in self.stores if isinstance(store, EvictedStore)]
+
+    @property
+    def regular(self) -> bool:
+        """Whether some store evicts also after a fixed number of tokens."""
+        return any(getattr(role.store, "every", None) for role in self.plan.roles)
+
+    def end_prompt(self, rows: Rows) -> None:
+        """A prompt has ended; ``rows`` are all that was seen."""
+        for store in self.stores:
+            if store.spec.by_data:
+                self.whole = False
+                store.end_prompt(rows)
+                self.whole = True
+
+    def forget_choices(self, store: Store) -> None:
+        """Of a store that has other tokens now, the index and the choices of its selection."""
+        if (selection := self.selections[self.stores.index(store)]) is not None:
+            selection.reset()
         self.step = None
 
     def __getstate__(self) -> dict:
@@ -133,6 +160,8 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         parts = [store.append(key_states, value_states, rows) for store in self.stores]
         for part, selection in zip(parts, self.selections, strict=True):
             part.selection = selection
+            if not (forward.prompt or getattr(part.spec, "every", None)):
+                part.attended = None  # of decoded tokens, drafts among them
         self.seen = rows.total
         self.whole = True
         if new > 1:  # a prompt that is read in one forward reads no page of its own
@@ -176,8 +205,10 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
             self.whole = False
             for store in self.stores:
                 store.crop(rows, target)
-            for selection in self.chosen:
-                selection.crop(rows, target)
+            for store, selection in zip(self.stores, self.selections, strict=True):
+                if selection is not None:
+                    held = store.geometry(rows)
+                    selection.crop(held, target - rows.total + held.total)
             self.seen = target
             self.whole = True
 

@@ -43,11 +43,11 @@ class Pending:
         """Write it, and what it reads: as the stores' `append` would have given it."""
         parts = []
         self.layer.whole = False
-        for store, (segment, slot, length, _) in zip(self.layer.stores, self.places, strict=True):
+        for store, (segment, slot, length, _, before) in zip(self.layer.stores, self.places, strict=True):
             store.heads.copy_to(segment.k[:, :, slot : slot + 1], self.k)
             store.heads.copy_to(segment.v[:, :, slot : slot + 1], self.v)
             seen = Segment(segment.k[:, :, :length], segment.v[:, :, :length], length)
-            parts.append(HeadKV(store.heads, [seen], store.spec, state=store.state))
+            parts.append(store.shown([seen], before))
         for part, selection in zip(parts, self.layer.selections, strict=True):
             part.selection = selection
         self._done()
@@ -75,7 +75,9 @@ class Pending:
         for at, (role, place) in enumerate(zip(plan.filled, self.places, strict=True)):
             if not role.selecting(forward.rows):
                 continue
-            segment, _, length, _ = place
+            segment, length = place.segment, place.length
+            if not role.decode.runs(length):
+                continue
             cached = [Segment(segment.k[:, :, : length - 1], segment.v[:, :, : length - 1], length - 1)]
             own = role.heads.take(q, group)
             rows = slice(0, 1) if role.decode.by_sequence else slice(None)  # as where it is read query by query
@@ -87,7 +89,7 @@ class Pending:
         return read
 
     def _done(self) -> None:
-        for segment, _, length, _ in self.places:
+        for segment, _, length, *_ in self.places:
             segment.length = length
         self.layer.seen = self.total
         self.layer.whole = True

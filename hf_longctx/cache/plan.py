@@ -10,6 +10,7 @@ from typing import Any
 from ..decode.base import SelectSpec
 from ..decode.dense import Dense
 from ..layout.heads import RoleHeads
+from ..layout.rotation import Rotation
 from ..layout.rows import Rows
 from ..prefill.base import PatternSpec
 from ..stores.base import StoreSpec
@@ -48,6 +49,7 @@ class RolePlan:
         dense_tail: last tokens of a prompt that read all that the store still has of it, not by the store's rule.
         decode: which cached tokens a decoded token reads.
         as_stock: Transformers' own attention call computes them (``kernel: stock``), wherever it can be made.
+        rotation: of their queries and keys; None where no score of the store asks for it, or the model has no numbers.
     """
 
     heads: RoleHeads
@@ -56,6 +58,7 @@ class RolePlan:
     dense_tail: int = 0
     decode: SelectSpec = field(default_factory=Dense)
     as_stock: bool = False
+    rotation: Rotation | None = None
 
     @property
     def selects(self) -> bool:
@@ -121,20 +124,21 @@ class LayerPlan:
         decode: SelectSpec | None = None,
         window: int | None = None,
         scores: Mapping[str, str] | None = None,
+        rotation: Rotation | None = None,
     ) -> LayerPlan:
         """The plan of a layer.
 
         Args:
             letters: the role of each KV head, R or S.
             stores: role -> spec of its store.
-            prefill, decode: of the retrieval heads.
+            prefill, decode, rotation: of the retrieval heads.
             dense_tail: of the streaming heads, in tokens.
         """
         roles = []
         for role, letter in LETTERS.items():
             heads = RoleHeads(role, tuple(i for i, given in enumerate(letters) if given == letter), len(letters))
             dense = decode is None or layer_idx < decode.dense_layers
-            retrieval = {"prefill": prefill, "decode": Dense() if dense else decode}
+            retrieval = {"prefill": prefill, "decode": Dense() if dense else decode, "rotation": rotation}
             own = retrieval if role == "retrieval" else {"dense_tail": dense_tail}
             as_stock = kernel == "stock" and stores[role].reads_all and not scores
             roles.append(RolePlan(heads, stores[role], as_stock=as_stock, **own))
@@ -169,7 +173,9 @@ class LayerPlan:
     @cached_property
     def tells_prompts(self) -> bool:
         """Whether the tokens of a prompt read otherwise than those that are decoded, in some head."""
-        return any(role.prefill is not None or role.dense_tail or role.selects for role in self.filled)
+        return any(
+            role.prefill is not None or role.dense_tail or role.selects or role.store.by_data for role in self.filled
+        )
 
     def selecting(self, rows: Rows) -> bool:
         """Whether some decoded token of this forward may leave out cached tokens, in some head."""

@@ -40,6 +40,8 @@ class RollBack:
             self.starts = tuple(min(start, target) for start in self.starts)
         if self.ends is not None:
             self.ends = tuple(min(end, target) for end in self.ends)
+        if self.prompt_end is not None and target < self.prompt_end:
+            self.prompt_end = None
         self.token_ids.crop(target)
         self.forward = None
 

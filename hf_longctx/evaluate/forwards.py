@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..cache.cache import cache_bytes
+from ..cache.eviction import tell_prompt
 from ..cache.finite import check_logits
 from ..cache.seam import CACHE, cache_of
 from ..config.model import made_for
@@ -56,6 +57,8 @@ def greedy(model: nn.Module, ids: Tensor, most: int, stop: Collection[int] = (),
     for piece in ids.split(chunk or ids.shape[1], 1):
         out = model(input_ids=piece, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         cache = cache_of(out)
+        tell_prompt(cache, ended=False)
+    tell_prompt(cache, ended=True)
     tokens = [int(out.logits[0, -1].argmax())]
     read = now(ids.device)
     held = cache_bytes(cache)
@@ -97,6 +100,8 @@ def answer_along(
     for piece in ids.split(chunk or ids.shape[1], 1):
         out = base(input_ids=piece, **{CACHE: cache}, use_cache=True)
         cache = cache_of(out)
+        tell_prompt(cache, ended=False)
+    tell_prompt(cache, ended=True)
     state = out.last_hidden_state[0, -1:].clone()
     held = cache_bytes(cache)
     tokens = [int(head(state)[0].argmax())]
@@ -118,8 +123,10 @@ def forced(model: nn.Module, ids: Tensor, answer: Tensor, last: int, chunk: int 
     for piece in ids.split(chunk or ids.shape[1], 1):
         out = base(input_ids=piece, **{CACHE: cache}, use_cache=True)
         cache = cache_of(out)
+        tell_prompt(cache, ended=False)
         hidden = out.last_hidden_state[0]
         tail = (hidden if tail is None else torch.cat([tail, hidden]))[-last - 1 :].clone()
+    tell_prompt(cache, ended=True)
     return torch.cat([tail, follow(model, cache, answer[:-1])]) if len(answer) > 1 else tail
 
 
@@ -129,6 +136,16 @@ def follow(model: nn.Module, cache: Any, ids: Tensor) -> Tensor:
     base = language_model(model)
     pieces = (base(input_ids=piece[None], **{CACHE: cache}, use_cache=True) for piece in ids.split(STEP))
     return torch.cat([out.last_hidden_state[0] for out in pieces])
+
+
+def follow_answer(model: nn.Module, cache: Any, prompt: Tensor, answer: Tensor) -> Tensor:
+    """As `follow`, of the tokens ``prompt [T]`` and ``answer [A]``, from the last of the prompt on: ``[1 + A, D]``."""
+    if not getattr(cache, "evicts", False):
+        return follow(model, cache, torch.cat([prompt, answer]))[len(prompt) - 1 :]
+    tell_prompt(cache, ended=False)
+    states = follow(model, cache, prompt)[-1:]
+    tell_prompt(cache, ended=True)
+    return torch.cat([states, follow(model, cache, answer)]) if len(answer) else states
 
 
 @torch.no_grad()

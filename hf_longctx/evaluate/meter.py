@@ -13,7 +13,7 @@ from ..cache.cache import cache_bytes
 from ..tasks.answer import Reader, ask_all, input_device
 from ..tasks.base import Sample
 from ..tasks.forced import ForcedAnswer, expected
-from .forwards import follow, now
+from .forwards import follow_answer, now
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,6 @@ def answers_of(
     for i, (question, answer) in enumerate(zip(sample.questions, said if along is None else along, strict=True)):
         cache = spare.cache if once else spare.copy().cache
         prompt = [*(sample.between if once and i else ()), *question.prompt.tolist()]
-        ids = torch.tensor([*prompt, *answer], device=input_device(model))
-        states.append(follow(model, cache, ids)[len(prompt) - 1 :])
+        ids = (torch.tensor(list(some), dtype=torch.int64, device=input_device(model)) for some in (prompt, answer))
+        states.append(follow_answer(model, cache, *ids))
     return Found(said, meter.costs(held), likely, torch.cat(states))

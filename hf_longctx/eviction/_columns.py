@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..kernels.reference import capped
 from .base import Seen
 
 TEMPORARY = 1 << 24  # weights that are made at once
+
+Change = Callable[[Tensor, int, int], Tensor]  # of the `logits` of the queries low .. high
 
 
 def logits(seen: Seen, low: int, high: int) -> Tensor:
@@ -20,11 +23,17 @@ def logits(seen: Seen, low: int, high: int) -> Tensor:
     q = seen.q[:, :, low:high].to(dtype).unflatten(1, (seen.k.shape[1], -1)).flatten(2, 3)
     made = capped(q @ seen.k.to(dtype).transpose(2, 3) * scores.scale, scores.softcap)
     made = made.unflatten(2, (-1, high - low)).flatten(1, 2)
-    if scores.first_bias is not None:
-        first = (seen.positions == 0).to(dtype)
-        made = made + scores.first_bias.to(dtype)[:, None, None] * first
+    made = with_first_bias(seen, made)
     own = seen.first + torch.arange(low, high, device=made.device)
     return made.masked_fill(seen.positions > own[:, None], float("-inf"))
+
+
+def with_first_bias(seen: Seen, made: Tensor) -> Tensor:
+    """Scores ``[B, H, T, S]`` and what the model adds to those of each sequence's first token."""
+    if seen.scores.first_bias is None:
+        return made
+    first = (seen.positions == 0).to(made.dtype)
+    return made + seen.scores.first_bias.to(made.dtype)[:, None, None] * first
 
 
 def weights_of(seen: Seen, made: Tensor) -> Tensor:
@@ -40,10 +49,37 @@ def weights(seen: Seen) -> Tensor:
     return weights_of(seen, logits(seen, 0, seen.q.shape[2]))
 
 
-def weights_in_pieces(seen: Seen) -> Iterator[tuple[slice, Tensor]]:
-    """(queries, their weights ``[B, H, t, S]``), a few queries at a time."""
+def weights_in_pieces(seen: Seen, change: Change | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """(queries, their weights ``[B, H, t, S]``), a few queries at a time; ``change``: of their scores."""
     rows = seen.q.shape[0] * seen.q.shape[1] * seen.k.shape[2]
     step = max(1, TEMPORARY // max(1, rows))
     for low in range(0, seen.q.shape[2], step):
         high = min(low + step, seen.q.shape[2])
-        yield slice(low, high), weights_of(seen, logits(seen, low, high))
+        made = logits(seen, low, high)
+        yield slice(low, high), weights_of(seen, made if change is None else change(made, low, high))
+
+
+def column_sums(seen: Seen, change: Change | None = None) -> Tensor:
+    """Weights summed over all of ``seen.q``, their mean over the query heads of a KV head: ``[B, n, S]``."""
+    sums = torch.zeros((), device=seen.q.device)
+    for _, made in weights_in_pieces(seen, change):
+        sums = sums + made.sum(2)
+    return of_kv_heads(seen, sums)
+
+
+def readers(seen: Seen) -> Tensor:
+    """How many of ``seen.q`` see each cached token, int64 ``[S]``."""
+    return (seen.processed - seen.positions).clamp(0, seen.q.shape[2])
+
+
+def of_kv_heads(seen: Seen, by_head: Tensor) -> Tensor:
+    """``[B, H, S]`` as its mean over the query heads of each KV head, ``[B, n, S]``."""
+    return by_head.unflatten(1, (seen.k.shape[1], -1)).mean(2)
+
+
+def grown(seen: Seen, name: str) -> Tensor:
+    """The numbers per cached token of that name in ``seen.state``, ``[B, n, S]``; 0 for tokens that came since."""
+    known = seen.state.get(name)
+    if known is None:
+        return torch.zeros(seen.k.shape[:3], device=seen.k.device)
+    return pad(known, (0, seen.k.shape[2] - known.shape[2]))

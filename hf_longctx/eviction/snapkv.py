@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d
+from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from ..config.bounds import TOKENS
 from ..errors import ConfigError
-from ._columns import weights
+from ._columns import of_kv_heads, weights
 from .base import Score, Seen
 
 
@@ -44,9 +44,10 @@ class Snapkv(Score):
         return self.window
 
     def score(self, seen: Seen) -> Tensor:
-        by_query = weights(seen)  # [B, H, T, S]
-        votes = by_query.mean(2)[..., : seen.k.shape[2] - seen.q.shape[2]]
+        before = max(0, seen.k.shape[2] - seen.q.shape[2])  # tokens
+        votes = weights(seen).mean(2)  # [B, H, S]
+        if not before:
+            return torch.zeros_like(of_kv_heads(seen, votes))
         pool = avg_pool1d if self.pooling == "avg" else max_pool1d
-        votes = pool(votes, self.pool, stride=1, padding=self.pool // 2)
-        votes = votes.unflatten(1, (seen.k.shape[1], -1)).mean(2)
-        return torch.nn.functional.pad(votes, (0, seen.q.shape[2]))
+        votes = pool(votes[..., :before], self.pool, stride=1, padding=self.pool // 2)
+        return pad(of_kv_heads(seen, votes), (0, seen.q.shape[2]))

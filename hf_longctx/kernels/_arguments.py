@@ -30,7 +30,7 @@ def check(kernel: str, q: Tensor, segments: Sequence[Segment], reads: Reads, sco
     if isinstance(reads, ANY_LENGTHS):
         return
     name = type(reads).__name__
-    if any(segment.bias is not None or not isinstance(segment.length, int) for segment in segments):
+    if any(not isinstance(one, Segment) or one.bias is not None or not isinstance(one.length, int) for one in segments):
         raise ValueError(
             f"kernel {kernel} reads a {name} of segments without a bias, of one length for all sequences. Call it "
             "sequence by sequence, or use kernel: reference."

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..layout.blocks import BlockList
 from ..layout.pieces import pieces
+from ..layout.ragged import Ragged
 from ..layout.reads import ALL, All, Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment, joined
@@ -51,8 +52,11 @@ def _token(q: Tensor, segment: Segment, scores: Scores, bare: Scores, plain: Att
 def _dense(
     q: Tensor, segments: Sequence[Segment], reads: All | Causal, scores: Scores, bare: Scores, plain: Attend
 ) -> list[tuple[Tensor, Tensor]]:
-    filled = [segment for segment in segments[:-1] if segment.longest] + [segments[-1]]
+    filled = [one for one in segments[:-1] if isinstance(one, Ragged) or one.longest] + [segments[-1]]
     first = filled[0]
+    if isinstance(first, Ragged):
+        token, rest = first.first_apart()
+        return [_token(q, token, scores, bare, plain), plain(q, [rest, *filled[1:]], reads, bare)]
     if not first.longest:
         return [plain(q, filled, reads, bare)]
     out, lse = _token(q, first, scores, bare, plain)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..layout.dtypes import needs_grad
 from ..layout.heads import RoleHeads
 from ..layout.segments import Listed, Place
+from . import _native_ragged
 
 # Where the numbers that change with every token stand in what the library is given (step in _native/decode.h).
 THREADS, Q, OUT, K, V, PLACES = 5, 6, 10, 16, 20, 25
@@ -33,7 +34,7 @@ class LayerStep:
         """See `kernels.base`.
 
         Raises:
-            ValueError: a place outside of its segment.
+            ValueError: a place outside of its segment; what a place reads before, where that does not fit together.
         """
         facts = (q.shape, q.stride(), k.stride(), v.stride(), q.dtype, *(_facts(place) for place in places))
         if facts != self.facts and not self._lay_out(facts, q, k, v, places):
@@ -45,7 +46,7 @@ class LayerStep:
         numbers = self.numbers
         numbers[THREADS] = torch.get_num_threads()
         numbers[Q], numbers[OUT], numbers[K], numbers[V] = q.data_ptr(), out.data_ptr(), k.data_ptr(), v.data_ptr()
-        for (at, capacity), (_, slot, length, listed) in zip(self.slots, places, strict=True):
+        for (at, capacity), (_, slot, length, listed, _) in zip(self.slots, places, strict=True):
             if not (0 <= slot < length <= capacity):
                 raise ValueError(f"slot {slot} and length {length} of a segment of {capacity} slots")
             numbers[at], numbers[at + 1] = slot, length
@@ -63,17 +64,24 @@ class LayerStep:
         buffers = [x for place in places for x in (place.segment.k, place.segment.v)]
         shapes = [(batch, len(own)) for own in self.heads for _ in range(2)]
         fit = all(x.shape[:2] == shape and x.shape[3] == dim for x, shape in zip(buffers, shapes, strict=True))
+        befores = [(place.before, len(own)) for place, own in zip(places, self.heads, strict=True) if place.before]
         alike = all(x.dtype == q.dtype and x.device == q.device and x.stride(-1) == 1 for x in (q, k, v, *buffers))
         whole = k.shape == v.shape == (batch, kv_heads, 1, dim) and tokens == 1 and not heads % kv_heads
+        alike = alike and all(_native_ragged.fits(before, q) for before, _ in befores)
         if not (fit and alike and whole and sorted(sum(self.heads, ())) == list(range(kv_heads))):
             return False
+        for before, own in befores:
+            if (why := _native_ragged.misfit(before, batch, own)) is not None:
+                raise ValueError(f"a decoded token was given {why}")
         size = q.element_size()
         numbers = [batch, heads, kv_heads, 1, dim, 0, *heads_of(q), 0, size * heads * dim, size * dim, 0, 0, 0]
         numbers += [*heads_of(k), *heads_of(v), len(places)]
         self.slots = []
         for place, own in zip(places, self.heads, strict=True):
             self.slots.append((len(numbers), place.segment.k.shape[2]))
-            numbers += [0, 0, *heads_of(place.segment.k), *heads_of(place.segment.v), *[0] * 6, len(own), *own]
+            before = _native_ragged.NONE if place.before is None else _native_ragged.numbers(place.before)
+            buffers = (*heads_of(place.segment.k), *heads_of(place.segment.v))
+            numbers += [0, 0, *buffers, *[0] * 6, *before, len(own), *own]
         self.numbers, self.facts = array("q", numbers), facts
         return True
 
@@ -91,9 +99,10 @@ def takes_scale(scale: float) -> bool:
     return 1e-30 < scale < 1e30
 
 
-def _facts(place: Place) -> tuple[int, int, int]:
+def _facts(place: Place) -> tuple:
     k, v = place.segment.k, place.segment.v
-    return k.data_ptr(), v.data_ptr(), k.shape[2]
+    facts = (k.data_ptr(), v.data_ptr(), k.shape[2])
+    return facts if place.before is None else facts + _native_ragged.facts(place.before)
 
 
 def heads_of(x: Tensor) -> tuple[int, int, int, int]:

@@ -47,6 +47,7 @@ from ..layout.dtypes import needs_grad
 from ..layout.forward import Forward
 from ..layout.gather import gathered, lying
 from ..layout.heads import RoleHeads
+from ..layout.ragged import Ragged
 from ..layout.reads import ALL, All, Causal, Reads
 from ..layout.scores import Scores
 from ..layout.segments import Segment
@@ -99,6 +100,8 @@ def case_of(q: Tensor, segments: Sequence[Segment | Streamed], reads: Reads, sco
             tensors += (one.k, one.v)
         else:
             kinds |= {one.kind}
+            if isinstance(one, Ragged):
+                tensors += (one.k, one.v)
     return Case(
         q.device,
         q.dtype,
@@ -237,7 +240,7 @@ def _streamed(
     """
     past, last = (segments[:-1], segments[-1:]) if q.shape[2] > 1 else (segments, ())
     merged = None
-    for block in _blocks(past):
+    for block in _blocks(past, scores.first_bias is not None):
         merged = _with(merged, _attend_plain(word, q, block, ALL, scores, forward))
         scores = Scores(scores.scale, scores.softcap)  # the first token is in the first block
     for own in last:
@@ -266,8 +269,12 @@ def _attend_plain(word: str, q: Tensor, segment: Segment, reads: Reads, scores: 
     return kernel.attend(q, [segment], reads, scores, True)
 
 
-def _blocks(segments: Sequence[Segment | Streamed]) -> Iterator[Segment]:
+def _blocks(segments: Sequence[Segment | Streamed], first: bool) -> Iterator[Segment]:
+    """``first``: slot 0 of the first block is the first token, hidden where it is no longer there."""
     for segment in segments:
+        if first and isinstance(segment, Ragged):
+            token, segment = segment.first_apart()
+            yield token
         yield from segment.blocks() if isinstance(segment, Streamed) else (segment,)
 
 

@@ -23,11 +23,12 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from ..errors import UnsupportedModeError
 from ..layout.blocks import BlockList
 from ..layout.dtypes import needs_grad
+from ..layout.ragged import Ragged
 from ..layout.reads import All, Averaged, Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment, joined
-from . import _compensated, _few_cpu, _first_token, _sparse_cpu
-from ._arguments import PLAIN, check
+from . import _by_head, _compensated, _few_cpu, _first_token, _sparse_cpu
+from ._arguments import check
 from .reference import attention, merge
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def supports(case: Case) -> str | None:
     if case.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"scaled_dot_product_attention does not take {case.dtype}"
     if case.kinds:
-        return PLAIN
+        return _by_head.reason(case.kinds, case.reads, case.device)
     return _no_list(case.device, case.needs_grad) if case.reads is BlockList else None
 
 
@@ -87,6 +88,9 @@ def _dense(
     q: Tensor, segments: Sequence[Segment], reads: All | Causal, scores: Scores, want_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Over every key, or the queries being the last T tokens of the last segment, by each sequence's length."""
+    if any(isinstance(segment, Ragged) for segment in segments):
+        own = partial(with_lse, scores=scores)
+        return _by_head.attend(q, segments, own, lambda plain: _dense(q, plain, reads, scores, True))
     *past, own = segments
     causal = isinstance(reads, Causal) and q.shape[2] > 1
     ragged = isinstance(own.length, Tensor)

@@ -20,7 +20,7 @@ import os
 from array import array
 from collections.abc import Iterable, Sequence
 from ctypes import c_char_p, c_double, c_int, c_void_p
-from functools import cache
+from functools import cache, partial
 from typing import NoReturn
 
 import torch
@@ -30,10 +30,11 @@ from ..errors import ConfigError, UnsupportedModeError
 from ..layout.blocks import BlockList
 from ..layout.dtypes import needs_grad
 from ..layout.heads import RoleHeads
-from ..layout.reads import All, Averaged, Causal, Reads, Window
+from ..layout.ragged import Ragged
+from ..layout.reads import ALL, All, Averaged, Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment
-from . import _native_build, _native_speed, cpu, reference
+from . import _by_head, _first_token, _native_build, _native_ragged, _native_speed, cpu, reference
 from ._arguments import ANY_LENGTHS, check
 from ._native_step import LayerStep, heads_of, takes_scale
 from ._native_threads import openmp_start
@@ -58,9 +59,11 @@ def supports(case: Case) -> str | None:
         ConfigError: ``HF_LONGCTX_NATIVE`` is neither 0 nor 1, or ``HF_LONGCTX_NATIVE_ARCH`` cannot be met.
     """
     reason = _reason(case.device, case.dtype, case.head_dim, case.needs_grad)
-    if reason is None and case.kinds:
-        return packed_reason(case, _load()[0].hf_longctx_width())
-    return reason
+    if reason is not None or not case.kinds:
+        return reason
+    if case.kinds == _by_head.RAGGED:
+        return _by_head.reason(case.kinds, case.reads, case.device)
+    return packed_reason(case, _load()[0].hf_longctx_width())
 
 
 def preference(case: Case) -> int:
@@ -90,7 +93,7 @@ def _reason(device: torch.device, dtype: torch.dtype, head_dim: int, gradients: 
 
 
 def attend(
-    q: Tensor, segments: Sequence[Segment | Quantised], reads: Reads, scores: Scores, want_lse: bool = True
+    q: Tensor, segments: Sequence[Segment | Quantised | Ragged], reads: Reads, scores: Scores, want_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as `base` says: out ``[B, H, T, D]``, lse ``[B, H, T]`` where it is wanted.
 
@@ -103,7 +106,9 @@ def attend(
     kv = [x for segment in plain for x in (segment.k, segment.v)]
     biases = [segment.bias for segment in plain if segment.bias is not None]
     one = q.shape[2] == 1 and isinstance(reads, ANY_LENGTHS)
-    packed = [segment for segment in segments if isinstance(segment, Quantised)] if len(plain) < len(segments) else []
+    packed = [segment for segment in segments if not isinstance(segment, Segment)] if len(plain) < len(segments) else []
+    if packed and all(isinstance(segment, Ragged) for segment in packed):
+        return _ragged(q, segments, reads, scores, want_lse)
     gradients = needs_grad(q, *kv, *biases)
     reason = _reason(q.device, q.dtype, q.shape[3], gradients)
     if packed:
@@ -329,12 +334,37 @@ def _decode(
     """One query over plain segments, and over packed ones, unpacked tile by tile."""
     numbers = [*call.segments(plain), len(packed)]
     if not packed:
-        return call.run("decode", q, plain[0].k.shape[1], [*numbers, 0])
+        return call.run("decode", q, plain[0].k.shape[1], [*numbers, 0, 0])
     kv_heads = {segment.k.shape[1] for segment in (*plain, *packed)}
     if len(kv_heads) != 1:
         _refuse(f"segments of {sorted(kv_heads)} KV heads")
     numbers += [number for piece in packed for number in call.piece(piece, q)]
-    return call.run("decode", q, *kv_heads, [*numbers, int(begins_packed)])
+    return call.run("decode", q, *kv_heads, [*numbers, int(begins_packed), 0])
+
+
+def _ragged(
+    q: Tensor, segments: Sequence[Segment | Ragged], reads: Reads, scores: Scores, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One query over plain and ragged segments; several queries, or a bias of the first token, in several calls."""
+    if scores.first_bias is not None:
+        return _first_token.attend(q, segments, reads, scores, attend)
+    if q.shape[2] > 1:
+        own = partial(attend, reads=ALL, scores=scores)
+        parts = (lambda q, part: own(q, [part]), lambda plain: attend(q, plain, reads, scores))
+        return _by_head.attend(q, segments, *parts)
+    plain = [one for one in segments if isinstance(one, Segment)]
+    ragged = [one for one in segments if isinstance(one, Ragged)]
+    kv = [x for segment in plain for x in (segment.k, segment.v)]
+    reason = _reason(q.device, q.dtype, q.shape[3], needs_grad(q, *kv))
+    if reason is not None or not _computes(scores, q, kv) or not all(_native_ragged.fits(one, q) for one in ragged):
+        return cpu.attend(q, segments, reads, scores, want_lse)
+    kv_heads = kv[0].shape[1] if kv else ragged[0].form[1]
+    for one in ragged:
+        if (why := _native_ragged.misfit(one, q.shape[0], kv_heads)) is not None:
+            _refuse(why)
+    call = _Call(scores, want_lse)
+    numbers = (number for one in ragged for number in _native_ragged.numbers(one))
+    return call.run("decode", q, kv_heads, [*call.segments(plain), 0, 0, len(ragged), *numbers])
 
 
 def _streaming(call: _Call, q: Tensor, segments: Sequence[Segment], reads: Window) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ tokens, ``S`` key tokens, ``D`` head_dim. Memory is O(T * S), but for block list
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..layout.blocks import BlockList
 from ..layout.pieces import pieces
+from ..layout.ragged import KIND, Ragged
 from ..layout.reads import All, Averaged, Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment
@@ -30,8 +32,8 @@ PIECE = 512  # queries, those of all heads of a group together, per mask of a bl
 
 def supports(case: Case) -> str | None:
     """None when this kernel computes the case, otherwise why it does not."""
-    if case.kinds:
-        return "reads plain segments alone"
+    if case.kinds and (case.kinds != {KIND} or case.reads not in (All, Causal) or case.device.type != "cpu"):
+        return "reads plain segments, and ragged ones on the CPU with All and Causal, alone"
     return None if case.dtype.is_floating_point else f"{case.dtype} is not a floating point type"
 
 
@@ -40,10 +42,15 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention as `base` says, ``(out [B, H, T, D_v], lse [B, H, T])``, sinks included. Differentiable, any device."""
     with torch.autocast(q.device.type, enabled=False):  # it would round the scores
-        k, v, bias = _joined(q, segments, reads, scores)
+        whole = [_padded(one) if isinstance(one, Ragged) else one for one in segments]
+        k, v, bias = _joined(q, whole)
+        if scores.first_bias is not None and k.shape[2]:
+            added = torch.zeros_like(bias)
+            added[..., 0] = _first_keys(segments, reads, q.shape[1])
+            bias = bias + added * scores.first_bias.to(bias.dtype)[:, None, None]
         if isinstance(reads, BlockList):
             return _listed(q, k, v, reads, scores, bias)
-        visible = _visible(q, segments, reads)
+        visible = _visible(q, whole, reads)
         if isinstance(reads, Averaged):
             return _averaged(q, k, v, visible, segments, reads, scores, bias)
         return attention(q, k, v, visible, scores.scale, bias, scores.softcap, scores.sinks)
@@ -149,9 +156,19 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
     return (out * share[..., None]).to(out.dtype), torch.logaddexp(lse, logits.expand_as(lse))
 
 
-def _joined(
-    q: Tensor, segments: Sequence[Segment], reads: Reads, scores: Scores
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _padded(ragged: Ragged) -> Segment:
+    """As a plain segment with the tokens of the longest head; a bias of -inf hides what the others have not."""
+    shape = (*ragged.lengths.shape, ragged.longest)
+    k, v = (x.new_zeros(*shape, x.shape[1]) for x in (ragged.k, ragged.v))
+    bias = torch.full(shape, float("-inf"), dtype=torch.promote_types(k.dtype, torch.float32))
+    for row, n in product(*map(range, ragged.lengths.shape)):
+        own = ragged.head(row, n)
+        k[row, n, : own.length], v[row, n, : own.length] = own.k[0, 0], own.v[0, 0]
+        bias[row, n, : own.length] = 0 if own.bias is None else own.bias[0, 0, 0]
+    return Segment(k, v, ragged.longest, bias[:, :, None])
+
+
+def _joined(q: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor]:
     """k, v ``[B, n, S, D]`` of all segments, zeros past each length, and what is added to scores ``[B, H, 1, S]``."""
     keys = []
     values = []
@@ -165,17 +182,20 @@ def _joined(
         biases.append(_bias(segment, q))
     k = torch.cat(keys, 2)
     v = torch.cat(values, 2)
-    bias = torch.cat(biases, 3)
-    if scores.first_bias is not None and k.shape[2] and _reads_first(segments, reads):
-        added = torch.zeros_like(bias)
-        added[..., 0] = 1
-        bias = bias + added * scores.first_bias.to(bias.dtype)[:, None, None]
-    return k, v, bias
+    return k, v, torch.cat(biases, 3)
 
 
-def _reads_first(segments: Sequence[Segment], reads: Reads) -> bool:
-    """Whether the first key that there is, is the first token: a window without sinks may begin after it."""
-    return not isinstance(reads, Window | Averaged) or bool(segments[0].longest) or reads.first == 0
+def _first_keys(segments: Sequence[Segment | Ragged], reads: Reads, heads: int) -> Tensor:
+    """Bool ``[B, H, 1]`` or scalar: whether the first key that there is, is the first token.
+
+    A window without sinks may begin after it, and a KV head that keeps but some tokens may have lost it.
+    """
+    own = next((one for one in segments if isinstance(one, Ragged) or one.longest), None)
+    if not isinstance(own, Ragged):
+        return torch.tensor(not isinstance(reads, Window | Averaged) or bool(segments[0].longest) or reads.first == 0)
+    shape = own.lengths.shape
+    has = [bool((own.positions[own.of_head(row, n)][:1] == 0).any()) for row, n in product(*map(range, shape))]
+    return torch.tensor(has).view(shape).repeat_interleave(heads // shape[1], 1)[..., None]
 
 
 def _bias(segment: Segment, q: Tensor) -> Tensor:

@@ -90,6 +90,38 @@ class DecodeCounts:
 
 
 @dataclass
+class EvictionCounts:
+    """What left the caches, for the report.
+
+    Attributes:
+        at: tokens after which the last one happened, pads included.
+        cached, kept: tokens of all heads, layers and sequences before and after them, summed over all evictions.
+        by_layer: evictions of each layer.
+    """
+
+    at: int = 0
+    cached: int = 0
+    kept: int = 0
+    by_layer: dict[int, int] = field(default_factory=dict)
+
+    def add(self, layer: int, at: int, cached: int, kept: int) -> None:
+        self.by_layer[layer] = self.by_layer.get(layer, 0) + 1
+        self.at = at
+        self.cached += cached
+        self.kept += kept
+
+    @property
+    def times(self) -> int:
+        """Evictions, of the layer that had most."""
+        return max(self.by_layer.values(), default=0)
+
+    @property
+    def share(self) -> float | None:
+        """Share of the tokens that was kept; None before any eviction."""
+        return self.kept / self.cached if self.cached else None
+
+
+@dataclass
 class ForwardLog:
     """What happened, for the report.
 
@@ -98,12 +130,14 @@ class ForwardLog:
         notes: what ran slower than asked for.
         prefill: sparse prefills.
         decode: decoded tokens that read a selection.
+        eviction: tokens that left.
     """
 
     used: set[str] = field(default_factory=set)
     notes: set[str] = field(default_factory=set)
     prefill: PrefillCounts = field(default_factory=PrefillCounts)
     decode: DecodeCounts = field(default_factory=DecodeCounts)
+    eviction: EvictionCounts = field(default_factory=EvictionCounts)
 
 
 @dataclass(frozen=True)
@@ -117,6 +151,7 @@ class Forward:
         cached: every layer must bring the cache that this forward was given or got, a ``LongCtxCache``.
         steps: it brings one token of each sequence, without pads, autocast or observer: a layer may write and read in
             one call of its kernel.
+        prompt: its tokens are of a prompt: the first of a cache, or many, or as generate() says.
         kernels: what `hf_longctx.kernels.base` asked kernels, once: by (word, case) which one computes it, None where
             none reads its segments as they are; by (word, device) whether one launches whole layers.
     """
@@ -126,4 +161,5 @@ class Forward:
     observer: Callable | None = None
     cached: bool = False
     steps: bool = False
+    prompt: bool = False
     kernels: dict[tuple, ModuleType | bool | None] = field(default_factory=dict, repr=False, compare=False)

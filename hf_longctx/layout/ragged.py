@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModeError
 from .segments import Segment
 from .streamed import Streamed
 
@@ -51,7 +52,7 @@ class Ragged(Streamed):
     def of(cls, parts: Sequence[Sequence[tuple[Tensor, ...]]]) -> Ragged:
         """One from the parts of each sequence's KV heads: (k ``[S, D]``, v, positions), or with a bias ``[S]`` too."""
         flat = [part for heads in parts for part in heads]
-        lengths = torch.tensor([[len(part[0]) for part in heads] for heads in parts])
+        lengths = torch.tensor([[len(part[0]) for part in heads] for heads in parts], dtype=torch.int64)
         with torch.inference_mode(False):  # so that the cache can be continued outside of inference mode
             k, v, positions, *bias = (torch.cat(tensors) for tensors in zip(*flat, strict=True))
         starts = (lengths.flatten().cumsum(0) - lengths.flatten()).view_as(lengths)
@@ -84,19 +85,49 @@ class Ragged(Streamed):
         """That of these sequences."""
         return replace(self, starts=self.starts[rows].contiguous(), lengths=self.lengths[rows].contiguous())
 
+    def first_apart(self) -> tuple[Segment, Ragged]:
+        """Each sequence's first token, copied, hidden from a head that has it no more; and the rest: views."""
+        held = self.lengths > 0
+        if len(self.positions):
+            at = self.starts.clamp(max=len(self.positions) - 1)
+            held &= self.positions[at.to(self.k.device)].to("cpu") == 0
+        taken = held.long()
+        rest = replace(self, starts=self.starts + taken, lengths=self.lengths - taken)
+        return self._padded(self.starts, taken, 0, 1), rest
+
     def blocks(self) -> Iterator[Segment]:
         """Copies as long as the longest head's, in which a bias of -inf hides what a shorter one has not."""
-        for low in range(0, self.longest, BLOCK):
-            slots = torch.arange(low, min(low + BLOCK, self.longest))
-            hidden = slots >= self.lengths[..., None]
-            at = (self.starts[..., None] + slots).masked_fill(hidden, 0).to(self.k.device)
-            hidden = hidden.to(self.k.device)
-            dtype = torch.promote_types(self.dtype, torch.float32)
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=self.k.device)
-            if self.score_bias is not None:
-                bias += self.score_bias[at]
-            bias = bias.masked_fill(hidden, float("-inf"))[:, :, None]
-            yield Segment(self.k[at], self.v[at], len(slots), bias)
+        for low in range(0, max(1, self.longest), BLOCK):
+            yield self._padded(self.starts, self.lengths, low, min(low + BLOCK, self.longest))
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """Never: what tells a head's tokens from what it has not is a bias.
+
+        Raises:
+            UnsupportedModeError: always.
+        """
+        raise UnsupportedModeError(
+            "heads that keep different tokens have no keys and values of one shape, which a prefill pattern or a "
+            "selection needs. Turn that off for these heads, or evict as many tokens of every head (by: uniform)."
+        )
+
+    def _padded(self, starts: Tensor, lengths: Tensor, low: int, high: int) -> Segment:
+        """The tokens ``low .. high`` of each part, as a plain segment."""
+        slots = torch.arange(low, high)
+        hidden = slots >= lengths[..., None]
+        at = (starts[..., None] + slots).masked_fill(hidden, 0).to(self.k.device)
+        hidden = hidden.to(self.k.device)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=self.k.device)
+        if not len(self.positions):  # nothing to copy from
+            k, v = (x.new_zeros(*hidden.shape, x.shape[1]) for x in (self.k, self.v))
+            return Segment(k, v, high - low, bias.masked_fill(hidden, float("-inf"))[:, :, None])
+        if self.score_bias is not None:
+            bias += self.score_bias[at]
+        bias = bias.masked_fill(hidden, float("-inf"))[:, :, None]
+        # What stands in for a hidden token may be another sequence's, and NaN.
+        k, v = (x[at].masked_fill_(hidden[..., None], 0) for x in (self.k, self.v))
+        return Segment(k, v, high - low, bias)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.k, self.v, self.positions, self.starts, self.lengths)
@@ -117,11 +148,13 @@ class Ragged(Streamed):
         for start, length in parts:
             moved[start, length] = end
             end += length
-        at = torch.cat([torch.arange(start, start + length) for start, length in parts]).to(self.k.device)
+        none = torch.arange(0)
+        at = torch.cat([none, *(torch.arange(start, start + length) for start, length in parts)]).to(self.k.device)
         with torch.inference_mode(False):
             self.k, self.v, self.positions = self.k[at], self.v[at], self.positions[at]
             self.score_bias = None if self.score_bias is None else self.score_bias[at]
-        self.starts = torch.tensor([moved[pair] for pair in self._parts()]).view_as(self.lengths)
+        starts = [moved[pair] for pair in self._parts()]
+        self.starts = torch.tensor(starts, dtype=torch.int64).view_as(self.lengths)
 
     def _parts(self) -> Iterator[tuple[int, int]]:
         """(start, length) of every sequence's KV heads."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .heads import RoleHeads
+
+if TYPE_CHECKING:
+    from .ragged import Ragged
 
 
 @dataclass
@@ -147,12 +150,14 @@ class Place(NamedTuple):
         slot: which one the token takes.
         length: how many slots it reads, its own among them.
         listed: of these slots it reads the listed ones; None: all.
+        before: what it reads before these slots; None: nothing.
     """
 
     segment: Segment
     slot: int
     length: int
     listed: Listed | None = None
+    before: Ragged | None = None
 
 
 @dataclass
@@ -185,6 +190,15 @@ class HeadKV:
     @property
     def dtype(self) -> torch.dtype:
         return self.segments[0].dtype
+
+    @property
+    def uneven(self) -> bool:
+        """Whether its heads have different numbers of a sequence's tokens."""
+        return False
+
+    def gone(self, row: int) -> int:
+        """Tokens of a sequence that are not cached any more, in any of its heads; 0 where those are `uneven`."""
+        return 0
 
     def without_last(self, count: int) -> HeadKV:
         """The same if this forward had not brought its last ``count`` tokens, which lie in the last segment."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache.cache import LongCtxCache
+from ..cache.eviction import tell_prompt
 from ..cache.plan import LayerPlan, differing
 from ..cache.seam import CACHE, rename_cache
 from ..errors import CacheError, UnsupportedModeError
@@ -99,7 +100,8 @@ class BeforeForward:
         refuse_selection(self.state.plans, rows, cache, inputs.device)
         observer = observers.get().get(id(base))
         steps = rows.new == 1 and not rows.padded and observer is None and not autocast_on(inputs)
-        forward = Forward(rows, self.state.log, observer, isinstance(cache, LongCtxCache), steps)
+        ours = isinstance(cache, LongCtxCache)
+        forward = Forward(rows, self.state.log, observer, ours, steps, ours and cache.reads_prompt(rows))
         if isinstance(cache, LongCtxCache):
             if past and cache is not self.state.last_cache:
                 refuse_other_prompt(positions, rows, cache.ahead)
@@ -271,6 +273,25 @@ class PrepareCache(OnModel):
         return None
 
 
+class Prefill(OnModel):
+    """Replaces ``_prefill``, in which generate() reads its prompt: the cache is told what is one, and where it ends."""
+
+    name = "_prefill"
+
+    def __call__(self, input_ids: Tensor, generation_config, model_kwargs: dict, *args, **kwargs) -> Any:
+        given = (input_ids, generation_config, model_kwargs)
+        cache = model_kwargs.get(CACHE)
+        # An assistant is asked for drafts time after time, in a generate() of its own each.
+        again = getattr(generation_config, "is_assistant", False) and cache is not None and cache.get_seq_length()
+        if self.dense or again or not isinstance(cache, LongCtxCache):
+            return self.original(*given, *args, **kwargs)
+        tell_prompt(cache, ended=False)
+        try:
+            return self.original(*given, *args, **kwargs)
+        finally:
+            tell_prompt(cache, ended=True)
+
+
 class MakeDrafts(OnModel):
     """Replaces ``_get_candidate_generator``: drafts are never read as the end of a prompt."""
 
@@ -278,12 +299,15 @@ class MakeDrafts(OnModel):
 
     def __call__(self, *args, **kwargs) -> Any:
         drafts = self.original(*args, **kwargs)
+        given = inspect.signature(self.original).bind(*args, **kwargs).arguments
+        if isinstance(cache := given["model_kwargs"].get(CACHE), LongCtxCache):
+            cache.prompt_end = given["input_ids"].shape[1]
         if not self.dense and any(plan.tells_prompts for plan in self.state.plans):
             drafts.get_candidates = DraftsApart(drafts)
         return drafts
 
 
-ON_MODEL: tuple[type[OnModel], ...] = (Generate, StartBatching, SetAttention, PrepareCache, MakeDrafts)
+ON_MODEL: tuple[type[OnModel], ...] = (Generate, StartBatching, SetAttention, PrepareCache, Prefill, MakeDrafts)
 
 
 def _refuse_generate(

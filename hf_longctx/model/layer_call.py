@@ -31,6 +31,10 @@ TAIL_OF_A_PART = (
     "dense tail: some prompts were read in several forwards; the last tokens of each read that forward and what was "
     "cached before it, not the whole prompt"
 )
+UNEVEN = (
+    "sparse prefill: prompts that go on after an eviction by head were read densely, because heads have other tokens "
+    "from each other"
+)
 MASK_ROWS = 512  # queries per mask of that call
 
 
@@ -113,8 +117,8 @@ class LayerCall(SelectedReads):
             return None
         if self.plan.selecting(self.rows) or any(role.as_stock for role in self.plan.filled):
             return None
-        if len({part.dtype for part in parts}) > 1:
-            return None  # two dtypes: autocast was on while one of them grew
+        if len({part.dtype for part in parts}) > 1 or any(part.attended is not None for part in parts):
+            return None  # two dtypes: autocast was on while one of them grew; or a store asks for the queries
         query = query.to(parts[0].dtype)
         scores = self.scores
         cases = {kernels.case_of(query, part.segments, ALL, scores) for part in parts}
@@ -140,7 +144,7 @@ class LayerCall(SelectedReads):
             self._show_prompt(q, role, part.selection)
         if part.selection is not None and not by_store and role.selecting(self.rows):
             return self._selected(q, role, part)
-        patterns = not by_store and self._runs_patterns(role)
+        patterns = not by_store and self._runs_patterns(role, part)
         if role.as_stock and not patterns and not self.rows.padded and _one_plain(part):
             return self._sdpa(q, *part.segments[0].contents())
         if self.rows.new > 1 or rowwise:
@@ -169,9 +173,12 @@ class LayerCall(SelectedReads):
         segment = Segment(heads.take(key), heads.take(value), key.shape[2])
         return HeadKV(heads, [segment], role.store, first=first)
 
-    def _runs_patterns(self, role: RolePlan) -> bool:
+    def _runs_patterns(self, role: RolePlan, part: HeadKV) -> bool:
         """Whether this role's patterns run for some sequence; counts the sequences for which they do not."""
         if role.prefill is None or self.rows.new == 1:
+            return False
+        if part.uneven:
+            self.forward.log.notes.add(UNEVEN)
             return False
         counts = [self.rows.real(sequence) for sequence in range(self.rows.batch)]
         runs = [role.prefill.runs(*count) for count in counts if count[0]]
@@ -207,7 +214,8 @@ class LayerCall(SelectedReads):
             if not alone.shape[2]:
                 out = torch.zeros_like(alone)
             elif patterns and role.prefill.runs(*real):
-                out = self._sparse(alone, part.alone(group, start), role, *real)
+                cached = real[1] - part.gone(group.start or 0)
+                out = self._sparse(alone, part.alone(group, start), role, real[0], cached)
             elif tails and (tail := role.tail(real[0])):
                 out = self._with_tail(alone, part, group, start, real[0], tail)
             else:

@@ -28,7 +28,7 @@ from .family import Family, find_family
 from .hooks import ON_MODEL, BeforeForward, OnModel
 from .modules import attention_copies, attention_modules, language_model, name_of, state_of, unwrap
 from .overrides import keywords
-from .plans import make_plan
+from .plans import asks_rotation, make_plan, make_rotations
 from .private_config import PrivateConfig, around
 from .state import PatchState
 from .trial import refusal
@@ -113,6 +113,15 @@ def _refuse_store(store: StoreSpec, what: str, instead: str) -> None:
         )
 
 
+def _refuse_uneven(store: StoreSpec) -> None:
+    if not store.alike:
+        raise UnsupportedModeError(
+            f"stores.retrieval: with {spec_word(store)!r} by {store.by!r} heads keep different tokens in different "
+            "numbers, and a decode selection chooses the same pages' places in all of them. Set by to uniform or layer "
+            "(after: drop), or decode.retrieval to {select: dense}."
+        )
+
+
 def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
     """Patch with a config that fits: all plans are made before anything is changed."""
     inner = unwrap(model)
@@ -125,7 +134,11 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
             "there is nothing to patch."
         )
     check_transformers(inner, base, attention_copies(modules[0], family)[0])
-    plans = [make_plan(module, settings, family, base.config) for module in modules]
+    turned = {}
+    if asks_rotation(settings):
+        with unpatched(model):
+            turned = make_rotations(base, settings, family)
+    plans = [make_plan(module, settings, family, base.config, turned.get(module.layer_idx)) for module in modules]
     stock_layers(base.config, {plan.layer_idx for plan in plans})  # refuses a model whose other layers have no place
     for role in [role for plan in plans for role in plan.roles]:
         if role.prefill is not None:
@@ -133,6 +146,7 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
             kernels.require(settings.kernel, BlockList, "this config's prefill pattern")
         if role.selects:
             _refuse_store(role.store, "a decode selection", "decode.retrieval to {select: dense}")
+            _refuse_uneven(role.store)
 
     unpatch_model(model)
     register()

@@ -5,17 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..cache.plan import LayerPlan, PrefillPlan
 from ..config.config import LongCtxConfig
 from ..config.head_map import slice_roles
+from ..layout.rotation import Rotation
 from ..prefill.base import PatternSpec
 from ..stores.sink_recent import SinkRecent
 from .family import Family
 from .modules import tensor_parallel
+from .rotary import rotations
 
 
-def make_plan(module: nn.Module, settings: LongCtxConfig, family: Family, hf_config: Any) -> LayerPlan:
+def make_plan(
+    module: nn.Module, settings: LongCtxConfig, family: Family, hf_config: Any, rotation: Rotation | None = None
+) -> LayerPlan:
     """The plan of one attention module: the roles of the KV heads that this process holds, stores and patterns."""
     layer = module.layer_idx
     roles = settings.roles()[layer]
@@ -30,11 +35,24 @@ def make_plan(module: nn.Module, settings: LongCtxConfig, family: Family, hf_con
         prefill = make_prefill(settings, roles, patterns[rank * step : (rank + 1) * step])
         more = {"prefill": prefill, "decode": settings.decode.retrieval}
         more["dense_tail"] = settings.prefill.streaming.dense_tail
+        more["rotation"] = rotation
     else:
         roles = "S" * len(roles)
         more = {"window": window}
         stores = dict.fromkeys(stores, SinkRecent(sink=0, recent=window))
     return LayerPlan.of(layer, roles, stores, settings.kernel, scores=family.scores, **more)
+
+
+def asks_rotation(settings: LongCtxConfig) -> bool:
+    """Whether the store of retrieval heads has a score that turns queries or keys."""
+    return getattr(getattr(settings.stores.retrieval, "rule", None), "rotates", False)
+
+
+def make_rotations(base: PreTrainedModel, settings: LongCtxConfig, family: Family) -> dict[int, Rotation]:
+    """The rotations of the layers that have retrieval heads, as `rotations`; ``base`` is not patched."""
+    letters = enumerate(settings.roles())
+    read = [layer for layer, roles in letters if "R" in roles and family.has_roles(base.config, layer)]
+    return rotations(base, [layer for layer in read if family.window(base.config, layer) is None])
 
 
 def query_patterns(settings: LongCtxConfig, layer: int) -> tuple[PatternSpec, ...]:

@@ -39,16 +39,17 @@ class SelectedReads:
                 if rows.padded:  # a bias hid the pads, which are gone
                     own = [replace(one, bias=None) if isinstance(one, Segment) else one for one in own]
                 one = q[group, :, at : at + 1]
-                out[:, :, at : at + 1] = self._selected_one(one, role, part.selection, group, own, position)
+                cached = position - part.gone(group.start or 0)
+                out[:, :, at : at + 1] = self._selected_one(one, role, part.selection, group, own, cached)
             outs.append(out)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _selected_one(
         self, q: Tensor, role: RolePlan, selection: Selection, group: slice, segments: list, position: int
     ) -> Tensor:
-        """What one query reads of all tokens up to its own, ``[b, h, 1, D]``."""
+        """What one query reads of all cached tokens up to its own, of which ``position`` + 1 are cached."""
         heads = role.heads
-        if not role.decodes(1, position + 1, self.rows):
+        if not role.decode.runs(position + 1):
             return self._attend(q, segments, ALL, heads)
         self._refuse_bias(segments, "a selection cannot choose. Set decode.retrieval to {select: dense}.")
         chosen, reused = selection.choose(group, q, segments, position, self.scores.scale)

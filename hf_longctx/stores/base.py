@@ -81,6 +81,16 @@ class StoreSpec(ABC):
         """Whether a new token reads every token before it, as Transformers' own call and prefill patterns take it."""
         return self.rule == "all" and type(self).reads is StoreSpec.reads
 
+    @property
+    def alike(self) -> bool:
+        """Whether all heads have cached equally many tokens of a sequence, as a decode selection takes it."""
+        return True
+
+    @property
+    def by_data(self) -> bool:
+        """Whether the data choose which tokens it keeps: then nothing else can say what a token reads."""
+        return self.rule == "data"
+
     def capacity(self, tokens: int, reserve: Reserve) -> int:
         """Tokens that the buffers of one head have room for after a forward of ``tokens`` tokens."""
         return room(self.cached_tokens(tokens), reserve.max_tokens)
@@ -183,6 +193,16 @@ class Store(ABC):
             scores: how attention made scores of them, of these heads.
         """
 
+    def end_prompt(self, rows: Rows) -> None:  # noqa: B027
+        """A prompt has ended: the next forward brings decoded tokens. ``rows`` are all that was seen.
+
+        Asked before any layer of that forward writes, once per prompt; for stores in which the data choose.
+        """
+
+    def geometry(self, rows: Rows) -> Rows:
+        """The rows as if the tokens that are not cached any more had never been seen."""
+        return rows
+
     def held(self, rows: Rows) -> HeadKV:
         """What it would show a forward that follows, which brings nothing; ``rows`` are all that was seen."""
         raise UnsupportedModeError(
@@ -197,6 +217,10 @@ class Store(ABC):
         follow instead, when another role of the layer has no such place.
         """
         return None
+
+    def shown(self, segments: list[Segment], before: Streamed | None = None) -> HeadKV:
+        """What a token reads that was written to a `place`: these segments, after what lies ``before`` them."""
+        return HeadKV(self.heads, segments, self.spec, state=self.state)
 
     @classmethod
     def has_place(cls) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..cache.eviction import tell_prompt
 from ..cache.seam import CACHE, cache_of
 from ..cache.weights import device_of
 from ..config.words import check_word, convert
@@ -90,7 +91,9 @@ class Reader:
 
     def ask(self, question: Question, room: int, between: Sequence[int] = ()) -> list[int]:
         """The answer's token ids, at most ``room``."""
+        tell_prompt(self.cache, ended=False)
         said = [self.read([*self.unread, *between, *question.prompt.tolist()])]
+        tell_prompt(self.cache, ended=True)
         while said[-1] not in self.stop and len(said) < room:
             said.append(self.read(said[-1:]))
         ended = said[-1] in self.stop

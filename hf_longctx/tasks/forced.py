@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..cache.eviction import tell_prompt
 from ..cache.seam import CACHE, cache_of
 from ..errors import UnsupportedModeError
 from .answer import input_device
@@ -59,6 +60,7 @@ def forced_answers(
     for question in sample.questions:
         prompt, target = (torch.as_tensor(ids, device=context.device) for ids in (question.prompt, question.target))
         logits, cache = _read(model, torch.cat([context, prompt]), None, 1, chunk_size)
+        tell_prompt(cache, ended=True)
         if len(target) > 1:
             logits = torch.cat([logits, _read(model, target[:-1], cache, len(target) - 1)[0]])
         found.append(scored(logits, target))
@@ -91,11 +93,26 @@ def expected(
         own = turns or (not keep and i + 1 == len(sample.questions))
         before = [*unread, *sample.between] if turns and i else []
         target = torch.as_tensor(question.target, device=device)
-        ids = torch.tensor([*before, *question.prompt.tolist(), *question.target[:-1].tolist()], device=device)
+        prompt = torch.tensor([*before, *question.prompt.tolist()], device=device)
         with torch.no_grad():
-            logits, _ = _read(model, ids, cache if own else copy.deepcopy(cache), len(target))
+            logits = _along(model, prompt, target, cache if own else copy.deepcopy(cache))
         yield scored(logits, target), logits
         unread = question.target[-1:].tolist()
+
+
+def _along(model: nn.Module, prompt: Tensor, target: Tensor, cache: Any) -> Tensor:
+    """Logits ``[A, V]`` that predict ``target [A]`` after the cached tokens and ``prompt [T]``, in one forward.
+
+    In two where the end of the prompt changes what is cached.
+    """
+    if not getattr(cache, "evicts", False):
+        return _read(model, torch.cat([prompt, target[:-1]]), cache, len(target))[0]
+    tell_prompt(cache, ended=False)
+    logits, _ = _read(model, prompt, cache, 1)
+    tell_prompt(cache, ended=True)
+    if len(target) == 1:
+        return logits
+    return torch.cat([logits, _read(model, target[:-1], cache, len(target) - 1)[0]])
 
 
 def _read(model: nn.Module, ids: Tensor, cache: Any, keep: int, chunk: int | None = None) -> tuple[Tensor, Any]:
@@ -103,6 +120,8 @@ def _read(model: nn.Module, ids: Tensor, cache: Any, keep: int, chunk: int | Non
     for piece in ids.split(chunk or len(ids)):
         out = model(piece[None], **{CACHE: cache}, use_cache=True, logits_to_keep=keep)
         cache = cache_of(out)
+        if chunk is not None:
+            tell_prompt(cache, ended=False)
     return out.logits[0], cache
 
 

@@ -135,7 +135,7 @@ def test_a_step_reads_what_is_listed(dtype, batch, counts):
     q, k, v, place = listed_step(dtype, batch, counts)
     step = native.Step([RoleHeads("retrieval", (0, 1, 2), 3)])
     got = step.run(q, k, v, [place], 0.2).transpose(1, 2)
-    segment, _, length, listed = place
+    segment, _, length, listed, _ = place
     reads = torch.zeros(batch, 3, length, dtype=torch.bool)
     reads[..., : listed.low * listed.size] = reads[..., listed.high * listed.size :] = True
     for row, head in torch.cartesian_prod(torch.arange(batch), torch.arange(3)).tolist():

@@ -513,12 +513,19 @@ template <bool BF16, int BITS> class Work {
 // ``first(b)``: position of the first token of the call. ``origin(b, n)``: where the key of a sequence's first token lies.
 template <bool BF16, int BITS, class First, class Origin>
 static int few(const Call& call, const Formula& formula, const std::vector<Part>& parts,
-               const std::vector<const Packed*>& pieces, First first, Origin origin) {
+               const std::vector<const Packed*>& pieces, First first, Origin origin, const Ragged* ragged = nullptr,
+               int64_t count = 0) {
     const Shape& s = call.shape;
     Work<BF16, BITS> work(call, formula, s);
+    std::vector<Segment> own;  // of the ragged ones
+    own.reserve(count * s.batch * s.kv_heads);
     for (int64_t b = 0; b < s.batch; ++b)
         for (int64_t n = 0; n < s.kv_heads; ++n) {
             work.next_head();
+            for (int64_t i = 0; i < count; ++i) {
+                own.push_back(ragged[i].part(b * s.kv_heads + n));
+                work.add(b, n, n, {&own.back(), EARLIER, 0, own.back().length}, INT_MAX);
+            }
             for (const Part& part : parts)
                 work.add(b, n, n, {part.segment, part.base, part.begin, part.segment->of(b)}, part.window);
             for (const Packed* piece : pieces) work.add(b, n, piece);
@@ -540,27 +547,30 @@ static inline std::vector<Part> parts_of(const int64_t* packed) {
     return parts;
 }
 
-// One token, which sees every key. After the pieces: whether a piece holds the first token, where there are pieces.
+// One token, which sees every key. After the pieces: whether a piece holds the first token, where there are pieces; then
+// what is ragged.
 template <bool BF16> static int decode(const Call& call, const Formula& formula, const int64_t* packed) {
     const int64_t* after = packed + 1 + packed[0] * (sizeof(Segment) / 8);
     const Segment* segments = (const Segment*)(packed + 1);
     const Packed* first_piece = (const Packed*)(after + 1);
     std::vector<const Packed*> pieces;
     for (int64_t i = 0; i < after[0]; ++i) pieces.push_back(first_piece + i);
-    const bool in_piece = !pieces.empty() && *(const int64_t*)(first_piece + after[0]);
+    const int64_t* last = (const int64_t*)(first_piece + after[0]);
+    const bool in_piece = !pieces.empty() && last[0];
+    const Ragged* ragged = (const Ragged*)(last + 2);
     auto parts = parts_of(packed);
     auto first = [](int64_t) { return 0; };
     auto origin = [&](int64_t b, int64_t n) {
         return in_piece ? pieces[0]->k.at(b, n) : first_key(segments, packed[0], b, n);
     };
     bool four = !pieces.empty() && pieces[0]->bits == 4;  // all pieces of a store are alike
-    return four ? few<BF16, 4>(call, formula, parts, pieces, first, origin)
-                : few<BF16, 8>(call, formula, parts, pieces, first, origin);
+    return four ? few<BF16, 4>(call, formula, parts, pieces, first, origin, ragged, last[1])
+                : few<BF16, 8>(call, formula, parts, pieces, first, origin, ragged, last[1]);
 }
 
 // One new token of every sequence of a layer: its key and value are written to their places, and then it reads. After the
 // new keys and values: how many roles, and of each the slot, how many slots are read, the buffers, what is listed of them,
-// and the KV heads.
+// what is read before them (without lengths: nothing), and the KV heads.
 struct Listed {  // of layout/segments.py; size 0: everything is read
     int64_t size, low, high, width;
     const int32_t *entries, *counts;
@@ -570,16 +580,17 @@ template <bool BF16> static int step(const Call& call, const Formula& formula, c
     const Heads &k = *(const Heads*)packed, &v = *(&k + 1);
     const int64_t* next = (const int64_t*)(&v + 1);
     std::vector<Segment> segments(*next++);
-    struct Own { const Segment* segment; const Listed* listed; int64_t head, heads; };
+    struct Own { const Segment* segment; const Listed* listed; const Ragged* before; int64_t head, heads; };
     std::vector<Own> own(s.kv_heads);
     for (Segment& segment : segments) {
         const int64_t slot = *next++;
         segment = {*(const Heads*)(next + 1), *(const Heads*)(next + 5), *next, nullptr, nullptr, 0, 0, 0};
         const Listed* listed = (const Listed*)(next + 9);
-        next += 9 + sizeof(Listed) / 8;
+        const Ragged* before = (const Ragged*)(listed + 1);
+        next = (const int64_t*)(before + 1);
         const int64_t heads = *next++;
         for (int64_t i = 0; i < heads; ++i, ++next) {
-            own[*next] = {&segment, listed, i, heads};
+            own[*next] = {&segment, listed, before, i, heads};
             for (int64_t b = 0; b < s.batch; ++b) {
                 memcpy(segment.k.at(b, i, slot), k.at(b, *next), s.dim * (BF16 ? 2 : 4));
                 memcpy(segment.v.at(b, i, slot), v.at(b, *next), s.dim * (BF16 ? 2 : 4));
@@ -587,10 +598,16 @@ template <bool BF16> static int step(const Call& call, const Formula& formula, c
         }
     }
     Work<BF16, 8> work(call, formula, s);
+    std::vector<Segment> parts;  // of what is read before
+    parts.reserve(s.batch * s.kv_heads);
     for (int64_t b = 0; b < s.batch; ++b)
         for (const Own& one : own) {
             work.next_head();
             const int64_t n = &one - own.data(), length = one.segment->length;
+            if (one.before->lengths) {
+                parts.push_back(one.before->part(b * one.heads + one.head));
+                work.add(b, n, one.head, {&parts.back(), EARLIER, 0, parts.back().length}, INT_MAX);
+            }
             auto read = [&](int64_t low, int64_t high) {
                 work.add(b, n, one.head, {one.segment, EARLIER, low, high}, INT_MAX, one.listed->size > 0);
             };

@@ -71,11 +71,24 @@ struct Segment {  // as in layout.py; ``lengths`` [B] overrides ``length``; stri
     int64_t bias_batch, bias_head, bias_key;
     int64_t of(int64_t b) const { return lengths ? std::max<int64_t>(0, std::min(length, lengths[b])) : length; }
 };
+struct Ragged {  // of layout/ragged.py: tokens one after the other, in parts of each sequence and KV head; strides in bytes
+    char *k, *v;
+    int64_t k_token, v_token;
+    const int64_t *starts, *lengths;  // [B, n]
+    const float* bias;                // of each token; null: none
+    // A part by itself: whatever sequence and KV head it is asked for, it is theirs.
+    Segment part(int64_t at) const {
+        const int64_t start = starts[at];
+        return {{k + start * k_token, 0, 0, k_token}, {v + start * v_token, 0, 0, v_token}, lengths[at], nullptr,
+                bias ? bias + start : nullptr, 0, 0, 1};
+    }
+};
 struct Lists {  // a BlockList of layout.py, contiguous
     int64_t block, first, kv_len, heads, query_blocks, width, columns_width;
     const int32_t *indices, *counts, *columns, *column_counts;
 };
-static_assert(sizeof(Call) == 16 * 8 && sizeof(Segment) == 14 * 8 && sizeof(Lists) == 11 * 8, "native.py packs int64");
+static_assert(sizeof(Call) == 16 * 8 && sizeof(Segment) == 14 * 8 && sizeof(Ragged) == 7 * 8 && sizeof(Lists) == 11 * 8,
+              "native.py packs int64");
 
 static inline vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
 static inline void store(float* p, vf x) { memcpy(p, &x, sizeof x); }

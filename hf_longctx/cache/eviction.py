@@ -1,0 +1,142 @@
+"""Where a prompt ends, and what leaves the cache there: budgets by score, of one layer or of all together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config.bounds import MOST
+from ..eviction._budgets import by_head, by_model, pyramid, uniform
+from ..layout.forward import EvictionCounts
+from ..layout.rows import Rows
+from ..stores._evicted import EvictedStore
+from .layer import LongCtxLayer
+from .plan import FEWEST
+
+Scored = list[list[Tensor]]  # of each sequence's KV heads
+
+
+class Eviction:
+    """Part of `LongCtxCache`.
+
+    Attributes:
+        prompt_end: tokens after which the prompt ends that is being read, as generate() says; None: not known.
+        reading: a prompt was read since the last end of one.
+    """
+
+    prompt_end: int | None = None
+    reading: bool = False
+
+    def reads_prompt(self, rows: Rows) -> bool:
+        """Whether this forward is of a prompt: the first of a cache, one of many tokens, or before `prompt_end`.
+
+        Where nobody says the end, a prompt goes on until a forward of one token.
+        """
+        if rows.past == 0 or rows.new >= FEWEST:
+            return True
+        return self.reading and rows.new > 1 if self.prompt_end is None else rows.past < self.prompt_end
+
+    def evict(self) -> None:
+        """End the prompt here: evict what the config's budget leaves out, and free its memory.
+
+        Without this call it happens before the first decoded token: at the first forward after the prompt that
+        generate() was given, else at the first one of one token. Does nothing where no prompt was read since.
+
+        Raises:
+            CacheError: an earlier forward was interrupted, or a score lacks what it needs.
+        """
+        self.check()
+        if self.reading and self.seen:
+            self._end_prompt(self.seen)
+
+    def _end_due_prompt(self, rows: Rows, prompt: bool) -> None:
+        """End a prompt that was read, and evict where a fixed number of tokens came since the last time."""
+        ended = rows.new == 1 or (self.prompt_end is not None and rows.past >= self.prompt_end)
+        if self.reading and not prompt and ended:
+            self._end_prompt(rows.past)
+        elif self.own[0].regular and rows.past and (prompt or rows.new == 1) and self._due(rows.past):
+            self._evict(self._evicting)
+        self.reading = self.reading or prompt
+
+    def _due(self, seen: int) -> bool:
+        return any(store.due(seen) for layer in self._evicting for store in layer.evicting)
+
+    def _end_prompt(self, seen: int) -> None:
+        self.reading = False
+        self.prompt_end = None
+        self._evict(self._evicting)
+        for layer in self.own:
+            layer.end_prompt(Rows(max(self.batch_size, 1), 0, seen, self.starts))
+
+    @property
+    def evicts(self) -> bool:
+        """Whether some tokens of a prompt leave where it ends."""
+        return any(role.store.by_data for layer in self.own for role in layer.plan.filled)
+
+    @property
+    def _evicting(self) -> list[LongCtxLayer]:
+        return [layer for layer in self.own if any(layer.evicting)]
+
+    def _evict(self, layers: Sequence[LongCtxLayer]) -> None:
+        """Score, allot and leave: layer by layer, or all of them together where they share a budget."""
+        pairs = [(layer, store) for layer in layers for store in layer.evicting]
+        if not pairs or self.ends is not None:
+            return
+        rows = Rows(self.batch_size, 0, self.seen, self.starts)
+        spec = pairs[0][1].spec
+        with torch.no_grad(), torch.autocast(self.own[0].device.type, enabled=False):
+            if spec.by == "model":
+                scored = [store.scored(rows) for _, store in pairs]
+                for (layer, store), keep in zip(pairs, _by_model(scored, rows, spec), strict=True):
+                    self._leave(layer, store, rows, keep)
+                return
+            for at, (layer, store) in enumerate(pairs):
+                keep = _of_layer(store.scored(rows), rows, spec, at, len(pairs))
+                self._leave(layer, store, rows, keep)
+
+    def _leave(self, layer: LongCtxLayer, store: EvictedStore, rows: Rows, keep: Scored) -> None:
+        cached = sum(len(one) for heads in keep for one in heads)
+        kept = sum(int(one.sum()) for heads in keep for one in heads)
+        layer.whole = False
+        store.evict(rows, keep)
+        layer.forget_choices(store)
+        layer.whole = True
+        if (counts := self._eviction_counts()) is not None:
+            counts.add(layer.plan.layer_idx, rows.total, cached, kept)
+
+    def _eviction_counts(self) -> EvictionCounts | None:
+        """Of the model's report; None where it is gone."""
+        state = getattr(self.model() if self.model else None, "longctx_state", None)
+        return None if state is None else state.log.eviction
+
+
+def tell_prompt(cache: Any, ended: bool) -> None:
+    """Tell a cache, if it is a `LongCtxCache`, that what it reads now is a prompt, however short, or that it has ended.
+
+    The next forward after its end evicts, whatever it brings.
+    """
+    if isinstance(cache, Eviction):
+        cache.prompt_end = cache.seen if ended else MOST
+
+
+def _of_layer(scored: Scored, rows: Rows, spec, at: int, layers: int) -> Scored:
+    keep = []
+    for row, heads in enumerate(scored):
+        processed = rows.real(row)[1]
+        budget = spec.cached_tokens(processed)
+        if spec.by == "layer":
+            budget = pyramid(budget, spec.sink + spec.recent, len(heads[0]), layers)[at]
+        keep.append(by_head(heads, budget, spec.least) if spec.by == "head" else uniform(heads, budget))
+    return keep
+
+
+def _by_model(scored: Sequence[Scored], rows: Rows, spec) -> list[Scored]:
+    """By layer, sequence and KV head."""
+    by_row = [
+        by_model([layer[row] for layer in scored], spec.cached_tokens(rows.real(row)[1]), spec.least)
+        for row in range(rows.batch)
+    ]
+    return [[layers[at] for layers in by_row] for at in range(len(scored))]

@@ -1,0 +1,160 @@
+"""What an eviction knows of a prompt's queries while it is read: the newest ones, and what a score gathered of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..layout.rotation import Rotation
+from ..layout.scores import Scores
+from .base import Score, Seen
+
+Tokens = tuple[Tensor, Tensor]  # k, v [B, n, S, D] of the cached tokens
+
+
+@dataclass(eq=False)
+class Evidence:
+    """Of some KV heads of sequences of one length.
+
+        row position   0 . . . . . . . gathered . . . . . . processed
+                       |  in `state`   |     in `q`, not yet in `state`
+                                   | q                      |
+
+    A query is gathered when it is older than what may be taken back, so that a rollback only cuts ``q``. Tensors are
+    replaced, never written to.
+
+    Attributes:
+        q: the newest queries ``[B, H, W, D]``; the last is that of the token ``processed`` - 1. None: none yet.
+        processed: tokens up to the newest query.
+        gathered: tokens whose queries are in ``state``.
+    """
+
+    rule: Score
+    layer: int = 0
+    rotation: Rotation | None = None
+    q: Tensor | None = None
+    processed: int = 0
+    gathered: int = 0
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def first(self) -> int:
+        """Row position of the first query of ``q``."""
+        return self.processed - (0 if self.q is None else self.q.shape[2])
+
+    def saw(self, q: Tensor, processed: int, tokens: Callable[[], Tokens], scores: Scores, slack: int) -> None:
+        """Queries ``[B, H, T, D]`` of the newest of ``processed`` tokens.
+
+        Args:
+            tokens: gives the cached tokens; the last is as new as the last query.
+            slack: newest tokens that may be taken back.
+        """
+        if self.q is not None and self.processed == processed - q.shape[2]:
+            q = torch.cat([self.q, q], 2)
+        else:  # what came between was not shown: it was decoded
+            self.gathered = processed - q.shape[2]
+        self.q, self.processed = q, processed
+        if self.rule.gathers and (due := processed - slack) > self.gathered:
+            self.state = self._gather(due, tokens(), scores)
+            self.gathered = due
+        waiting = self.processed - self.gathered if self.rule.gathers else 0
+        held = min(q.shape[2], max(waiting, self.rule.queries + slack))
+        if held < q.shape[2]:
+            self.q = q[:, :, q.shape[2] - held :].clone()  # a view would keep all of them alive
+
+    def score(self, tokens: Tokens, scores: Scores, processed: int) -> Tensor:
+        """Scores ``[B, n, S]`` of the cached tokens; what was not gathered yet is. ``processed``: tokens read."""
+        if self.rule.gathers and self.q is not None:
+            left = tokens[0].shape[2] - (processed - self.processed)
+            self.state = self._gather(self.processed, tuple(x[:, :, :left] for x in tokens), scores)
+            self.gathered = self.processed
+        q = None
+        if self.rule.queries and self.q is not None:
+            q = self.q[:, :, -self.rule.queries :]
+        made = self.rule.score(self._seen(*tokens, q, processed, scores, self.state))
+        if made.shape != tokens[0].shape[:3] or made.isnan().any():
+            raise ValueError(
+                f"{type(self.rule).__name__} gave scores {list(made.shape)} with {int(made.isnan().sum())} NaN for "
+                f"keys {list(tokens[0].shape)}"
+            )
+        return made
+
+    def _gather(self, end: int, tokens: Tokens, scores: Scores) -> dict[str, Tensor]:
+        """``state`` with the queries of the tokens ``gathered .. end``; ``tokens`` are those up to ``processed``."""
+        q = self.q[:, :, self.gathered - self.first : end - self.first]
+        if not q.shape[2]:
+            return self.state
+        k, v = (x[:, :, : x.shape[2] - (self.processed - end)] for x in tokens)
+        seen = self._seen(k, v, q, end, scores, dict(self.state))
+        self.rule.gather(seen)
+        return seen.state
+
+    def _seen(self, k, v, q: Tensor | None, processed: int, scores: Scores, state: dict[str, Tensor]) -> Seen:
+        # Counted back from the newest: before an eviction no token is missing, and after one all queries are newer.
+        positions = torch.arange(processed - k.shape[2], processed, device=k.device)
+        return Seen(k, v, positions, q, processed, scores, self.rotation, self.layer, state)
+
+    def kept(self, index: Sequence[Sequence[Tensor]]) -> Evidence:
+        """What is known once only these of the cached tokens are left, by sequence and KV head, as many in each."""
+        state = dict(self.state)
+        at = torch.stack([torch.stack(list(heads)) for heads in index]) if self.rule.by_token else None
+        for name in self.rule.by_token:
+            if name in state:
+                state[name] = state[name].gather(2, at)
+        return replace(self, q=None, state=state)
+
+    def crop(self, tokens: int) -> None:
+        """Forget what came after the first ``tokens`` tokens, no further back than `oldest_crop`."""
+        if tokens < self.processed:
+            left = tokens - self.first
+            self.q = self.q[:, :, :left].clone() if self.q is not None and left > 0 else None
+            self.processed = max(tokens, 0)
+            self.gathered = min(self.gathered, self.processed)
+
+    @property
+    def oldest_crop(self) -> int:
+        """Fewest tokens that `crop` can go back to and still know all that the score needs."""
+        if self.q is None:
+            return 0
+        if self.rule.gathers:
+            return self.gathered
+        return self.first + self.rule.queries if self.first else 0
+
+    def part(self, row: int | None = None, head: tuple[int, int] | None = None) -> Evidence:
+        """Of one sequence, or of one KV head: (which, of how many)."""
+
+        def cut(x: Tensor) -> Tensor:
+            x = x if row is None else x[row : row + 1]
+            return x if head is None else x.unflatten(1, (head[1], -1))[:, head[0]]
+
+        return self.map(cut)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Evidence:
+        """One with every tensor ``[B, ...]`` changed."""
+        state = {name: change(x) for name, x in self.state.items()}
+        return replace(self, q=None if self.q is None else change(self.q), state=state)
+
+    @classmethod
+    def together(cls, parts: Sequence[Evidence]) -> Evidence:
+        """That of sequences of one length, of what is known of each."""
+        state = {name: torch.cat([part.state[name] for part in parts]) for name in parts[0].state}
+        q = None if parts[0].q is None else torch.cat([part.q for part in parts])
+        return replace(parts[0], q=q, state=state)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor it keeps alive."""
+        yield from self.state.values()
+        if self.q is not None:
+            yield self.q
+
+
+def of_heads(scores: Scores, heads: Sequence[int], total: int) -> Scores:
+    """The scores of the query heads of these of ``total`` KV heads."""
+
+    def own(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.unflatten(0, (total, -1))[list(heads)].flatten()
+
+    return Scores(scores.scale, scores.softcap, own(scores.sinks), own(scores.first_bias))

@@ -1,0 +1,137 @@
+"""``store: evicted``: every token while a prompt is read, and of it a budget of tokens, by score, from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..config.bounds import SHARE, TOKENS, TOKENS_OR_NONE
+from ..config.words import spec_word, word
+from ..errors import ConfigError
+from ..layout.heads import RoleHeads
+from ._evicted import EvictedStore
+from .base import Bytes, Reserve, StoreSpec
+
+BY = ("uniform", "head", "layer", "model")
+FLOOR = 0.2  # AdaKV's, as kvpress has it
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens that a KV head keeps of a prompt, the protected ones among them: as many, or a share of the sequence.
+
+    Attributes:
+        tokens: how many.
+        share: of the tokens that were read so far.
+    """
+
+    tokens: int | None = field(default=None, metadata=TOKENS)
+    share: float | None = field(default=None, metadata={"above": 0.0, "max": 1.0})
+
+    def __post_init__(self) -> None:
+        if (self.tokens is None) == (self.share is None):
+            raise ConfigError(f"tokens: got {self.tokens} with share {self.share}, expected one of the two.")
+
+    def of(self, processed: int) -> int:
+        """The budget of a sequence of ``processed`` tokens; the mean over all heads."""
+        return self.tokens if self.share is None else max(1, int(self.share * processed + 1e-6))
+
+
+@dataclass(frozen=True)
+class Evicted(StoreSpec):
+    """Cache a prompt whole while it is read; where it ends, keep a budget of its tokens, and all that come after.
+
+    Which tokens stay is a score's choice. Keys keep the rotation they had. A later prompt of the same cache is read
+    over what is left, and ends in an eviction of its own. Memory is whole while the prompt is read.
+
+    Attributes:
+        rule: the score.
+        budget: tokens of each KV head, or their share: `Budget`.
+        by: who has the same budget. ``uniform``: every head. ``head``: the heads of a layer share theirs, where the
+            scores are highest (AdaKV). ``layer``: every head of a layer, more in early layers (PyramidKV). ``model``:
+            all heads of all layers share theirs (KVzip).
+        floor: share of its budget that a head has at least, by ``head`` and ``model``; null: 0.2 and 0.
+        sink: first tokens of a sequence, which stay.
+        recent: newest tokens where the prompt ends, which stay.
+        after: what becomes of the others.
+        keep: the store of what is left; by ``head`` and ``model`` it is full.
+        every: evict also whenever so many tokens came since the last time, in a prompt that is read in pieces and while
+            decoding; null: where a prompt ends alone.
+    """
+
+    roles = ("retrieval",)
+    exact = False
+    cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"rule": {"score": "key_norm"}, "budget": {"tokens": 12}, "recent": 4},
+        {"rule": {"score": "key_norm"}, "budget": {"share": 0.5}, "recent": 4, "by": "head"},
+    )
+
+    rule: Any = word("eviction", "score", "retrieval", "snapkv")
+    budget: Budget = field(default_factory=lambda: Budget(share=0.5))
+    by: str = field(default="head", metadata={"choices": BY})
+    floor: float | None = field(default=None, metadata=SHARE)
+    sink: int = field(default=4, metadata=TOKENS_OR_NONE)
+    recent: int = field(default=64, metadata=TOKENS_OR_NONE)
+    after: Any = word("eviction.after", "after", "retrieval", "drop")
+    keep: Any = word("stores", "store", "retrieval", "full")
+    every: int | None = field(default=None, metadata=TOKENS)
+
+    def __post_init__(self) -> None:
+        floored = self.by in ("head", "model")
+        if self.floor is not None and not floored:
+            raise ConfigError(f"floor: got {self.floor} with by {self.by!r}, whose heads share nothing. Leave it out.")
+        if self.rule.alike and floored:
+            raise ConfigError(
+                f"by: got {self.by!r} with score {spec_word(self.rule)!r}, which gives all heads of a layer the same "
+                "scores. What works: uniform, layer."
+            )
+        if not self.keep.reads_all or isinstance(self.keep, Evicted):
+            raise ConfigError(f"keep: got store {spec_word(self.keep)!r}, which is not one of every token it is given.")
+        if self.ragged and spec_word(self.keep) != "full":
+            raise ConfigError(
+                f"keep: got store {spec_word(self.keep)!r} where heads keep different numbers of tokens (by "
+                f"{self.by!r}, after {spec_word(self.after)!r}). Use keep: full, or by: uniform or layer, after: drop."
+            )
+        least = self.sink + self.recent
+        if self.budget.tokens is not None and self.budget.tokens < least:
+            raise ConfigError(
+                f"budget.tokens: got {self.budget.tokens}, expected at least the {least} of sink and recent (tokens)."
+            )
+
+    @property
+    def ragged(self) -> bool:
+        """Whether what is left is cached head by head: in different numbers, or with a score bias."""
+        return self.by in ("head", "model") or self.after.biased
+
+    @property
+    def least(self) -> float:
+        """`floor`, or its default."""
+        return self.floor if self.floor is not None else FLOOR if self.by == "head" else 0.0
+
+    @property
+    def reads_all(self) -> bool:
+        return True
+
+    @property
+    def alike(self) -> bool:
+        return not self.ragged
+
+    @property
+    def by_data(self) -> bool:
+        return True
+
+    def new(self, heads: RoleHeads, max_tokens: int | None) -> EvictedStore:
+        return EvictedStore(self, heads, max_tokens)
+
+    def cached_tokens(self, tokens: int) -> int:
+        return min(tokens, max(self.budget.of(tokens), self.sink + self.recent))
+
+    def capacity(self, tokens: int, reserve: Reserve) -> int:
+        kept = self.cached_tokens(tokens)
+        if kept == tokens:
+            return super().capacity(tokens, reserve)
+        return self._room(tokens, reserve)[0]
+
+    def nbytes(self, tokens: int, head_dim: int, itemsize: int, reserve: Reserve | None = None) -> Bytes:
+        return self.keep.nbytes(self.cached_tokens(tokens), head_dim, itemsize, reserve)
