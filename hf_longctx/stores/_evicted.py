@@ -124,10 +124,12 @@ class EvictedStore(Store):
         cut: geometry of the last eviction; None before the first.
         evidence: what is known of queries, by sequence and KV head.
         rotation, layer: of the layer, for the score.
+        watcher: shown the queries of every forward in place of the store, as `attended`; None: nobody.
     """
 
     rotation: Rotation | None = None
     layer: int = 0
+    watcher: Callable[..., None] | None = None
 
     def __init__(self, spec: Evicted, heads: RoleHeads, max_tokens: int | None):
         super().__init__(spec, heads, max_tokens)
@@ -164,7 +166,7 @@ class EvictedStore(Store):
 
     def append(self, k: Tensor, v: Tensor, rows: Rows) -> Left:
         part = self.inner.append(self.heads.take(k), self.heads.take(v), self.geometry(rows))
-        return self._shown(part, self.attended if self.asks else None)
+        return self._shown(part, self.watcher or (self.attended if self.asks else None))
 
     def held(self, rows: Rows) -> Left:
         return self._shown(self.inner.held(self.geometry(rows)))
@@ -175,7 +177,7 @@ class EvictedStore(Store):
         return Left(self.heads, [*past, *part.segments], self.spec, state=part.state, **more)
 
     def place(self, rows: Rows) -> Place | None:
-        if self.asks and self.spec.every is not None:
+        if self.watcher is not None or (self.asks and self.spec.every is not None):
             return None  # its queries are asked for
         place = self.inner.place(self.geometry(rows)) if self.inner.has_place() else None
         return place if place is None or self.ragged is None else place._replace(before=self.ragged)
@@ -196,11 +198,11 @@ class EvictedStore(Store):
                 own = q[group, :, rows.new - new :]
                 own = own if head == ALL else own.unflatten(1, (n, -1))[:, head]
                 heads = range(n) if head == ALL else (head,)
-                known = self._known(group, head, rows.batch)
+                known = self.known(group, head, rows.batch)
                 tokens = partial(part.tokens, group, start, head)
                 known.saw(own, processed, tokens, of_heads(scores, heads, n), self.slack)
 
-    def _known(self, group: slice, head: int, batch: int) -> Evidence:
+    def known(self, group: slice, head: int, batch: int) -> Evidence:
         """What is known of these sequences and heads; what was known of all is parted where it is asked of one."""
         row = ALL if group == slice(None) else group.start
         if row != ALL and (ALL, head) in self.evidence:
@@ -223,7 +225,7 @@ class EvictedStore(Store):
         found: list[list[Tensor]] = [[] for _ in range(rows.batch)]
         for group, start in self._groups(rows):
             _, processed = rows.real(group.start or 0)
-            for head in self._heads:
+            for head in self.known_apart:
                 made = self._score(group, head, part.tokens(group, start, head), processed, rows.batch)
                 made[..., : self.spec.sink] = float("inf")
                 made[..., max(0, made.shape[2] - self.spec.recent) :] = float("inf")
@@ -233,7 +235,7 @@ class EvictedStore(Store):
 
     def _score(self, group: slice, head: int, tokens: tuple[Tensor, Tensor], processed: int, batch: int) -> Tensor:
         k = tokens[0]
-        known = self._known(group, head, batch)
+        known = self.known(group, head, batch)
         if not k.shape[2]:
             return k.new_zeros(k.shape[:3], dtype=torch.float32)
         if self.asks and known.q is None and not known.state:
@@ -255,7 +257,7 @@ class EvictedStore(Store):
             yield from ((slice(row, row + 1), rows.start(row)) for row in range(rows.batch))
 
     @property
-    def _heads(self) -> Sequence[int]:
+    def known_apart(self) -> Sequence[int]:
         """The heads that are known apart."""
         return (ALL,) if self.ragged is None else range(len(self.heads.kv_heads))
 
@@ -339,7 +341,7 @@ class EvictedStore(Store):
 
     def _known_after(self, rows: Rows, keep: list[list[Tensor]]) -> dict[Key, Evidence]:
         """What is still known once these are left: what was gathered of all queries."""
-        if not self.spec.rule.gathers:
+        if not (self.spec.rule.gathers or self.spec.rule.by_token):
             return {}
         known: dict[Key, Evidence] = {}
         for (row, head), one in self.evidence.items():
