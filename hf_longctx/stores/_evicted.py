@@ -190,7 +190,7 @@ class EvictedStore(Store):
             return  # right pads: such a cache cannot be continued
         self.scores = scores
         n = len(self.heads.kv_heads)
-        for group, start in rows.groups():
+        for group, start in self._groups(rows):
             new, processed = rows.real(group.start or 0)
             if not new:
                 continue
@@ -223,7 +223,7 @@ class EvictedStore(Store):
         """
         part = self.held(rows)
         found: list[list[Tensor]] = [[] for _ in range(rows.batch)]
-        for group, start in rows.groups():
+        for group, start in self._groups(rows):
             _, processed = rows.real(group.start or 0)
             for head in self.known_apart:
                 made = self._score(group, head, part.tokens(group, start, head), processed, rows.batch)
@@ -248,6 +248,13 @@ class EvictedStore(Store):
         heads = range(n) if head == ALL else (head,)
         scores = of_heads(self.scores or Scores(k.shape[3] ** -0.5), heads, n)
         return known.score(tokens, scores, processed).clone()
+
+    def _groups(self, rows: Rows) -> Iterator[tuple[slice, int]]:
+        """Sequences that are known together, as `Rows.groups`: each alone where they keep different numbers."""
+        if self.ragged is None:
+            yield from rows.groups()
+        else:
+            yield from ((slice(row, row + 1), rows.start(row)) for row in range(rows.batch))
 
     @property
     def known_apart(self) -> Sequence[int]:
