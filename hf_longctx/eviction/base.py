@@ -32,7 +32,8 @@ class Seen:
     Attributes:
         k, v: the cached tokens, ``[B, n, S, D]``; the last of them is as new as the last query.
         positions: their row positions, int64 ``[S]``, ascending; they are not all tokens where some were evicted.
-        q: queries ``[B, H, T, D]`` of the newest tokens, rotated as the keys are; None where the score asks for none.
+        q: queries ``[B, H, T, D]`` of the newest tokens, all of them cached, rotated as the keys are; None where the
+            score asks for none.
         processed: tokens of each sequence that were read so far, evicted ones included. The last query is of the last.
         scores: how attention makes scores of q and k.
         rotation: the rotation of this layer's keys and queries; None where the score did not ask for it (`rotates`).
