@@ -44,15 +44,15 @@ class Judging:
         text = processed - len(self.reading.ids)
         for head in self.store.known_apart:
             own = q if head == ALL else q.unflatten(1, (n, -1))[:, head]
-            if self.rule.queries and (before := self._before(group, start, head, text)) is not None:
-                own = torch.cat([before, own], 2)
+            if self.rule.queries:
+                own = torch.cat([self._before(group, start, head, text), own], 2)
             k, v = part.tokens(group, start, head)
             positions = torch.arange(processed - k.shape[2], processed, device=k.device)
             heads = range(n) if head == ALL else (head,)
             seen = Seen(k, v, positions, own, processed, of_heads(scores, heads, n), layer=self.store.layer)
             self.found.setdefault(head, []).append(self.rule.judge(seen, self.reading))
 
-    def _before(self, group: slice, start: int, head: int, text: int) -> Tensor | None:
+    def _before(self, group: slice, start: int, head: int, text: int) -> Tensor:
         """The last queries of the text, which has so many tokens."""
         known = self.store.known.of(group, start, head, 1)
         if known.q is None or known.processed != text:
@@ -116,7 +116,7 @@ def scoring_by(store: EvictedStore, spec: Evicted) -> Iterator[None]:
 def _refuse_unseen(store: EvictedStore, rule: Score) -> None:
     own = store.spec.rule
     word = spec_word(rule)
-    if rule == own or isinstance(rule, Asked):
+    if rule == own:
         return
     if rule.gathers or rule.rotates:
         raise CacheError(
