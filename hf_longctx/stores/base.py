@@ -183,6 +183,12 @@ class Store(ABC):
             scores: how attention made scores of them, of these heads.
         """
 
+    def end_prompt(self, rows: Rows) -> None:  # noqa: B027
+        """A prompt has ended: the next forward brings decoded tokens. ``rows`` are all that was seen.
+
+        Asked before any layer of that forward writes, once per prompt; for stores in which the data choose.
+        """
+
     def held(self, rows: Rows) -> HeadKV:
         """What it would show a forward that follows, which brings nothing; ``rows`` are all that was seen."""
         raise UnsupportedModeError(
