@@ -9,17 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .segments import Segment
-from .streamed import Streamed
+from .streamed import Piece
 
-BLOCK = 1 << 20  # numbers of a block of whole keys, at most, but for a single token
 KIND = "thinned"  # what `Streamed.kind` says of it
 PREFILL_NOTE = "sparse prefill: keys of a thin store got zeros for the channels they lost, layer by layer, to choose"
 
 
 @dataclass
-class Thinned(Streamed):
-    """Consecutive slots of the batch, pads included, to which nobody writes any more.
+class Thinned(Piece):
+    """Slots whose keys have some channels alone.
 
     A reader that takes whole keys gets zeros for the channels that are gone: the same scores.
 
@@ -28,8 +26,7 @@ class Thinned(Streamed):
         v: values ``[B, n, S, D_v]``.
         channels: which channels of a whole key these are, int64 ``[B, n, D']``, ascending.
         dim: D, channels of a whole key.
-        shared: other caches may read the memory.
-        hidden: score bias ``[B, 1, 1, S]`` that hides pads from one query, and does nothing else; None: nothing.
+        shared, hidden: see `Piece`.
     """
 
     saved_as: ClassVar[str] = "Thinned"
@@ -51,8 +48,6 @@ class Thinned(Streamed):
     def length(self) -> int:
         return self.k.shape[2]
 
-    longest = length
-
     @property
     def form(self) -> tuple[int, int, int]:
         return *self.k.shape[:2], self.dim
@@ -63,7 +58,6 @@ class Thinned(Streamed):
         return self.k.shape[0] == 1 or self.k.stride(0) == 0
 
     def alone(self, rows: slice, low: int) -> Thinned:
-        """That of these sequences from slot ``low`` on, for a reader that sees all of it."""
         k, v = (x[rows, :, low:] for x in (self.k, self.v))
         return replace(self, k=k, v=v, channels=self.channels[rows], hidden=None)
 
@@ -72,20 +66,8 @@ class Thinned(Streamed):
         whole = k.new_zeros(*k.shape[:3], self.dim)
         return whole.scatter_(3, self.channels[:, :, None].expand_as(k), k)
 
-    def blocks(self) -> Iterator[Segment]:
-        batch, heads, dim = self.form
-        step = max(1, BLOCK // max(1, batch * heads * dim))
-        for low in range(0, self.length, step):
-            high = min(low + step, self.length)
-            k, v = self.span(low, high)
-            bias = None if self.hidden is None else self.hidden[..., low:high]
-            yield Segment(k, v, high - low, bias, bias_of_pads=True)
-
     def span(self, low: int, high: int) -> tuple[Tensor, Tensor]:
         return self.widened(self.k[:, :, low:high]), self.v[:, :, low:high]
-
-    def contents(self) -> tuple[Tensor, Tensor]:
-        return self.span(0, self.length)
 
     def take(self, slots: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
         k, v = (x.gather(2, slots[..., None].expand(-1, -1, -1, x.shape[3])) for x in (self.k, self.v))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -15,9 +15,9 @@ from ..layout.rows import Rows
 from ..layout.scores import Scores
 from ..layout.segments import HeadKV, Segment
 from ..layout.thinned import Thinned
-from ._saved import SavedSegment, SavedStore, short
+from ._pieces import PiecesStore
+from ._saved import SavedSegment, SavedStore
 from .base import SLACK, Bytes, Reserve, StoreSpec, room
-from .full import FullStore
 
 
 @dataclass(frozen=True)
@@ -78,32 +78,8 @@ class Thin(StoreSpec):
         return Bytes(2 * whole * head_dim * itemsize + thin * (kept + head_dim) * itemsize + listed)
 
 
-@dataclass
-class ThinKV(HeadKV):
-    """Thinned pieces, then plain segments, the last of which ends with the queries."""
-
-    def alone(self, rows: slice, start: int) -> list[Segment | Thinned]:
-        left = []
-        plain = []
-        for one in self.segments:
-            if isinstance(one, Segment):
-                plain.append(one)
-                continue
-            if start < one.length:
-                left.append(one.alone(rows, start))
-            start = max(0, start - one.length)
-        return [*left, *HeadKV.alone(replace(self, segments=plain), rows, start)]
-
-
-class ThinStore(FullStore):
-    """As a full store, in which thinned pieces take the place of the first slots where a prompt ends.
-
-        slot        0 . . . . . . . . . . . | . . . . . . | . . . .
-                    thin 0  keys D', values | kept: recent  decoded  room
-                                            ^ thinned     ^ the prompt ended
-
-    Left pads are thinned with the rest: a slot of the batch is a slot here. What is thinned is never written to again,
-    so forks and sequences of one prompt share it.
+class ThinStore(PiecesStore):
+    """A piece is thinned; the newest ``recent`` slots of a prompt are not in one.
 
     Attributes:
         first, asked: slots of the queries in the state ``energy``: of the last queries of a prompt that is being read,
@@ -112,7 +88,7 @@ class ThinStore(FullStore):
 
     kinds = (Segment, Thinned)
     numbers: ClassVar[tuple[str, ...]] = ("first", "asked")
-    staggers = False
+    word = "thin"
 
     def __init__(self, spec: Thin, heads: RoleHeads, max_tokens: int | None):
         super().__init__(spec, heads, max_tokens)
@@ -124,18 +100,7 @@ class ThinStore(FullStore):
         self.asked = asked if state else 0
         self.first = self.asked - (state["energy"].shape[2] if state else 0)
 
-    @property
-    def pieces(self) -> dict[str, Thinned]:
-        """What is thinned, in the order of the slots."""
-        return {name: segment for name, segment in self.segments.items() if isinstance(segment, Thinned)}
-
-    @property
-    def thinned(self) -> int:
-        return sum(piece.length for piece in self.pieces.values())
-
     def append(self, k: Tensor, v: Tensor, rows: Rows) -> HeadKV:
-        for piece in self.pieces.values():  # filled in another dtype (autocast), it stays in that
-            k, v = k.to(piece.dtype), v.to(piece.dtype)
         part = super().append(k, v, rows)
         if self._asks(rows, k.shape[3]):
             part.attended = self.attended
@@ -143,7 +108,7 @@ class ThinStore(FullStore):
 
     def _asks(self, rows: Rows, head_dim: int) -> bool:
         """Whether the queries of this forward may choose channels: of a prompt, while some sequence has none chosen."""
-        if self.spec.kept(head_dim) == head_dim or self.thinned > max(rows.starts or (0,)):
+        if self.spec.kept(head_dim) == head_dim or self.past > max(rows.starts or (0,)):
             return False
         return rows.new > 1 or rows.past == 0 or "energy" in self.state
 
@@ -161,9 +126,9 @@ class ThinStore(FullStore):
 
     @torch.no_grad()
     def end_prompt(self, rows: Rows) -> None:
-        done = self.thinned
+        done = self.past
         end = rows.total - self.spec.recent
-        plain = [segment for segment in self._views() if isinstance(segment, Segment)]
+        plain = self.plain
         if end > done and self.spec.kept(plain[0].k.shape[3]) < plain[0].k.shape[3]:
             with torch.inference_mode(False), torch.autocast(plain[0].k.device.type, enabled=False):
                 segments = self._thin(plain, self._channels(plain, rows, done), rows, done, end)
@@ -181,13 +146,7 @@ class ThinStore(FullStore):
         if last and not piece.shared and not (piece.one_row and rows.batch > 1):  # nobody else reads it
             name, k, v = last, torch.cat([piece.k, k], 2), torch.cat([piece.v, v], 2)
         pieces[name] = Thinned(k, v, channels, plain[0].k.shape[3])
-        limit = None if self.max_tokens is None else self.max_tokens - end
-        kept = self.new_segment(plain[0].k, plain[0].v, room(self.spec.recent, self.max_tokens, limit))
-        for k, v in spans(plain, end - done, rows.total - done):
-            own = slice(kept.length, kept.length + k.shape[2])
-            kept.k[:, :, own], kept.v[:, :, own] = k, v
-            kept.length = own.stop
-        return {**pieces, "kept": kept}
+        return {**pieces, "kept": self._kept(plain, done, end, rows.total)}
 
     def _channels(self, plain: list[Segment], rows: Rows, done: int) -> Tensor:
         """The channels that thinned keys keep, int64 ``[B, n, D']``: sequences that chose theirs stay with them."""
@@ -222,26 +181,6 @@ class ThinStore(FullStore):
                 need *= energy.mean(2)
         return need
 
-    def _views(self) -> list[Segment | Thinned]:
-        return [
-            segment if isinstance(segment, Thinned) else Segment(*segment.contents(), segment.length)
-            for segment in self.segments.values()
-        ]
-
-    def _shown(self, segments: list[Segment | Thinned]) -> HeadKV:
-        return ThinKV(self.heads, segments, self.spec, state={})
-
-    def _hide_pads(self, segments: list[Segment | Thinned], rows: Rows) -> list[Segment | Thinned]:
-        bias = rows.pad_bias(segments[0].k.device, segments[0].dtype)
-        low = 0
-        parts = []
-        for one in segments:
-            own = bias[..., low : low + one.length]
-            thin = isinstance(one, Thinned)
-            parts.append(replace(one, hidden=own) if thin else replace(one, bias=own, bias_of_pads=True))
-            low += one.length
-        return parts
-
     def crop(self, rows: Rows, target: int) -> None:
         super().crop(rows, target)
         if "energy" in self.state and target < self.asked:
@@ -250,28 +189,18 @@ class ThinStore(FullStore):
 
     def oldest_crop(self, total: int) -> int:
         """Where the last prompt ended that was thinned."""
-        thinned = self.thinned
-        return thinned + self.spec.recent if thinned else 0
+        return self.past + self.spec.recent if self.pieces else 0
 
     def reset(self) -> None:
         super().reset()
         self._know({}, 0)
 
-    def _share(self) -> None:
-        super()._share()
-        self.segments = {
-            name: replace(one, shared=True) if isinstance(one, Thinned) else one for name, one in self.segments.items()
-        }
-
     def check(self, saved: SavedStore) -> None:
-        parts = saved.segments()
-        thin = [name for name, part in parts.items() if part.told["kind"].value == Thinned.saved_as]
-        if list(parts)[: len(thin)] != [f"thin {at}" for at in range(len(thin))]:
-            saved.refuse(f"its segments are {short(list(parts))}, expected thin 0, ... first")
+        pieces, parts = self._check_pieces(saved, Thinned)
         slots = 0
-        for name in thin:
-            slots += self._check_piece(parts.pop(name), saved.rows.total - self.spec.recent - slots)
-        list(self._check_parts(saved, parts, len(thin), slots))
+        for piece in pieces:
+            slots += self._check_piece(piece, saved.rows.total - self.spec.recent - slots)
+        list(self._check_parts(saved, parts, len(pieces), slots))
         known = saved.shape("energy") != ()
         asked = saved.number("asked", int(known), saved.rows.total if known else 0)
         first = saved.number("first", max(0, asked - self.spec.window - SLACK), asked - known)
@@ -281,16 +210,13 @@ class ThinStore(FullStore):
     def _check_piece(self, piece: SavedSegment, most: int) -> int:
         """Slots of a piece, at most ``most``."""
         told = piece.of_kind(Thinned, "rows", "dim", "shared")
-        shape = piece.shape("k")
-        slots = shape[2] if len(shape) == 4 else 0
-        if not 1 <= slots <= most:
-            piece.told["tensors"].refuse(f"its keys are {list(shape)}, expected 1 to {most} tokens")
+        slots, batch = self._slots(piece, "k", most)
         store = piece.store
         dim = told["dim"].number(store.head_dim, store.head_dim)
         told["rows"].number(store.rows.batch, store.rows.batch)
         told["shared"].number(0, 1)
         kept = self.spec.kept(dim)
-        heads = (1 if shape[0] == 1 else store.rows.batch, store.heads)
+        heads = (batch, store.heads)
         form = {"k": (store.dtype, (*heads, slots, kept)), "v": (store.dtype, (*heads, slots, dim))}
         piece.holds({**form, "channels": (torch.int64, (*heads, kept))})
         channels = piece.read("channels")

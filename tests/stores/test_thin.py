@@ -96,7 +96,7 @@ def test_attention_equals_zeroed_channels_however_the_prompt_came(starts, fields
     for count in cuts:
         run.check(count)
     run.end()
-    assert run.store.thinned == 120 - fields["recent"]
+    assert run.store.past == 120 - fields["recent"]
     for count in (1, 1, 3, 1, 30, 1):
         run.check(count)
     run.check(40)
@@ -430,7 +430,7 @@ def pieces(tokens=90):
 
 
 def test_whoever_reads_whole_keys_gets_zeros(monkeypatch):
-    monkeypatch.setattr("hf_longctx.layout.thinned.BLOCK", 2 * KV_HEADS * DIM * 7)
+    monkeypatch.setattr("hf_longctx.layout.streamed.BLOCK", 2 * KV_HEADS * DIM * 7)
     thin, whole = pieces()
     blocks = list(thin.blocks())
     assert len(blocks) == 13
