@@ -28,10 +28,10 @@ MARGIN = 0.05  # of the free memory, left to everybody else
 
 
 class Filled(NamedTuple):
-    """Bytes that a cache held: most, and once the prompt had ended."""
+    """Bytes that a cache held: most, and once the prompt had ended; None: tokens leave when that is asked for."""
 
     most: int
-    left: int
+    left: int | None
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def check(memory_model: MemoryModel, way: str, tokens: int) -> Filled:
         )
     counted = fill(memory_model, way, tokens)
     for moment, found, said in zip(("", " once the prompt has ended"), counted, wanted, strict=True):
-        if found > said or (found < said and memory_model.exact):
+        if found is not None and (found > said or (found < said and memory_model.exact)):
             raise LongCtxError(
                 f"the {way} cache of {tokens} tokens was calculated as {said} bytes{moment} and takes {found}: the "
                 "table is wrong. Please report this with your versions."
@@ -108,6 +108,8 @@ def _fill_and_evict(memory_model: MemoryModel, way: str, tokens: int) -> Filled:
     for past in range(0, tokens, step):
         _read(memory_model, cache, past, min(step, tokens - past), prompt=True)
         most = max(most, _held(cache))
+    if memory_model.asked:
+        return Filled(most, None)
     cache.evict()
     indexes = list(_indexes_left(memory_model, cache, tokens))
     if way != RESERVED:  # it has no room for another token
@@ -140,10 +142,10 @@ def _read(memory_model: MemoryModel, cache: LongCtxCache, past: int, new: int, p
         for part in getattr(kept, "parts", ()):
             if part.attended is not None:
                 store = part.attended.__self__
-                store.rotation = store.rotation or Rotation((1.0,) * (memory_model.head_dim // 2))
-                group = memory_model.text.num_attention_heads // memory_model.kv_heads
-                heads = group * len(part.heads.kv_heads)
-                count = min(new, store.spec.rule.queries + store.slack + 1)
+                if (known := getattr(store, "known", None)) is not None:  # without weights no rotation was found
+                    known.rotation = known.rotation or Rotation((1.0,) * (memory_model.head_dim // 2))
+                heads = len(part.heads.kv_heads) * memory_model.group
+                count = min(new, store.spec.queries + store.slack + 1)
                 q = torch.zeros(rows.batch, heads, count, memory_model.head_dim, dtype=part.dtype)
                 part.attended(q, part, rows, Scores(1.0))
 

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from ..config.bounds import MOST
+from ..config.words import spec_word
 from ..eviction._budgets import by_head, by_model, pyramid, uniform
-from ..layout.forward import EvictionCounts
+from ..layout.forward import ForwardLog
 from ..layout.rows import Rows
 from ..stores._evicted import EvictedStore
 from .layer import LongCtxLayer
 from .plan import FEWEST
+
+WAITS = (
+    "eviction: a prompt ended before cache.compress() was called, which score {} waits for; all its tokens were cached"
+)
 
 Scored = list[list[Tensor]]  # of each sequence's KV heads
 
@@ -25,10 +30,12 @@ class Eviction:
     Attributes:
         prompt_end: tokens after which the prompt ends that is being read, as generate() says; None: not known.
         reading: a prompt was read since the last end of one.
+        paused: nothing is evicted: a copy on which something is read to judge the tokens by.
     """
 
     prompt_end: int | None = None
     reading: bool = False
+    paused: bool = False
 
     def reads_prompt(self, rows: Rows) -> bool:
         """Whether this forward is of a prompt: the first of a cache, one of many tokens, or before `prompt_end`.
@@ -43,7 +50,8 @@ class Eviction:
         """End the prompt here: evict what the config's budget leaves out, and free its memory.
 
         Without this call it happens before the first decoded token: at the first forward after the prompt that
-        generate() was given, else at the first one of one token. Does nothing where no prompt was read since.
+        generate() was given, else at the first one of one token. Does nothing where no prompt was read since, and by a
+        score that must be asked (`compress`).
 
         Raises:
             CacheError: an earlier forward was interrupted, or a score lacks what it needs.
@@ -54,6 +62,8 @@ class Eviction:
 
     def _end_due_prompt(self, rows: Rows, prompt: bool) -> None:
         """End a prompt that was read, and evict where a fixed number of tokens came since the last time."""
+        if self.paused:
+            return
         ended = rows.new == 1 or (self.prompt_end is not None and rows.past >= self.prompt_end)
         if self.reading and not prompt and ended:
             self._end_prompt(rows.past)
@@ -67,9 +77,18 @@ class Eviction:
     def _end_prompt(self, seen: int) -> None:
         self.reading = False
         self.prompt_end = None
-        self._evict(self._evicting)
+        if not self._waits():
+            self._evict(self._evicting)
         for layer in self.own:
             layer.end_prompt(Rows(max(self.batch_size, 1), 0, seen, self.starts))
+
+    def _waits(self) -> bool:
+        """Whether the score must be asked (`compress`); the report says where nobody has."""
+        stores = [store for layer in self._evicting for store in layer.evicting]
+        waits = [store for store in stores if store.spec.rule.moment == "call"]
+        if any(store.cut is None for store in waits) and (log := self._log()) is not None:
+            log.notes.add(WAITS.format(spec_word(waits[0].spec.rule)))
+        return bool(waits)
 
     @property
     def evicts(self) -> bool:
@@ -104,13 +123,13 @@ class Eviction:
         store.evict(rows, keep)
         layer.forget_choices(store)
         layer.whole = True
-        if (counts := self._eviction_counts()) is not None:
-            counts.add(layer.plan.layer_idx, rows.total, cached, kept)
+        if (log := self._log()) is not None:
+            log.eviction.add(layer.plan.layer_idx, rows.total, cached, kept)
 
-    def _eviction_counts(self) -> EvictionCounts | None:
+    def _log(self) -> ForwardLog | None:
         """Of the model's report; None where it is gone."""
         state = getattr(self.model() if self.model else None, "longctx_state", None)
-        return None if state is None else state.log.eviction
+        return None if state is None else state.log
 
 
 def tell_prompt(cache: Any, ended: bool) -> None:

@@ -84,7 +84,7 @@ def measure(memory_model: MemoryModel, check: bool, check_tokens: int | None) ->
         checked = check_tokens if check_tokens is not None else tokens
         if check and checked:
             counted = memory_check.check(memory_model, way, checked)
-            left = {"bytes_left": counted.left} if memory_model.evicts else {}
+            left = {"bytes_left": counted.left} if memory_model.evicts and counted.left is not None else {}
             result["checked"] = {"tokens": checked, "bytes": counted.most, **left}
         results.append(result)
     return results
@@ -132,9 +132,10 @@ def _evicted(memory_model: MemoryModel, results: list[dict[str, Any]]) -> list[s
     if not memory_model.evicts:
         return []
     left = [f"{one['way']} {one['need']['kv_left'] / 1e9:.2f} GB" for one in results[1:] if one["need"]]
-    checked = [f"{one['way']} {one['checked']['bytes_left'] / 1e9:.3f} GB" for one in results[1:] if one["checked"]]
-    at_most = "" if memory_model.exact else ", at most"
-    lines = [f"KV is what the prompt takes until it has ended{at_most}. Then tokens are evicted: {', '.join(left)}."]
+    counted = [(one["way"], (one["checked"] or {}).get("bytes_left")) for one in results[1:]]
+    checked = [f"{way} {count / 1e9:.3f} GB" for way, count in counted if count is not None]
+    at_most = "" if memory_model.exact else " at most"
+    lines = [f"KV is what the cache takes{at_most} while the prompt is read. {memory_model.ends}: {', '.join(left)}."]
     return lines + [f"Allocated then: {', '.join(checked)}, as calculated."] * bool(checked)
 
 

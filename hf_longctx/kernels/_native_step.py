@@ -53,7 +53,10 @@ class LayerStep:
             numbers[at + 10] = 0
             if listed is not None:
                 numbers[at + 10 : at + 16] = array("q", _listed(listed, length, batch))
-        if self.load().hf_longctx_step(q.dtype == torch.bfloat16, scale, 0, numbers.buffer_info()[0]) <= 0:
+        used = self.load().hf_longctx_step(q.dtype == torch.bfloat16, scale, 0, numbers.buffer_info()[0])
+        if used == _native_ragged.OUTSIDE:
+            raise ValueError(f"a decoded token was given {_native_ragged.WHY}")
+        if used <= 0:
             raise MemoryError("kernel native: no memory for the temporaries of a decoded token")
         return out
 
@@ -64,7 +67,9 @@ class LayerStep:
         buffers = [x for place in places for x in (place.segment.k, place.segment.v)]
         shapes = [(batch, len(own)) for own in self.heads for _ in range(2)]
         fit = all(x.shape[:2] == shape and x.shape[3] == dim for x, shape in zip(buffers, shapes, strict=True))
-        befores = [(place.before, len(own)) for place, own in zip(places, self.heads, strict=True) if place.before]
+        befores = [
+            (place.before, len(own)) for place, own in zip(places, self.heads, strict=True) if place.before is not None
+        ]
         alike = all(x.dtype == q.dtype and x.device == q.device and x.stride(-1) == 1 for x in (q, k, v, *buffers))
         whole = k.shape == v.shape == (batch, kv_heads, 1, dim) and tokens == 1 and not heads % kv_heads
         alike = alike and all(_native_ragged.fits(before, q) for before, _ in befores)

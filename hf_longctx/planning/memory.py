@@ -196,7 +196,7 @@ class MemoryModel:
             self.number,
             _reserve(way, tokens),
             self.chunk(tokens),
-            self._group,
+            self.group,
             *self._rank(plan),
         )
         held = sum(len(role.heads.kv_heads) * role.store.prompt_nbytes(*form).device for role in plan.filled)
@@ -213,7 +213,7 @@ class MemoryModel:
         for role in plan.filled:
             store = role.store.in_layer(*self._rank(plan), tokens)
             index = role.decode.index_bytes(store.selectable(tokens), *form, reserve.max_tokens)
-            known = store.known_nbytes(tokens, *form, self._group)
+            known = store.known_nbytes(tokens, *form, self.group)
             held += len(role.heads.kv_heads) * (store.nbytes(tokens, *form, reserve).device + known + index)
         return held * self.settings.batch
 
@@ -231,6 +231,17 @@ class MemoryModel:
         return bool(self._evicting)
 
     @property
+    def asked(self) -> bool:
+        """Whether tokens leave only when that is asked for (`LongCtxCache.compress`), not where the prompt ends."""
+        rules = (getattr(role.store, "rule", None) for plan in self.plans for role in plan.filled)
+        return any(getattr(rule, "moment", None) == "call" for rule in rules)
+
+    @property
+    def ends(self) -> str:
+        """When tokens have left, in words."""
+        return "Once cache.compress() was called" if self.asked else "Once it has ended"
+
+    @property
     def exact(self) -> bool:
         """Whether the bytes of the cache are known; else they are at most those.
 
@@ -239,7 +250,7 @@ class MemoryModel:
         return not any(getattr(role.store, "every", None) for plan in self.plans for role in plan.filled)
 
     @property
-    def _group(self) -> int:
+    def group(self) -> int:
         """Query heads of a KV head."""
         return self.text.num_attention_heads // self.kv_heads
 

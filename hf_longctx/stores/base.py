@@ -120,6 +120,11 @@ class StoreSpec(ABC):
         """
         return self.nbytes(tokens, head_dim, itemsize, reserve)
 
+    @property
+    def queries(self) -> int:
+        """Last queries of a prompt that say what it keeps."""
+        return 0
+
     def known_nbytes(self, tokens: int, head_dim: int, itemsize: int, group: int) -> int:
         """Bytes that one head keeps beside keys and values once its prompt has ended; see `prompt_nbytes`."""
         return 0
@@ -179,6 +184,7 @@ class Store(ABC):
     Attributes:
         kinds: classes of what ``segments`` holds, for `restored`.
         numbers: names of the attributes (plain ints) that belong to what is kept.
+        parts: what else its plain data has (`saved`), beside segments, state and numbers.
         staggers: whether it has `stagger`.
         slack: tokens that left a window and are remembered, so that `crop` can take them back: `SLACK` or 0. From 0 it
             may be set to `SLACK` at any time, for what leaves from then on.
@@ -186,6 +192,7 @@ class Store(ABC):
 
     kinds: ClassVar[tuple[type[Segment] | type[Streamed], ...]] = (Segment,)
     numbers: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ()
     staggers: ClassVar[bool] = False
     slack: int = SLACK
 

@@ -53,7 +53,7 @@ class Evicted(StoreSpec):
     over what is left, and ends in an eviction of its own. Memory is whole while the prompt is read.
 
     Attributes:
-        rule: the score.
+        rule: the score. Some evict only when `LongCtxCache.compress` is called.
         budget: tokens of each KV head, or their share: `Budget`.
         by: who has the same budget. ``uniform``: every head. ``head``: the heads of a layer share theirs, where the
             scores are highest (AdaKV). ``layer``: every head of a layer, more in early layers (PyramidKV). ``model``:
@@ -70,8 +70,16 @@ class Evicted(StoreSpec):
     roles = ("retrieval",)
     exact = False
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
-        {"rule": {"score": "key_norm"}, "budget": {"tokens": 12}, "recent": 4},
-        {"rule": {"score": "key_norm"}, "budget": {"share": 0.5}, "recent": 4, "by": "head"},
+        {"rule": {"score": "key_norm"}, "budget": {"tokens": 12}, "recent": 4, "by": "uniform"},
+        {"rule": {"score": "snapkv", "window": 8}, "budget": {"share": 0.5}, "recent": 4},
+        {
+            "rule": {"score": "key_norm"},
+            "budget": {"share": 0.5},
+            "recent": 4,
+            "by": "layer",
+            "keep": {"store": "quantized", "bits": 8, "group": 16, "residual": 0},
+        },
+        {"rule": {"score": "ems", "window": 8}, "budget": {"share": 0.3}, "by": "model", "after": {"after": "merge"}},
     )
 
     rule: Any = word("eviction", "score", "retrieval", "snapkv")
@@ -92,6 +100,11 @@ class Evicted(StoreSpec):
             raise ConfigError(
                 f"by: got {self.by!r} with score {spec_word(self.rule)!r}, which gives all heads of a layer the same "
                 "scores. What works: uniform, layer."
+            )
+        if self.rule.moment == "call" and self.every is not None:
+            raise ConfigError(
+                f"every: got {self.every} with score {spec_word(self.rule)!r}, which evicts when cache.compress() is "
+                "called. Leave it out."
             )
         if not self.keep.reads_all or isinstance(self.keep, Evicted):
             raise ConfigError(f"keep: got store {spec_word(self.keep)!r}, which is not one of every token it is given.")
@@ -170,6 +183,10 @@ class Evicted(StoreSpec):
             state = known + state_nbytes(rule, gathered, head_dim, group, itemsize)
             most = max(most, held._replace(device=held.device + state), key=sum)
         return most
+
+    @property
+    def queries(self) -> int:
+        return self.rule.queries
 
     def known_nbytes(self, tokens: int, head_dim: int, itemsize: int, group: int) -> int:
         cached = self.cached_tokens(tokens)

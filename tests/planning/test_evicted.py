@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,23 @@ def test_evictions_within_a_prompt_bound_its_peak(by, every, planned):
         assert made.kv(PATCHED, 1000) == fill(made, PATCHED, 1000).most
 
 
+@pytest.mark.parametrize("tokens", [1, 20, 21, 300])
+def test_thinned_keys(tokens, planned):
+    for dtype in ("fp32", "bf16"):
+        made = planned(dtype=dtype)
+        thin = {"store": "thin", "ratio": 0.5, "window": 16, "recent": 20}
+        made = replace(made, config=made.config.override(stores={"retrieval": thin}))
+        for way in (PATCHED, RESERVED):
+            found = check(made, way, tokens)
+            assert tokens < 300 or found.left < found.most
+
+
+def test_a_score_that_is_asked_is_counted_and_not_asked(planned):
+    made = planned(rule={"score": "kvzip"}, budget={"share": 0.3})
+    assert made.asked and check(made, PATCHED, TOKENS).left is None
+    assert made.kv_left(PATCHED, TOKENS) < 0.5 * made.kv(PATCHED, TOKENS) and "compress" in made.ends
+
+
 def test_a_wrong_calculation_is_noticed(planned, monkeypatch):
     made, nbytes = planned(rule=LAST), Evicted.nbytes
     more = lambda *args: nbytes(*args)._replace(device=nbytes(*args).device + 1)  # noqa: E731
@@ -138,13 +156,23 @@ def test_plan_and_bench_memory_say_both_moments(planned, tmp_path):
     assert need.kv_left < need.kv / 2 and need.total == need.weights + need.kv + need.working
     found = LongCtxConfig.plan(str(tmp_path), context=1000, memory="1GB", dtype="fp32", config=str(tmp_path / "x.yaml"))
     assert "evicted   KV is counted while the prompt is read. Once it has ended the cache takes" in str(found)
-    args = ["--config", tmp_path / "x.yaml", "--memory", "2MB", "--dtype", "fp32", "--check", "--json", tmp_path / "y"]
+    args = [
+        "--config",
+        tmp_path / "x.yaml",
+        "--memory",
+        "2MB",
+        "--dtype",
+        "fp32",
+        "--check",
+        "--json",
+        tmp_path / "y.json",
+    ]
     done = CliRunner().invoke(app, ["bench", "memory", str(tmp_path), *map(str, args)], env={"COLUMNS": "80"})
     assert done.exit_code == 0, done.output
     assert max(map(len, done.output.splitlines())) <= 80
     said = " ".join(done.output.split())
-    assert "KV is what the prompt takes until it has ended. Then tokens are evicted: patched 0.00 GB" in said
+    assert "KV is what the cache takes while the prompt is read. Once it has ended: patched 0.00 GB" in said
     assert "Allocated then: patched 0.000 GB" in said
-    rows = json.loads((tmp_path / "y").read_text())["results"]
+    rows = json.loads((tmp_path / "y.json").read_text())["results"]
     assert rows[1]["checked"]["bytes_left"] == rows[1]["need"]["kv_left"] < rows[1]["need"]["kv"]
     assert longest(made, PATCHED) < longest(made, DENSE) * 1.2, "the peak is the prompt's: no longer one fits"
