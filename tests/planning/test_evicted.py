@@ -175,4 +175,5 @@ def test_plan_and_bench_memory_say_both_moments(planned, tmp_path):
     assert "Allocated then: patched 0.000 GB" in said
     rows = json.loads((tmp_path / "y.json").read_text())["results"]
     assert rows[1]["checked"]["bytes_left"] == rows[1]["need"]["kv_left"] < rows[1]["need"]["kv"]
-    assert longest(made, PATCHED) < longest(made, DENSE) * 1.2, "the peak is the prompt's: no longer one fits"
+    whole = planned(by="head", rule=LAST, budget={"share": 1.0})
+    assert longest(made, PATCHED) == longest(whole, PATCHED), "the peak is the whole prompt: no longer one fits"
