@@ -33,7 +33,7 @@ SAME = {
     "ExpectedAttention": f"{EXPECTED}:by=uniform",
     "AdaKV(ExpectedAttention)": f"{EXPECTED}:by=head",
     "ExpectedAttention by model": f"{EXPECTED}:by=model",
-    "KVzip": "kvzip:by=model:sink=4:recent=0",
+    "KVzip": "kvzip:chunk=2048:by=model:sink=4:recent=0",
     "Knorm": "key_norm:by=uniform:sink=0:recent=0",
     "TOVA": "tova:by=uniform:sink=0:recent=1",
     "KeyDiff": "key_diff:by=uniform:sink=0:recent=0",
@@ -95,6 +95,19 @@ def _rows(text: str, budgets: Sequence[float]) -> list[Row]:
     if not all(0 < share <= 1 for share in shares):
         raise ConfigError(f"rows: got a budget of {', '.join(map(str, shares))}, expected shares above 0, at most 1.")
     return [Row(side, name)] if plain else [Row(side, name, share) for share in shares]
+
+
+def read_alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows in groups for which a prompt is read once: whatever its budget, eviction comes after that."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        evicted = row.name not in PLAIN and _word(row) != THIN
+        found.setdefault((row.label, None if evicted else row.budget), []).append(row)
+    return list(found.values())
+
+
+def _word(row: Row) -> str:
+    return SAME.get(row.name, row.name).partition(":")[0]
 
 
 def press_of(kvpress: Any, row: Row) -> Any:

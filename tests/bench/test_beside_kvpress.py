@@ -102,6 +102,11 @@ def test_a_row_of_ours_is_a_config():
         kvpress_rows.overrides_of(Row("ours", "snapkv:heads=few", 0.3), CONFIG)
 
 
+def test_budgets_of_an_eviction_share_what_is_read():
+    rows = rows_from("ours/snapkv,ours/ThinK,ours/int8,ours/key_norm", [0.5, 0.25])
+    assert [len(group) for group in kvpress_rows.read_alike(rows)] == [2, 1, 1, 1, 2]
+
+
 def line(row: str, case: str, where: str, nll: list[float], right: list[bool], held: int = 50, **more) -> dict:
     own = {"key": f"{case} {row} {where}", "kind": "answers", "row": row, "budget": 0.5, "tokens": 64, "case": case}
     found = {"nll": nll, "right": right, "counts": [2] * len(nll), "bytes": held, "dense_bytes": 100}
@@ -141,18 +146,17 @@ def test_the_widest_rows_fit_80_columns_and_what_was_refused_is_measured_again()
 @pytest.fixture(scope="module")
 def tiny():
     model, tokenizer = load_model(str(asset(TINY)), "float32", torch.device("cpu"))
-    return model, language_for(tokenizer, None, None, False)
+    return model, language_for(tokenizer, None, None, False), tokenizer
 
 
 def test_both_sides_answer_alike_where_everything_stays(tiny):
-    model, language = tiny
+    model, language, _ = tiny
     sample = tasks_from("needle:variant=multi_key:needles=3:questions=2")[0].make(language, 256)
     rows = [Row("dense"), Row("kvpress", "KeepLast", 1.0), Row("kvpress", "KeepLast", 0.25)]
     with torch.no_grad():
         found = {(str(row), where): one for row, where, one in theirs(model, rows, sample)}
-        for budget in (1.0, 0.25):
-            own = Row("ours", "key_norm:by=uniform:sink=0:recent=0", budget)
-            found |= {(str(row), where): one for row, where, one in kvpress_sides.ours(model, TINY, own, sample, 2)}
+        own = [Row("ours", "key_norm:by=uniform:sink=0:recent=0", share) for share in (1.0, 0.25)]
+        found |= {(str(row), where): one for row, where, one in ours(tiny, own, sample)}
     for where in ("inside", "after"):
         dense = found["dense", where]
         assert dense["right"] == [True, True] and dense["bytes"] == dense["dense_bytes"]
@@ -164,16 +168,33 @@ def test_both_sides_answer_alike_where_everything_stays(tiny):
         assert few["bytes"] < few["dense_bytes"] / 3 and few["nll"] != pytest.approx(dense["nll"], abs=1e-2)
 
 
+def test_a_score_that_reads_on_is_asked_once_for_all_budgets(tiny):
+    _, language, _ = tiny
+    sample = tasks_from("passkey")[0].make(language, 256)
+    with torch.no_grad():
+        rows = [Row("ours", "kvzip:chunk=64:words=false:by=model:recent=8", share) for share in (1.0, 0.5, 0.1)]
+        found = {(row.budget, where): one for row, where, one in ours(tiny, rows, sample)}
+    for where in ("inside", "after"):
+        held = [found[share, where]["bytes"] / found[share, where]["dense_bytes"] for share in (1.0, 0.5, 0.1)]
+        assert held == sorted(held, reverse=True) and held[1] < 0.7 and held[2] < 0.3
+        assert found[1.0, where]["right"] == [True]
+
+
 def theirs(model, rows, sample):
     return kvpress_sides.theirs(kvpress_sides.Stock(model, KVPRESS), rows, sample, 2)
 
 
+def ours(tiny, rows, sample):
+    model, _, tokenizer = tiny
+    return kvpress_sides.ours(model, tokenizer, TINY, rows, sample, 2)
+
+
 def test_a_row_that_does_not_run_is_a_line_that_says_why(tiny):
-    model, language = tiny
+    model, language, _ = tiny
     sample = tasks_from("passkey")[0].make(language, 128)
     with torch.no_grad():
         found = [*theirs(model, [Row("kvpress", "Nothing", 0.5)], sample)]
-        found += kvpress_sides.ours(model, TINY, Row("ours", "nothing", 0.5), sample, 1)
+        found += ours(tiny, [Row("ours", "nothing", 0.5)], sample)
     assert [one["refused"].partition(":")[0] for _, _, one in found] == ["AttributeError"] * 2 + ["ConfigError"] * 2
 
 
