@@ -19,6 +19,7 @@ PLAIN = {  # rows of ours without a budget, as overrides of the config
 }
 THIN = "thin"
 OF_STORE = ("by", "floor", "sink", "recent", "after", "keep", "every")  # other fields are the score's
+NAMED = {"after": "after", "keep": "store"}  # fields that name a word, as keep=quantized
 PRESSES = (
     *("SnapKV", "AdaKV(SnapKV)", "ExpectedAttention", "AdaKV(ExpectedAttention)", "KVzip"),
     *("Knorm", "TOVA", "KeyDiff", "ThinK"),
@@ -133,6 +134,7 @@ def overrides_of(row: Row, config: str) -> dict[str, Any]:
         store = {"store": THIN, "ratio": round(1 - row.budget, 6), **{k: v for k, v in fields.items() if k != "score"}}
     else:
         own = {key: fields.pop(key) for key in OF_STORE if key in fields}
+        own |= {key: {word: own[key]} for key, word in NAMED.items() if key in own}
         store = {"store": "evicted", "rule": fields, "budget": {"share": row.budget}, **own}
     found = {"stores": {"retrieval": store}}
     return found | all_retrieval(config) if heads == "all" else found

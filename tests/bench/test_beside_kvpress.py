@@ -98,6 +98,9 @@ def test_a_row_of_ours_is_a_config():
     assert kvpress_rows.overrides_of(Row("ours", "half_streaming"), CONFIG) == {}
     same = kvpress_rows.overrides_of(Row("ours", "AdaKV(SnapKV)", 0.3), CONFIG)["stores"]["retrieval"]
     assert same["rule"] == {"score": "snapkv", "window": 64} and (same["by"], same["recent"]) == ("head", 64)
+    few = Row("ours", "tova:by=uniform:keep=quantized:after=drop", 0.3)
+    few = kvpress_rows.overrides_of(few, CONFIG)["stores"]["retrieval"]
+    assert few["keep"] == {"store": "quantized"} and few["after"] == {"after": "drop"}
     with pytest.raises(ConfigError, match="expected all or config"):
         kvpress_rows.overrides_of(Row("ours", "snapkv:heads=few", 0.3), CONFIG)
 
