@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from hf_longctx.commands._options import load_model
 from hf_longctx.tasks import tasks_from
 from hf_longctx.tasks.language import language_for
 
+kvpress_checks = script("kvpress_checks")
 kvpress_rows = script("kvpress_rows")
 kvpress_sides = script("kvpress_sides")
 beside = script("eviction_beside_kvpress")
@@ -33,6 +36,21 @@ class KeepLastPress:
 
     def post_init_from_model(self, model) -> None:
         pass
+
+    @contextmanager
+    def __call__(self, model):
+        hooks = [layer.self_attn.register_forward_hook(self.first, with_kwargs=True) for layer in model.model.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def first(self, module, args, kwargs, output):
+        new, held = kwargs["hidden_states"].shape[1], kwargs[CACHE].layers[module.layer_idx].keys.shape[2]
+        return (
+            self.forward_hook(module, args, {**kwargs, "cache_position": range(new)}, output) if new == held else None
+        )
 
     def forward_hook(self, module, args, kwargs, output):
         layer = kwargs[CACHE].layers[module.layer_idx]
@@ -199,6 +217,29 @@ def test_a_row_that_does_not_run_is_a_line_that_says_why(tiny):
         found = [*theirs(model, [Row("kvpress", "Nothing", 0.5)], sample)]
         found += ours(tiny, [Row("ours", "nothing", 0.5)], sample)
     assert [one["refused"].partition(":")[0] for _, _, one in found] == ["AttributeError"] * 2 + ["ConfigError"] * 2
+
+
+@pytest.mark.parametrize("name", ["padding", "assisted", "turns", "presses"])
+def test_checks_find_what_a_press_gets_wrong(tiny, name):
+    model, language, _ = tiny
+    rows = [Row("dense"), Row("ours", "key_norm:by=head:recent=8", 0.5), Row("kvpress", "KeepLast", 0.5)]
+    with torch.no_grad():
+        dense, ours, theirs = (kvpress_checks.check(name, model, KVPRESS, TINY, row, language, 256) for row in rows)
+    if name == "presses":
+        assert theirs == "largest difference 0, masks the same" and dense == ours == "used as meant"
+    elif name == "assisted":
+        assert dense == ours == "16 of 16 tokens the same" != theirs
+    else:
+        off = [float(re.search(r"difference ([\d.e+-]+)", found)[1]) for found in (dense, ours, theirs)]
+        assert off[0] < 1e-4 and off[1] < 1e-4 and off[2] > 1e-2
+
+
+def test_a_check_that_fails_says_how(tiny):
+    model, language, _ = tiny
+    found = kvpress_checks.check("turns", model, KVPRESS, TINY, Row("ours", "nothing", 0.5), language, 256)
+    assert found.startswith("ConfigError: stores.retrieval.rule.score: got 'nothing'")
+    found = kvpress_checks.check("turns", model, KVPRESS, TINY, Row("kvpress", "KVzip", 0.5), language, 256)
+    assert found.startswith("not tried")
 
 
 def test_without_kvpress_the_error_says_where_to_read_on(monkeypatch):
