@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config.words import spec_word
 from ..errors import CacheError
-from ..eviction._evidence import of_heads
+from ..eviction._evidence import Evidence, of_heads
 from ..eviction.base import Asked, Reading, Score, Seen
 from ..layout.rows import Rows
 from ..layout.scores import Scores
@@ -94,12 +94,10 @@ def scoring_by(store: EvictedStore, spec: Evicted) -> Iterator[None]:
     """
     own, before = store.spec, store.evidence
     _refuse_unseen(store, spec.rule)
-    names = set(own.rule.by_token if spec.rule == own.rule else ()) | {"judged"}
-    same = spec.rule == own.rule
+    same = spec.rule == own.rule or (type(spec.rule) is type(own.rule) and not own.rule.gathers)
 
-    def of(one, rule: Score):
-        state = one.state if same else {name: x for name, x in one.state.items() if name in names}
-        return replace(one, rule=rule, state=dict(state))
+    def of(one: Evidence, rule: Score) -> Evidence:
+        return replace(one, rule=rule, state=dict(one.state) if same else {})
 
     cut = store.cut
     store.spec = spec

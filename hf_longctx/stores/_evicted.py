@@ -215,8 +215,11 @@ class EvictedStore(Store):
             self.evidence[row, head] = Evidence(self.spec.rule, self.layer, self.rotation)
         return self.evidence[row, head]
 
-    def scored(self, rows: Rows) -> list[list[Tensor]]:
+    def scored(self, rows: Rows, losses: Tensor | None = None) -> list[list[Tensor]]:
         """Scores ``[S]`` of each sequence's KV heads, +inf for what must stay; ``rows`` are all that was seen.
+
+        Args:
+            losses: surprisal of every padded position, float32 ``[B, total]``, where the score asks.
 
         Raises:
             CacheError: the score asks for queries, and none were seen.
@@ -226,16 +229,25 @@ class EvictedStore(Store):
         for group, start in rows.groups():
             _, processed = rows.real(group.start or 0)
             for head in self.known_apart:
-                made = self._score(group, head, part.tokens(group, start, head), processed, rows.batch)
+                own = None if losses is None else losses[group, start:]
+                made = self._score(group, head, part.tokens(group, start, head), processed, rows, own)
                 made[..., : self.spec.sink] = float("inf")
                 made[..., max(0, made.shape[2] - self.spec.recent) :] = float("inf")
                 for own, heads in zip(found[group], made, strict=True):
                     own += heads.unbind(0)
         return found
 
-    def _score(self, group: slice, head: int, tokens: tuple[Tensor, Tensor], processed: int, batch: int) -> Tensor:
+    def _score(
+        self,
+        group: slice,
+        head: int,
+        tokens: tuple[Tensor, Tensor],
+        processed: int,
+        rows: Rows,
+        losses: Tensor | None,
+    ) -> Tensor:
         k = tokens[0]
-        known = self.known(group, head, batch)
+        known = self.known(group, head, rows.batch)
         if not k.shape[2]:
             return k.new_zeros(k.shape[:3], dtype=torch.float32)
         if self.asks and known.q is None and not known.state:
@@ -247,7 +259,8 @@ class EvictedStore(Store):
         n = len(self.heads.kv_heads)
         heads = range(n) if head == ALL else (head,)
         scores = of_heads(self.scores or Scores(k.shape[3] ** -0.5), heads, n)
-        return known.score(tokens, scores, processed).clone()
+        since = None if self.cut is None else min(processed, rows.total - self.cut.slots)
+        return known.score(tokens, scores, processed, losses, since).clone()
 
     @property
     def known_apart(self) -> Sequence[int]:
