@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config.bounds import MOST
 from ..config.words import spec_word
+from ..errors import CacheError
 from ..eviction._budgets import by_head, by_model, pyramid, uniform
 from ..layout.forward import ForwardLog
 from ..layout.rows import Rows
@@ -106,6 +107,7 @@ class Eviction:
             return
         rows = Rows(self.batch_size, 0, self.seen, self.starts)
         spec = pairs[0][1].spec
+        losses = self._losses() if spec.rule.surprises else None
         with torch.no_grad(), torch.autocast(self.own[0].device.type, enabled=False):
             if spec.by == "model":
                 scored = [store.scored(rows) for _, store in pairs]
@@ -113,8 +115,42 @@ class Eviction:
                     self._leave(layer, store, rows, keep)
                 return
             for at, (layer, store) in enumerate(pairs):
-                keep = _of_layer(store.scored(rows), rows, spec, at, len(pairs))
+                keep = _of_layer(store.scored(rows, losses), rows, spec, at, len(pairs))
                 self._leave(layer, store, rows, keep)
+
+    def _losses(self) -> Tensor:
+        """Surprisal of every slot, float32 ``[B, seen]``."""
+        if self.surprisals is None:
+            raise CacheError(
+                "score 'surprisal' asks how likely each token was, which is kept where the config names that score. "
+                "Set stores.retrieval.rule to {score: surprisal}, and read the text anew."
+            )
+        self.settle_surprisals()
+        if (found := self.surprisals.known(self.seen)) is None:
+            raise CacheError(
+                "score 'surprisal' asks how likely each token was, and that is not known of all of this cache: they "
+                "came as inputs_embeds, or their keys were written by hand. Let the model read token ids."
+            )
+        return found
+
+    @torch.no_grad()
+    def settle_surprisals(self) -> None:
+        """Run the model's output head over the tokens that wait for it, of a cache whose score asks for surprisal.
+
+        Raises:
+            CacheError: the model is gone.
+        """
+        seen = self.surprisals.end
+        if (ids := self.token_ids.known(seen)) is None:
+            self.surprisals.crop(0)  # they never will be
+        elif self.surprisals.length < seen:
+            state = getattr(self.model() if self.model else None, "longctx_state", None)
+            if state is None:
+                raise CacheError(
+                    "score 'surprisal': the model that filled this cache is gone. Let it read at least one token with "
+                    "this cache first."
+                )
+            self.surprisals.settle(ids, self.starts, state.losses_of)
 
     def _leave(self, layer: LongCtxLayer, store: EvictedStore, rows: Rows, keep: Scored) -> None:
         cached = sum(len(one) for heads in keep for one in heads)
