@@ -183,7 +183,7 @@ def _of_layer(scored: Scored, rows: Rows, spec, at: int, layers: int) -> Scored:
         processed = rows.real(row)[1]
         budget = spec.cached_tokens(processed)
         if spec.by == "layer":
-            budget = pyramid(budget, spec.sink + spec.recent, len(heads[0]), layers)[at]
+            budget = pyramid(budget, spec.sink + spec.recent, processed, layers)[at]
         keep.append(by_head(heads, budget, spec.least) if spec.by == "head" else uniform(heads, budget))
     return keep
 
