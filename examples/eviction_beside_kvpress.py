@@ -7,7 +7,7 @@ kvpress asks for a Transformers version of its own, so it needs an environment o
 transformers==5.1.0, and this package with --no-deps. Questions are asked in two ways: inside of the prompt that is
 compressed, and after it, as the second turn of a chat. ``--costs`` measures bytes and times instead, ``--check`` what
 happens in padded batches, assisted decoding and second turns. Lines that are in ``--out`` already are not measured
-again; without ``--rows`` its tables are printed.
+again, unless they were refused; without ``--rows`` its tables are printed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from kvpress_checks import CHECKS, check
-from kvpress_rows import DENSE, HALVES, OURS, THEIRS, Row, rows_from, tables
+from kvpress_rows import DENSE, HALVES, OURS, THEIRS, Row, measured, rows_from, tables
 from kvpress_sides import Stock, costs, ours, theirs
 
 from hf_longctx.assets import embedded
@@ -68,7 +68,7 @@ def kvpress_for(rows: list[Row]) -> Any:
 
 
 def measure(options: argparse.Namespace, rows: list[Row], model: Any, kvpress: Any, language: Any) -> None:
-    done = {line["key"] for _, line in json_lines(options.out, "--out")} if options.out.exists() else set()
+    done = measured([line for _, line in json_lines(options.out, "--out")]) if options.out.exists() else set()
     for tokens in options.tokens:
         for name, sample in contexts(options, language, tokens):
             if options.costs:

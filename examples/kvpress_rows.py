@@ -139,7 +139,7 @@ def quality_table(lines: Sequence[dict], tokens: int) -> list[str]:
     mine = [line for line in lines if line["kind"] == "answers" and line["tokens"] == tokens]
     heads = {where: _asked(mine, where) for where in HALVES}
     asked = " + ".join(str(sum(heads[where].values())) for where in HALVES)
-    out = [f"| {tokens} tokens, {asked} asked | keeps | {' | '.join(HALVES)} | bytes |", "|---|---|---|---|---|"]
+    out = [f"| {tokens} tokens, {asked} asked | keep | {' | '.join(HALVES)} | held |", "|---|---|---|---|---|"]
     for label, budget in dict.fromkeys((line["row"], line["budget"]) for line in mine):
         own = [line for line in mine if (line["row"], line["budget"]) == (label, budget)]
         cells = [_quality([line for line in own if line["where"] == where], heads[where]) for where in HALVES]
@@ -179,7 +179,7 @@ def costs_table(lines: Sequence[dict], tokens: int) -> list[str]:
     """Per row at this length: bytes of the cache and of all live tensors over dense, and times."""
     mine = [line for line in lines if line["kind"] == "costs" and line["tokens"] == tokens]
     dense = next((line for line in mine if line["row"] == DENSE), None)
-    out = [f"| {tokens} tokens | keeps | cache | live | prompt s | token ms |", "|---|---|---|---|---|---|"]
+    out = [f"| {tokens} tokens | keep | cache | live | prompt s | token ms |", "|---|---|---|---|---|---|"]
     for line in mine:
         cells = [line["row"], keeps(line["budget"])]
         if "refused" in line or dense is None:
@@ -190,7 +190,14 @@ def costs_table(lines: Sequence[dict], tokens: int) -> list[str]:
     return out
 
 
+def measured(lines: Sequence[dict]) -> set[str]:
+    """Keys of the lines that need not be measured again: what was refused may be done by a newer version."""
+    return {line["key"] for line in lines if "refused" not in line}
+
+
 def tables(lines: Sequence[dict]) -> Iterator[str]:
+    """Quality at every length, then costs; of lines with one key the last counts."""
+    lines = list({line["key"]: line for line in lines}.values())
     made: dict[str, Callable[[Sequence[dict], int], list[str]]] = {"answers": quality_table, "costs": costs_table}
     for kind, table in made.items():
         for tokens in sorted({line["tokens"] for line in lines if line["kind"] == kind}):
@@ -198,8 +205,9 @@ def tables(lines: Sequence[dict]) -> Iterator[str]:
 
 
 def aligned(table: Sequence[str]) -> list[str]:
-    """A Markdown table with cells of equal width."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    """A Markdown table with cells of equal width, in 80 columns."""
+    short = (line.replace("ExpectedAttention", "Expected") for line in table)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in short]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     filled = [
         [cell.ljust(width, "-" if cell.startswith("---") else " ") for cell, width in zip(row, widths, strict=True)]

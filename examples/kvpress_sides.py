@@ -80,9 +80,10 @@ class Stock:
             press.compress_post(self.model)
             return cache, held
         press.post_init_from_model(self.model)
+        where = {"cache_position": torch.arange(len(ids)), CACHE: cache}
         for layer, told in zip(self.base.layers, read.told, strict=True):
             layer.self_attn.rotary_emb = self.base.rotary_emb
-            press.forward_hook(layer.self_attn, [], {**told, CACHE: cache}, [None, None])
+            press.forward_hook(layer.self_attn, [], {**told, **where}, [None, None])
         return cache, cache_bytes(cache)
 
     def _zip(self, press: Any, ids: Tensor) -> tuple[Tensor, int]:
@@ -101,10 +102,9 @@ class Stock:
     @contextmanager
     def _listening(self) -> Iterator[Told]:
         told: Told = []
-        names = ("hidden_states", "position_embeddings", "cache_position")
 
         def hear(module: Any, args: Any, kwargs: dict, output: Any) -> None:
-            told.append({name: kwargs[name] for name in names})
+            told.append({name: kwargs[name] for name in ("hidden_states", "position_embeddings")})
 
         hooks = [layer.self_attn.register_forward_hook(hear, with_kwargs=True) for layer in self.base.layers]
         try:
@@ -115,7 +115,7 @@ class Stock:
 
     @staticmethod
     def _length(read: Read | None) -> int:
-        return 0 if read is None else len(read.told[0]["cache_position"])
+        return 0 if read is None else read.told[0]["hidden_states"].shape[1]
 
 
 def _joined(first: Told, second: Told) -> Told:
@@ -129,7 +129,6 @@ def _joined(first: Told, second: Told) -> Told:
             {
                 "hidden_states": torch.cat([a["hidden_states"], b["hidden_states"]], 1),
                 "position_embeddings": angles,
-                "cache_position": torch.cat([a["cache_position"], b["cache_position"]]),
             }
         )
     return found
@@ -166,36 +165,39 @@ def theirs(stock: Stock, rows: Sequence[Row], sample: Sample, questions: int) ->
 
 
 def ours(model: Any, config: str, row: Row, sample: Sample, questions: int) -> Iterator[tuple[Row, str, dict]]:
-    """As ``theirs``, for one row of this package: the context is read once, each question goes on from a fork."""
+    """As ``theirs``, for one row of this package: the context is read once, each question goes on from a copy."""
     context = torch.as_tensor(sample.context)
     asked = [tuple(map(torch.as_tensor, (one.prompt, one.target))) for one in sample.questions[:questions]]
 
     def forward(cache: Any, ids: Tensor, keep: int) -> Tensor:
         return model(ids[None], **{CACHE: cache}, use_cache=True, logits_to_keep=keep).logits[0]
 
-    def each(where: str, cache: Any) -> dict:
+    def inside(read: LongCtxCache) -> dict:
         answers, held, dense = [], [], []
-        if where == "after":
-            cache = cache.fork()
-            cache.settle()
         for prompt, target in asked:
-            one = cache.fork()
-            logits = forward(one, prompt, 1)
-            if where == "inside":
-                one.settle()
-            counted = one if where == "inside" else cache
-            held.append(counted.nbytes)
-            dense.append(counted.nbytes_dense)
-            logits = torch.cat([logits, forward(one, target[:-1], len(target) - 1)])
-            answers.append(scored(logits, target))
+            cache = copy.deepcopy(read)
+            first = forward(cache, prompt, 1)
+            cache.evict()
+            held.append(cache.nbytes)
+            dense.append(cache.nbytes_dense)
+            rest = forward(cache, target[:-1], len(target) - 1)
+            answers.append(scored(torch.cat([first, rest]), target))
         return answered(answers, sum(held), sum(dense))
+
+    def after(read: LongCtxCache) -> dict:
+        left, answers = copy.deepcopy(read), []
+        left.evict()
+        for prompt, target in asked:
+            ids, cache = torch.cat([prompt, target[:-1]]), copy.deepcopy(left)
+            answers.append(scored(forward(cache, ids, len(target)), target))
+        return answered(answers, left.nbytes, left.nbytes_dense)
 
     try:
         with patched(model, config, **overrides_of(row, config)):
             cache = LongCtxCache(model, rollback=False)
             forward(cache, context, 1)
-            for where in ("inside", "after"):
-                yield row, where, or_refused(lambda where=where: each(where, cache))
+            yield row, "inside", or_refused(lambda: inside(cache))
+            yield row, "after", or_refused(lambda: after(cache))
     except REFUSALS as error:
         yield row, "inside", refusal(error)
         yield row, "after", refusal(error)

@@ -26,10 +26,12 @@ NOT_COPIED = shutil.ignore_patterns("*.so")  # what Python compiled is copied, w
 CHECKS = {
     "test_imports.py": " or ".join(["every_package_has_its_row", "circle", *(f"/{file.name}" for file in FILES)]),
     "config/test_words.py": "every_file_of_every_folder",
-    "config/test_bounds.py": "Rounded or LocalBlocks or FewPages or WeightNorm or Pin",
+    "config/test_bounds.py": "Rounded or LocalBlocks or FewPages or LargeValues or Louder or WeightNorm or Pin",
     "stores/test_every_store.py": "rounded and (reset or copies or user_give or bad_input)",
     "prefill/test_every_pattern.py": "local_blocks",
     "decode/test_every_selection.py": "few_pages and (dense or padded or assisted or forks or report)",
+    "eviction/test_every_score.py": "large_values",
+    "eviction/test_every_after.py": "louder",
     "kernels/test_every_kernel.py": "textbook",
     "tasks/test_every_task.py": "pin and (bytes or tiny)",
 }
@@ -115,6 +117,15 @@ RUN = """
     select = {"select": "few_pages", "min_tokens": 1, "dense_layers": 0, "sink": 4, "recent": 16}
     few, all_ = ({"decode": {"retrieval": {**select, "budget": n}}} for n in (32, 400))
     told["select"] = [apart(logits(model, **whole, **one), dense) for one in (all_, few)] + [report(model).read]
+    evicted = {"store": "evicted", "rule": {"score": "large_values"}, "recent": 16}
+    few, all_ = ({"stores": {"retrieval": {**evicted, "budget": {"share": one}}}} for one in (0.1, 1.0))
+    told["score"] = [apart(logits(model, **one), dense) for one in (all_, few)]
+    few["stores"]["retrieval"]["rule"]["order"] = 1.0
+    told["order"] = apart(logits(model, **few), dense) - told["score"][1]
+    dropped = logits(model, **few)
+    afters = [{"after": "louder", "weight": one} for one in (0.0, 1.0)]
+    left = [{"stores": {"retrieval": {**few["stores"]["retrieval"], "after": one}}} for one in afters]
+    told["after"] = [apart(logits(model, **one), dropped) for one in left]
     found = identify(model_of("llama"), None, "weight_norm", power=2.0, sink=2, recent=8)
     told["method"] = [found.heads.source["method"], len({score for row in found.heads.scores for score in row})]
     from hf_longctx.tasks.language import language_for
@@ -136,8 +147,9 @@ def told(copy) -> dict:
 def test_models_run_with_the_words(copy, told):
     assert told["file"] == str(copy / "hf_longctx" / "__init__.py")
     assert told["dense"] < 1e-9 and told["family"][0] and told["family"][1] < 1e-9
-    for same, other in (told["store"], told["pattern"], told["select"][:2]):
+    for same, other in (told["store"], told["pattern"], told["select"][:2], told["score"], told["after"]):
         assert same < 0.1 * other, "what the limit changes is small, what the word does is not"
+    assert told["order"], "a field of the score is read"
     assert told["kernel"][0] < 1e-9 and told["kernel"][1:] == ["textbook"] and told["persisted"] == "textbook"
     assert 0.1 < told["select"][2] < 0.2, "32 of 400 tokens, sinks and the newest"
     assert told["method"] == ["weight_norm", 4] and told["task"] == ["pin", 200]
@@ -151,6 +163,9 @@ def test_the_reference_has_a_row_of_every_field(told):
         "| `near` | whole number, >= 1, <= 1048576 (blocks) | `2` | latest blocks, the query's own among them. |",
         "`select: few_pages` in decode (retrieval heads)",
         "| `page` | whole number, >= 1, <= 128 (tokens) | `16` | tokens of a page. |",
+        "`score: large_values` in eviction (retrieval heads)",
+        "| `order` | number, >= 1.0, <= 8.0 | `2.0` | of the norm. |",
+        "`after: louder` in eviction/after (retrieval heads)",
         "| `textbook` | `kernel: textbook`: the definition of attention. |",
     ):
         assert row in told["reference"], row
@@ -176,6 +191,9 @@ def test_the_tests_of_the_copy_hold_for_the_new_files(copy):
     told = run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen, "-rA")
     assert not [
         some
-        for some in ("rounded", "local_blocks", "few_pages", "Pin", "-pin", "nanochat", "textbook")
+        for some in (
+            *("rounded", "local_blocks", "few_pages", "large_values", "louder", "Louder"),
+            *("Pin", "-pin", "nanochat", "textbook"),
+        )
         if some not in told
     ]

@@ -23,8 +23,8 @@ from ..layout.rows import Rows
 from ..stores.base import SLACK
 from . import file as cache_file
 from .bytes import storage_bytes
+from .compression import Compression
 from .dense_members import DenseCacheMembers
-from .eviction import Eviction
 from .handles import new_handle
 from .layer import LongCtxLayer
 from .layer_kv import LayerKV
@@ -35,7 +35,7 @@ from .stock_layers import StockLayers, copied, stock_layers, tensors_of
 from .token_ids import TokenIds
 
 
-class LongCtxCache(SequenceOperations, RollBack, Eviction, StockLayers, DenseCacheMembers, Cache):
+class LongCtxCache(SequenceOperations, RollBack, Compression, StockLayers, DenseCacheMembers, Cache):
     """KV cache of a patched model.
 
     Args:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config.bounds import MOST
+from ..config.words import spec_word
 from ..eviction._budgets import by_head, by_model, pyramid, uniform
-from ..layout.forward import EvictionCounts
+from ..layout.forward import ForwardLog
 from ..layout.rows import Rows
 from ..stores._evicted import EvictedStore
+from ..stores.evicted import Evicted
 from .layer import LongCtxLayer
 from .plan import FEWEST
+
+WAITS = (
+    "eviction: a prompt ended before cache.compress() was called, which score {} waits for; all its tokens were cached"
+)
 
 Scored = list[list[Tensor]]  # of each sequence's KV heads
 
@@ -25,10 +31,12 @@ class Eviction:
     Attributes:
         prompt_end: tokens after which the prompt ends that is being read, as generate() says; None: not known.
         reading: a prompt was read since the last end of one.
+        paused: nothing is evicted: a copy on which something is read to judge the tokens by.
     """
 
     prompt_end: int | None = None
     reading: bool = False
+    paused: bool = False
 
     def reads_prompt(self, rows: Rows) -> bool:
         """Whether this forward is of a prompt: the first of a cache, one of many tokens, or before `prompt_end`.
@@ -43,7 +51,8 @@ class Eviction:
         """End the prompt here: evict what the config's budget leaves out, and free its memory.
 
         Without this call it happens before the first decoded token: at the first forward after the prompt that
-        generate() was given, else at the first one of one token. Does nothing where no prompt was read since.
+        generate() was given, else at the first one of one token. Does nothing where no prompt was read since, and by a
+        score that must be asked (`compress`).
 
         Raises:
             CacheError: an earlier forward was interrupted, or a score lacks what it needs.
@@ -54,6 +63,8 @@ class Eviction:
 
     def _end_due_prompt(self, rows: Rows, prompt: bool) -> None:
         """End a prompt that was read, and evict where a fixed number of tokens came since the last time."""
+        if self.paused:
+            return
         ended = rows.new == 1 or (self.prompt_end is not None and rows.past >= self.prompt_end)
         if self.reading and not prompt and ended:
             self._end_prompt(rows.past)
@@ -65,11 +76,20 @@ class Eviction:
         return any(store.due(seen) for layer in self._evicting for store in layer.evicting)
 
     def _end_prompt(self, seen: int) -> None:
-        self.reading = False
+        if not self._waits():
+            self._evict(self._evicting)
+        self.reading = False  # after it: what a score lacks is refused at every forward that follows
         self.prompt_end = None
-        self._evict(self._evicting)
         for layer in self.own:
             layer.end_prompt(Rows(max(self.batch_size, 1), 0, seen, self.starts))
+
+    def _waits(self) -> bool:
+        """Whether the score must be asked (`compress`); the report says where nobody has."""
+        stores = [store for layer in self._evicting for store in layer.evicting]
+        waits = [store for store in stores if store.spec.rule.moment == "call"]
+        if any(store.cut is None for store in waits) and (log := self._log()) is not None:
+            log.notes.add(WAITS.format(spec_word(waits[0].spec.rule)))
+        return bool(waits)
 
     @property
     def evicts(self) -> bool:
@@ -88,29 +108,25 @@ class Eviction:
         rows = Rows(self.batch_size, 0, self.seen, self.starts)
         spec = pairs[0][1].spec
         with torch.no_grad(), torch.autocast(self.own[0].device.type, enabled=False):
-            if spec.by == "model":
-                scored = [store.scored(rows) for _, store in pairs]
-                for (layer, store), keep in zip(pairs, _by_model(scored, rows, spec), strict=True):
-                    self._leave(layer, store, rows, keep)
-                return
-            for at, (layer, store) in enumerate(pairs):
-                keep = _of_layer(store.scored(rows), rows, spec, at, len(pairs))
+            for layer, store, keep in _kept(pairs, rows, spec):
+                for one in layers:
+                    one.whole = False  # also where this is interrupted between two layers
                 self._leave(layer, store, rows, keep)
+        for layer in layers:
+            layer.whole = True
 
     def _leave(self, layer: LongCtxLayer, store: EvictedStore, rows: Rows, keep: Scored) -> None:
         cached = sum(len(one) for heads in keep for one in heads)
         kept = sum(int(one.sum()) for heads in keep for one in heads)
-        layer.whole = False
         store.evict(rows, keep)
         layer.forget_choices(store)
-        layer.whole = True
-        if (counts := self._eviction_counts()) is not None:
-            counts.add(layer.plan.layer_idx, rows.total, cached, kept)
+        if (log := self._log()) is not None:
+            log.eviction.add(layer.plan.layer_idx, rows.total, cached, kept)
 
-    def _eviction_counts(self) -> EvictionCounts | None:
+    def _log(self) -> ForwardLog | None:
         """Of the model's report; None where it is gone."""
         state = getattr(self.model() if self.model else None, "longctx_state", None)
-        return None if state is None else state.log.eviction
+        return None if state is None else state.log
 
 
 def tell_prompt(cache: Any, ended: bool) -> None:
@@ -122,7 +138,20 @@ def tell_prompt(cache: Any, ended: bool) -> None:
         cache.prompt_end = cache.seen if ended else MOST
 
 
-def _of_layer(scored: Scored, rows: Rows, spec, at: int, layers: int) -> Scored:
+def _kept(
+    pairs: Sequence[tuple[LongCtxLayer, EvictedStore]], rows: Rows, spec: Evicted
+) -> Iterator[tuple[LongCtxLayer, EvictedStore, Scored]]:
+    """Each store with the masks of what it keeps: as soon as it is known."""
+    if spec.by == "model":
+        scored = [store.scored(rows) for _, store in pairs]
+        for pair, keep in zip(pairs, _by_model(scored, rows, spec), strict=True):
+            yield *pair, keep
+        return
+    for at, (layer, store) in enumerate(pairs):
+        yield layer, store, _of_layer(store.scored(rows), rows, spec, at, len(pairs))
+
+
+def _of_layer(scored: Scored, rows: Rows, spec: Evicted, at: int, layers: int) -> Scored:
     keep = []
     for row, heads in enumerate(scored):
         processed = rows.real(row)[1]
@@ -133,7 +162,7 @@ def _of_layer(scored: Scored, rows: Rows, spec, at: int, layers: int) -> Scored:
     return keep
 
 
-def _by_model(scored: Sequence[Scored], rows: Rows, spec) -> list[Scored]:
+def _by_model(scored: Sequence[Scored], rows: Rows, spec: Evicted) -> list[Scored]:
     """By layer, sequence and KV head."""
     by_row = [
         by_model([layer[row] for layer in scored], spec.cached_tokens(rows.real(row)[1]), spec.least)

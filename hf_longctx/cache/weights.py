@@ -56,3 +56,10 @@ def device_of(module: nn.Module, within: nn.Module) -> torch.device:
     """
     shown = chain(module.parameters(), module.buffers(), within.parameters(), within.buffers())
     return next((tensor.device for tensor in shown), torch.device("cpu"))
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its input ids."""
+    embeddings = model.get_input_embeddings()
+    hook = getattr(embeddings, "_hf_hook", None)  # accelerate's, where weights are offloaded
+    return torch.device(getattr(hook, "execution_device", None) or device_of(embeddings, model))

@@ -12,12 +12,14 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from ..errors import ConfigError
 from . import sections as config_sections
 from .bounds import LARGEST, MOST
 from .config import LongCtxConfig, kernel_words
-from .words import is_required, load, registered, spec_word, words
+from .words import dump, is_required, load, registered, spec_word, words
 
-FOLDERS = {"stores": "store", "prefill": "pattern", "decode": "select"}  # folder -> the key that names its words
+# Folder -> the key that names its words
+FOLDERS = {"stores": "store", "prefill": "pattern", "decode": "select", "eviction": "score", "eviction.after": "after"}
 PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false", dict: "any mapping"}
 INTRODUCTION = """\
 # Config reference
@@ -41,7 +43,8 @@ def reference() -> str:
             cls = load(folder, word)
             serves = " and ".join(cls.roles)
             own = word in registered[folder]
-            parts.append(_section(f"`{key}: {word}` in {folder} ({serves} heads)", cls, own))
+            title = f"`{key}: {word}` in {folder.replace('.', '/')} ({serves} heads)"
+            parts.append(_section(title, cls, own))
             parts += [_section(f"`{name}` of `{key}: {word}`", inner, own) for name, inner in _nested(cls)]
     return "\n".join([*parts, _kernels()])
 
@@ -101,7 +104,8 @@ def _type(hint: Any, metadata: typing.Mapping[str, Any]) -> str:
     origin = typing.get_origin(hint)
     args = [arg for arg in typing.get_args(hint) if arg is not type(None)]
     if metadata.get("folder"):
-        given = f"a `{metadata['key']}` for {metadata['role']} heads"
+        article = "an" if metadata["key"][0] in "aeiou" else "a"
+        given = f"{article} `{metadata['key']}` for {metadata['role']} heads"
         given = f"a list, each {given}" if origin is tuple else given
         return given + (", or `{table: NAME}`" if metadata["instead"] is config_sections.TableUse else "")
     if origin in (typing.Union, types.UnionType):
@@ -136,10 +140,22 @@ def _default(field: dataclasses.Field) -> str:
     if value is None:
         return "none"
     if dataclasses.is_dataclass(value):
-        return "all defaults"
+        return "all defaults" if _is_default(value) else f"`{_flow(dump(value))}`"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     return f"`{list(value) if isinstance(value, tuple) else value}`"
+
+
+def _is_default(value: Any) -> bool:
+    """Whether the class makes it of nothing."""
+    try:
+        return type(value)() == value
+    except ConfigError:
+        return False
+
+
+def _flow(plain: typing.Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{key}: {value}" for key, value in plain.items()) + "}"
 
 
 def _kernels() -> str:

@@ -27,6 +27,7 @@ BASES = {
     "task": ("tasks.base", "Task", "task"),
 }
 WITH_ROLES = ("store", "prefill", "decode", "eviction", "after")
+WITH_PAPER = ("eviction", "heads")
 ROLES = ("retrieval", "streaming")
 PLAIN = (int, float, str, bool, dict)
 KERNEL = ("NAME", "PREFERENCE", "READS", "supports", "attend")
@@ -102,7 +103,7 @@ def _check_class(kind: str, word: str, thing: Any, where: str) -> None:
         raise ConfigError(f"{given} lacks: select.")
     if kind == "decode":
         _check_selection(thing, f"hf_longctx.{module}", given)
-    if kind == "heads" and not isinstance(getattr(thing, "paper", None), str):
+    if kind in WITH_PAPER and not isinstance(getattr(thing, "paper", None), str):
         raise ConfigError(f"{given} lacks: paper, a text that says where the method comes from.")
     _check_fields(thing, key, given)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from ..kernels.reference import capped
 from .base import Seen
 
 TEMPORARY = 1 << 24  # weights that are made at once
+IN_CACHES = 1 << 18  # the same on a CPU, whose caches they fit in
+FEWEST = 4  # queries at once
 
-Change = Callable[[Tensor, int, int], Tensor]  # of the `logits` of the queries low .. high
+Change = Callable[[Seen, Tensor, int, int], Tensor]  # of the `logits` of the queries low .. high
 
 
 def logits(seen: Seen, low: int, high: int) -> Tensor:
@@ -50,20 +53,23 @@ def weights(seen: Seen) -> Tensor:
 
 
 def weights_in_pieces(seen: Seen, change: Change | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """(queries, their weights ``[B, H, t, S]``), a few queries at a time; ``change``: of their scores."""
+    """(queries, their weights over the tokens up to the last of them), a few at a time; ``change``: of their scores."""
     rows = seen.q.shape[0] * seen.q.shape[1] * seen.k.shape[2]
-    step = max(1, TEMPORARY // max(1, rows))
+    step = max(FEWEST, (IN_CACHES if seen.k.device.type == "cpu" else TEMPORARY) // max(1, rows))
+    seen = replace(seen, k=seen.k.to(torch.promote_types(seen.k.dtype, torch.float32)))
     for low in range(0, seen.q.shape[2], step):
         high = min(low + step, seen.q.shape[2])
-        made = logits(seen, low, high)
-        yield slice(low, high), weights_of(seen, made if change is None else change(made, low, high))
+        before = seen.k.shape[2] - (seen.q.shape[2] - high)  # tokens
+        part = replace(seen, k=seen.k[:, :, :before], v=seen.v[:, :, :before], positions=seen.positions[:before])
+        made = logits(part, low, high)
+        yield slice(low, high), weights_of(part, made if change is None else change(part, made, low, high))
 
 
 def column_sums(seen: Seen, change: Change | None = None) -> Tensor:
     """Weights summed over all of ``seen.q``, their mean over the query heads of a KV head: ``[B, n, S]``."""
-    sums = torch.zeros((), device=seen.q.device)
+    sums = seen.q.new_zeros(*seen.q.shape[:2], seen.k.shape[2], dtype=torch.promote_types(seen.q.dtype, torch.float32))
     for _, made in weights_in_pieces(seen, change):
-        sums = sums + made.sum(2)
+        sums[..., : made.shape[-1]] += made.sum(2)
     return of_kv_heads(seen, sums)
 
 

@@ -122,7 +122,9 @@ class Evidence:
             left = tokens - self.first
             self.q = self.q[:, :, :left].clone() if self.q is not None and left > 0 else None
             self.processed = max(tokens, 0)
-            self.gathered = min(self.gathered, self.processed)
+            if gone := max(0, self.gathered - self.processed):
+                cut = {name: self.state[name][..., :-gone] for name in self.rule.by_token if name in self.state}
+                self.state, self.gathered = {**self.state, **cut}, self.processed
 
     @property
     def oldest_crop(self) -> int:

@@ -15,7 +15,7 @@ tokens, ``D`` head_dim.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +32,8 @@ class Seen:
     Attributes:
         k, v: the cached tokens, ``[B, n, S, D]``; the last of them is as new as the last query.
         positions: their row positions, int64 ``[S]``, ascending; they are not all tokens where some were evicted.
-        q: queries ``[B, H, T, D]`` of the newest tokens, rotated as the keys are; None where the score asks for none.
+        q: queries ``[B, H, T, D]`` of the newest tokens, all of them cached, rotated as the keys are; None where the
+            score asks for none.
         processed: tokens of each sequence that were read so far, evicted ones included. The last query is of the last.
         scores: how attention makes scores of q and k.
         rotation: the rotation of this layer's keys and queries; None where the score did not ask for it (`rotates`).
@@ -97,3 +98,75 @@ class Score(ABC):
     @abstractmethod
     def score(self, seen: Seen) -> Tensor:
         """Scores of the cached tokens, float32 or wider, ``[B, n, S]``: the highest are kept, the first of equals."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an `Asked` score is told of the text that it is to judge.
+
+    Attributes:
+        ids: its token ids, int64 ``[S]`` on the CPU, without pads.
+        first: row position of the first token that was not judged yet; those before it are no question any more.
+        sink: first tokens, which stay whatever is said of them.
+        gone: some tokens before ``first`` left before they were judged, and nobody knows which.
+        tokenizer: the caller's, or None.
+        follows: ids ``[T]`` of what comes next, where the caller says it, or None.
+    """
+
+    ids: Tensor
+    first: int = 0
+    sink: int = 0
+    gone: bool = False
+    tokenizer: Any = None
+    follows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the model reads after a text, on a copy of its cache, and which cached tokens are judged by that.
+
+    Attributes:
+        ids: token ids, int64 ``[T]``.
+        first, end: row positions of the tokens that are judged.
+        sink: first tokens of the text.
+    """
+
+    ids: Tensor
+    first: int
+    end: int
+    sink: int = 0
+
+
+class Asked(Score):
+    """A score that has the model read something after the text: `LongCtxCache.compress` asks it, nobody else does.
+
+    What it says of a token is kept with the token, so that a text that goes on is judged from there.
+    """
+
+    moment = "call"
+    by_token = ("judged",)
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether `readings` needs the tokenizer."""
+        return False
+
+    @abstractmethod
+    def readings(self, context: Context) -> Iterator[Reading]:
+        """What is to be read, each after the text alone; together they judge the tokens from ``context.first`` on.
+
+        Raises:
+            CacheError: tokens that it needs are gone.
+            ConfigError: something that it needs was not given.
+        """
+
+    @abstractmethod
+    def judge(self, seen: Seen, reading: Reading) -> Tensor:
+        """Scores ``[B, n, end - first]`` by the queries of a reading, or ``[B, n, S]`` of all cached ones of the text.
+
+        Of the cached tokens in ``seen`` the last are the reading's own; ``seen.q`` ends in its queries, and before
+        them has the last `queries` of the text. Float32 or wider.
+        """
+
+    def score(self, seen: Seen) -> Tensor:
+        return seen.state["judged"]

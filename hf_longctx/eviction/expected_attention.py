@@ -78,7 +78,7 @@ class ExpectedAttention(Score):
     def score(self, seen: Seen) -> Tensor:
         dtype = torch.promote_types(seen.k.dtype, torch.float32)
         own = seen.positions >= self.sink
-        if "count" in seen.state and own.any():
+        if "count" in seen.state and seen.processed > self.sink:
             made = with_first_bias(seen, self._exponents(seen, dtype)[:, :, None])
             made = of_kv_heads(seen, weights_of(seen, made.masked_fill(~own, float("-inf")))[:, :, 0])
         else:

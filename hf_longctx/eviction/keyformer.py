@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,9 +45,9 @@ class Keyformer(Score):
         if sinks is not None:
             seen = replace(seen, scores=replace(seen.scores, sinks=sinks / self.tau))
 
-        def flattened(made: Tensor, low: int, high: int) -> Tensor:
+        def flattened(part: Seen, made: Tensor, low: int, high: int) -> Tensor:
             if self.noise:
-                made = made + self.noise * gumbel(self.seed, seen, low, high).to(made.dtype)
+                made = made + self.noise * gumbel(self.seed, part, low, high).to(made.dtype)
             return made / self.tau
 
         seen.state["sums"] = grown(seen, "sums") + column_sums(seen, flattened)
@@ -70,7 +70,7 @@ def gumbel(seed: int, seen: Seen, low: int, high: int) -> Tensor:
     return uniform.log_().neg_().log_().neg_()
 
 
-def mix(x):
+def mix(x: Any) -> Any:
     """A number below 2^32, or int64 of them, as another such number that looks random: one-to-one, no overflow."""
     x = (x + 0x9E3779B9) & MASK
     x = x ^ (x >> 16)

@@ -8,7 +8,9 @@ from torch import Tensor
 from ..layout.dtypes import needs_grad
 from ..layout.ragged import Ragged
 
-NONE = (0,) * 7  # in place of `numbers` where there is none
+OUTSIDE = -2  # what the library returns where a part lies outside of the tokens
+WHY = "starts and lengths beyond the tokens that there are"
+NONE = (0,) * 8  # in place of `numbers` where there is none
 
 
 def numbers(ragged: Ragged) -> tuple[int, ...]:
@@ -16,12 +18,13 @@ def numbers(ragged: Ragged) -> tuple[int, ...]:
     k, v, bias = ragged.k, ragged.v, ragged.score_bias
     tokens = (k.stride(0) * k.element_size(), v.stride(0) * v.element_size())
     where = (ragged.starts.data_ptr(), ragged.lengths.data_ptr())
-    return k.data_ptr(), v.data_ptr(), *tokens, *where, 0 if bias is None else bias.data_ptr()
+    return k.data_ptr(), v.data_ptr(), *tokens, *where, 0 if bias is None else bias.data_ptr(), len(k)
 
 
 def facts(ragged: Ragged) -> tuple:
-    """What tells one from another as far as the library and its checks see it."""
-    return (*numbers(ragged), ragged.k.dtype, ragged.k.shape, ragged.lengths.shape)
+    """What tells one from another whose memory lies elsewhere, or is read otherwise."""
+    tensors = (ragged.k, ragged.v, ragged.starts, ragged.lengths, ragged.score_bias)
+    return tuple((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors if x is not None)
 
 
 def fits(ragged: Ragged, q: Tensor) -> bool:
@@ -35,7 +38,10 @@ def fits(ragged: Ragged, q: Tensor) -> bool:
 
 
 def misfit(ragged: Ragged, batch: int, kv_heads: int) -> str | None:
-    """What of it does not belong together or to so many sequences and KV heads, in words; None: all of it does."""
+    """What of it does not belong together or to so many sequences and KV heads, in words; None: all of it does.
+
+    Not the numbers of starts and lengths, which the library looks at in each call.
+    """
     tokens = len(ragged.k)
     if len(ragged.v) != tokens:
         return f"{tokens} keys and {len(ragged.v)} values"
@@ -44,9 +50,6 @@ def misfit(ragged: Ragged, batch: int, kv_heads: int) -> str | None:
         right = x.shape == (batch, kv_heads) and x.dtype == torch.int64 and x.device.type == "cpu"
         if not (right and x.is_contiguous()):
             return f"{name} {x.dtype} {list(x.shape)} on {x.device} for {batch} sequences of {kv_heads} KV heads"
-    ends = ragged.starts + ragged.lengths
-    if ends.numel() and (min(ragged.starts.min(), ragged.lengths.min()) < 0 or ends.max() > tokens):
-        return f"parts from {int(ragged.starts.min())} to {int(ends.max())} of {tokens} tokens"
     bias = ragged.score_bias
     if bias is not None and not (
         bias.dtype == torch.float32 and bias.shape == (tokens,) and bias.is_contiguous() and bias.device.type == "cpu"

@@ -53,7 +53,10 @@ class LayerStep:
             numbers[at + 10] = 0
             if listed is not None:
                 numbers[at + 10 : at + 16] = array("q", _listed(listed, length, batch))
-        if self.load().hf_longctx_step(q.dtype == torch.bfloat16, scale, 0, numbers.buffer_info()[0]) <= 0:
+        used = self.load().hf_longctx_step(q.dtype == torch.bfloat16, scale, 0, numbers.buffer_info()[0])
+        if used == _native_ragged.OUTSIDE:
+            raise ValueError(f"a decoded token was given {_native_ragged.WHY}")
+        if used <= 0:
             raise MemoryError("kernel native: no memory for the temporaries of a decoded token")
         return out
 

@@ -272,7 +272,9 @@ class _Call:
         scores = self.scores
         used = function(q.dtype == torch.bfloat16, scores.scale, scores.softcap or 0, packed.buffer_info()[0])
         if used < 0:
-            _refuse(f"{heads} query heads for {kv_heads} KV heads")
+            _refuse(
+                _native_ragged.WHY if used == _native_ragged.OUTSIDE else f"{heads} query heads for {kv_heads} KV heads"
+            )
         if not used:
             raise MemoryError(f"kernel native: no memory for the temporaries of {name}")
         return out, lse

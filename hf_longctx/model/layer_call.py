@@ -136,7 +136,8 @@ class LayerCall(SelectedReads):
         out = self._role_read(q, role, part, rowwise, by_store)
         if part.attended is not None and not by_store:
             scores = self._scores(role.heads) if self.by_head else self.scores
-            part.attended(q.detach(), part, self.rows, scores)
+            with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # which would round what it computes
+                part.attended(q.detach(), part, self.rows, scores)
         return out
 
     def _role_read(self, q: Tensor, role: RolePlan, part: HeadKV, rowwise: bool, by_store: bool) -> Tensor:

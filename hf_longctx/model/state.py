@@ -113,6 +113,11 @@ class PatchState:
         if self.config.kernel == "stock" and rows.padded:
             self.note("kernel stock: padded rows ran on the default kernel")
 
+    def go_back_to(self, cache: object) -> None:
+        """The last forwards were over copies of ``cache``: the report is of the cache itself."""
+        self._look_at(cache)
+        self._cache = weakref.ref(cache)
+
     def _look_at(self, cache: object | None) -> None:
         """Keep the numbers of a cache that ``generate`` drops with its answer.
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..cache.bytes import storage_bytes
 from ..cache.cache import LongCtxCache
+from ..config.words import spec_word
 from ..errors import ConfigError, UnsupportedModeError
+from ..eviction.base import Asked
 from ..layout.prompt_learning import refuse_prompt_learning
 from .prompt import Prompt, Text, as_ids, words
 from .template import templated
@@ -27,6 +29,11 @@ class PromptCache:
     Threads may share it, and the model. Handles that were given out keep their memory when the table drops a prompt,
     so the limit is one of the table alone. After a change of the model's weights or adapters call `clear`; prompts
     of another config are dropped by themselves.
+
+    Where retrieval heads evict tokens by a score that does not look for a question (``key_norm``,
+    ``expected_attention``, ``kvzip`` and others that are ``agnostic``), that happens once, where the prompt is read:
+    all its questions go on from what is left, and a prompt that begins alike reuses it as a whole or not at all. By
+    other scores (``snapkv``, ``tova``) the prompt is kept whole, and every question evicts on a fork of its own.
 
     Args:
         model: a patched model in eval mode.
@@ -42,7 +49,7 @@ class PromptCache:
     Raises:
         UnsupportedModelError: the model is not patched.
         UnsupportedModeError: the model has prompt learning (PEFT).
-        ConfigError: a number out of bounds.
+        ConfigError: a number out of bounds, or the config's score asks the model in words and there is no tokenizer.
     """
 
     def __init__(
@@ -51,7 +58,12 @@ class PromptCache:
         for name, number in (("max_bytes", max_bytes), ("chunk_size", chunk_size)):
             if number is not None and (type(number) is not int or number < 1):
                 raise ConfigError(f"{name}: got {number!r}, expected a whole number from 1, or None.")
-        LongCtxCache(model)  # refuses a model that is not patched
+        rule = LongCtxCache(model).rule  # refuses a model that is not patched
+        if isinstance(rule, Asked) and rule.agnostic and rule.needs_tokenizer and tokenizer is None:
+            raise ConfigError(
+                f"tokenizer: got none, and score {spec_word(rule)!r} of the config asks the model in words. Give the "
+                "model's tokenizer, or set words: false in the score."
+            )
         refuse_prompt_learning(model)
         self.model = model
         self.tokenizer = tokenizer
@@ -135,6 +147,8 @@ class PromptCache:
             cache.reopen(len(ids) - 1 - cache.seen)
             new = done.catch_up(self.chunk_size)
             cache.settle()  # once, for all that go on from here
+            if new:
+                cache.end_document(self.tokenizer)
             handle = done.fork()
             with self._lock:
                 self.hits = self.hits + (common > 0)

@@ -47,7 +47,10 @@ class EvictedStore(Store):
         known: what is known of queries.
         batch: sequences; 0 before the first forward.
         judged: slots seen when its tokens were last scored, whether or not any left.
+        watcher: shown the queries of every forward in place of the store, as `attended`; None: nobody.
     """
+
+    watcher: Callable[..., None] | None = None
 
     kinds: ClassVar = (Ragged,)
     numbers: ClassVar[tuple[str, ...]] = ("batch", "judged")
@@ -100,7 +103,7 @@ class EvictedStore(Store):
     def append(self, k: Tensor, v: Tensor, rows: Rows) -> Left:
         self.batch = rows.batch
         part = self.inner.append(self.heads.take(k), self.heads.take(v), self.geometry(rows))
-        return self._shown(part, self.attended if self.asks else None)
+        return self._shown(part, self.watcher or (self.attended if self.asks else None))
 
     def held(self, rows: Rows) -> Left:
         return self._shown(self.inner.held(self.geometry(rows)))
@@ -111,7 +114,7 @@ class EvictedStore(Store):
         return Left(self.heads, [*past, *part.segments], self.spec, state=part.state, **more)
 
     def place(self, rows: Rows) -> Place | None:
-        if self.asks and self.spec.every is not None:
+        if self.watcher is not None or (self.asks and self.spec.every is not None):
             return None  # its queries are asked for
         place = self.inner.place(self.geometry(rows)) if self.inner.has_place() else None
         return place if place is None or self.ragged is None else place._replace(before=self.ragged)
@@ -126,7 +129,7 @@ class EvictedStore(Store):
         n = len(self.heads.kv_heads)
         for group, start in self._groups(rows):
             new, processed = rows.real(group.start or 0)
-            for head in self._heads if new else ():
+            for head in self.known_apart if new else ():
                 own = q[group, :, rows.new - new :]
                 own = own if head == ALL else own.unflatten(1, (n, -1))[:, head]
                 known = self.known.of(group, start, head, rows.batch)
@@ -140,7 +143,7 @@ class EvictedStore(Store):
         return ((slice(row, row + 1), rows.start(row)) for row in range(rows.batch))
 
     @property
-    def _heads(self) -> Sequence[int]:
+    def known_apart(self) -> Sequence[int]:
         """The heads that are known apart."""
         return (ALL,) if self.ragged is None else range(len(self.heads.kv_heads))
 
@@ -154,7 +157,7 @@ class EvictedStore(Store):
         found: list[list[Tensor]] = [[] for _ in range(rows.batch)]
         for group, start in self._groups(rows):
             _, processed = rows.real(group.start or 0)
-            for head in self._heads:
+            for head in self.known_apart:
                 known = self.known.of(group, start, head, rows.batch)
                 made = self._score(known, head, part.tokens(group, start, head), processed)
                 made[..., : self.spec.sink] = float("inf")

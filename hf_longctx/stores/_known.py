@@ -65,7 +65,7 @@ class Known:
 
     def all_kept(self) -> Known:
         """Once a prompt was scored of which all is kept."""
-        return self._with({key: replace(one, q=None) for key, one in self.parts.items()})
+        return self.by(self.rule, {key: replace(one, q=None) for key, one in self.parts.items()})
 
     def kept(self, keep: Sequence[Sequence[Tensor]], apart: bool) -> Known:
         """What is still known once the tokens of the masks ``keep`` are left: what was gathered of all queries.
@@ -76,7 +76,7 @@ class Known:
         """
         index = [[mask.nonzero()[:, 0] for mask in heads] for heads in keep]
         known: dict[Key, Evidence] = {}
-        for (row, head), one in self.parts.items() if self.rule.gathers else ():
+        for (row, head), one in self.parts.items() if self.rule.gathers or self.rule.by_token else ():
             if not apart:
                 known[row, head] = one.kept(index if row == ALL else [index[row]])
                 continue
@@ -85,11 +85,12 @@ class Known:
                     only = (kv, self.heads) if head == ALL else None
                     part = one.part(own if row == ALL else None, only)
                     known[own, kv] = part.kept([[index[own][kv]]])
-        return self._with(known)
+        return self.by(self.rule, known)
 
-    def _with(self, parts: dict[Key, Evidence]) -> Known:
-        other = Known(self.rule, self.heads)
-        vars(other).update(vars(self) | {"parts": parts})
+    def by(self, rule: Score, parts: dict[Key, Evidence]) -> Known:
+        """One with these parts, for that score."""
+        other = Known(rule, self.heads)
+        vars(other).update(vars(self) | {"rule": rule, "parts": parts})
         return other
 
     def crop(self, target: int) -> None:
@@ -109,7 +110,7 @@ class Known:
         self.parts = mapped
 
     def fork(self) -> Known:
-        return self._with({key: one.part() for key, one in self.parts.items()})
+        return self.by(self.rule, {key: one.part() for key, one in self.parts.items()})
 
     def tensors(self) -> Iterator[Tensor]:
         for one in self.parts.values():

@@ -46,7 +46,7 @@ class Evicted(StoreSpec):
     over what is left, and ends in an eviction of its own. Memory is whole while the prompt is read.
 
     Attributes:
-        rule: the score.
+        rule: the score. Some evict only when `LongCtxCache.compress` is called.
         budget: tokens of each KV head, or their share: `Budget`.
         by: who has the same budget. ``uniform``: every head. ``head``: the heads of a layer share theirs, where the
             scores are highest (AdaKV). ``layer``: every head of a layer, more in early layers (PyramidKV). ``model``:
@@ -93,6 +93,11 @@ class Evicted(StoreSpec):
             raise ConfigError(
                 f"by: got {self.by!r} with score {spec_word(self.rule)!r}, which gives all heads of a layer the same "
                 "scores. What works: uniform, layer."
+            )
+        if self.rule.moment == "call" and self.every is not None:
+            raise ConfigError(
+                f"every: got {self.every} with score {spec_word(self.rule)!r}, which evicts when cache.compress() is "
+                "called. Leave it out."
             )
         if not self.keep.reads_all or isinstance(self.keep, Evicted):
             raise ConfigError(f"keep: got store {spec_word(self.keep)!r}, which is not one of every token it is given.")

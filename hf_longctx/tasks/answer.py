@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..cache.eviction import tell_prompt
 from ..cache.seam import CACHE, cache_of
-from ..cache.weights import device_of
+from ..cache.weights import input_device
 from ..config.words import check_word, convert
 from ..errors import UnsupportedModeError
 from . import MODES
@@ -109,10 +109,3 @@ def end_tokens(model: nn.Module) -> set[int]:
     """The token ids at which the model's generation ends."""
     given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return set() if given is None else {given} if isinstance(given, int) else {*given}
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its input ids."""
-    embeddings = model.get_input_embeddings()
-    hook = getattr(embeddings, "_hf_hook", None)  # accelerate's, where weights are offloaded
-    return torch.device(getattr(hook, "execution_device", None) or device_of(embeddings, model))

@@ -19,7 +19,7 @@ from hf_longctx.config.checks import MOST_ITEMS
 from hf_longctx.config.words import load, words
 from hf_longctx.evaluate.plan import Options
 
-FOLDERS = ("stores", "prefill", "decode", "identification.methods", "tasks.synthetic")
+FOLDERS = ("stores", "prefill", "decode", "eviction", "eviction.after", "identification.methods", "tasks.synthetic")
 BOUNDED = ("min", "above"), ("max",)
 
 
@@ -88,6 +88,7 @@ def test_numbers_are_found_wherever_they_stand():
         "HeadsSection.scores",
         "PrefillTable.map",
     }
+    assert {name for name, *_ in numbers(load("stores", "evicted"))} >= {"Budget.tokens", "Budget.share"}
 
 
 def test_a_row_is_never_longer_than_a_list_may_be():

@@ -79,7 +79,19 @@ def bases() -> list[dict]:
     compensated = copy.deepcopy(found[1])
     growing = {"min": 40, "fraction": 0.3}
     compensated["stores"]["streaming"] = {"store": "sink_recent_compensated", "recent": growing}
-    return [*found, compensated]
+    return [*found, compensated, *({**copy.deepcopy(found[1]), "stores": {"retrieval": one}} for one in evictions())]
+
+
+def evictions() -> list[dict]:
+    """Stores that evict: by every score, with everything that may come after, each kind of budget and of store."""
+    evicted = {"store": "evicted", "budget": {"tokens": 90}, "recent": 9}
+    found = []
+    for word in words("eviction"):
+        by = "uniform" if load("eviction", word).alike else "head"
+        found.append({**evicted, "rule": {"score": word}, "by": by})
+    found += [{**evicted, "rule": {"score": "key_norm"}, "after": {"after": word}} for word in words("eviction.after")]
+    even = {**evicted, "rule": {"score": "key_norm"}, "by": "layer", "budget": {"share": 0.3}, "every": 64}
+    return [*found, {**even, "keep": {"store": "quantized"}}, {**evicted, "by": "model", "floor": 0.1}]
 
 
 @dataclass

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.config_cases import plain, refused
-from helpers.own_words import FAMILY, WORDS, Pages, Pin, Rounded, Strided, WeightNorm
+from helpers.own_words import FAMILY, WORDS, EveryNth, Faded, Pages, Pin, Rounded, Strided, WeightNorm
 from helpers.registered import nothing_kept
 from helpers.tiny import config_for, tiny_config, tiny_model
 from torch import Tensor
@@ -36,9 +36,12 @@ from hf_longctx.config.reference import reference
 from hf_longctx.config.words import FOLDERS, dump, load, words
 from hf_longctx.decode.base import Select, SelectSpec
 from hf_longctx.evaluate.run import evaluate
+from hf_longctx.eviction.after.base import After
+from hf_longctx.eviction.base import Score
 from hf_longctx.layout.reads import Causal
 from hf_longctx.model.family import families, find_family
 from hf_longctx.prefill.base import PatternSpec
+from hf_longctx.stores.evicted import Budget, Evicted
 from hf_longctx.stores.full import Full
 from hf_longctx.stores.sink_recent import SinkRecent
 from hf_longctx.tasks import task_from, tasks_from
@@ -133,6 +136,26 @@ class NoPaper(WeightNorm):
 
 
 @dataclass(frozen=True)
+class NoScore(Score):
+    paper = "none"
+
+
+@dataclass(frozen=True)
+class NoPaperScore(EveryNth):
+    paper = None
+
+
+@dataclass(frozen=True)
+class NoApply(After):
+    pass
+
+
+@dataclass(frozen=True)
+class WithScore(EveryNth):
+    score: int = 1
+
+
+@dataclass(frozen=True)
 class Unread(Full):
     x: Nowhere = None  # noqa: F821
 
@@ -157,7 +180,7 @@ KERNEL = {"NAME": "mine", "PREFERENCE": 1, "READS": frozenset({Causal}), "suppor
     ("kind", "word", "thing", "parts"),
     [
         ("stoer", "mine", Rounded, ("kind: got 'stoer'", ", ".join(FOLDERS), "Did you mean 'store'?")),
-        ("eviction", "mine", Rounded, ("kind: got 'eviction'", ", ".join(FOLDERS))),
+        ("evict", "mine", EveryNth, ("kind: got 'evict'", ", ".join(FOLDERS))),
         (None, "mine", Rounded, ("kind: got None",)),
         ("store", "My-Store", Rounded, ("word: got 'My-Store'",)),
         ("store", "os.path", Rounded, ("word: got 'os.path'",)),
@@ -179,6 +202,12 @@ KERNEL = {"NAME": "mine", "PREFERENCE": 1, "READS": frozenset({Causal}), "suppor
         ("heads", "mine", NoPaper, ("lacks: paper",)),
         ("heads", "mine", dataclass(frozen=True)(Abstract), ("Abstract lacks: scores",)),
         ("decode", "mine", Rounded, ("a class that extends hf_longctx.decode.base.SelectSpec",)),
+        ("eviction", "mine", Rounded, ("a class that extends hf_longctx.eviction.base.Score",)),
+        ("eviction", "mine", NoScore, ("NoScore lacks: score.",)),
+        ("eviction", "mine", NoPaperScore, ("NoPaperScore lacks: paper, a text",)),
+        ("eviction", "mine", WithScore, ("WithScore.score: this key names the word itself",)),
+        ("after", "mine", EveryNth, ("a class that extends hf_longctx.eviction.after.base.After",)),
+        ("after", "mine", NoApply, ("NoApply lacks: apply.",)),
         ("task", "mine", Rounded, ("a class that extends hf_longctx.tasks.base.Task",)),
         ("kernel", "mine", SimpleNamespace(NAME="mine"), ("lacks: PREFERENCE, READS, supports, attend",)),
         ("kernel", "mine", SimpleNamespace(**KERNEL | {"NAME": "other"}), ("NAME: got 'other'",)),
@@ -333,6 +362,38 @@ def test_a_selection_runs_as_word_and_as_object():
     assert torch.allclose(found[2], found[3], atol=1e-9, rtol=0)
 
 
+def evicted(**fields) -> Tensor:
+    """Logits of the first decoded token of a model that evicts 40 of 80 tokens."""
+    torch.manual_seed(0)
+    model = tiny_model(dtype=torch.float64)
+    store = {"store": "evicted", "budget": {"tokens": 40}, "recent": 8, "by": "uniform", **fields}
+    patch_model(model, config_for(model, "retrieval"), stores={"retrieval": store})
+    cache = LongCtxCache(model)
+    logits(model, past_key_values=cache)
+    return logits(model, IDS[:, :1], past_key_values=cache)
+
+
+def test_a_score_and_what_comes_after_run_as_words_and_as_objects():
+    own("eviction"), own("after")
+    by_word = evicted(rule={"score": "every_nth", "nth": 3})
+    assert torch.equal(by_word, evicted(rule=EveryNth(nth=3)))
+    assert not torch.allclose(by_word, evicted(rule=EveryNth(nth=2)), atol=1e-3)
+    by = {"rule": {"score": "key_norm"}, "by": "head"}
+    faded = evicted(after={"after": "faded"}, **by)
+    assert torch.equal(faded, evicted(after=Faded(), **by))
+    assert not torch.allclose(faded, evicted(after={"after": "drop"}, **by), atol=1e-3)
+    assert torch.equal(evicted(after=Faded(factor=1.0), **by), evicted(**by))
+
+
+def test_a_whole_spec_of_an_eviction_is_given_as_an_object():
+    own("eviction")
+    made = Evicted(rule=EveryNth(nth=3), budget=Budget(tokens=40), by="uniform", recent=8)
+    config = LongCtxConfig.from_dict(plain(stores={"retrieval": made}))
+    assert config.to_dict()["stores"]["retrieval"]["rule"] == {"score": "every_nth", "nth": 3}
+    assert LongCtxConfig.from_dict(config.to_dict()).stores.retrieval == made
+    refused(lambda: Evicted(rule=EveryNth(), by="head"), "by: got 'head'", "the same scores")
+
+
 @dataclass(frozen=True)
 class NoChoice(SelectSpec):
     roles = ("retrieval",)
@@ -392,7 +453,13 @@ def test_an_unknown_word_says_register_first(kind):
         assert find_family(word) is thing
         return
     keys = {"store": ("stores", "store"), "prefill": ("prefill", "pattern"), "decode": ("decode", "select")}
-    if kind in keys:
+    inside = {"eviction": ("rule", "score"), "after": ("after", "after")}
+    if kind in inside:
+        name, key = inside[kind]
+        store = {"store": "evicted", name: {key: word}}
+        where = f"stores.retrieval.{name}.{key}: got {word!r}"
+        refused(lambda: LongCtxConfig.from_dict(plain(stores={"retrieval": store})), where, said)
+    elif kind in keys:
         section, key = keys[kind]
         refused(lambda: LongCtxConfig.from_dict(plain(**{section: {"retrieval": {key: word}}})), said)
     elif kind == "kernel":
@@ -453,6 +520,8 @@ def test_the_reference_of_this_process_has_the_words():
     assert "| `b` | number | none |  |" in text and "`d.NAME` of `store: every`" in text, "no meaning was given"
     assert "| `steps` | whole number, >= 1, <= 4096 (steps) | `4` | grid steps per unit. |" in text
     assert "`pattern: strided` in prefill" in text and "| `every` |" in text
+    assert "`score: every_nth` in eviction" in text and "distance of two tokens that are kept." in text
+    assert "`after: faded` in eviction/after" in text and "| `factor` |" in text
     assert "| `plain` | The definition of attention, as a kernel of one's own. |" in text
 
 

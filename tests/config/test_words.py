@@ -18,7 +18,7 @@ from hf_longctx.errors import ConfigError
 
 pytestmark = pytest.mark.quick
 
-FOLDERS = ("stores", "prefill", "decode")
+FOLDERS = ("stores", "prefill", "decode", "eviction", "eviction.after")
 
 PROBE = """
 from dataclasses import dataclass, field
@@ -71,6 +71,8 @@ def test_every_file_of_every_folder_is_a_word_with_a_frozen_class():
     found = [(folder, word) for folder in FOLDERS for word in words(folder)]
     assert len(found) >= 5
     assert {("stores", "full"), ("stores", "sink_recent"), ("prefill", "dense"), ("decode", "dense")} <= set(found)
+    assert {("eviction", "snapkv"), ("eviction.after", "drop")} <= set(found)
+    assert ("eviction", "after") not in found, "a folder is no word"
     for folder, word in found:
         cls = load(folder, word)
         assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen and cls.__module__.endswith(f".{word}")
@@ -196,7 +198,8 @@ def test_wrong_role():
     refused(
         lambda: call("retrieval"),
         "stores.retrieval.store: 'sink_recent' serves streaming heads",
-        "retrieval heads: full",
+        "for retrieval heads: ",
+        "full",
     )
     assert call("streaming").sink == 64
 

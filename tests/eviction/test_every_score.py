@@ -136,6 +136,15 @@ def test_short_prompts(case, tokens):
 
 
 @every
+def test_a_device_does_it_without_the_host(case):
+    """On ``meta``, a tensor of the host among them is an error, and so is a number that is read."""
+    prompt = Prompt.random()
+    elsewhere = Prompt(*(x.to("meta") for x in (prompt.q, prompt.k, prompt.v)))
+    found = elsewhere.score(rule_of(case), (10,))
+    assert found.device.type == "meta" and found.shape == (2, 2, 40)
+
+
+@every
 def test_what_else_makes_scores(case):
     """A cap, sinks without a value and a first token's bias change what attention weights say, and nothing breaks."""
     prompt = Prompt.random()

@@ -26,8 +26,11 @@ def test_it_is_the_sum_over_all_queries():
 
 def test_few_weights_at_once(monkeypatch):
     prompt = Prompt.random()
-    monkeypatch.setattr(_columns, "TEMPORARY", 1500)  # three queries
+    monkeypatch.setattr(_columns, "IN_CACHES", 2500)  # five queries
     same(prompt.score(Observed()), prompt.grouped(prompt.weights().sum(2)))
+    seen = prompt.seen(0, 40, Observed(), {})
+    pieces = [made.shape[2:] for _, made in _columns.weights_in_pieces(seen)]
+    assert pieces == [(5, width) for width in range(5, 41, 5)]
 
 
 def test_a_window_of_the_whole_prompt_without_neighbours_is_its_mean():

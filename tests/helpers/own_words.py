@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hf_longctx import Family
 from hf_longctx.decode.base import Cached, Index, Select
+from hf_longctx.eviction.after.base import After, Left
+from hf_longctx.eviction.base import Score, Seen
 from hf_longctx.identification.methods.base import Method
 from hf_longctx.kernels import reference
 from hf_longctx.kernels.reference import products
@@ -79,6 +81,38 @@ class Pages(Select):
 
 
 @dataclass(frozen=True)
+class EveryNth(Score):
+    """Keep every ``nth`` token, whatever it is.
+
+    Attributes:
+        nth: distance of two tokens that are kept.
+    """
+
+    paper = "none"
+    alike = agnostic = True
+
+    nth: int = field(default=2, metadata={"min": 1, "max": 1024, "unit": "tokens"})
+
+    def score(self, seen: Seen) -> Tensor:
+        kept = (seen.positions % self.nth == 0).float()
+        return kept.expand(seen.k.shape[:3])
+
+
+@dataclass(frozen=True)
+class Faded(After):
+    """Drop what is evicted, and multiply the values that are left.
+
+    Attributes:
+        factor: of the values.
+    """
+
+    factor: float = field(default=0.5, metadata={"min": 0.0, "max": 1.0})
+
+    def apply(self, k: Tensor, v: Tensor, bias: Tensor | None, keep: Tensor) -> Left:
+        return Left(k[keep], v[keep] * self.factor, None if bias is None else bias[keep])
+
+
+@dataclass(frozen=True)
 class WeightNorm(Method):
     """Score a KV head by the norm of its key projection's weight."""
 
@@ -116,6 +150,8 @@ WORDS = {  # kind -> (word, what is registered)
     "store": ("rounded", Rounded),
     "prefill": ("strided", Strided),
     "decode": ("pages", Pages),
+    "eviction": ("every_nth", EveryNth),
+    "after": ("faded", Faded),
     "heads": ("weight_norm", WeightNorm),
     "task": ("pin", Pin),
     "kernel": ("plain", PLAIN),

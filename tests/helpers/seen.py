@@ -53,7 +53,7 @@ class Prompt:
         at = torch.tensor([*(range(low) if kept is None else kept), *range(low, high)])
         k, v = (x[:, :, at] for x in (self.k, self.v))
         rotation = self.rotation if rule.rotates else None
-        return Seen(k, v, at, self.q[:, :, low:high], high, self.scores, rotation, self.layer, state)
+        return Seen(k, v, at.to(k.device), self.q[:, :, low:high], high, self.scores, rotation, self.layer, state)
 
     def gathered(self, rule: Score, cuts: Sequence[int] = (), low: int = 0, state=None, kept=None) -> Seen:
         """The whole prompt, read in pieces; its first ``low`` tokens were of an earlier prompt."""

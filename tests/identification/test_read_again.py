@@ -12,6 +12,7 @@ from helpers.tiny import FAMILIES, tiny_model
 from helpers.tiny_tokenizer import byte_bpe
 
 from hf_longctx import identify
+from hf_longctx.eviction import _columns
 from hf_longctx.identification import attention as _attention
 from hf_longctx.identification.methods.kvzip import BEFORE, Kvzip
 from hf_longctx.identification.methods.query_focused import QueryFocused
@@ -114,6 +115,7 @@ def test_pieces_of_queries_change_nothing(method, monkeypatch):
     model = tiny_model(dtype=torch.float64)
     whole = run(method, model, probe_of(model))
     monkeypatch.setattr(_attention, "ENTRIES", 700)
+    monkeypatch.setattr(_columns, "TEMPORARY", 700)
     largest = []
     softmax = torch.Tensor.softmax
     monkeypatch.setattr(torch.Tensor, "softmax", lambda x, *a, **k: largest.append(x.numel()) or softmax(x, *a, **k))

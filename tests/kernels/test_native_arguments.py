@@ -17,6 +17,7 @@ from hf_longctx.kernels import base as dispatch
 from hf_longctx.kernels import native
 from hf_longctx.kernels._quantized import Quantised
 from hf_longctx.layout.blocks import BlockList
+from hf_longctx.layout.ragged import Ragged
 from hf_longctx.layout.scores import Scores
 from hf_longctx.layout.segments import Segment
 
@@ -50,6 +51,13 @@ def piece(bits=8, group=16, length=S, **changed):
     for low in range(0, S, group):
         made.write(slice(None), low, kv(tokens=group), kv(tokens=group))
     return replace(made, lengths=(length,), **changed)
+
+
+def ragged(**changed):
+    """Parts of 0 to S tokens in a buffer of 2 S."""
+    starts, lengths = torch.tensor([[0, S], [S, 3]]), torch.tensor([[S, 0], [S, 40]])
+    made = Ragged(*torch.randn(2, 2 * S, D), torch.arange(2 * S), starts, lengths, torch.randn(2 * S))
+    return replace(made, **{name: how(getattr(made, name)) for name, how in changed.items()})
 
 
 def ended(call) -> tuple[int, str]:
@@ -92,6 +100,8 @@ def streaming(sink=4, first=4, recent=16, tokens=S, band=S, v=S, sinks_v=4):
     lambda: decode(native, queries(), [segment()], 0.3),
     lambda: decode(native, queries(), [piece(), segment()], 0.3),
     lambda: decode(native, queries(), [piece(bits=4)], 0.3),
+    lambda: decode(native, queries(), [ragged(), segment()], 0.3),
+    lambda: decode(native, queries(), [ragged(), ragged()], 0.3),
     lambda: dense(native, queries(40), kv(), kv(), 0.3),
     streaming,
     sparse,
@@ -151,6 +161,37 @@ def test_pieces_of_other_heads_than_the_segments():
         assert status == REFUSED and "segments of" in said
 
 
+@pytest.mark.parametrize("changed", [
+    {"starts": lambda x: x - 1}, {"starts": lambda x: x + 1}, {"lengths": lambda x: x + 1}, {"starts": lambda x: x[:1]},
+    {"lengths": lambda x: x - 1}, {"starts": lambda x: x + 2**62}, {"starts": lambda x: x[:, :1]},
+    {"lengths": lambda x: x.int()}, {"starts": lambda x: x.T}, {"lengths": lambda x: x.flatten()},
+    {"starts": lambda x: x.to("meta")}, {"lengths": lambda x: x.to("meta")},
+    {"k": lambda x: x[:-1]}, {"v": lambda x: x[:-1]}, {"v": lambda x: x[:0]},
+    {"starts": lambda x: x + (2**63 - 1 - S)}, {"lengths": lambda x: x + (2**63 - 1 - S)},
+    {"score_bias": lambda x: x[:-1]}, {"score_bias": lambda x: x.double()}, {"score_bias": lambda x: x.to("meta")},
+    {"score_bias": lambda x: x[:1].expand(2 * S)},
+])  # fmt: skip
+@pytest.mark.parametrize("plain", [True, False])
+def test_ragged_parts_that_do_not_fit(changed, plain):
+    status, said = ended(lambda: decode(native, queries(), [ragged(**changed)] + [segment()] * plain, 0.3))
+    assert status == REFUSED and "do not belong together" in said
+
+
+@pytest.mark.parametrize(
+    "changed", [{"k": torch.Tensor.double}, {"v": torch.Tensor.bfloat16}, {"k": lambda x: x[:, :16]}]
+)
+def test_ragged_numbers_of_another_kind_are_not_read_as_those_of_the_queries(changed):
+    status, said = ended(lambda: decode(native, queries(), [ragged(**changed), segment()], 0.3))
+    assert status == REFUSED and "do not belong together" not in said, "torch says it"
+
+
+def test_ragged_parts_of_other_heads_than_the_segments():
+    for heads in (1, 4):
+        other = segment(k=kv(heads), v=kv(heads))
+        status, said = ended(lambda other=other: decode(native, queries(), [ragged(), other], 0.3))
+        assert status == REFUSED and f"2 sequences of {heads} KV heads" in said
+
+
 @pytest.mark.parametrize("call", [
     lambda: sparse(v=kv(tokens=S - 1)),
     lambda: sparse(block=0),
@@ -185,7 +226,7 @@ def test_the_library_itself_divides_by_no_zero():
 
         def call(kv_heads=kv_heads):
             asked = native._Call(Scores(0.3), False)
-            asked.run("decode", queries(), kv_heads, [*asked.segments([segment()]), 0, 0])
+            asked.run("decode", queries(), kv_heads, [*asked.segments([segment()]), 0, 0, 0])
 
         status, said = ended(call)
         assert status == REFUSED and f"8 query heads for {kv_heads} KV heads" in said

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.ragged_cases import ragged, same, truth
 from helpers.tiny import config_for, left_padded, tiny_model
 
 from hf_longctx import CacheError, LongCtxCache, UnsupportedModeError, patch_model, report
 from hf_longctx.cache.layer import LongCtxLayer
+from hf_longctx.cache.layer_kv import Pending
 from hf_longctx.cache.seam import CACHE
 from hf_longctx.kernels import native
 from hf_longctx.layout.forward import Forward
 from hf_longctx.layout.heads import RoleHeads
+from hf_longctx.layout.reads import ALL
 from hf_longctx.layout.rows import Rows
+from hf_longctx.layout.scores import Scores
 from hf_longctx.layout.segments import Place, Segment
 from hf_longctx.stores.full import FullStore
 from hf_longctx.stores.sink_recent import SinkRecentStore
@@ -301,3 +307,116 @@ def test_tensors_that_do_not_fit_are_left_to_the_ordinary_way(what):
     }[what]
     assert native.Step(heads).run(*changed, places, 0.3) is None
     assert native.Step(heads).run(q, k, v, places, 0.3) is not None, "a control"
+
+
+def before_call(dtype=torch.float32, dim=16):
+    """`step_call` where the heads of the first role read what they kept of a prompt before their slots."""
+    heads, places, q, k, v = step_call(dim)
+    before = ragged([[600], [0]], dim, dtype, bias=True)
+    segments = [replace(place.segment, k=place.segment.k.to(dtype), v=place.segment.v.to(dtype)) for place in places]
+    places = [place._replace(segment=segment) for place, segment in zip(places, segments, strict=True)]
+    return heads, [places[0]._replace(before=before), places[1]], q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def ordinary_way(heads, places, q):
+    """[B, 1, H, D] by a call per role; the new tokens are written."""
+    out = torch.empty_like(q.transpose(1, 2))
+    for one, place in zip(heads, places, strict=True):
+        k, v = (x[:, :, : place.length] for x in (place.segment.k, place.segment.v))
+        segments = [*([] if place.before is None else [place.before]), Segment(k, v, place.length)]
+        own = one.take(q, 2)
+        got = native.attend(own, segments, ALL, Scores(0.3))
+        assert same(got, truth(own, segments, Scores(0.3)), 1e-5 if q.dtype == torch.float32 else 0.03)
+        for nth, n in enumerate(one.kv_heads):
+            out[:, 0, 2 * n : 2 * n + 2] = got[0][:, 2 * nth : 2 * nth + 2, 0]
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_a_place_reads_before_its_slots(dtype):
+    heads, places, q, k, v = before_call(dtype)
+    step = native.Step(heads)
+    got = step.run(q, k, v, places, 0.3)
+    assert torch.equal(got, ordinary_way(heads, places, q))
+    plain = step.run(q, k, v, [places[0]._replace(before=None), places[1]], 0.3)
+    assert not torch.equal(got[0], plain[0]), "a control"
+    assert torch.equal(got[1], plain[1]), "of this sequence nothing is left"
+    assert torch.equal(plain, ordinary_way(heads, [places[0]._replace(before=None), places[1]], q))
+    assert torch.equal(step.run(q, k, v, places, 0.3), got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_notices_that_other_tokens_are_read_before(dtype):
+    """A step lays out its call once; the slots, and all other tensors, stay where they are."""
+    heads, places, q, k, v = before_call(dtype)
+    step = native.Step(heads)
+    first = step.run(q, k, v, places, 0.3)
+    kept = places[0].before
+    others = [
+        ragged([[600], [31]], 16, dtype, bias=True),
+        ragged([[600], [0]], 16, dtype, bias=False),
+        replace(kept, score_bias=kept.score_bias * 2),
+        replace(kept, k=kept.k.clone() * 2),
+        replace(kept, v=kept.v.clone() * 2),
+        replace(
+            kept, starts=kept.starts + torch.tensor([[3], [0]]), lengths=kept.lengths - 3 * (kept.lengths > 0).long()
+        ),
+    ]
+    for other in others:
+        changed = [places[0]._replace(before=other), places[1]]
+        got = step.run(q, k, v, changed, 0.3)
+        assert not torch.equal(got, first)
+        assert torch.equal(got, ordinary_way(heads, changed, q))
+    places[0].before.map_rows(lambda x: x[[1, 0]])
+    got = step.run(q, k, v, places, 0.3)
+    assert not torch.equal(got[0], first[0]) and not torch.equal(got[1], first[1])
+    assert torch.equal(got, ordinary_way(heads, places, q))
+
+
+@pytest.mark.parametrize("changed", [
+    {"starts": lambda x: x + 600}, {"lengths": lambda x: x - 1}, {"lengths": lambda x: x[:1]},
+    {"starts": lambda x: x.int()}, {"v": lambda x: x[:-1]}, {"score_bias": lambda x: x[:-1]},
+])  # fmt: skip
+def test_what_is_read_before_must_fit_together(changed):
+    """Also where the step went well before: then nothing is written either."""
+    heads, places, q, k, v = before_call()
+    step = native.Step(heads)
+    first = step.run(q, k, v, places, 0.3)
+    wrong = replace(places[0].before, **{name: how(getattr(places[0].before, name)) for name, how in changed.items()})
+    kept = places[0].segment.k.clone()
+    with pytest.raises(ValueError, match="a decoded token was given"):
+        step.run(q, k + 1, v, [places[0]._replace(before=wrong), places[1]], 0.3)
+    assert torch.equal(places[0].segment.k, kept)
+    assert torch.equal(step.run(q, k, v, places, 0.3), first)
+
+
+def test_parts_are_looked_at_with_every_token():
+    """Also where they changed in place, of which the step is not told."""
+    heads, places, q, k, v = before_call()
+    step = native.Step(heads)
+    step.run(q, k, v, places, 0.3)
+    places[0].before.lengths[0, 0] += 600
+    with pytest.raises(ValueError, match="starts and lengths beyond the tokens"):
+        step.run(q, k, v, places, 0.3)
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_numbers_before_that_do_not_fit_are_left_to_the_ordinary_way(name):
+    heads, places, q, k, v = before_call()
+    for how in (torch.Tensor.bfloat16, lambda x: x[:, :8], lambda x: x.T.contiguous().T, lambda x: x.to("meta")):
+        other = replace(places[0].before, **{name: how(getattr(places[0].before, name))})
+        assert native.Step(heads).run(q, k, v, [places[0]._replace(before=other), places[1]], 0.3) is None
+    assert native.Step(heads).run(q, k, v, places, 0.3) is not None, "a control"
+
+
+def test_the_ordinary_way_reads_the_same_before():
+    heads, places, q, k, v = before_call()
+    stores = [SimpleNamespace(heads=one, spec=None, state={}) for one in heads]
+    layer = SimpleNamespace(stores=stores, selections=[None, None], whole=True, seen=0)
+    parts = Pending(layer, k, v, places, 9).write()
+    assert [len(part.segments) for part in parts] == [2, 1] and parts[0].segments[0] is places[0].before
+    assert parts[0].dtype == torch.float32 and (layer.whole, layer.seen) == (True, 9)
+    out = torch.cat([native.attend(part.heads.take(q, 2), part.segments, ALL, Scores(0.3))[0] for part in parts], 1)
+    got = native.Step(heads).run(q, k, v, places, 0.3)
+    order = [2 * n + g for one in heads for n in one.kv_heads for g in range(2)]
+    assert torch.equal(got[:, 0][:, order], out[:, :, 0])

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention import read, weights
+from ...eviction._repetition import BEFORE, largest, repetitions
+from ...eviction.base import Reading, Seen
+from ..attention import read
 from .base import HeadProbe, Method
-
-BEFORE = 8  # tokens of the chunk before that a later chunk's instruction ends in, as in the authors' code
 
 
 @dataclass(frozen=True)
@@ -65,22 +65,18 @@ def repeated(probe: HeadProbe, context: np.ndarray, chunk: int) -> Tensor:
     best = torch.zeros(probe.layers, probe.heads, dtype=torch.float64)
     scored = len(context) - BEFORE
     cache = read(probe.model, probe.ids(context))
-    for first in range(1, scored, chunk):
-        end = min(first + chunk, len(context))
-        instruction = probe.documents.repeat(context[max(1, first - BEFORE) : first])
-        step = np.concatenate([instruction, context[first:end]])
 
-        def look(
-            first: int, end: int, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute
-        ) -> None:
-            if layer_idx in probe.windowed:
-                return
-            new = q.shape[2]
-            kept = torch.cat([k[:, :, :1], k[:, :, first:end], k[:, :, -new:]], 2)
-            queries = torch.arange(kept.shape[2] - new, kept.shape[2], device=q.device)
-            for _, weight in weights(q, kept, compute.scores, queries):
-                seen = weight[..., 1 : 1 + min(end, scored) - first].amax((-1, -2)).cpu().double()
-                best[layer_idx] = torch.maximum(best[layer_idx], seen)
+    def instruct(before: Tensor) -> Tensor:
+        return torch.as_tensor(probe.documents.repeat(before.numpy()))
 
-        read(probe.model, probe.ids(step), cache, partial(look, first, end))
+    def look(reading: Reading, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, rows, compute) -> None:
+        if layer_idx in probe.windowed:
+            return
+        tokens = k.shape[2]
+        seen = Seen(k, v, torch.arange(tokens, device=k.device), q, tokens, compute.scores)
+        weight = largest(seen, reading)[0, :, : min(reading.end, scored) - reading.first].amax(-1)
+        best[layer_idx] = torch.maximum(best[layer_idx], weight.cpu().double())
+
+    for reading in repetitions(torch.as_tensor(context), 1, scored, chunk, 1, instruct):
+        read(probe.model, probe.ids(reading.ids), cache, partial(look, reading))
     return best

@@ -558,6 +558,8 @@ template <bool BF16> static int decode(const Call& call, const Formula& formula,
     const int64_t* last = (const int64_t*)(first_piece + after[0]);
     const bool in_piece = !pieces.empty() && last[0];
     const Ragged* ragged = (const Ragged*)(last + 2);
+    for (int64_t i = 0; i < last[1]; ++i)
+        if (!ragged[i].holds(call.shape.batch * call.shape.kv_heads)) return OUTSIDE;
     auto parts = parts_of(packed);
     auto first = [](int64_t) { return 0; };
     auto origin = [&](int64_t b, int64_t n) {
@@ -580,7 +582,7 @@ template <bool BF16> static int step(const Call& call, const Formula& formula, c
     const Heads &k = *(const Heads*)packed, &v = *(&k + 1);
     const int64_t* next = (const int64_t*)(&v + 1);
     std::vector<Segment> segments(*next++);
-    struct Own { const Segment* segment; const Listed* listed; const Ragged* before; int64_t head, heads; };
+    struct Own { const Segment* segment; const Listed* listed; const Ragged* before; int64_t head, heads, slot; };
     std::vector<Own> own(s.kv_heads);
     for (Segment& segment : segments) {
         const int64_t slot = *next++;
@@ -589,14 +591,15 @@ template <bool BF16> static int step(const Call& call, const Formula& formula, c
         const Ragged* before = (const Ragged*)(listed + 1);
         next = (const int64_t*)(before + 1);
         const int64_t heads = *next++;
-        for (int64_t i = 0; i < heads; ++i, ++next) {
-            own[*next] = {&segment, listed, before, i, heads};
-            for (int64_t b = 0; b < s.batch; ++b) {
-                memcpy(segment.k.at(b, i, slot), k.at(b, *next), s.dim * (BF16 ? 2 : 4));
-                memcpy(segment.v.at(b, i, slot), v.at(b, *next), s.dim * (BF16 ? 2 : 4));
-            }
-        }
+        if (before->lengths && !before->holds(s.batch * heads)) return OUTSIDE;
+        for (int64_t i = 0; i < heads; ++i, ++next) own[*next] = {&segment, listed, before, i, heads, slot};
     }
+    for (int64_t n = 0; n < s.kv_heads; ++n)
+        for (int64_t b = 0; b < s.batch; ++b) {
+            const Own& one = own[n];
+            memcpy(one.segment->k.at(b, one.head, one.slot), k.at(b, n), s.dim * (BF16 ? 2 : 4));
+            memcpy(one.segment->v.at(b, one.head, one.slot), v.at(b, n), s.dim * (BF16 ? 2 : 4));
+        }
     Work<BF16, 8> work(call, formula, s);
     std::vector<Segment> parts;  // of what is read before
     parts.reserve(s.batch * s.kv_heads);

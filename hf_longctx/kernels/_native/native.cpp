@@ -9,7 +9,7 @@
 #include "select.h"
 
 // An entry point takes a Call and what its function reads, packed as int64; it returns how many threads worked, 0 where
-// memory ran out, -1 where query heads are not shared out evenly among KV heads.
+// memory ran out, -1 where query heads are not shared out evenly among KV heads, or OUTSIDE.
 #define ENTRY(name)                                                                                  \
     extern "C" int hf_longctx_##name(int bf16, double scale, double softcap, const int64_t* packed) { \
         try {                                                                                        \

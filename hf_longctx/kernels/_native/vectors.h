@@ -76,6 +76,14 @@ struct Ragged {  // of layout/ragged.py: tokens one after the other, in parts of
     int64_t k_token, v_token;
     const int64_t *starts, *lengths;  // [B, n]
     const float* bias;                // of each token; null: none
+    int64_t tokens;
+    // Whether the first ``count`` parts lie within the tokens.
+    bool holds(int64_t count) const {
+        bool all = true;
+        for (int64_t i = 0; i < count; ++i)
+            all &= starts[i] >= 0 && lengths[i] >= 0 && starts[i] <= tokens && lengths[i] <= tokens - starts[i];
+        return all;
+    }
     // A part by itself: whatever sequence and KV head it is asked for, it is theirs.
     Segment part(int64_t at) const {
         const int64_t start = starts[at];
@@ -83,11 +91,12 @@ struct Ragged {  // of layout/ragged.py: tokens one after the other, in parts of
                 bias ? bias + start : nullptr, 0, 0, 1};
     }
 };
+constexpr int OUTSIDE = -2;  // what an entry point returns where a part lies outside of its tokens
 struct Lists {  // a BlockList of layout.py, contiguous
     int64_t block, first, kv_len, heads, query_blocks, width, columns_width;
     const int32_t *indices, *counts, *columns, *column_counts;
 };
-static_assert(sizeof(Call) == 16 * 8 && sizeof(Segment) == 14 * 8 && sizeof(Ragged) == 7 * 8 && sizeof(Lists) == 11 * 8,
+static_assert(sizeof(Call) == 16 * 8 && sizeof(Segment) == 14 * 8 && sizeof(Ragged) == 8 * 8 && sizeof(Lists) == 11 * 8,
               "native.py packs int64");
 
 static inline vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
