@@ -66,11 +66,16 @@ class Eviction:
         if self.paused:
             return
         ended = rows.new == 1 or (self.prompt_end is not None and rows.past >= self.prompt_end)
-        if self.reading and not prompt and ended:
+        if (self.reading or self._by_hand(rows)) and not prompt and ended:
             self._end_prompt(rows.past)
         elif self.own[0].regular and rows.past and (prompt or rows.new == 1) and self._due(rows.past):
             self._evict(self._evicting)
         self.reading = self.reading or prompt
+
+    def _by_hand(self, rows: Rows) -> bool:
+        """Whether all tokens came by `update` alone: a prompt that nobody has announced."""
+        stores = [store for layer in self._evicting for store in layer.evicting if store.spec.rule.moment == "prompt"]
+        return bool(rows.past and stores) and not any(store.judged for store in stores)
 
     def _due(self, seen: int) -> bool:
         return any(store.due(seen) for layer in self._evicting for store in layer.evicting)

@@ -55,7 +55,7 @@ class RollBack:
         if target < evicted:
             return (
                 f"cannot crop from {layer.seen} to {target} tokens: tokens were evicted after {evicted}, and what left "
-                "the cache cannot be taken back. Crop to no fewer than that, call cache.reset() and read the prompt "
+                "the cache cannot be rolled back. Crop to no fewer than that, call cache.reset() and read the prompt "
                 "again, or fork() the cache before its prompt ends."
             )
         gathered = max((store.known.oldest_crop for store in layer.evicting), default=0)

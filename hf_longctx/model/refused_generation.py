@@ -71,6 +71,6 @@ def _refuse_regular(plans: Sequence[LayerPlan]) -> None:
     if regular := [store for store in stores if store.by_data and getattr(store, "every", None)]:
         raise UnsupportedModeError(
             f"assisted decoding and prompt lookup with stores.retrieval.every = {regular[0].every}: rejected drafts "
-            "are taken back, and tokens that left the cache while they were read cannot be. Set every to null "
+            "are rolled back, and tokens that left the cache while they were read cannot be. Set every to null "
             "(an eviction where the prompt ends alone), or leave out assistant_model and prompt_lookup_num_tokens."
         )
