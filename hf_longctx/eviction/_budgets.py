@@ -31,11 +31,10 @@ def uniform(heads: Heads, budget: int) -> list[Tensor]:
 def by_head(heads: Heads, budget: int, floor: float) -> list[Tensor]:
     """As many tokens in all heads together, where the scores are highest; ``floor`` of its share in every head.
 
-    AdaKV, arXiv:2407.11550.
+    AdaKV, arXiv:2407.11550. Heads may have different numbers of tokens, after an earlier eviction.
     """
     sure = [scores.masked_fill(top(scores, int(floor * min(budget, len(scores)))), float("inf")) for scores in heads]
-    total = sum(min(budget, len(scores)) for scores in heads)
-    return list(top(torch.cat(sure), total).split([len(scores) for scores in heads]))
+    return list(top(torch.cat(sure), budget * len(heads)).split([len(scores) for scores in heads]))
 
 
 def by_model(layers: Sequence[Heads], budget: int, floor: float) -> list[list[Tensor]]:

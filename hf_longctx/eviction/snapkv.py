@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
@@ -36,8 +35,7 @@ class Snapkv(Score):
     pooling: str = field(default="avg", metadata={"choices": ("avg", "max")})
 
     def __post_init__(self) -> None:
-        if self.pool % 2 == 0:
-            raise ConfigError(f"pool: got {self.pool}, expected an odd number (tokens).")
+        check_pool(self.pool)
 
     @property
     def queries(self) -> int:
@@ -45,9 +43,18 @@ class Snapkv(Score):
 
     def score(self, seen: Seen) -> Tensor:
         before = max(0, seen.k.shape[2] - seen.q.shape[2])  # tokens
-        votes = weights(seen).mean(2)  # [B, H, S]
-        if not before:
-            return torch.zeros_like(of_kv_heads(seen, votes))
-        pool = avg_pool1d if self.pooling == "avg" else max_pool1d
-        votes = pool(votes[..., :before], self.pool, stride=1, padding=self.pool // 2)
-        return pad(of_kv_heads(seen, votes), (0, seen.q.shape[2]))
+        votes = of_kv_heads(seen, smoothed(weights(seen).mean(2)[..., :before], self.pool, self.pooling))
+        return pad(votes, (0, seen.k.shape[2] - before))
+
+
+def smoothed(votes: Tensor, pool: int, pooling: str) -> Tensor:
+    """Votes ``[B, H, S]`` as the mean (``avg``) or the largest (``max``) over neighbourhoods of ``pool`` tokens."""
+    if not votes.shape[2]:
+        return votes
+    return (avg_pool1d if pooling == "avg" else max_pool1d)(votes, pool, stride=1, padding=pool // 2)
+
+
+def check_pool(pool: int) -> None:
+    """Raise ConfigError unless a neighbourhood has a middle."""
+    if pool % 2 == 0:
+        raise ConfigError(f"pool: got {pool}, expected an odd number (tokens).")

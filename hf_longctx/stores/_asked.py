@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config.words import spec_word
 from ..errors import CacheError
-from ..eviction._evidence import Evidence, of_heads
+from ..eviction._evidence import of_heads
 from ..eviction.base import Asked, Reading, Score, Seen
 from ..layout.rows import Rows
 from ..layout.scores import Scores
@@ -44,15 +44,15 @@ class Judging:
         text = processed - len(self.reading.ids)
         for head in self.store.known_apart:
             own = q if head == ALL else q.unflatten(1, (n, -1))[:, head]
-            if self.rule.queries and (before := self._before(group, start, head, text)) is not None:
-                own = torch.cat([before, own], 2)
+            if self.rule.queries:
+                own = torch.cat([self._before(group, start, head, text), own], 2)
             k, v = part.tokens(group, start, head)
             positions = torch.arange(processed - k.shape[2], processed, device=k.device)
             heads = range(n) if head == ALL else (head,)
             seen = Seen(k, v, positions, own, processed, of_heads(scores, heads, n), layer=self.store.known.layer)
             self.found.setdefault(head, []).append(self.rule.judge(seen, self.reading))
 
-    def _before(self, group: slice, start: int, head: int, text: int) -> Tensor | None:
+    def _before(self, group: slice, start: int, head: int, text: int) -> Tensor:
         """The last queries of the text, which has so many tokens."""
         known = self.store.known.of(group, start, head, 1)
         if known.q is None or known.processed != text:
@@ -100,11 +100,7 @@ def scoring_by(store: EvictedStore, spec: Evicted) -> Iterator[None]:
     same = spec.rule == own.rule
 
     def of(known: Known, rule: Score) -> Known:
-        def state(one: Evidence) -> dict[str, Tensor]:
-            return {name: x for name, x in one.state.items() if same or name in names}
-
-        parts = {key: replace(one, rule=rule, state=state(one)) for key, one in known.parts.items()}
-        return known.by(rule, parts)
+        return known.for_rule(rule, None if same else names)
 
     cut = store.cut
     store.spec = spec
@@ -113,13 +109,14 @@ def scoring_by(store: EvictedStore, spec: Evicted) -> Iterator[None]:
         yield
     finally:
         store.spec = own
-        store.known = of(store.known, own.rule) if same or store.cut is not cut else before
+        evicted = store.cut is not cut
+        store.known = of(store.known, own.rule) if evicted or same else before
 
 
 def _refuse_unseen(store: EvictedStore, rule: Score) -> None:
     own = store.spec.rule
     word = spec_word(rule)
-    if rule == own or isinstance(rule, Asked):
+    if rule == own:
         return
     if rule.gathers or rule.rotates:
         raise CacheError(

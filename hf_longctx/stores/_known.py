@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,7 +65,7 @@ class Known:
 
     def all_kept(self) -> Known:
         """Once a prompt was scored of which all is kept."""
-        return self.by(self.rule, {key: replace(one, q=None) for key, one in self.parts.items()})
+        return self._with({key: replace(one, q=None) for key, one in self.parts.items()})
 
     def kept(self, keep: Sequence[Sequence[Tensor]], apart: bool) -> Known:
         """What is still known once the tokens of the masks ``keep`` are left: what was gathered of all queries.
@@ -85,12 +85,21 @@ class Known:
                     only = (kv, self.heads) if head == ALL else None
                     part = one.part(own if row == ALL else None, only)
                     known[own, kv] = part.kept([[index[own][kv]]])
-        return self.by(self.rule, known)
+        return self._with(known)
 
-    def by(self, rule: Score, parts: dict[Key, Evidence]) -> Known:
-        """One with these parts, for that score."""
-        other = Known(rule, self.heads)
-        vars(other).update(vars(self) | {"rule": rule, "parts": parts})
+    def for_rule(self, rule: Score, names: Collection[str] | None) -> Known:
+        """What is known of it for another score: of the state only these ``names``; None: all."""
+        parts = {}
+        for key, one in self.parts.items():
+            state = {name: x for name, x in one.state.items() if names is None or name in names}
+            parts[key] = replace(one, rule=rule, state=state)
+        other = self._with(parts)
+        other.rule = rule
+        return other
+
+    def _with(self, parts: dict[Key, Evidence]) -> Known:
+        other = Known(self.rule, self.heads)
+        vars(other).update(vars(self) | {"parts": parts})
         return other
 
     def crop(self, target: int) -> None:
@@ -110,7 +119,7 @@ class Known:
         self.parts = mapped
 
     def fork(self) -> Known:
-        return self.by(self.rule, {key: one.part() for key, one in self.parts.items()})
+        return self._with({key: one.part() for key, one in self.parts.items()})
 
     def tensors(self) -> Iterator[Tensor]:
         for one in self.parts.values():

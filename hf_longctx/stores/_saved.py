@@ -183,6 +183,10 @@ class SavedStore:
             self._segments[name] = SavedSegment(self, name, parts)
         return dict(self._segments)
 
+    def shape(self, state: str) -> tuple[int, ...]:
+        """Of a tensor of `Store.state`: what the file says; () where it has none."""
+        return self.tensors.shapes.get(f"{self.prefix}state.{state}", ("", ()))[1]
+
     def state(self, dtype: torch.dtype, **shapes: tuple[int, ...]) -> None:
         """The tensors of `Store.state`, in this order, each with its shape."""
         self._state = set(shapes)

@@ -362,3 +362,15 @@ def test_what_a_cache_lacks():
         LongCtxCache(plain).compress()
     with pytest.raises(ConfigError, match="every: got 64 with score 'kvzip'"):
         zipping(every=64)
+
+
+@pytest.mark.parametrize("by", BY)
+def test_asked_again_about_the_same_text_nothing_more_leaves(by):
+    model = zipping(by=by, budget={"tokens": 40})
+    cache = read(model, some(120))
+    cache.compress()
+    before = keys_of_heads(cache)
+    cache.compress()
+    assert sum(len(k) for heads in before for k in heads) == 40 * 12
+    if by != "layer":  # which gives later layers less of a budget once more
+        assert all(torch.equal(*pair) for pair in zip(sum(before, []), sum(keys_of_heads(cache), []), strict=True))
