@@ -49,7 +49,7 @@ class Judging:
             k, v = part.tokens(group, start, head)
             positions = torch.arange(processed - k.shape[2], processed, device=k.device)
             heads = range(n) if head == ALL else (head,)
-            seen = Seen(k, v, positions, own, processed, of_heads(scores, heads, n), layer=self.store.layer)
+            seen = Seen(k, v, positions, own, processed, of_heads(scores, heads, n), layer=self.store.known.layer)
             self.found.setdefault(head, []).append(self.rule.judge(seen, self.reading))
 
     def _before(self, group: slice, start: int, head: int, text: int) -> Tensor:

@@ -102,7 +102,10 @@ class EvictedStore(Store):
 
     def append(self, k: Tensor, v: Tensor, rows: Rows) -> Left:
         self.batch = rows.batch
-        part = self.inner.append(self.heads.take(k), self.heads.take(v), self.geometry(rows))
+        k, v = (self.heads.take(x) for x in (k, v))
+        if self.ragged is not None:  # one dtype for both: autocast may have been switched since
+            k, v = (x.to(self.ragged.dtype) for x in (k, v))
+        part = self.inner.append(k, v, self.geometry(rows))
         return self._shown(part, self.watcher or (self.attended if self.asks else None))
 
     def held(self, rows: Rows) -> Left:
