@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..config.bounds import MOST
 from ..config.words import spec_word
+from ..errors import CacheError
 from ..eviction._budgets import by_head, by_model, pyramid, uniform
 from ..layout.forward import ForwardLog
 from ..layout.rows import Rows
 from ..stores._evicted import EvictedStore
+from ..stores.evicted import Evicted
 from .layer import LongCtxLayer
 from .plan import FEWEST
 
@@ -65,20 +67,25 @@ class Eviction:
         if self.paused:
             return
         ended = rows.new == 1 or (self.prompt_end is not None and rows.past >= self.prompt_end)
-        if self.reading and not prompt and ended:
+        if (self.reading or self._by_hand(rows)) and not prompt and ended:
             self._end_prompt(rows.past)
         elif self.own[0].regular and rows.past and (prompt or rows.new == 1) and self._due(rows.past):
             self._evict(self._evicting)
         self.reading = self.reading or prompt
 
+    def _by_hand(self, rows: Rows) -> bool:
+        """Whether all tokens came by `update` alone: a prompt that nobody has announced."""
+        stores = [store for layer in self._evicting for store in layer.evicting if store.spec.rule.moment == "prompt"]
+        return bool(rows.past and stores) and not any(store.judged for store in stores)
+
     def _due(self, seen: int) -> bool:
         return any(store.due(seen) for layer in self._evicting for store in layer.evicting)
 
     def _end_prompt(self, seen: int) -> None:
-        self.reading = False
-        self.prompt_end = None
         if not self._waits():
             self._evict(self._evicting)
+        self.reading = False  # after it: what a score lacks is refused at every forward that follows
+        self.prompt_end = None
         for layer in self.own:
             layer.end_prompt(Rows(max(self.batch_size, 1), 0, seen, self.starts))
 
@@ -106,23 +113,54 @@ class Eviction:
             return
         rows = Rows(self.batch_size, 0, self.seen, self.starts)
         spec = pairs[0][1].spec
+        losses = self._losses() if spec.rule.surprises else None
         with torch.no_grad(), torch.autocast(self.own[0].device.type, enabled=False):
-            if spec.by == "model":
-                scored = [store.scored(rows) for _, store in pairs]
-                for (layer, store), keep in zip(pairs, _by_model(scored, rows, spec), strict=True):
-                    self._leave(layer, store, rows, keep)
-                return
-            for at, (layer, store) in enumerate(pairs):
-                keep = _of_layer(store.scored(rows), rows, spec, at, len(pairs))
+            for layer, store, keep in _kept(pairs, rows, spec, losses):
+                for one in layers:
+                    one.whole = False  # also where this is interrupted between two layers
                 self._leave(layer, store, rows, keep)
+        for layer in layers:
+            layer.whole = True
+
+    def _losses(self) -> Tensor:
+        """Surprisal of every slot, float32 ``[B, seen]``."""
+        if self.surprisals is None:
+            raise CacheError(
+                "score 'surprisal' asks how likely each token was, which is kept where the config names that score. "
+                "Set stores.retrieval.rule to {score: surprisal}, and read the text anew."
+            )
+        self.settle_surprisals()
+        if (found := self.surprisals.known(self.seen)) is None:
+            raise CacheError(
+                "score 'surprisal' asks how likely each token was, and that is not known of all of this cache: they "
+                "came as inputs_embeds, or their keys were written by hand. Let the model read token ids."
+            )
+        return found
+
+    @torch.no_grad()
+    def settle_surprisals(self) -> None:
+        """Run the model's output head over the tokens that wait for it, of a cache whose score asks for surprisal.
+
+        Raises:
+            CacheError: the model is gone.
+        """
+        seen = self.surprisals.end
+        if (ids := self.token_ids.known(seen)) is None:
+            self.surprisals.crop(0)  # they never will be
+        elif self.surprisals.length < seen:
+            state = getattr(self.model() if self.model else None, "longctx_state", None)
+            if state is None:
+                raise CacheError(
+                    "score 'surprisal': the model that filled this cache is gone. Let it read at least one token with "
+                    "this cache first."
+                )
+            self.surprisals.settle(ids, self.starts, state.losses_of)
 
     def _leave(self, layer: LongCtxLayer, store: EvictedStore, rows: Rows, keep: Scored) -> None:
         cached = sum(len(one) for heads in keep for one in heads)
         kept = sum(int(one.sum()) for heads in keep for one in heads)
-        layer.whole = False
         store.evict(rows, keep)
         layer.forget_choices(store)
-        layer.whole = True
         if (log := self._log()) is not None:
             log.eviction.add(layer.plan.layer_idx, rows.total, cached, kept)
 
@@ -141,7 +179,20 @@ def tell_prompt(cache: Any, ended: bool) -> None:
         cache.prompt_end = cache.seen if ended else MOST
 
 
-def _of_layer(scored: Scored, rows: Rows, spec, at: int, layers: int) -> Scored:
+def _kept(
+    pairs: Sequence[tuple[LongCtxLayer, EvictedStore]], rows: Rows, spec: Evicted, losses: Tensor | None
+) -> Iterator[tuple[LongCtxLayer, EvictedStore, Scored]]:
+    """Each store with the masks of what it keeps: as soon as it is known."""
+    if spec.by == "model":
+        scored = [store.scored(rows, losses) for _, store in pairs]
+        for pair, keep in zip(pairs, _by_model(scored, rows, spec), strict=True):
+            yield *pair, keep
+        return
+    for at, (layer, store) in enumerate(pairs):
+        yield layer, store, _of_layer(store.scored(rows, losses), rows, spec, at, len(pairs))
+
+
+def _of_layer(scored: Scored, rows: Rows, spec: Evicted, at: int, layers: int) -> Scored:
     keep = []
     for row, heads in enumerate(scored):
         processed = rows.real(row)[1]
@@ -152,7 +203,7 @@ def _of_layer(scored: Scored, rows: Rows, spec, at: int, layers: int) -> Scored:
     return keep
 
 
-def _by_model(scored: Sequence[Scored], rows: Rows, spec) -> list[Scored]:
+def _by_model(scored: Sequence[Scored], rows: Rows, spec: Evicted) -> list[Scored]:
     """By layer, sequence and KV head."""
     by_row = [
         by_model([layer[row] for layer in scored], spec.cached_tokens(rows.real(row)[1]), spec.least)

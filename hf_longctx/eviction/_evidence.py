@@ -70,8 +70,16 @@ class Evidence:
         held = min(q.shape[2], max(waiting, self.rule.queries + slack))
         self.q = fitting(q[:, :, q.shape[2] - held :], spare=0)  # a view would keep all of them alive
 
-    def score(self, tokens: Tokens, scores: Scores, processed: int) -> Tensor:
-        """Scores ``[B, n, S]`` of the cached tokens; what was not gathered yet is. ``processed``: tokens read."""
+    def score(
+        self, tokens: Tokens, scores: Scores, processed: int, losses: Tensor | None = None, since: int | None = None
+    ) -> Tensor:
+        """Scores ``[B, n, S]`` of the cached tokens; what was not gathered yet is.
+
+        Args:
+            processed: tokens read.
+            losses: surprisal of all of them, float32 ``[B, processed]``, where the score asks.
+            since: how many of them came after the last eviction; None: there was none.
+        """
         if self.rule.gathers and self.q is not None:
             left = tokens[0].shape[2] - (processed - self.processed)
             self.state = self._gather(self.processed, tuple(x[:, :, :left] for x in tokens), scores)
@@ -79,7 +87,14 @@ class Evidence:
         q = None
         if self.rule.queries and self.q is not None:
             q = self.q[:, :, -self.rule.queries :]
-        made = self.rule.score(self._seen(*tokens, q, processed, scores, self.state))
+        seen = self._seen(*tokens, q, processed, scores, self.state)
+        if self.rule.surprises:
+            known = self.state.get("surprisal")
+            new = tokens[0].shape[2] - known.shape[2] if known is not None else processed if since is None else since
+            seen = replace(seen, surprisal=losses[:, processed - new : processed])
+        made = self.rule.score(seen)
+        if self.rule.by_token and not self.rule.gathers:
+            self.processed = self.gathered = processed
         if made.shape != tokens[0].shape[:3] or made.isnan().any():
             raise ValueError(
                 f"{type(self.rule).__name__} gave scores {list(made.shape)} with {int(made.isnan().sum())} NaN for "

@@ -49,7 +49,7 @@ class Judging:
             k, v = part.tokens(group, start, head)
             positions = torch.arange(processed - k.shape[2], processed, device=k.device)
             heads = range(n) if head == ALL else (head,)
-            seen = Seen(k, v, positions, own, processed, of_heads(scores, heads, n), layer=self.store.layer)
+            seen = Seen(k, v, positions, own, processed, of_heads(scores, heads, n), layer=self.store.known.layer)
             self.found.setdefault(head, []).append(self.rule.judge(seen, self.reading))
 
     def _before(self, group: slice, start: int, head: int, text: int) -> Tensor:
@@ -96,11 +96,10 @@ def scoring_by(store: EvictedStore, spec: Evicted) -> Iterator[None]:
     """
     own, before = store.spec, store.known
     _refuse_unseen(store, spec.rule)
-    names = set(own.rule.by_token if spec.rule == own.rule else ()) | {"judged"}
-    same = spec.rule == own.rule
+    same = spec.rule == own.rule or (type(spec.rule) is type(own.rule) and not own.rule.gathers)
 
     def of(known: Known, rule: Score) -> Known:
-        return known.for_rule(rule, None if same else names)
+        return known.for_rule(rule, whole=same)
 
     cut = store.cut
     store.spec = spec

@@ -102,7 +102,10 @@ class EvictedStore(Store):
 
     def append(self, k: Tensor, v: Tensor, rows: Rows) -> Left:
         self.batch = rows.batch
-        part = self.inner.append(self.heads.take(k), self.heads.take(v), self.geometry(rows))
+        k, v = (self.heads.take(x) for x in (k, v))
+        if self.ragged is not None:  # one dtype for both: autocast may have been switched since
+            k, v = (x.to(self.ragged.dtype) for x in (k, v))
+        part = self.inner.append(k, v, self.geometry(rows))
         return self._shown(part, self.watcher or (self.attended if self.asks else None))
 
     def held(self, rows: Rows) -> Left:
@@ -147,8 +150,11 @@ class EvictedStore(Store):
         """The heads that are known apart."""
         return (ALL,) if self.ragged is None else range(len(self.heads.kv_heads))
 
-    def scored(self, rows: Rows) -> list[list[Tensor]]:
+    def scored(self, rows: Rows, losses: Tensor | None = None) -> list[list[Tensor]]:
         """Scores ``[S]`` of each sequence's KV heads, +inf for what must stay; ``rows`` are all that was seen.
+
+        Args:
+            losses: surprisal of every padded position, float32 ``[B, total]``, where the score asks.
 
         Raises:
             CacheError: the score asks for queries, and none were seen.
@@ -159,14 +165,24 @@ class EvictedStore(Store):
             _, processed = rows.real(group.start or 0)
             for head in self.known_apart:
                 known = self.known.of(group, start, head, rows.batch)
-                made = self._score(known, head, part.tokens(group, start, head), processed)
+                lost = None if losses is None else losses[group, start:]
+                since = None if self.cut is None else min(processed, rows.total - self.cut.slots)
+                made = self._score(known, head, part.tokens(group, start, head), processed, lost, since)
                 made[..., : self.spec.sink] = float("inf")
                 made[..., max(0, made.shape[2] - self.spec.recent) :] = float("inf")
                 for own, heads in zip(found[group], made, strict=True):
                     own += heads.unbind(0)
         return found
 
-    def _score(self, known: Evidence, head: int, tokens: tuple[Tensor, Tensor], processed: int) -> Tensor:
+    def _score(
+        self,
+        known: Evidence,
+        head: int,
+        tokens: tuple[Tensor, Tensor],
+        processed: int,
+        losses: Tensor | None,
+        since: int | None,
+    ) -> Tensor:
         k = tokens[0]
         if not k.shape[2]:
             return k.new_zeros(k.shape[:3], dtype=torch.float32)
@@ -176,7 +192,7 @@ class EvictedStore(Store):
                 "and this cache has seen none: it was filled by hand. Read the prompt with the model, or use a score "
                 "of keys alone, such as key_norm."
             )
-        return known.score(tokens, self.known.scores_of(head, k.shape[3]), processed).clone()
+        return known.score(tokens, self.known.scores_of(head, k.shape[3]), processed, losses, since).clone()
 
     def due(self, seen: int) -> bool:
         """Whether so many tokens came since they were last scored that it is time again."""

@@ -151,6 +151,14 @@ class StoreSpec(ABC):
         """
         return part.alone(group, start), CAUSAL
 
+    def across(self, stores: Sequence[Store | None], rows: Rows) -> None:  # noqa: B027
+        """What the stores of all layers do together where a prompt has ended, after each had its `Store.end_prompt`.
+
+        Args:
+            stores: of one role in every attention layer of the model, in order; None where a layer has no such heads.
+            rows: all that was seen.
+        """
+
     @classmethod
     def has_tail_reads(cls) -> bool:
         """Whether the store says what a dense tail reads: `tail_reads`, anew where a class has `reads` of its own."""
