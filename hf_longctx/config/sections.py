@@ -77,7 +77,9 @@ class HeadsSection(Alternative):
         shares = ("retrieval_fraction", "kv_budget")
         given = [name for name in shares if getattr(self, name) is not None]
         if self.active.scores is None and given and not self.everywhere:
-            raise wrong(given[0], getattr(self, given[0]), "none of it over roles, or 1.0: it can only choose among scores")
+            raise wrong(
+                given[0], getattr(self, given[0]), "none of it over roles, or 1.0: it can only choose among scores"
+            )
         if self.active.scores is not None and not given:
             object.__setattr__(self, "retrieval_fraction", DEFAULT_FRACTION)
 
