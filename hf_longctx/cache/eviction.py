@@ -128,8 +128,8 @@ class Eviction:
         self.settle_surprisals()
         if (found := self.surprisals.known(self.seen)) is None:
             raise CacheError(
-                "score 'surprisal' asks how likely each token was, and that is not known of all of this cache: they "
-                "came as inputs_embeds, or their keys were written by hand. Let the model read token ids."
+                "score 'surprisal' asks how likely each token was, and that is not known of all of this cache: tokens "
+                "came as inputs_embeds or from a file, or their keys were written by hand. Let the model read ids."
             )
         return found
 

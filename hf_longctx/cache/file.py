@@ -22,6 +22,7 @@ from ..io.tensor_file import TensorFile
 from ..layout.forward import ForwardLog
 from ..layout.rows import Rows
 from ..stores._saved import SavedTensors, Told, short
+from ..stores.base import StoreSpec
 from . import selections
 from .fingerprint import fingerprint
 from .finite import is_finite
@@ -38,6 +39,7 @@ STOCK = "stock"  # begins the names of tensors of layers that are not ours: "sto
 IDS = "ids"  # the tensor of token ids; those of layers are "layers.0.streaming...."
 SAVED = ("starts", "ends", "staggered")  # attributes of the cache itself
 AHEAD = "ahead"  # one more, where it is not None
+MOMENT = ("prompt_end", "reading")  # two more, of a cache of which tokens are evicted
 PRIVATE = 0o600  # the file holds somebody's text
 BIAS = ".bias"  # ends the names of tensors that may hold -inf
 
@@ -55,7 +57,7 @@ def save(cache: Any, path: str | os.PathLike, ids: Tensor | None, model: nn.Modu
         "model": fingerprint(base),
         "layers": [describe(plan) for plan in cache.plans],
         "max_tokens": cache.max_tokens,
-        "cache": {name: getattr(cache, name) for name in (*SAVED, *((AHEAD,) if cache.ahead else ()))},
+        "cache": {name: getattr(cache, name) for name in _names(cache, bool(cache.ahead))},
         "kept": [],
     }
     tensors = {IDS: _ids_of(cache, ids, _known_ids(base)).to(torch.int32)}
@@ -74,6 +76,11 @@ def save(cache: Any, path: str | os.PathLike, ids: Tensor | None, model: nn.Modu
             f"{path} cannot be written ({error}). What was there before is as it was, and so is the cache: free some "
             "room, or save to another folder."
         ) from error
+
+
+def _names(cache: Any, ahead: bool) -> tuple[str, ...]:
+    """The attributes of the cache itself that a file has."""
+    return (*SAVED, *((AHEAD,) if ahead else ()), *(MOMENT if cache.evicts else ()))
 
 
 def _file_path(path: str | os.PathLike) -> Path:
@@ -149,7 +156,7 @@ def _check(
     known = _known_ids(base)
     if not _within(file[IDS], known):
         Told(tensors.path, f"tensor {IDS}", None).refuse(f"ids are not all from 0 to {known - 1}, those of this model")
-    saved = _check_rows(told["cache"], batch, seen)
+    saved = _check_rows(told["cache"], batch, seen, cache)
     rows = Rows(batch, 0, seen, saved["starts"], saved["ends"])
     facts = model_facts(base.config)
     group = facts["num_attention_heads"] // facts["num_key_value_heads"]
@@ -163,11 +170,19 @@ def _check(
     return saved
 
 
-def _check_rows(told: Told, batch: int, seen: int) -> dict[str, Any]:
-    """Starts and ends of the rows (slots, or None where all are alike), whether they were staggered, and positions."""
-    more = (AHEAD,) if isinstance(told.value, dict) and AHEAD in told.value else ()
-    told = told.fields(*SAVED, *more)
-    ahead = tuple(one.number(-seen, MOST) for name in more for one in told[name].items(batch)) or None
+def _check_rows(told: Told, batch: int, seen: int, cache: Any) -> dict[str, Any]:
+    """Starts and ends of the rows (slots, or None where all are alike), whether they were staggered, and positions.
+
+    Of a cache of which tokens are evicted also where its prompt ends.
+    """
+    moves = isinstance(told.value, dict) and AHEAD in told.value
+    told = told.fields(*_names(cache, moves))
+    ahead = tuple(one.number(-seen, MOST) for one in told[AHEAD].items(batch)) if moves else None
+    moment = {}
+    if cache.evicts:
+        end = told["prompt_end"]
+        moment["prompt_end"] = None if end.value is None else end.number(0)
+        moment["reading"] = told["reading"].one_of(False, True)
     starts, ends = (
         None if told[name].value is None else tuple(one.number(0, seen) for one in told[name].items(batch))
         for name in ("starts", "ends")
@@ -175,7 +190,7 @@ def _check_rows(told: Told, batch: int, seen: int) -> dict[str, Any]:
     if any(start > end for start, end in zip(starts or (), ends or (), strict=False)):
         told["ends"].refuse(f"got {short(ends)}, expected none before the row's start in {short(starts)}")
     staggered = told["staggered"].one_of(*((False,) if starts is None else (False, True)))
-    return {"starts": starts, "ends": ends, "staggered": staggered, AHEAD: ahead}
+    return {"starts": starts, "ends": ends, "staggered": staggered, AHEAD: ahead, **moment}
 
 
 def _fill(cache: Any, told: list[dict], saved: Mapping[str, Any], file: TensorFile, base: nn.Module) -> None:
@@ -195,13 +210,19 @@ def describe(plan: LayerPlan) -> dict[str, Any]:
     """What a layer keeps, as plain data: roles, stores, and a selection whose index is saved; all else has no part."""
     stores = {}
     for role in plan.filled:
-        stores[role.heads.role] = fields = dump(role.store, "store")
-        for name in role.store.places:
-            fields.pop(name, None)
+        stores[role.heads.role] = _portable(role.store)
     plain = {"roles": plan.letters, "own window": plan.window is not None, "stores": stores}
     if kept := [facts for role in plan.filled if (facts := selections.facts(role.decode))]:
         plain["decode"] = kept[0]
     return json.loads(json.dumps(plain))
+
+
+def _portable(spec: StoreSpec) -> dict[str, Any]:
+    """The spec of a store as plain data, without storage locations: its own, and of a store within it."""
+    plain = dump(spec, "store")
+    within = {name: value for name, value in vars(spec).items() if isinstance(value, StoreSpec)}
+    plain |= {name: _portable(value) for name, value in within.items()}
+    return {name: value for name, value in plain.items() if name not in spec.places}
 
 
 def _filled_by(cache: Any, model: nn.Module | None) -> nn.Module:

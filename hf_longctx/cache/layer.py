@@ -49,7 +49,7 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         for store in self.stores:
             store.slack = slack
         for store in self.evicting:
-            store.rotation, store.layer = getattr(plan.role(store.heads.role), "rotation", None), plan.layer_idx
+            store.known.rotation, store.known.layer = plan.role(store.heads.role).rotation, plan.layer_idx
         self.select_by(plan)
         self.dense_bytes_per_token = 0
         self.checked = every_forward()
@@ -301,7 +301,7 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
             told = stores[store.heads.role]
             n = len(store.heads.kv_heads)
             where = f"{prefix}{store.heads.role}."
-            saved = SavedStore(told, tensors, where, rows, n, head_dim, dtype, staggered)
+            saved = SavedStore(told, tensors, where, rows, n, head_dim, dtype, staggered, group, store.parts)
             if staggered and not store.staggers:
                 saved.refuse("the cache is staggered, which this store cannot be")
             store.check(saved)

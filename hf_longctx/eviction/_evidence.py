@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..layout.rotation import Rotation
 from ..layout.scores import Scores
+from ..layout.segments import fitting
 from .base import Score, Seen
 
 Tokens = tuple[Tensor, Tensor]  # k, v [B, n, S, D] of the cached tokens
@@ -27,6 +29,7 @@ class Evidence:
     replaced, never written to.
 
     Attributes:
+        start: slot of the first token of its sequences.
         q: the newest queries ``[B, H, W, D]``; the last is that of the token ``processed`` - 1. None: none yet.
         processed: tokens up to the newest query.
         gathered: tokens whose queries are in ``state``.
@@ -35,6 +38,7 @@ class Evidence:
     rule: Score
     layer: int = 0
     rotation: Rotation | None = None
+    start: int = 0
     q: Tensor | None = None
     processed: int = 0
     gathered: int = 0
@@ -62,8 +66,7 @@ class Evidence:
             self.gathered = due
         waiting = self.processed - self.gathered if self.rule.gathers else 0
         held = min(q.shape[2], max(waiting, self.rule.queries + slack))
-        if held < q.shape[2]:
-            self.q = q[:, :, q.shape[2] - held :].clone()  # a view would keep all of them alive
+        self.q = fitting(q[:, :, q.shape[2] - held :], spare=0)  # a view would keep all of them alive
 
     def score(
         self, tokens: Tokens, scores: Scores, processed: int, losses: Tensor | None = None, since: int | None = None
@@ -112,13 +115,22 @@ class Evidence:
         positions = torch.arange(processed - k.shape[2], processed, device=k.device)
         return Seen(k, v, positions, q, processed, scores, self.rotation, self.layer, state)
 
+    def expected(self, q: Tensor, k: Tensor, scores: Scores) -> dict[str, Tensor]:
+        """A state of the names and shapes that it has once queries up to ``q`` were gathered; ``k``: cached so far."""
+        if not self.rule.gathers:
+            return {name: k.new_zeros(k.shape[:3]) for name in self.rule.by_token}
+        seen = self._seen(k, k, q, self.processed, scores, {})
+        self.rule.gather(seen)
+        return seen.state
+
     def kept(self, index: Sequence[Sequence[Tensor]]) -> Evidence:
         """What is known once only these of the cached tokens are left, by sequence and KV head, as many in each."""
         state = dict(self.state)
         at = torch.stack([torch.stack(list(heads)) for heads in index]) if self.rule.by_token else None
         for name in self.rule.by_token:
-            if name in state:
-                state[name] = state[name].gather(2, at)
+            if name in state:  # 0 for tokens that came since, as `_columns.grown` has it
+                more = int(at.max()) + 1 - state[name].shape[2] if at.numel() else 0
+                state[name] = pad(state[name], (0, max(0, more))).gather(2, at)
         return replace(self, q=None, state=state)
 
     def crop(self, tokens: int) -> None:
@@ -134,10 +146,10 @@ class Evidence:
     @property
     def oldest_crop(self) -> int:
         """Fewest tokens that `crop` can go back to and still know all that the score needs."""
+        if self.rule.gathers:
+            return self.gathered if self.state else 0
         if self.q is None:
             return 0
-        if self.rule.gathers:
-            return self.gathered
         return self.first + self.rule.queries if self.first else 0
 
     def part(self, row: int | None = None, head: tuple[int, int] | None = None) -> Evidence:

@@ -67,7 +67,9 @@ class LayerStep:
         buffers = [x for place in places for x in (place.segment.k, place.segment.v)]
         shapes = [(batch, len(own)) for own in self.heads for _ in range(2)]
         fit = all(x.shape[:2] == shape and x.shape[3] == dim for x, shape in zip(buffers, shapes, strict=True))
-        befores = [(place.before, len(own)) for place, own in zip(places, self.heads, strict=True) if place.before]
+        befores = [
+            (place.before, len(own)) for place, own in zip(places, self.heads, strict=True) if place.before is not None
+        ]
         alike = all(x.dtype == q.dtype and x.device == q.device and x.stride(-1) == 1 for x in (q, k, v, *buffers))
         whole = k.shape == v.shape == (batch, kv_heads, 1, dim) and tokens == 1 and not heads % kv_heads
         alike = alike and all(_native_ragged.fits(before, q) for before, _ in befores)

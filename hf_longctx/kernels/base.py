@@ -52,6 +52,8 @@ from ..layout.reads import ALL, All, Causal, Reads
 from ..layout.scores import Scores
 from ..layout.segments import Segment
 from ..layout.streamed import Streamed
+from ..layout.thinned import Thinned
+from . import _thinned
 from .reference import merge, with_sinks
 
 AUTO = "auto"
@@ -240,8 +242,11 @@ def _streamed(
     """
     past, last = (segments[:-1], segments[-1:]) if q.shape[2] > 1 else (segments, ())
     merged = None
-    for block in _blocks(past, scores.first_bias is not None):
-        merged = _with(merged, _attend_plain(word, q, block, ALL, scores, forward))
+    for block in _blocks(past, scores.first_bias is not None, q.shape[2] > FEW or scores.first_bias is not None):
+        if isinstance(block, Thinned):
+            merged = _with(merged, _thinned.attend(q, block, scores))
+        else:
+            merged = _with(merged, _attend_plain(word, q, block, ALL, scores, forward))
         scores = Scores(scores.scale, scores.softcap)  # the first token is in the first block
     for own in last:
         merged = _with(merged, _attend_plain(word, q, own, reads, scores, forward))
@@ -269,13 +274,17 @@ def _attend_plain(word: str, q: Tensor, segment: Segment, reads: Reads, scores: 
     return kernel.attend(q, [segment], reads, scores, True)
 
 
-def _blocks(segments: Sequence[Segment | Streamed], first: bool) -> Iterator[Segment]:
-    """``first``: slot 0 of the first block is the first token, hidden where it is no longer there."""
+def _blocks(segments: Sequence[Segment | Streamed], first: bool, whole: bool) -> Iterator[Segment | Thinned]:
+    """Plain segments; but thinned keys as they are where queries are few, and need not be ``whole``.
+
+    ``first``: slot 0 of the first block is the first token, hidden where it is no longer there.
+    """
     for segment in segments:
         if first and isinstance(segment, Ragged):
             token, segment = segment.first_apart()
             yield token
-        yield from segment.blocks() if isinstance(segment, Streamed) else (segment,)
+        as_it_is = isinstance(segment, Segment) or (isinstance(segment, Thinned) and not whole)
+        yield from (segment,) if as_it_is else segment.blocks()
 
 
 def _with(merged: Part | None, part: Part) -> Part:

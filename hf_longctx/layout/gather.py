@@ -26,16 +26,16 @@ def tokens_in(segments: Sequence[Segment | Streamed]) -> int:
 
 def keys(segments: Sequence[Segment | Streamed], low: int, high: int) -> Tensor:
     """Keys ``[B, n, high - low, D]`` at the row positions ``low .. high``: a view where they lie in one segment."""
-    return _together([k for k, _ in _spans(segments, low, high)])
+    return _together([k for k, _ in spans(segments, low, high)])
 
 
 def keys_and_values(segments: Sequence[Segment | Streamed], low: int, high: int) -> tuple[Tensor, Tensor]:
     """As `keys`, and the values beside them ``[B, n, high - low, D_v]``."""
-    k, v = zip(*_spans(segments, low, high), strict=True)
+    k, v = zip(*spans(segments, low, high), strict=True)
     return _together(k), _together(v)
 
 
-def _spans(segments: Sequence[Segment | Streamed], low: int, high: int) -> Iterator[tuple[Tensor, Tensor]]:
+def spans(segments: Sequence[Segment | Streamed], low: int, high: int) -> Iterator[tuple[Tensor, Tensor]]:
     """k, v of the row positions ``low .. high``, segment by segment."""
     begin = 0
     for segment in segments:

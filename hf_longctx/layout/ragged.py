@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -47,6 +47,7 @@ class Ragged(Streamed):
     starts: Tensor
     lengths: Tensor
     score_bias: Tensor | None = None
+    _bounds: list[list[list[int]]] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, parts: Sequence[Sequence[tuple[Tensor, ...]]]) -> Ragged:
@@ -64,7 +65,14 @@ class Ragged(Streamed):
 
     @property
     def longest(self) -> int:
-        return int(self.lengths.max()) if self.lengths.numel() else 0
+        return max((length for heads in self.bounds for _, length in heads), default=0)
+
+    @property
+    def bounds(self) -> list[list[list[int]]]:
+        """Start and length of each sequence's KV heads, as plain numbers."""
+        if self._bounds is None:
+            self._bounds = torch.stack([self.starts, self.lengths], -1).tolist()
+        return self._bounds
 
     @property
     def form(self) -> tuple[int, int, int]:
@@ -72,8 +80,8 @@ class Ragged(Streamed):
 
     def of_head(self, row: int, head: int) -> slice:
         """Where the tokens of a sequence's KV head lie in the flat buffer."""
-        start = int(self.starts[row, head])
-        return slice(start, start + int(self.lengths[row, head]))
+        start, length = self.bounds[row][head]
+        return slice(start, start + length)
 
     def head(self, row: int, head: int) -> Segment:
         """The tokens of one sequence's KV head, ``[1, 1, S, D]``: a view."""
@@ -83,7 +91,8 @@ class Ragged(Streamed):
 
     def alone(self, rows: slice) -> Ragged:
         """That of these sequences."""
-        return replace(self, starts=self.starts[rows].contiguous(), lengths=self.lengths[rows].contiguous())
+        starts, lengths = (x[rows].contiguous() for x in (self.starts, self.lengths))
+        return replace(self, starts=starts, lengths=lengths, _bounds=self.bounds[rows])
 
     def first_apart(self) -> tuple[Segment, Ragged]:
         """Each sequence's first token, copied, hidden from a head that has it no more; and the rest: views."""
@@ -92,7 +101,7 @@ class Ragged(Streamed):
             at = self.starts.clamp(max=len(self.positions) - 1)
             held &= self.positions[at.to(self.k.device)].to("cpu") == 0
         taken = held.long()
-        rest = replace(self, starts=self.starts + taken, lengths=self.lengths - taken)
+        rest = replace(self, starts=self.starts + taken, lengths=self.lengths - taken, _bounds=None)
         return self._padded(self.starts, taken, 0, 1), rest
 
     def blocks(self) -> Iterator[Segment]:
@@ -137,6 +146,7 @@ class Ragged(Streamed):
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Sequences that come from one go on sharing its part; what no sequence has any more is given back."""
         self.starts, self.lengths = (change(x).contiguous() for x in (self.starts, self.lengths))
+        self._bounds = None
         own = set(self._parts())
         if sum(length for _, length in own) < len(self.positions):
             self._pack(sorted(own))
@@ -154,11 +164,11 @@ class Ragged(Streamed):
             self.k, self.v, self.positions = self.k[at], self.v[at], self.positions[at]
             self.score_bias = None if self.score_bias is None else self.score_bias[at]
         starts = [moved[pair] for pair in self._parts()]
-        self.starts = torch.tensor(starts, dtype=torch.int64).view_as(self.lengths)
+        self.starts, self._bounds = torch.tensor(starts, dtype=torch.int64).view_as(self.lengths), None
 
     def _parts(self) -> Iterator[tuple[int, int]]:
         """(start, length) of every sequence's KV heads."""
-        return zip(self.starts.flatten().tolist(), self.lengths.flatten().tolist(), strict=True)
+        return ((start, length) for heads in self.bounds for start, length in heads)
 
     def copy(self) -> Ragged:
         return replace(self)

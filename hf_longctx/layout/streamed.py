@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .segments import Segment
 
+BLOCK = 1 << 20  # numbers of the keys of a block of a `Piece`, at most, but for a single token
+
 
 class Streamed(ABC):
     """Takes the place of a `Segment` in `HeadKV.segments`; the queries never lie in it, so all of them see all of it.
@@ -104,3 +106,43 @@ class Streamed(ABC):
         """All of it at once, k, v ``[B, n, S, D]``: what a prefill pattern needs, which chooses among all keys."""
         keys, values = zip(*([part.clone() for part in block.contents()] for block in self.blocks()), strict=True)
         return torch.cat(keys, 2), torch.cat(values, 2)
+
+
+class Piece(Streamed):
+    """Consecutive slots of the batch, pads included, to which nobody writes any more.
+
+    Attributes:
+        shared: other caches may read the memory.
+        hidden: score bias ``[B, 1, 1, S]`` that hides pads from one query, and does nothing else; None: nothing.
+    """
+
+    shared: bool = False
+    hidden: Tensor | None = None
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Slots."""
+
+    @property
+    def longest(self) -> int:
+        return self.length
+
+    @abstractmethod
+    def alone(self, rows: slice, low: int) -> Piece:
+        """That of these sequences from slot ``low`` on, for a reader that sees all of it."""
+
+    @abstractmethod
+    def span(self, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """k, v ``[B, n, high - low, D]`` of the slots ``low .. high``."""
+
+    def blocks(self) -> Iterator[Segment]:
+        batch, heads, dim = self.form
+        step = max(1, BLOCK // max(1, batch * heads * dim))
+        for low in range(0, self.length, step):
+            high = min(low + step, self.length)
+            bias = None if self.hidden is None else self.hidden[..., low:high]
+            yield Segment(*self.span(low, high), high - low, bias, bias_of_pads=True)
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        return self.span(0, self.length)

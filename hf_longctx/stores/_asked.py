@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ..config.words import spec_word
 from ..errors import CacheError
-from ..eviction._evidence import Evidence, of_heads
+from ..eviction._evidence import of_heads
 from ..eviction.base import Asked, Reading, Score, Seen
 from ..layout.rows import Rows
 from ..layout.scores import Scores
-from ._evicted import ALL, EvictedStore, Left
+from ._evicted import EvictedStore
+from ._known import Known
+from ._left import ALL, Left
 
 if TYPE_CHECKING:
     from .evicted import Evicted
@@ -43,16 +45,16 @@ class Judging:
         for head in self.store.known_apart:
             own = q if head == ALL else q.unflatten(1, (n, -1))[:, head]
             if self.rule.queries:
-                own = torch.cat([self._before(group, head, text), own], 2)
+                own = torch.cat([self._before(group, start, head, text), own], 2)
             k, v = part.tokens(group, start, head)
             positions = torch.arange(processed - k.shape[2], processed, device=k.device)
             heads = range(n) if head == ALL else (head,)
-            seen = Seen(k, v, positions, own, processed, of_heads(scores, heads, n), layer=self.store.layer)
+            seen = Seen(k, v, positions, own, processed, of_heads(scores, heads, n), layer=self.store.known.layer)
             self.found.setdefault(head, []).append(self.rule.judge(seen, self.reading))
 
-    def _before(self, group: slice, head: int, text: int) -> Tensor:
+    def _before(self, group: slice, start: int, head: int, text: int) -> Tensor:
         """The last queries of the text, which has so many tokens."""
-        known = self.store.known(group, head, 1)
+        known = self.store.known.of(group, start, head, 1)
         if known.q is None or known.processed != text:
             raise CacheError(
                 f"score {spec_word(self.rule)!r} asks for the queries of the last tokens before the draft, and this "
@@ -66,7 +68,7 @@ def judged_of(store: EvictedStore, rows: Rows) -> int | None:
     """How many of the text's tokens came since they were judged last; None where they never were. One sequence."""
     head = store.known_apart[0]
     (group, start) = next(rows.groups())
-    known = store.known(group, head, 1).state.get("judged")
+    known = store.known.of(group, start, head, 1).state.get("judged")
     return None if known is None else store.held(rows).tokens(group, start, head)[0].shape[2] - known.shape[2]
 
 
@@ -76,7 +78,7 @@ def take(store: EvictedStore, rows: Rows, found: dict[int, Sequence[Tensor]]) ->
     part = store.held(rows)
     for head in store.known_apart:
         k = part.tokens(group, start, head)[0]
-        known = store.known(group, head, 1)
+        known = store.known.of(group, start, head, 1)
         new = torch.cat([k.new_zeros(k.shape[:2] + (0,), dtype=torch.float32), *found.get(head, ())], 2)
         before = k.shape[2] - new.shape[2]
         old = known.state.get("judged")
@@ -92,22 +94,22 @@ def scoring_by(store: EvictedStore, spec: Evicted) -> Iterator[None]:
     Raises:
         CacheError: the score asks for queries that were not kept.
     """
-    own, before = store.spec, store.evidence
+    own, before = store.spec, store.known
     _refuse_unseen(store, spec.rule)
     same = spec.rule == own.rule or (type(spec.rule) is type(own.rule) and not own.rule.gathers)
 
-    def of(one: Evidence, rule: Score) -> Evidence:
-        return replace(one, rule=rule, state=dict(one.state) if same else {})
+    def of(known: Known, rule: Score) -> Known:
+        return known.for_rule(rule, None if same else ())
 
     cut = store.cut
     store.spec = spec
-    store.evidence = {key: of(one, spec.rule) for key, one in before.items()}
+    store.known = of(before, spec.rule)
     try:
         yield
     finally:
         store.spec = own
         evicted = store.cut is not cut
-        store.evidence = {key: of(one, own.rule) for key, one in store.evidence.items()} if evicted or same else before
+        store.known = of(store.known, own.rule) if evicted or same else before
 
 
 def _refuse_unseen(store: EvictedStore, rule: Score) -> None:
@@ -120,7 +122,7 @@ def _refuse_unseen(store: EvictedStore, rule: Score) -> None:
             f"score {word!r} learns from every query of a prompt while that is read, and this cache was read for "
             f"{spec_word(own)!r}. Let the config name {word!r}: {{store: evicted, rule: {{score: {word}}}}}."
         )
-    for one in store.evidence.values() if rule.queries else ():
+    for one in store.known.parts.values() if rule.queries else ():
         if one.q is not None and one.q.shape[2] < rule.queries and one.first:
             raise CacheError(
                 f"score {word!r} asks for the last {rule.queries} queries, and this cache has kept {one.q.shape[2]} "

@@ -21,6 +21,7 @@ from ..io.tensor_file import DTYPES
 from ..layout.rows import Rows
 from ..layout.segments import Segment
 
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHORT = 200  # characters of a value in a message
 
 
@@ -69,6 +70,12 @@ class Told:
             self.refuse(f"got {short(self.value)}, expected {'none' if low > high else expected}")
         return self.value
 
+    def real(self) -> float:
+        """A finite number above 0."""
+        if type(self.value) is not float or not 0 < self.value < float("inf"):
+            self.refuse(f"got {short(self.value)}, expected a number above 0")
+        return self.value
+
     def one_of(self, *choices: Any) -> Any:
         """One of these values, of the same type."""
         if not any(type(self.value) is type(choice) and self.value == choice for choice in choices):
@@ -102,6 +109,13 @@ class SavedTensors:
             got = "is not there" if found is None else f"is {found[0]} {short(list(found[1]))}"
             Told(self.path, f"tensor {name[:SHORT]}", None).refuse(f"it {got}, expected {expected[0]} {list(shape)}")
 
+    def floating(self, name: str, *shape: int) -> torch.dtype:
+        """The dtype of a tensor, which is there, of this shape and of one of the usual dtypes of activations."""
+        found = self.shapes.get(name, ("",))[0]
+        dtype = next((one for one in FLOATING if DTYPES[one] == found), torch.float32)
+        self.check(name, dtype, *shape)
+        return dtype
+
     def close(self) -> None:
         """Raise CacheError where the file has tensors that nobody spoke of."""
         if more := sorted(self.shapes.keys() - self.asked):
@@ -118,6 +132,8 @@ class SavedStore:
         rows: all that was seen (``total``), of how many rows, from which starts on.
         heads, head_dim, dtype: n and D of every tensor, and the layer's dtype.
         staggered: of the cache.
+        group: query heads of a KV head.
+        more: what the store's plain data has beside segments, state and numbers (`Store.parts`).
     """
 
     told: Told
@@ -128,9 +144,11 @@ class SavedStore:
     head_dim: int
     dtype: torch.dtype
     staggered: bool
+    group: int
+    more: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self._parts = self.told.fields("segments", "state", "numbers")
+        self._parts = self.told.fields("segments", "state", "numbers", *self.more)
         self._stated: set[str] = set()  # numbers of which the store said what they may be
         self._segments: dict[str, SavedSegment] = {}
         self._state: set[str] = set()
@@ -151,6 +169,10 @@ class SavedStore:
         self._stated.add(name)
         return Told(told.path, f"{told.where}.{name}", told.value[name]).number(low, high)
 
+    def part(self, name: str) -> Told:
+        """One of ``more``."""
+        return self._parts[name]
+
     def segments(self) -> dict[str, SavedSegment]:
         """By name, in the order of the file."""
         for told in self._parts["segments"].items():
@@ -160,6 +182,10 @@ class SavedStore:
                 parts["name"].refuse(f"got {short(name)}, expected a name of its own")
             self._segments[name] = SavedSegment(self, name, parts)
         return dict(self._segments)
+
+    def shape(self, state: str) -> tuple[int, ...]:
+        """Of a tensor of `Store.state`: what the file says; () where it has none."""
+        return self.tensors.shapes.get(f"{self.prefix}state.{state}", ("", ()))[1]
 
     def state(self, dtype: torch.dtype, **shapes: tuple[int, ...]) -> None:
         """The tensors of `Store.state`, in this order, each with its shape."""
@@ -172,7 +198,8 @@ class SavedStore:
         """Raise CacheError where the file says something that the store's `check` did not speak of."""
         checked = [name for name, segment in self._segments.items() if segment.checked]
         stated = {"segments": checked, "state": self._state, "numbers": self._stated}
-        for part, told in self._parts.items():
+        for part in stated:
+            told = self._parts[part]
             wrong_type = not isinstance(told.value, dict if part == "numbers" else list)
             if wrong_type or len(told.value) != len(stated[part]):
                 told.refuse(f"got {short(told.value)}, of which the store said nothing (Store.check)")

@@ -148,6 +148,7 @@ class Store(ABC):
     Attributes:
         kinds: classes of what ``segments`` holds, for `restored`.
         numbers: names of the attributes (plain ints) that belong to what is kept.
+        parts: what else its plain data has (`saved`), beside segments, state and numbers.
         staggers: whether it has `stagger`.
         slack: tokens that left a window and are remembered, so that `crop` can take them back: `SLACK` or 0. From 0 it
             may be set to `SLACK` at any time, for what leaves from then on.
@@ -155,6 +156,7 @@ class Store(ABC):
 
     kinds: ClassVar[tuple[type[Segment] | type[Streamed], ...]] = (Segment,)
     numbers: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ()
     staggers: ClassVar[bool] = False
     slack: int = SLACK
 

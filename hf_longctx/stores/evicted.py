@@ -63,8 +63,16 @@ class Evicted(StoreSpec):
     roles = ("retrieval",)
     exact = False
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
-        {"rule": {"score": "key_norm"}, "budget": {"tokens": 12}, "recent": 4},
-        {"rule": {"score": "key_norm"}, "budget": {"share": 0.5}, "recent": 4, "by": "head"},
+        {"rule": {"score": "key_norm"}, "budget": {"tokens": 12}, "recent": 4, "by": "uniform"},
+        {"rule": {"score": "snapkv", "window": 8}, "budget": {"share": 0.5}, "recent": 4},
+        {
+            "rule": {"score": "key_norm"},
+            "budget": {"share": 0.5},
+            "recent": 4,
+            "by": "layer",
+            "keep": {"store": "quantized", "bits": 8, "group": 16, "residual": 0},
+        },
+        {"rule": {"score": "ems", "window": 8}, "budget": {"share": 0.3}, "by": "model", "after": {"after": "merge"}},
     )
 
     rule: Any = word("eviction", "score", "retrieval", "snapkv")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from ..layout.dtypes import needs_grad
 from ..layout.heads import RoleHeads
 from ..layout.rows import Rows
 from ..layout.segments import HeadKV, Place, Segment
-from ._saved import SavedStore, short
+from ._saved import SavedSegment, SavedStore, short
 from .base import Store, StoreSpec, room
 
 
@@ -79,20 +79,21 @@ class FullStore(Store):
         shared = [segment for name, segment in self.segments.items() if name != "kept"]
         before = sum(segment.length for segment in shared)
         # One dtype for all of them: autocast may have been switched since the fork.
-        like = (shared[0].k, shared[0].v) if shared else (k, v)
+        like = next(((one.k, one.v) for one in shared if isinstance(one, Segment)), (k, v))
         limit = None if self.max_tokens is None else self.max_tokens - before
         kept = self.grow("kept", *like, rows.total - before, limit)
         self.heads.copy_to(kept.k[:, :, rows.past - before : rows.total - before], k)
         self.heads.copy_to(kept.v[:, :, rows.past - before : rows.total - before], v)
         kept.length = rows.total - before
-        if rows.past == 0 and needs_grad(k, v):
-            seen = [Segment(*self.incoming(k, v), rows.total)]
-        else:
-            seen = [Segment(*segment.contents(), segment.length) for segment in self.segments.values()]
+        first = rows.past == 0 and needs_grad(k, v)
+        seen = [Segment(*self.incoming(k, v), rows.total)] if first else self._views()
         return self._shown(self._hide_pads(seen, rows) if rows.new == 1 and rows.padded else seen)
 
     def held(self, rows: Rows) -> HeadKV:
-        return self._shown([Segment(*segment.contents(), segment.length) for segment in self.segments.values()])
+        return self._shown(self._views())
+
+    def _views(self) -> list[Segment]:
+        return [Segment(*segment.contents(), segment.length) for segment in self.segments.values()]
 
     def _shown(self, segments: list[Segment]) -> HeadKV:
         if self.aligned:
@@ -129,19 +130,26 @@ class FullStore(Store):
         return parts
 
     def check(self, saved: SavedStore) -> None:
-        parts = saved.segments()
-        left = saved.rows.total
-        ends = {0}
-        names = [f"shared {at}" for at in range(len(parts) - ("kept" in parts))] + ["kept"] * ("kept" in parts)
+        ends = {0, *self._check_parts(saved, saved.segments())}
+        aligned = saved.number("aligned", 0, saved.rows.total)
+        if aligned not in ends or (aligned > 0) != saved.staggered:
+            saved.refuse(f"aligned {aligned} is not where one of its segments ends")
+
+    def _check_parts(
+        self, saved: SavedStore, parts: dict[str, SavedSegment], before: int = 0, slots: int = 0
+    ) -> Iterator[int]:
+        """Where the plain segments end, which follow ``before`` others of ``slots`` slots together."""
+        kept = "kept" in parts
+        names = [f"shared {at}" for at in range(before, before + len(parts) - kept)] + ["kept"] * kept
         if list(parts) != names:
-            saved.refuse(f"its segments are {short(list(parts))}, expected those of forks (shared 0, ...), then kept")
+            saved.refuse(f"its segments are {short(list(parts))}, expected those of forks (shared ...), then kept")
+        left = saved.rows.total - slots
         for name, part in parts.items():
             own = name == "kept"
             left -= part.plain(left if own else 1, left, (self.max_tokens or MOST) if own else None, shared=not own)
-            ends.add(saved.rows.total - left)
-        aligned = saved.number("aligned", 0, saved.rows.total)
-        if left or aligned not in ends or (aligned > 0) != saved.staggered:
-            saved.refuse(f"{left} of the tokens seen are in no segment, or aligned {aligned} is not where one ends")
+            yield saved.rows.total - left
+        if left:
+            saved.refuse(f"{left} of the tokens seen are in no segment")
 
     def crop(self, rows: Rows, target: int) -> None:
         low = 0

@@ -239,7 +239,7 @@ def test_what_is_refused():
     with torch.no_grad():
         embedded = LongCtxCache(model)
         model(inputs_embeds=model.get_input_embeddings()(some(1, 150)), past_key_values=embedded)
-    with pytest.raises(CacheError, match="that is not known of all of this cache: they came as inputs_embeds"):
+    with pytest.raises(CacheError, match="that is not known of all of this cache: tokens came as inputs_embeds"):
         embedded.evict()
     other = copy.deepcopy(model)
     cache = read(other, some(150))

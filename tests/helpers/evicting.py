@@ -37,7 +37,7 @@ def state_of_heads(cache: LongCtxCache, name: str) -> list[list[Tensor]]:
     found = []
     for layer in cache.own:
         (store,) = layer.evicting
-        parts = [(key[1], one.state[name]) for key, one in sorted(store.evidence.items(), key=lambda item: item[0])]
+        parts = [(key[1], one.state[name]) for key, one in sorted(store.known.parts.items(), key=lambda item: item[0])]
         found.append([head for _, part in parts for head in part[0]])
     return found
 

@@ -25,7 +25,7 @@ from hf_longctx.layout.heads import RoleHeads
 from hf_longctx.layout.reads import ALL
 from hf_longctx.layout.rows import Rows
 from hf_longctx.layout.scores import Scores
-from hf_longctx.layout.segments import Place, Segment
+from hf_longctx.layout.segments import HeadKV, Place, Segment
 from hf_longctx.stores.full import FullStore
 from hf_longctx.stores.sink_recent import SinkRecentStore
 from hf_longctx.stores.sink_recent_compensated import SinkRecentCompensatedStore
@@ -411,7 +411,13 @@ def test_numbers_before_that_do_not_fit_are_left_to_the_ordinary_way(name):
 
 def test_the_ordinary_way_reads_the_same_before():
     heads, places, q, k, v = before_call()
-    stores = [SimpleNamespace(heads=one, spec=None, state={}) for one in heads]
+
+    def store(own):
+        return SimpleNamespace(
+            heads=own, shown=lambda some, before: HeadKV(own, some if before is None else [before, *some], None)
+        )
+
+    stores = [store(own) for own in heads]
     layer = SimpleNamespace(stores=stores, selections=[None, None], whole=True, seen=0)
     parts = Pending(layer, k, v, places, 9).write()
     assert [len(part.segments) for part in parts] == [2, 1] and parts[0].segments[0] is places[0].before

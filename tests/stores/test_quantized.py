@@ -10,20 +10,17 @@ import pytest
 import torch
 from helpers.device_reads import CountReads
 from helpers.memory import Allocations
+from helpers.one_layer import SCALE, OneLayer
 from helpers.tiny import config_for, left_padded, tiny_model
 
 from hf_longctx import ConfigError, LongCtxCache, LongCtxConfig, UnsupportedModelError, patch_model, report
 from hf_longctx.kernels import _quantized, reference
 from hf_longctx.kernels._quantized import PREFILL_NOTE, Quantised, quantise
-from hf_longctx.layout.forward import Forward
-from hf_longctx.layout.rows import Rows
 from hf_longctx.layout.scores import Scores
 from hf_longctx.model.layer_call import LayerCall
-from hf_longctx.model.modules import state_of
 from hf_longctx.stores.base import SLACK, Reserve, room, spare
 from hf_longctx.stores.quantized import Quantized
 
-SCALE = 0.3
 KV_HEADS, GROUP, DIM = 4, 2, 8
 STREAMING = {"store": "sink_recent", "sink": 2, "recent": 9}
 
@@ -52,62 +49,16 @@ def as_kept(k, v, tokens: int, spec: Quantized, group: int | None = None):
     return k, torch.cat([rounded(v[:, :tokens], 2, spec.bits), v[:, tokens:]], 1)
 
 
-class Driver:
-    """One layer fed with random q, k, v, row by row beside everything it was ever given."""
+class Driver(OneLayer):
+    """A layer that quantises."""
 
     def __init__(self, starts=(0,), max_tokens=None, dim=DIM, dtype=torch.float64, **fields):
-        self.model = patched(dtype, dim=dim, **fields)
-        self.plan = state_of(self.model).plans[0]
-        self.spec, self.cache = self.plan.role("retrieval").store, LongCtxCache(self.model, max_tokens)
-        self.starts, self.dim, self.dtype = starts, dim, dtype
-        self.k = self.v = torch.empty(len(starts), KV_HEADS, 0, dim, dtype=dtype)
+        super().__init__(patched(dtype, dim=dim, **fields), starts, max_tokens)
 
-    def random(self, heads, count):
-        x = torch.randn(len(self.starts), count, heads, self.dim, dtype=self.dtype)
-        return x.transpose(1, 2) + torch.arange(heads)[:, None, None]
-
-    @property
-    def seen(self):
-        return self.k.shape[2]
-
-    def step(self, count: int) -> torch.Tensor:
-        """Attention of ``count`` new tokens ``[B, H, count, D]``."""
-        past, k, v = self.seen, self.random(KV_HEADS, count), self.random(KV_HEADS, count)
-        self.k, self.v, self.q = (
-            torch.cat([self.k, k], 2),
-            torch.cat([self.v, v], 2),
-            self.random(KV_HEADS * GROUP, count),
-        )
-        starts = tuple(min(start, past + count) for start in self.starts)
-        self.rows = Rows(len(starts), past, count, starts if any(starts) else None)
-        self.forward = Forward(self.rows)
-        self.cache.begin(self.forward)
-        kept = self.cache.update(k, v, 0)[0]
-        return LayerCall(self.plan, self.forward, Scores(SCALE)).cached(self.q, kept.parts)
-
-    def expected(self, **other) -> torch.Tensor:
-        """The same from the rule; ``other`` makes it a wrong one."""
-        past, total, outs = self.rows.past, self.rows.total, []
-        for row, start in enumerate(self.starts):
-            start = min(start, total)
-            k, v = self.k[row, :, start:], self.v[row, :, start:]
-            packed = max(0, past - start - self.spec.residual) // self.spec.group * self.spec.group
-            k, v = as_kept(k, v, packed, self.spec, **other)
-            pads = max(0, start - past)
-            out = torch.zeros_like(self.q[row : row + 1])
-            if k.shape[1]:
-                q = self.q[row : row + 1, :, pads:]
-                visible = reference.causal_visible(q.shape[2], k.shape[1])
-                out[:, :, pads:] = reference.attention(q, k[None], v[None], visible, SCALE)[0]
-            outs.append(out)
-        return torch.cat(outs)
-
-    def check(self, count: int, tolerance=1e-12) -> float:
-        out = self.step(count)
-        assert out.isfinite().all()
-        error = (out - self.expected()).abs().max().item()
-        assert error <= tolerance, (count, self.seen, error)
-        return error
+    def read_as(self, row, start, **other):
+        """Tokens of earlier forwards as if packed, those that are old enough; ``other``: as `as_kept`."""
+        packed = max(0, self.rows.past - start - self.spec.residual) // self.spec.group * self.spec.group
+        return as_kept(*super().read_as(row, start), packed, self.spec, **other)
 
 
 @pytest.mark.parametrize("starts", [(0,), (0, 0, 0), (0, 37, 150), (3, 160)])
