@@ -119,6 +119,8 @@ class Evidence:
 
     def expected(self, q: Tensor, k: Tensor, scores: Scores) -> dict[str, Tensor]:
         """A state of the names and shapes that it has once queries up to ``q`` were gathered; ``k``: cached so far."""
+        if not self.rule.gathers:
+            return {name: k.new_zeros(k.shape[:3]) for name in self.rule.by_token}
         seen = self._seen(k, k, q, self.processed, scores, {})
         self.rule.gather(seen)
         return seen.state

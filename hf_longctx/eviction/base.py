@@ -41,7 +41,7 @@ class Seen:
         state: what `gather` keeps, by name: tensors whose first two dimensions are ``[B, n]`` or ``[B, H]``. They are
             replaced, never written to: copies of a cache share them.
         surprisal: ``-log p`` of the newest of the cached tokens by those before them, float32 ``[B, T]``: of all that
-            came since the last eviction. inf where nothing came before. None where the score did not ask (`surprises`).
+            came since the last eviction. -1: not known. None where the score did not ask (`surprises`).
     """
 
     k: Tensor
