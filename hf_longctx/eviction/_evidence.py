@@ -202,6 +202,13 @@ def state_nbytes(rule: Score, tokens: int, head_dim: int, group: int, itemsize: 
     return fixed + per_token * tokens
 
 
+def left_nbytes(rule: Score, tokens: int, head_dim: int, group: int, itemsize: int) -> int:
+    """Bytes of what is known of the ``tokens`` tokens that are left to one KV head."""
+    if rule.gathers:
+        return state_nbytes(rule, tokens, head_dim, group, itemsize)
+    return len(rule.by_token) * tokens * max(itemsize, torch.float32.itemsize)  # what was said of them
+
+
 @lru_cache
 def _state_form(rule: Score, head_dim: int, group: int, itemsize: int) -> tuple[int, int]:
     """(bytes at any length, bytes per cached token), as one query leaves them."""
