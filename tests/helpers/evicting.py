@@ -13,11 +13,11 @@ from hf_longctx.layout.rows import Rows
 BY = ("uniform", "head", "layer", "model")
 
 
-def evicting(family: str = "llama", roles="retrieval", model=None, **store):
-    """A patched model in float64; ``store``: fields of ``store: evicted``."""
+def evicting(family: str = "llama", roles="retrieval", model=None, top=None, **store):
+    """A patched model in float64; ``store``: fields of ``store: evicted``; ``top``: other sections of the config."""
     model = model or tiny_model(family, torch.float64)
     fields = {"store": "evicted", "recent": 8, "sink": 4, **store}
-    return patch_model(model, config_for(model, roles, stores={"retrieval": fields}))
+    return patch_model(model, config_for(model, roles, stores={"retrieval": fields}, **(top or {})))
 
 
 def some(*shape: int, seed: int = 0) -> Tensor:
