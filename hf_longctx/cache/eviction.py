@@ -113,7 +113,7 @@ class Eviction:
             return
         rows = Rows(self.batch_size, 0, self.seen, self.starts)
         spec = pairs[0][1].spec
-        losses = self._losses() if spec.rule.surprises else None
+        losses = self.losses() if spec.rule.surprises else None
         with torch.no_grad(), torch.autocast(self.own[0].device.type, enabled=False):
             for layer, store, keep in _kept(pairs, rows, spec, losses):
                 for one in layers:
@@ -122,8 +122,12 @@ class Eviction:
         for layer in layers:
             layer.whole = True
 
-    def _losses(self) -> Tensor:
-        """Surprisal of every slot, float32 ``[B, seen]``."""
+    def losses(self) -> Tensor:
+        """Surprisal of every slot, float32 ``[B, seen]``; -1 where nothing came before.
+
+        Raises:
+            CacheError: the config's score asks for none, or some are not known.
+        """
         if self.surprisals is None:
             raise CacheError(
                 "score 'surprisal' asks how likely each token was, which is kept where the config names that score. "
@@ -132,7 +136,7 @@ class Eviction:
         self.settle_surprisals()
         if (found := self.surprisals.known(self.seen)) is None:
             raise CacheError(
-                "score 'surprisal' asks how likely each token was, and that is not known of all of this cache: they "
+                "score 'surprisal' asks how likely each token was, and that is not known of all of this cache: tokens "
                 "came as inputs_embeds, or their keys were written by hand. Let the model read token ids."
             )
         return found

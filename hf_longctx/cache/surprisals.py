@@ -11,6 +11,8 @@ from ..stores.base import SLACK
 from .token_ids import TokenIds
 
 WAITING = SLACK + 1  # hidden states that wait until the output head is run over them, or until they are taken back
+NAMES = ("surprisals", "surprisals.hidden")  # of the tensors in a file
+UNKNOWN = -1.0  # of a token before which nothing came, or nothing is known
 
 LossesOf = Callable[[Tensor, Tensor], Tensor]  # of hidden states [B, T, D] and the ids [B, T] that they predict
 
@@ -56,13 +58,13 @@ class Surprisals(TokenIds):
         if self.hidden is None or self.length >= self.end:
             return
         first, held = self.length, self.end - self.hidden.shape[1]
-        found = torch.full((ids.shape[0], self.end - first), float("inf"), device=ids.device)
+        found = torch.full((ids.shape[0], self.end - first), UNKNOWN, device=ids.device)
         low = max(first, held + 1)
         if low < self.end:
             states = self.hidden[:, low - 1 - held : self.end - 1 - held]
             found[:, low - first :] = losses_of(states, ids[:, low : self.end])
         for row, start in enumerate(starts or ()):
-            found[row, : max(0, start + 1 - first)] = float("inf")
+            found[row, : max(0, start + 1 - first)] = UNKNOWN
         end = self.end
         self.append(first, found)
         self.hidden, self.end = self.hidden[:, -WAITING:].clone(), end  # a view would keep all of them alive
@@ -86,6 +88,15 @@ class Surprisals(TokenIds):
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         super().map_rows(change)
         self.hidden = None if self.hidden is None else change(self.hidden)
+
+    def saved(self, seen: int) -> dict[str, Tensor]:
+        """What `restore` needs, once all was settled: by name ``[B, seen]``, and ``[B, 1, D]`` of the newest token."""
+        return {NAMES[0]: self.known(seen).contiguous(), NAMES[1]: self.hidden[:, -1:].contiguous()}
+
+    def restore(self, found: Tensor, hidden: Tensor) -> None:
+        """Fill this empty one with what `saved` gave."""
+        self.append(0, found)
+        self.hidden, self.end = hidden.clone(), found.shape[1]
 
     def reset(self) -> None:
         super().reset()

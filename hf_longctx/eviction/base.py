@@ -24,6 +24,8 @@ from torch import Tensor
 from ..layout.rotation import Rotation
 from ..layout.scores import Scores
 
+JUDGED = "judged"  # in the state of any score: what an `Asked` one said of each token, ``[B, n, S]``
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -41,7 +43,7 @@ class Seen:
         state: what `gather` keeps, by name: tensors whose first two dimensions are ``[B, n]`` or ``[B, H]``. They are
             replaced, never written to: copies of a cache share them.
         surprisal: ``-log p`` of the newest of the cached tokens by those before them, float32 ``[B, T]``: of all that
-            came since the last eviction. inf where nothing came before. None where the score did not ask (`surprises`).
+            came since the last eviction. -1: not known. None where the score did not ask (`surprises`).
     """
 
     k: Tensor
@@ -149,7 +151,7 @@ class Asked(Score):
     """
 
     moment = "call"
-    by_token = ("judged",)
+    by_token = (JUDGED,)
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -174,4 +176,4 @@ class Asked(Score):
         """
 
     def score(self, seen: Seen) -> Tensor:
-        return seen.state["judged"]
+        return seen.state[JUDGED]

@@ -41,7 +41,6 @@ class Surprisal(Score):
         old = seen.state.get("surprisal")
         new = seen.surprisal.to(dtype)[:, None].expand(*shape[:2], -1)
         before = shape[2] - new.shape[2]
-        old = new.new_zeros(*shape[:2], before) if old is None else torch.where(old.isinf(), old, self.decay * old)
+        old = new.new_zeros(*shape[:2], before) if old is None else torch.where(old < 0, old, self.decay * old)
         seen.state["surprisal"] = found = torch.cat([old, new], 2)
-        highest = found.masked_fill(found.isinf(), 0).amax(-1, keepdim=True)
-        return torch.where(found.isinf(), highest, found)
+        return torch.where(found < 0, found.amax(-1, keepdim=True).clamp(min=0), found)

@@ -117,7 +117,7 @@ class EvictedStore(Store):
         return Left(self.heads, [*past, *part.segments], self.spec, state=part.state, **more)
 
     def place(self, rows: Rows) -> Place | None:
-        if self.asks and self.spec.every is not None:
+        if self.watcher is not None or (self.asks and self.spec.every is not None):
             return None  # its queries are asked for
         place = self.inner.place(self.geometry(rows)) if self.inner.has_place() else None
         return place if place is None or self.ragged is None else place._replace(before=self.ragged)
