@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..eviction._budgets import by_head, by_model, pyramid, uniform
 from ..layout.forward import ForwardLog
 from ..layout.rows import Rows
 from ..stores._evicted import EvictedStore
+from ..stores.evicted import Evicted
 from .layer import LongCtxLayer
 from .plan import FEWEST
 
@@ -66,20 +67,25 @@ class Eviction:
         if self.paused:
             return
         ended = rows.new == 1 or (self.prompt_end is not None and rows.past >= self.prompt_end)
-        if self.reading and not prompt and ended:
+        if (self.reading or self._by_hand(rows)) and not prompt and ended:
             self._end_prompt(rows.past)
         elif self.own[0].regular and rows.past and (prompt or rows.new == 1) and self._due(rows.past):
             self._evict(self._evicting)
         self.reading = self.reading or prompt
 
+    def _by_hand(self, rows: Rows) -> bool:
+        """Whether all tokens came by `update` alone: a prompt that nobody has announced."""
+        stores = [store for layer in self._evicting for store in layer.evicting if store.spec.rule.moment == "prompt"]
+        return bool(rows.past and stores) and not any(store.judged for store in stores)
+
     def _due(self, seen: int) -> bool:
         return any(store.due(seen) for layer in self._evicting for store in layer.evicting)
 
     def _end_prompt(self, seen: int) -> None:
-        self.reading = False
-        self.prompt_end = None
         if not self._waits():
             self._evict(self._evicting)
+        self.reading = False  # after it: what a score lacks is refused at every forward that follows
+        self.prompt_end = None
         for layer in self.own:
             layer.end_prompt(Rows(max(self.batch_size, 1), 0, seen, self.starts))
 
@@ -109,14 +115,12 @@ class Eviction:
         spec = pairs[0][1].spec
         losses = self.losses() if spec.rule.surprises else None
         with torch.no_grad(), torch.autocast(self.own[0].device.type, enabled=False):
-            if spec.by == "model":
-                scored = [store.scored(rows) for _, store in pairs]
-                for (layer, store), keep in zip(pairs, _by_model(scored, rows, spec), strict=True):
-                    self._leave(layer, store, rows, keep)
-                return
-            for at, (layer, store) in enumerate(pairs):
-                keep = _of_layer(store.scored(rows, losses), rows, spec, at, len(pairs))
+            for layer, store, keep in _kept(pairs, rows, spec, losses):
+                for one in layers:
+                    one.whole = False  # also where this is interrupted between two layers
                 self._leave(layer, store, rows, keep)
+        for layer in layers:
+            layer.whole = True
 
     def losses(self) -> Tensor:
         """Surprisal of every slot, float32 ``[B, seen]``; -1 where nothing came before.
@@ -159,10 +163,8 @@ class Eviction:
     def _leave(self, layer: LongCtxLayer, store: EvictedStore, rows: Rows, keep: Scored) -> None:
         cached = sum(len(one) for heads in keep for one in heads)
         kept = sum(int(one.sum()) for heads in keep for one in heads)
-        layer.whole = False
         store.evict(rows, keep)
         layer.forget_choices(store)
-        layer.whole = True
         if (log := self._log()) is not None:
             log.eviction.add(layer.plan.layer_idx, rows.total, cached, kept)
 
@@ -181,18 +183,31 @@ def tell_prompt(cache: Any, ended: bool) -> None:
         cache.prompt_end = cache.seen if ended else MOST
 
 
-def _of_layer(scored: Scored, rows: Rows, spec, at: int, layers: int) -> Scored:
+def _kept(
+    pairs: Sequence[tuple[LongCtxLayer, EvictedStore]], rows: Rows, spec: Evicted, losses: Tensor | None
+) -> Iterator[tuple[LongCtxLayer, EvictedStore, Scored]]:
+    """Each store with the masks of what it keeps: as soon as it is known."""
+    if spec.by == "model":
+        scored = [store.scored(rows, losses) for _, store in pairs]
+        for pair, keep in zip(pairs, _by_model(scored, rows, spec), strict=True):
+            yield *pair, keep
+        return
+    for at, (layer, store) in enumerate(pairs):
+        yield layer, store, _of_layer(store.scored(rows, losses), rows, spec, at, len(pairs))
+
+
+def _of_layer(scored: Scored, rows: Rows, spec: Evicted, at: int, layers: int) -> Scored:
     keep = []
     for row, heads in enumerate(scored):
         processed = rows.real(row)[1]
         budget = spec.cached_tokens(processed)
         if spec.by == "layer":
-            budget = pyramid(budget, spec.sink + spec.recent, len(heads[0]), layers)[at]
+            budget = pyramid(budget, spec.sink + spec.recent, processed, layers)[at]
         keep.append(by_head(heads, budget, spec.least) if spec.by == "head" else uniform(heads, budget))
     return keep
 
 
-def _by_model(scored: Sequence[Scored], rows: Rows, spec) -> list[Scored]:
+def _by_model(scored: Sequence[Scored], rows: Rows, spec: Evicted) -> list[Scored]:
     """By layer, sequence and KV head."""
     by_row = [
         by_model([layer[row] for layer in scored], spec.cached_tokens(rows.real(row)[1]), spec.least)

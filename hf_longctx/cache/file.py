@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..config.bounds import MOST
 from ..config.model import model_facts
-from ..config.words import dump
 from ..errors import CacheError, LongCtxError
 from ..io import tensor_file
 from ..io.atomic import check_place, written_whole
@@ -22,12 +21,11 @@ from ..io.tensor_file import TensorFile
 from ..layout.forward import ForwardLog
 from ..layout.rows import Rows
 from ..stores._saved import SavedTensors, Told, short
-from ..stores.base import StoreSpec
 from . import selections
+from .described import check_layers, check_same, describe
 from .fingerprint import fingerprint
 from .finite import is_finite
 from .layer import SAVED as LAYER_SAVED
-from .plan import LayerPlan
 from .seam import CACHE
 from .stock_layers import restored_stock, saved_stock, stock_shapes
 from .surprisals import NAMES as SURPRISALS
@@ -106,9 +104,9 @@ def load(path: str | os.PathLike, model: nn.Module, make: type[AnyCache]) -> Any
     file = TensorFile(Path(path), partial(_check_finite, str(path)))
     try:
         told = _told(file).fields("model", "layers", "max_tokens", "cache", "kept")
-        _check_same(told["model"], "was made with another model", json.loads(json.dumps(fingerprint(base))))
+        check_same(told["model"], "was made with another model", json.loads(json.dumps(fingerprint(base))))
         cache = make(model, None if told["max_tokens"].value is None else told["max_tokens"].number(1))
-        _check_layers(told["layers"], [describe(plan) for plan in cache.plans])
+        check_layers(told["layers"], [describe(plan) for plan in cache.plans])
         one_token = _one_token(make(model), base)
         saved = _check(cache, told, file, base, one_token)
         _fill(cache, told["kept"].value, saved, file, base)
@@ -216,25 +214,6 @@ def _fill(cache: Any, told: list[dict], saved: Mapping[str, Any], file: TensorFi
         cache.surprisals.restore(*(file[name].to(device) for name in SURPRISALS))
 
 
-def describe(plan: LayerPlan) -> dict[str, Any]:
-    """What a layer keeps, as plain data: roles, stores, and a selection whose index is saved; all else has no part."""
-    stores = {}
-    for role in plan.filled:
-        stores[role.heads.role] = _portable(role.store)
-    plain = {"roles": plan.letters, "own window": plan.window is not None, "stores": stores}
-    if kept := [facts for role in plan.filled if (facts := selections.facts(role.decode))]:
-        plain["decode"] = kept[0]
-    return json.loads(json.dumps(plain))
-
-
-def _portable(spec: StoreSpec) -> dict[str, Any]:
-    """The spec of a store as plain data, without storage locations: its own, and of a store within it."""
-    plain = dump(spec, "store")
-    within = {name: value for name, value in vars(spec).items() if isinstance(value, StoreSpec)}
-    plain |= {name: _portable(value) for name, value in within.items()}
-    return {name: value for name, value in plain.items() if name not in spec.places}
-
-
 def _filled_by(cache: Any, model: nn.Module | None) -> nn.Module:
     """The base model that filled the cache, or ``model``'s, which must be patched alike."""
     if model is not None:
@@ -308,21 +287,3 @@ def _told(file: TensorFile) -> Told:
         return Told(str(file.path), "file", tensor_file.plain(metadata["told"]))
     except (KeyError, ValueError) as error:
         raise CacheError(f"{file.path} is no file that cache.save wrote ({error}). Save the cache again.") from None
-
-
-def _check_same(told: Told, wrong: str, here: Mapping[str, Any]) -> None:
-    there = told.value if isinstance(told.value, dict) else told.fields(*here)
-    differ = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    if differ:
-        said = "; ".join(f"{name}: {short(there.get(name))} there, {short(here.get(name))} here" for name in differ)
-        raise CacheError(f"{told.path} {wrong} ({said}). Load it with the one that made it, or read the prompt again.")
-
-
-def _check_layers(told: Told, here: list[dict]) -> None:
-    there = told.items()
-    if len(there) != len(here):
-        raise CacheError(
-            f"{told.path} has {len(there)} layers, this model {len(here)}. Load it with the model that made it."
-        )
-    for number, (before, now) in enumerate(zip(there, here, strict=True)):
-        _check_same(before, f"was made with another config, layer {number}", now)

@@ -52,6 +52,20 @@ class RollBack:
 
     def _no_way_back(self, layer: LongCtxLayer, target: int) -> str:
         """Why ``layer`` cannot be cropped to ``target`` tokens."""
+        evicted = max((store.oldest_eviction for store in layer.evicting), default=0)
+        if target < evicted:
+            return (
+                f"cannot crop from {layer.seen} to {target} tokens: tokens were evicted after {evicted}, and what left "
+                "the cache cannot be rolled back. Crop to no fewer than that, call cache.reset() and read the prompt "
+                "again, or fork() the cache before its prompt ends."
+            )
+        gathered = max((store.known.oldest_crop for store in layer.evicting), default=0)
+        if target < gathered:
+            return (
+                f"cannot crop from {layer.seen} to {target} tokens: the prompt has not ended, and the score of its "
+                f"eviction has taken in the queries of {gathered} tokens. Call cache.reset() and read the prompt again,"
+                " or fork() the cache before."
+            )
         if not self.is_recording_past(layer.plan.layer_idx):
             return (
                 f"cannot take back {layer.seen - target} tokens: this cache was made with rollback=False (generate() "

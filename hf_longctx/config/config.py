@@ -209,7 +209,7 @@ class LongCtxConfig:
         )
 
     def kv_bytes(self, tokens: int, number_bytes: int = ITEMSIZE) -> tuple[int, int]:
-        """(bytes of a dense KV cache, bytes of what the heads cache) of one sequence after ``tokens`` tokens.
+        """(bytes of a dense KV cache, bytes of what the heads cache) of a sequence after a prompt of so many tokens.
 
         The spare room of growing stores is not in it, nor are layers whose heads have no role. Where
         ``model.full_attention_layers`` does not say which those are, a model's own sliding windows count as if whole.
@@ -222,7 +222,8 @@ class LongCtxConfig:
         form = (tokens, self.model.head_dim, number_bytes)
         kept = sum(heads.count(letter) * store.nbytes(*form).device for letter, store in stores.items())
         select = self.decode.retrieval
-        kept += "".join(self.roles()[select.dense_layers :]).count("R") * select.index_bytes(*form)
+        indexed = select.index_bytes(self.stores.retrieval.selectable(tokens), *form[1:])
+        kept += "".join(self.roles()[select.dense_layers :]).count("R") * indexed
         return 2 * len(heads) * tokens * self.model.head_dim * number_bytes, kept
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..layout.scores import Scores
 from ..layout.segments import fitting
 from .base import Score, Seen
 
+FAR = 1 << 20  # tokens: of a prompt so long that no score leaves its last query out
 Tokens = tuple[Tensor, Tensor]  # k, v [B, n, S, D] of the cached tokens
 
 
@@ -187,3 +189,28 @@ def of_heads(scores: Scores, heads: Sequence[int], total: int) -> Scores:
         return None if x is None else x.unflatten(0, (total, -1))[list(heads)].flatten()
 
     return Scores(scores.scale, scores.softcap, own(scores.sinks), own(scores.first_bias))
+
+
+def state_nbytes(rule: Score, tokens: int, head_dim: int, group: int, itemsize: int) -> int:
+    """Bytes of what a score gathered for one KV head of a sequence's first ``tokens`` cached tokens."""
+    if not rule.gathers or tokens <= 0:
+        return 0
+    try:
+        fixed, per_token = _state_form(rule, head_dim, group, itemsize)
+    except TypeError:  # a rule with a mapping among its fields has no hash
+        fixed, per_token = _state_form.__wrapped__(rule, head_dim, group, itemsize)
+    return fixed + per_token * tokens
+
+
+@lru_cache
+def _state_form(rule: Score, head_dim: int, group: int, itemsize: int) -> tuple[int, int]:
+    """(bytes at any length, bytes per cached token), as one query leaves them."""
+    dtype = torch.float64 if itemsize == 8 else torch.float32
+    k = torch.zeros(1, 1, 1, head_dim, dtype=dtype)
+    rotation = Rotation((1.0,) * (head_dim // 2))
+    q = k.expand(1, group, 1, head_dim)
+    seen = Seen(k, k, torch.tensor([FAR - 1]), q, FAR, Scores(1.0), rotation)
+    rule.gather(seen)
+    by_token = {name: name in rule.by_token for name in seen.state}
+    sizes = {name: x.numel() * x.element_size() for name, x in seen.state.items()}
+    return tuple(sum(size for name, size in sizes.items() if by_token[name] == kind) for kind in (False, True))

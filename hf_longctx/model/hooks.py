@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import partial
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache.cache import LongCtxCache
 from ..cache.eviction import tell_prompt
-from ..cache.plan import LayerPlan, differing
+from ..cache.plan import differing
 from ..cache.seam import CACHE, rename_cache
 from ..errors import CacheError, UnsupportedModeError
 from ..layout.dtypes import autocast_on
@@ -33,7 +33,8 @@ from .drafts import DraftsApart
 from .graphs import refuse_graphs
 from .modules import language_model
 from .positions import positions_ahead, refuse_other_prompt, refuse_positions
-from .refusals import refuse_call, refuse_lost_prompt, refuse_selection
+from .refusals import refuse_call, refuse_eviction, refuse_selection
+from .refused_generation import DENSE_MEMORY, refuse_generate
 from .rotary import check_rotary
 from .state import PatchState
 
@@ -42,11 +43,6 @@ observers: ContextVar[Mapping[int, Any]] = ContextVar("hf_longctx_observers", de
 
 # Whether generate() runs a loop that is not Transformers' own, on this thread.
 custom_loop: ContextVar[bool] = ContextVar("hf_longctx_custom_loop", default=False)
-
-# cache_implementation words of generate(): those that mean a LongCtxCache ("dynamic_full" is what Transformers 5.0
-# asks of an assistant), and those that keep Transformers' own cache.
-OURS = (None, "dynamic", "dynamic_full")
-DENSE_MEMORY = ("offloaded", "quantized")
 
 # Generation modes that never take a token back.
 FORWARD_ONLY = ("greedy_search", "sample", "beam_search", "beam_sample")
@@ -84,6 +80,7 @@ class BeforeForward:
         if not isinstance(inputs, Tensor):
             return False  # the model's own error says which inputs it needs
         refuse_call(base, given)
+        refuse_eviction(self.state.plans, base, cache, id(base) in observers.get())
         cache = self._cache(base, given, config)
         if isinstance(cache, LongCtxCache):
             self._check_cache(base, cache)
@@ -156,16 +153,6 @@ def _hands_back(generation_config: Any, given: tuple) -> bool:
     """
     kept = generation_config.return_dict_in_generate or getattr(generation_config, "is_assistant", False)
     return bool(kept or custom_loop.get()) or not any(getattr(one, "value", None) in FORWARD_ONLY for one in given)
-
-
-def _refuse_drafts(given: tuple) -> None:
-    """Seen in Transformers 5.23, with its own caches too: the first step reads what the cache holds once more."""
-    if "assisted_generation" in (getattr(one, "value", None) for one in given):
-        raise UnsupportedModeError(
-            "assisted decoding and prompt lookup over a cache that was filled before: Transformers would read the "
-            "whole prompt a second time, and answer wrongly. Leave out assistant_model and prompt_lookup_num_tokens, "
-            "or start with a new cache."
-        )
 
 
 class OnModel:
@@ -265,7 +252,7 @@ class PrepareCache(OnModel):
         cache = model_kwargs.get(CACHE)
         no_cache = generation_config.use_cache is False or id(language_model(model)) in observers.get()
         if not self.dense:
-            _refuse_generate(model, self.state.plans, cache, generation_config, (*args, *kwargs.values()))
+            refuse_generate(model, self.state.plans, cache, generation_config, (*args, *kwargs.values()))
         if self.dense or cache is not None or no_cache or asked in DENSE_MEMORY:
             return self.original(generation_config, model_kwargs, *args, **kwargs)
         rollback = _hands_back(generation_config, (*args, *kwargs.values()))
@@ -308,31 +295,3 @@ class MakeDrafts(OnModel):
 
 
 ON_MODEL: tuple[type[OnModel], ...] = (Generate, StartBatching, SetAttention, PrepareCache, Prefill, MakeDrafts)
-
-
-def _refuse_generate(
-    model: nn.Module, plans: Sequence[LayerPlan], cache: Any, generation_config: Any, given: tuple
-) -> None:
-    """What generate() would do wrong with this cache, or with none."""
-    asked = generation_config.cache_implementation
-    if cache is None and asked not in (*OURS, *DENSE_MEMORY):
-        raise UnsupportedModeError(
-            f"cache_implementation='{asked}' is a fixed-size cache that a patched model cannot read. Leave it out, "
-            f"or pass {CACHE}=LongCtxCache(model, max_tokens=...) to reserve memory."
-        )
-    selects = any(role.selects for plan in plans for role in plan.filled)
-    if generation_config.use_cache is False and selects:
-        raise UnsupportedModeError(
-            "use_cache=False (an argument, or in a generation config): every token would be read as the end of a new "
-            "prompt, and the config's decode.retrieval says what decoded tokens read. Set use_cache=True, or patch "
-            "with decode={'retrieval': {'select': 'dense'}}."
-        )
-    if cache is not None and generation_config.use_cache is False:
-        raise UnsupportedModeError(
-            "use_cache=False (an argument, or in a generation config) with a cache: Transformers would read the whole "
-            "text at every step, on top of what the cache holds, and answer wrongly. Set use_cache=True, or leave out "
-            "the cache."
-        )
-    refuse_lost_prompt(model, generation_config.use_cache is not False)
-    if isinstance(cache, LongCtxCache) and cache.seen:
-        _refuse_drafts(given)

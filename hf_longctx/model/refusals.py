@@ -66,6 +66,38 @@ def refuse_selection(plans: Sequence[LayerPlan], rows: Rows, cache: Any, device:
         )
 
 
+def refuse_eviction(plans: Sequence[LayerPlan], base: nn.Module, cache: Any, observed: bool) -> None:
+    """Refuse what a store in which the data choose the tokens cannot do, before it is done densely and in silence.
+
+    Raises:
+        UnsupportedModeError: in training, under observe(), or over a cache that is not ours.
+    """
+    if (word := evicting(plans)) is None:
+        return
+    what = f"stores.retrieval ({word}) chooses by the data which cached tokens stay"
+    dense = "patch with stores={'retrieval': {'store': 'full'}}"
+    if base.training and not isinstance(cache, LongCtxCache):
+        raise UnsupportedModeError(
+            f"{what}, and in training mode there is no cache: every token would be read. Call model.eval(), or {dense} "
+            "to train."
+        )
+    if observed:
+        raise UnsupportedModeError(
+            f"{what}, and observe() shows the keys of all tokens, of which none would leave. To observe, {dense}."
+        )
+    if cache is not None and not isinstance(cache, LongCtxCache):
+        raise UnsupportedModeError(
+            f"{what}; this forward got a {type(cache).__name__}, from which none would leave. Leave the cache out, "
+            f"pass {CACHE}=LongCtxCache(model), or {dense}."
+        )
+
+
+def evicting(plans: Sequence[LayerPlan]) -> str | None:
+    """The word of the store in which the data choose which tokens stay; None where there is none."""
+    stores = (role.store for plan in plans for role in plan.filled)
+    return next((spec_word(store) for store in stores if store.by_data), None)
+
+
 def _refuse_inputs(given: dict) -> None:
     cache = given.get(CACHE)
     mask = padding_of(given.get("attention_mask"))

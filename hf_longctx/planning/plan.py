@@ -37,6 +37,7 @@ class Plan:
         reserved: what the last rung needs with a cache made with ``max_tokens``.
         notes: what is known of the quality, and what is not known.
         decoded: what its selection reads; None where decoded tokens read every cached one.
+        ends: when tokens leave the cache, in words, where some do.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Plan:
     reserved: Need
     notes: tuple[str, ...]
     decoded: Decoded | None = None
+    ends: str = ""
 
     @property
     def context(self) -> int:
@@ -104,6 +106,12 @@ class Plan:
             self._line("dense", self.dense),
             f"chosen    {changes}",
         ]
+        if self.need.kv_left < self.need.kv:
+            left = self.need.kv_left
+            lines.append(
+                f"evicted   KV is counted while the prompt is read. {self.ends} the cache takes {_size(left)}, "
+                f"and all of it {_size(self.need.weights + left)} beside what a decoded token needs"
+            )
         if self.decoded is not None:
             lines.append(f"decode    {self.decoded}")
         if self.dense_fits:
@@ -161,7 +169,8 @@ def plan(
             dense = here.need(DENSE, context)
             reserved = here.need(RESERVED, context)
             reads = decoded(here.plans, context)
-            return Plan(here.name, here.settings, reserve, here.config, tuple(tried), dense, reserved, notes, reads)
+            found = (here.name, here.settings, reserve, here.config, tuple(tried), dense, reserved, notes, reads)
+            return Plan(*found, ends=here.ends)
     raise LongCtxError(_refusal(here, way, tried))
 
 

@@ -99,7 +99,7 @@ def scoring_by(store: EvictedStore, spec: Evicted) -> Iterator[None]:
     same = spec.rule == own.rule or (type(spec.rule) is type(own.rule) and not own.rule.gathers)
 
     def of(known: Known, rule: Score) -> Known:
-        return known.for_rule(rule, None if same else ())
+        return known.for_rule(rule, whole=same)
 
     cut = store.cut
     store.spec = spec

@@ -102,7 +102,10 @@ class EvictedStore(Store):
 
     def append(self, k: Tensor, v: Tensor, rows: Rows) -> Left:
         self.batch = rows.batch
-        part = self.inner.append(self.heads.take(k), self.heads.take(v), self.geometry(rows))
+        k, v = (self.heads.take(x) for x in (k, v))
+        if self.ragged is not None:  # one dtype for both: autocast may have been switched since
+            k, v = (x.to(self.ragged.dtype) for x in (k, v))
+        part = self.inner.append(k, v, self.geometry(rows))
         return self._shown(part, self.watcher or (self.attended if self.asks else None))
 
     def held(self, rows: Rows) -> Left:
@@ -162,8 +165,9 @@ class EvictedStore(Store):
             _, processed = rows.real(group.start or 0)
             for head in self.known_apart:
                 known = self.known.of(group, start, head, rows.batch)
-                likely = None if losses is None else losses[group, start:]
-                made = self._score(known, head, part.tokens(group, start, head), processed, rows, likely)
+                lost = None if losses is None else losses[group, start:]
+                since = None if self.cut is None else min(processed, rows.total - self.cut.slots)
+                made = self._score(known, head, part.tokens(group, start, head), processed, lost, since)
                 made[..., : self.spec.sink] = float("inf")
                 made[..., max(0, made.shape[2] - self.spec.recent) :] = float("inf")
                 for own, heads in zip(found[group], made, strict=True):
@@ -176,8 +180,8 @@ class EvictedStore(Store):
         head: int,
         tokens: tuple[Tensor, Tensor],
         processed: int,
-        rows: Rows,
         losses: Tensor | None,
+        since: int | None,
     ) -> Tensor:
         k = tokens[0]
         if not k.shape[2]:
@@ -188,7 +192,6 @@ class EvictedStore(Store):
                 "and this cache has seen none: it was filled by hand. Read the prompt with the model, or use a score "
                 "of keys alone, such as key_norm."
             )
-        since = None if self.cut is None else min(processed, rows.total - self.cut.slots)
         return known.score(tokens, self.known.scores_of(head, k.shape[3]), processed, losses, since).clone()
 
     def due(self, seen: int) -> bool:

@@ -7,8 +7,8 @@ import dataclasses
 import torch
 
 from helpers.cases import cases
+from helpers.store_cases import BY_DATA, role_of
 from helpers.store_cases import CASES as STORES
-from helpers.store_cases import role_of
 from helpers.tiny import config_for, tiny_model
 from hf_longctx import LongCtxCache, patch_model
 from hf_longctx.config.words import load
@@ -19,7 +19,7 @@ WORDS = {name: word for name, (word, _) in cases("decode").items()}
 CASES = {name: fields for name, (_, fields) in cases("decode").items()}
 SELECTING = [name for name, word in WORDS.items() if not load("decode", word).reads_all]
 FIRST = [next(name for name in SELECTING if WORDS[name] == word) for word in dict.fromkeys(map(WORDS.get, SELECTING))]
-RETRIEVAL = [name for name in STORES if role_of(name) == "retrieval"]
+RETRIEVAL = [name for name in STORES if role_of(name) == "retrieval" and name not in BY_DATA]
 
 
 def spec_of(case: str, **fields):

@@ -7,12 +7,13 @@ import pytest
 from helpers.cases import cases
 from helpers.tiny import config_for, tiny_model
 from hf_longctx import patch_model
-from hf_longctx.config.words import load
+from hf_longctx.config.words import build, load
 
 CASES = {name: {"store": word, **fields} for name, (word, fields) in cases("stores").items()}
 # For tests that are long where a store reads pages back: those of such stores run in the slow suite.
 PAGED_SLOWLY = [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("offloaded")) for name in CASES]
 SPECS = {name: load("stores", given["store"]) for name, given in CASES.items()}
+BY_DATA = {case for case, given in CASES.items() if build("stores", given, "store", case).by_data}
 ROUNDED = {case for case, spec in SPECS.items() if not spec.exact}
 
 

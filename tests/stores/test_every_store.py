@@ -10,7 +10,7 @@ import torch
 from helpers.caches import read
 from helpers.device_reads import CountReads
 from helpers.generation import MODES, NEW, prompt, run
-from helpers.store_cases import CASES, PAGED_SLOWLY, ROUNDED, SPECS, case_config, patched_case, role_of
+from helpers.store_cases import BY_DATA, CASES, PAGED_SLOWLY, ROUNDED, SPECS, case_config, patched_case, role_of
 from helpers.tiny import left_padded, tiny_model
 from transformers import DynamicCache
 
@@ -86,7 +86,7 @@ def test_many_turns_and_caches_of_the_user_give_the_tokens_of_one_text(case, fam
         text = torch.cat([fresh, torch.full((1, 3 + turn), 7 + turn)], 1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in BY_DATA])
 def test_training_sees_what_the_store_s_rule_shows(case):
     """No cache in training: gradients of the same rule by autograd's own reading of a prompt with a cache."""
     model = tiny_model("llama", torch.float64)
