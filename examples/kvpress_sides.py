@@ -70,8 +70,7 @@ class Stock:
 
         Masks of a press are on the model, until the next one.
         """
-        for layer in self.base.layers:
-            layer.self_attn.masked_key_indices = None
+        unmask(self.base)
         cache = copy.deepcopy(read.cache)
         if row.side == DENSE:
             return cache, cache_bytes(cache)
@@ -117,6 +116,12 @@ class Stock:
     @staticmethod
     def _length(read: Read | None) -> int:
         return 0 if read is None else read.told[0]["hidden_states"].shape[1]
+
+
+def unmask(base: Any) -> None:
+    """Forget which keys a press has masked, as the next prompt would."""
+    for layer in base.layers:
+        layer.self_attn.masked_key_indices = None
 
 
 def _joined(first: Told, second: Told) -> Told:
@@ -255,6 +260,7 @@ def costs(model: Any, tokenizer: Any, kvpress: Any, config: str, row: Row, ids: 
     """
 
     def run() -> dict:
+        unmask(language_model(model))  # of the row before
         gc.collect()
         before, past = live_bytes(), len(ids)
         start = time.perf_counter()

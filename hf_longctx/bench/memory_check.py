@@ -28,7 +28,7 @@ MARGIN = 0.05  # of the free memory, left to everybody else
 
 
 class Filled(NamedTuple):
-    """Bytes that a cache held: most, and once the prompt had ended; None: tokens leave when that is asked for."""
+    """Bytes that a cache held: most, and once the prompt had ended; None: that takes more than keys and queries."""
 
     most: int
     left: int | None
@@ -108,7 +108,7 @@ def _fill_and_evict(memory_model: MemoryModel, way: str, tokens: int) -> Filled:
     for past in range(0, tokens, step):
         _read(memory_model, cache, past, min(step, tokens - past), prompt=True)
         most = max(most, _held(cache))
-    if memory_model.asked:
+    if any(rule.moment == "call" or rule.surprises for rule in memory_model.rules):
         return Filled(most, None)
     cache.evict()
     indexes = list(_indexes_left(memory_model, cache, tokens))

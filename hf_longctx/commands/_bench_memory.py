@@ -99,12 +99,12 @@ def show(console: Console, memory_model: MemoryModel, results: list[dict[str, An
     rows = [_line(result, results[0]["longest"])[: len(names)] for result in results]
     for table in tables(title, names, rows, console.width):
         console.print(table)
-    roles = "".join(plan.letters for plan in memory_model.plans)
     sequences = count(s.batch, "sequence")
     read = f"read in chunks of {s.chunk} tokens (prefill_chunk_size={s.chunk})" if s.chunk else "read in one forward"
+    roles = "".join(plan.letters for plan in memory_model.plans)
     lines = [
         f"{s.dtype}, {sequences} of prompt and answer together, the prompt {read}; patched, {roles.count('R')} of "
-        f"{len(roles)} KV heads keep every token. GB are 10^9 bytes.",
+        f"{len(roles)} KV heads {memory_model.config.kept}. GB are 10^9 bytes.",
         "patched: as generate() makes the cache, with the spare room of growing buffers. patched, max_tokens: "
         "LongCtxCache(model, max_tokens=...), which never grows. working: what a prefill needs beside weights and KV; "
         "a calculation (docs/benchmarks.md has the rule), attention kernels for GPUs may need more.",

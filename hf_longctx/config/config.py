@@ -79,7 +79,7 @@ class LongCtxConfig:
         name = model.ids[0] if model.ids else f"a {model.model_type}"
         origin = self.heads.active.source.get("method", "given")
         return (
-            f"LongCtxConfig({name}, {self.retrieval_heads} of {self.kv_heads} KV heads keep every token "
+            f"LongCtxConfig({name}, {self.retrieval_heads} of {self.kv_heads} KV heads {self.kept} "
             f"(method: {origin}, confidence: {self.heads.confidence}))"
         )
 
@@ -198,6 +198,12 @@ class LongCtxConfig:
     def retrieval_heads(self) -> int:
         """Number of retrieval heads of all layers."""
         return sum(row.count("R") for row in self.roles())
+
+    @property
+    def kept(self) -> str:
+        """What retrieval heads do, in words."""
+        evicts = self.stores.retrieval.by_data and self.stores.retrieval.cached_tokens(MOST) < MOST
+        return "are retrieval heads, of which tokens are evicted" if evicts else "keep every token"
 
     @cached_property
     def _roles(self) -> tuple[str, ...]:

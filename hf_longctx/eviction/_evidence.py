@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from ..layout.rotation import Rotation
 from ..layout.scores import Scores
 from ..layout.segments import fitting
-from .base import Score, Seen
+from .base import JUDGED, Score, Seen
 
 FAR = 1 << 20  # tokens: of a prompt so long that no score leaves its last query out
 Tokens = tuple[Tensor, Tensor]  # k, v [B, n, S, D] of the cached tokens
@@ -128,12 +128,16 @@ class Evidence:
     def kept(self, index: Sequence[Sequence[Tensor]]) -> Evidence:
         """What is known once only these of the cached tokens are left, by sequence and KV head, as many in each."""
         state = dict(self.state)
-        at = torch.stack([torch.stack(list(heads)) for heads in index]) if self.rule.by_token else None
-        for name in self.rule.by_token:
-            if name in state:  # 0 for tokens that came since, as `_columns.grown` has it
-                more = int(at.max()) + 1 - state[name].shape[2] if at.numel() else 0
-                state[name] = pad(state[name], (0, max(0, more))).gather(2, at)
+        at = torch.stack([torch.stack(list(heads)) for heads in index]) if self._by_token else None
+        for name in self._by_token:  # 0 for tokens that came since, as `_columns.grown` has it
+            more = int(at.max()) + 1 - state[name].shape[2] if at.numel() else 0
+            state[name] = pad(state[name], (0, max(0, more))).gather(2, at)
         return replace(self, q=None, state=state)
+
+    @property
+    def _by_token(self) -> set[str]:
+        """Names of the state that has a number per cached token."""
+        return {JUDGED, *self.rule.by_token} & self.state.keys()
 
     def crop(self, tokens: int) -> None:
         """Forget what came after the first ``tokens`` tokens, no further back than `oldest_crop`."""
@@ -142,7 +146,7 @@ class Evidence:
             self.q = self.q[:, :, :left].clone() if self.q is not None and left > 0 else None
             self.processed = max(tokens, 0)
             if gone := max(0, self.gathered - self.processed):
-                cut = {name: self.state[name][..., :-gone] for name in self.rule.by_token if name in self.state}
+                cut = {name: self.state[name][..., :-gone] for name in self._by_token}
                 self.state, self.gathered = {**self.state, **cut}, self.processed
 
     @property
@@ -200,6 +204,13 @@ def state_nbytes(rule: Score, tokens: int, head_dim: int, group: int, itemsize: 
     except TypeError:  # a rule with a mapping among its fields has no hash
         fixed, per_token = _state_form.__wrapped__(rule, head_dim, group, itemsize)
     return fixed + per_token * tokens
+
+
+def left_nbytes(rule: Score, tokens: int, head_dim: int, group: int, itemsize: int) -> int:
+    """Bytes of what is known of the ``tokens`` tokens that are left to one KV head."""
+    if rule.gathers:
+        return state_nbytes(rule, tokens, head_dim, group, itemsize)
+    return len(rule.by_token) * tokens * max(itemsize, torch.float32.itemsize)  # what was said of them
 
 
 @lru_cache

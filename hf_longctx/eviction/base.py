@@ -24,6 +24,8 @@ from torch import Tensor
 from ..layout.rotation import Rotation
 from ..layout.scores import Scores
 
+JUDGED = "judged"  # in the state of any score: what an `Asked` one said of each token, ``[B, n, S]``
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -149,7 +151,7 @@ class Asked(Score):
     """
 
     moment = "call"
-    by_token = ("judged",)
+    by_token = (JUDGED,)
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -174,4 +176,4 @@ class Asked(Score):
         """
 
     def score(self, seen: Seen) -> Tensor:
-        return seen.state["judged"]
+        return seen.state[JUDGED]

@@ -67,13 +67,17 @@ class Half:
         common = Directions(self.common.unit[rows, :, low:], self.common.at[rows])
         return Half(common, self.norm[rows, :, low:], self.exact[rows], self.first + low)
 
+    def places(self, low: int, high: int) -> Tensor:
+        """Where in the slots ``low .. high`` those of ``exact`` are, int64 ``[B, n, R]``; elsewhere: after the last."""
+        at = self.common.at - self.first - low
+        return at.masked_fill((at < 0) | (at >= high - low), high - low)
+
     def span(self, low: int, high: int) -> Tensor:
         """``[B, n, high - low, D]``."""
         unit = self.common.unit[:, :, low:high]
         room = unit.new_empty(*unit.shape[:2], high - low + 1, unit.shape[3])  # one more for what is elsewhere
         torch.mul(unit, self.norm[:, :, low:high, None], out=room[:, :, : high - low])
-        at = self.common.at - self.first - low
-        at = at.masked_fill((at < 0) | (at >= high - low), high - low)
+        at = self.places(low, high)
         room.scatter_(2, at[..., None].expand_as(self.exact), self.exact)
         return room[:, :, : high - low]
 

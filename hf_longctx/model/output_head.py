@@ -54,11 +54,13 @@ def asks_surprisal(settings: LongCtxConfig) -> bool:
 
 @torch.no_grad()
 def surprisal_head(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`output_head` of a model that is not patched, in eval mode meanwhile.
+    """`output_head` of a model that is not patched, in eval mode meanwhile; without numbers (``meta``) it is believed.
 
     Raises:
         UnsupportedModelError: as `output_head`.
     """
+    if input_device(model).type == "meta":
+        return model.get_output_embeddings()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

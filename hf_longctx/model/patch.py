@@ -177,7 +177,8 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
     )
     refs = {"whole": weakref.ref(model), "base": weakref.ref(base), "head": head}
     base.longctx_state = PatchState(settings, configs, tuple(plans), compiles=compiles, **refs)
-    if settings.heads.source and settings.heads.confidence == "none" and "S" not in "".join(settings.roles()):
+    unmeasured = settings.heads.source and settings.heads.confidence == "none"
+    if unmeasured and "S" not in "".join(settings.roles()) and spec_word(settings.stores.retrieval) == "full":
         base.longctx_state.note(UNMEASURED)
     if all(plan.window is not None for plan in plans):
         base.longctx_state.note(WINDOWS_ALONE)

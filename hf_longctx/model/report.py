@@ -37,6 +37,9 @@ class Report:
         chosen, reused: decoded tokens (times rows and layers) for which a selection chose what retrieval heads read, or
             used its last choice again.
         read: share of the cached tokens that they read; None before the first.
+        evictions: how often tokens left by score, of the layer where that was most often.
+        evicted: share of the tokens of such heads that left, over all evictions; None before the first.
+        evicted_at: tokens that were seen when the last of them left, pads included.
         sparse, dense: rows times layers whose prefill pattern ran, and whose rows were too short for it.
         density: share of the causal key blocks that the sparse ones read; None before the first.
         own_density: what it would be if each query head read its own list: less than ``density`` with
@@ -57,6 +60,9 @@ class Report:
     chosen: int = 0
     reused: int = 0
     read: float | None = None
+    evictions: int = 0
+    evicted: float | None = None
+    evicted_at: int = 0
     tails: int = 0
     tail_tokens: int = 0
     seen: int | None = None
@@ -89,6 +95,10 @@ class Report:
                 f", {self.reused / (self.chosen + self.reused):.0%} of the choices used again" if self.reused else ""
             )
             lines.append(f"decode        retrieval heads read {self.read:.1%} of their tokens{again}")
+        if self.evicted is not None:
+            times = f", {self.evictions} times" if self.evictions > 1 else ""
+            when = f"the last time after {self.evicted_at} tokens"
+            lines.append(f"evicted       {self.evicted:.1%} of the tokens of these heads{times}, {when}")
         if self.nbytes is not None and self.nbytes_dense:
             share = self.nbytes / self.nbytes_dense
             gone = "" if self.alive else " (it is gone now)"
@@ -146,6 +156,9 @@ def report(model: nn.Module) -> Report:
         chosen=log.decode.chosen,
         reused=log.decode.reused,
         read=log.decode.share,
+        evictions=log.eviction.times,
+        evicted=None if log.eviction.share is None else 1 - log.eviction.share,
+        evicted_at=log.eviction.at,
         dense_tail=max(role.dense_tail for plan in state.plans for role in plan.filled),
         tails=log.prefill.tails,
         tail_tokens=log.prefill.tail_tokens,

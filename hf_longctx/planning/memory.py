@@ -30,11 +30,13 @@ from ..cache.stock_layers import stock_layers, tensors_of
 from ..config.config import LongCtxConfig
 from ..config.model import text_config
 from ..config.words import check_word, wrong
+from ..eviction.base import Score
 from ..model.family import find_family
 from ..model.modules import attention_modules, language_model
 from ..model.patch import patch_model
 from ..model.plans import make_plan
 from ..stores.base import SLACK, Reserve
+from ..stores.evicted import Evicted
 from .activations import Activations, Subject, activations, masks
 from .sizes import DTYPES, dtype_of
 
@@ -231,23 +233,21 @@ class MemoryModel:
         return bool(self._evicting)
 
     @property
-    def asked(self) -> bool:
-        """Whether tokens leave only when that is asked for (`LongCtxCache.compress`), not where the prompt ends."""
-        rules = (getattr(role.store, "rule", None) for plan in self.plans for role in plan.filled)
-        return any(getattr(rule, "moment", None) == "call" for rule in rules)
+    def rules(self) -> list[Score]:
+        """The scores by which tokens are evicted, one per layer and role."""
+        stores = [role.store for plan in self.plans for role in plan.filled]
+        return [store.rule for store in stores if isinstance(store, Evicted)]
 
     @property
     def ends(self) -> str:
         """When tokens have left, in words."""
-        return "Once cache.compress() was called" if self.asked else "Once it has ended"
+        asked = any(rule.moment == "call" for rule in self.rules)
+        return "Once cache.compress() was called" if asked else "Once it has ended"
 
     @property
     def exact(self) -> bool:
-        """Whether the bytes of the cache are known; else they are at most those.
-
-        Of evictions within a prompt not all heads may have as many tokens as their budget.
-        """
-        return not any(getattr(role.store, "every", None) for plan in self.plans for role in plan.filled)
+        """Whether the bytes of the cache are known; else they are at most those."""
+        return all(role.store.counted for plan in self.plans for role in plan.filled)
 
     @property
     def group(self) -> int:

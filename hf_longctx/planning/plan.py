@@ -179,7 +179,7 @@ def _quality(config: LongCtxConfig, rung: Rung) -> Iterator[str]:
     heads = config.heads
     source = heads.active.source
     form = "roles" if heads.active.scores is None else "scores"
-    counted = f"{config.retrieval_heads} of {config.kv_heads} KV heads keep every token"
+    counted = f"{config.retrieval_heads} of {config.kv_heads} KV heads {config.kept}"
     first_map = heads.use is None  # not an alternative, which the measurements are not of
     curve = heads.measured.get("curve") if first_map else None
     rows = [
@@ -196,6 +196,8 @@ def _quality(config: LongCtxConfig, rung: Rung) -> Iterator[str]:
         yield f"{counted}, by {origin}; what that costs was not measured (heads.measured): hf-longctx eval measures it"
     if heads.doubt is not None and config.retrieval_heads < config.kv_heads:
         yield heads.doubt
+    if "evicted" in config.kept:
+        yield "what the eviction costs was not measured: hf-longctx eval --sweep budget=... measures it"
     if "stores" in rung.overrides:
         yield f"what these stores cost was not measured on this model: {_flow(rung.overrides['stores'])}"
 

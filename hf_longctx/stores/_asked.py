@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config.words import spec_word
 from ..errors import CacheError
 from ..eviction._evidence import of_heads
-from ..eviction.base import Asked, Reading, Score, Seen
+from ..eviction.base import JUDGED, Asked, Reading, Score, Seen
 from ..layout.rows import Rows
 from ..layout.scores import Scores
 from ._evicted import EvictedStore
@@ -68,7 +68,7 @@ def judged_of(store: EvictedStore, rows: Rows) -> int | None:
     """How many of the text's tokens came since they were judged last; None where they never were. One sequence."""
     head = store.known_apart[0]
     (group, start) = next(rows.groups())
-    known = store.known.of(group, start, head, 1).state.get("judged")
+    known = store.known.of(group, start, head, 1).state.get(JUDGED)
     return None if known is None else store.held(rows).tokens(group, start, head)[0].shape[2] - known.shape[2]
 
 
@@ -81,9 +81,9 @@ def take(store: EvictedStore, rows: Rows, found: dict[int, Sequence[Tensor]]) ->
         known = store.known.of(group, start, head, 1)
         new = torch.cat([k.new_zeros(k.shape[:2] + (0,), dtype=torch.float32), *found.get(head, ())], 2)
         before = k.shape[2] - new.shape[2]
-        old = known.state.get("judged")
+        old = known.state.get(JUDGED)
         old = new.new_zeros(*k.shape[:2], before) if old is None else old[..., :before]
-        known.state = {**known.state, "judged": torch.cat([old, new], 2)}
+        known.state = {**known.state, JUDGED: torch.cat([old, new], 2)}
         known.processed = known.gathered = processed
 
 

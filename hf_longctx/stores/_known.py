@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..eviction._evidence import Evidence, of_heads
-from ..eviction.base import Score
+from ..eviction.base import JUDGED, Score
 from ..layout.rotation import Rotation
 from ..layout.scores import Scores
 from ._left import ALL
@@ -209,13 +209,16 @@ class Known:
         batch, heads = saved.rows.batch if row == ALL else 1, self.heads if head == ALL else 1
         if queries:
             saved.tensors.floating(f"{prefix}q", batch, heads * saved.group, queries, saved.head_dim)
+        tokens = cached(max(0, row), max(0, head), gathered)
         names = [one.value for one in parts["state"].items()]
+        if JUDGED in names:
+            names.remove(JUDGED)
+            length = saved.tensors.shapes.get(f"{prefix}state.{JUDGED}", ("", ()))[1][-1:]
+            saved.tensors.floating(f"{prefix}state.{JUDGED}", batch, heads, *(min(one, tokens) for one in length))
         if not names:
             return
         own = Evidence(self.rule, self.layer, self.rotation, processed=gathered)
-        k = torch.zeros((), dtype=saved.dtype)
-        tokens = cached(max(0, row), max(0, head), gathered)
-        k = k.expand(batch, heads, tokens, saved.head_dim)
+        k = torch.zeros((), dtype=saved.dtype).expand(batch, heads, tokens, saved.head_dim)
         q = torch.zeros(batch, heads * saved.group, 1, saved.head_dim, dtype=saved.dtype)
         expected = own.expected(q, k, of_heads(scores, range(heads), self.heads)) if tokens and gathered else {}
         if names != list(expected):

@@ -121,6 +121,11 @@ class StoreSpec(ABC):
         return self.nbytes(tokens, head_dim, itemsize, reserve)
 
     @property
+    def counted(self) -> bool:
+        """Whether lengths alone say how many bytes it takes; else they say how many at most."""
+        return True
+
+    @property
     def queries(self) -> int:
         """Last queries of a prompt that say what it keeps."""
         return 0

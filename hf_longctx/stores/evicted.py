@@ -10,7 +10,7 @@ from ..config.bounds import SHARE, TOKENS, TOKENS_OR_NONE
 from ..config.words import spec_word, word
 from ..errors import ConfigError
 from ..eviction._budgets import pyramid
-from ..eviction._evidence import state_nbytes
+from ..eviction._evidence import left_nbytes, state_nbytes
 from ..layout.heads import RoleHeads
 from ._evicted import EvictedStore
 from .base import Bytes, Reserve, StoreSpec, room
@@ -185,15 +185,19 @@ class Evicted(StoreSpec):
         return most
 
     @property
+    def counted(self) -> bool:
+        return self.every is None  # of an eviction within a prompt some heads may not have a whole budget of tokens
+
+    @property
     def queries(self) -> int:
         return self.rule.queries
 
     def known_nbytes(self, tokens: int, head_dim: int, itemsize: int, group: int) -> int:
         cached = self.cached_tokens(tokens)
         if self.every is None:
-            return state_nbytes(self.rule, cached, head_dim, group, itemsize)
+            return left_nbytes(self.rule, cached, head_dim, group, itemsize)
         newest = self.rule.queries * group * head_dim * itemsize
-        return newest + state_nbytes(self.rule, cached + 1, head_dim, group, itemsize)  # that of decoded tokens as well
+        return newest + left_nbytes(self.rule, cached + 1, head_dim, group, itemsize)  # that of decoded tokens as well
 
     def selectable(self, tokens: int) -> int:
         return self.cached_tokens(tokens)

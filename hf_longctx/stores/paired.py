@@ -63,6 +63,10 @@ class Paired(StoreSpec):
         """All of them: which layers are paired is not known here, so its bytes are said to be those of `full`."""
         return tokens
 
+    @property
+    def counted(self) -> bool:
+        return False
+
     def across(self, stores: Sequence[Store | None], rows: Rows) -> None:
         first = len(stores) // 2 if self.start is None else self.start
         for low in range(first, len(stores), 2):

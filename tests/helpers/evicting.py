@@ -7,16 +7,17 @@ from torch import Tensor
 
 from helpers.tiny import config_for, tiny_model
 from hf_longctx import LongCtxCache, patch_model
+from hf_longctx.cache.seam import CACHE
 from hf_longctx.layout.rows import Rows
 
 BY = ("uniform", "head", "layer", "model")
 
 
-def evicting(family: str = "llama", roles="retrieval", model=None, **store):
-    """A patched model in float64; ``store``: fields of ``store: evicted``."""
+def evicting(family: str = "llama", roles="retrieval", model=None, top=None, **store):
+    """A patched model in float64; ``store``: fields of ``store: evicted``; ``top``: other sections of the config."""
     model = model or tiny_model(family, torch.float64)
     fields = {"store": "evicted", "recent": 8, "sink": 4, **store}
-    return patch_model(model, config_for(model, roles, stores={"retrieval": fields}))
+    return patch_model(model, config_for(model, roles, stores={"retrieval": fields}, **(top or {})))
 
 
 def some(*shape: int, seed: int = 0) -> Tensor:
@@ -28,7 +29,7 @@ def read(model, ids: Tensor, cache: LongCtxCache | None = None, chunk: int | Non
     """The cache after reading ``ids [T]`` in pieces."""
     cache = LongCtxCache(model) if cache is None else cache
     for piece in ids.split(chunk or len(ids)):
-        model(piece[None], past_key_values=cache)
+        model(piece[None], **{CACHE: cache})
     return cache
 
 
@@ -61,4 +62,4 @@ def keys_of_heads(cache: LongCtxCache) -> list[list[Tensor]]:
 def logits_after(model, cache: LongCtxCache, ids: Tensor) -> Tensor:
     """Logits ``[T, V]`` of ``ids [T]`` read after a fork of the cache, a token at a time."""
     other = cache.fork()
-    return torch.cat([model(one[None, None], past_key_values=other).logits[0] for one in ids])
+    return torch.cat([model(one[None, None], **{CACHE: other}).logits[0] for one in ids])

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from hf_longctx import LongCtxCache, LongCtxConfig, LongCtxError, patch_model
 from hf_longctx.bench.memory_check import check, fill
 from hf_longctx.commands._app import app
+from hf_longctx.config.words import load
 from hf_longctx.planning.find import find, loaded
 from hf_longctx.planning.memory import DENSE, PATCHED, RESERVED, MemoryModel, MemorySettings, longest
 from hf_longctx.stores.evicted import Budget, Evicted
@@ -103,9 +104,33 @@ def test_thinned_keys(tokens, planned):
 
 
 def test_a_score_that_is_asked_is_counted_and_not_asked(planned):
+    made = planned(rule={"score": "surprisal"}, budget={"share": 0.3}, by="uniform")
+    assert check(made, PATCHED, TOKENS).left is None and made.ends == "Once it has ended"
     made = planned(rule={"score": "kvzip"}, budget={"share": 0.3})
-    assert made.asked and check(made, PATCHED, TOKENS).left is None
+    assert check(made, PATCHED, TOKENS).left is None
     assert made.kv_left(PATCHED, TOKENS) < 0.5 * made.kv(PATCHED, TOKENS) and "compress" in made.ends
+
+
+@pytest.mark.parametrize("by", ["uniform", "head"])
+@pytest.mark.parametrize("rule", [{"score": "surprisal"}, {"score": "kvzip", "words": False}], ids=str)
+def test_what_was_said_of_the_tokens_that_are_left_is_counted(rule, by):
+    if by == "head" and load("eviction", rule["score"]).alike:
+        by = "layer"
+    model = tiny_model(layers=2)
+    store = {"store": "evicted", "rule": rule, "budget": {"share": 0.3}, "by": by, "recent": 16}
+    patch_model(model, config_for(model, "retrieval"), stores={"retrieval": store})
+    made, cache = loaded(model, MemorySettings(10**9, "fp32", 1, 0)), LongCtxCache(model, rollback=False)
+    read(model, cache, torch.randint(3, 97, (1, TOKENS)))
+    if rule["score"] == "kvzip":
+        cache.compress()
+    read(model, cache, torch.randint(3, 97, (1, 1)))
+    assert cache.nbytes == made.kv_left(PATCHED, TOKENS)
+
+
+def test_layers_in_pairs_take_at_most_what_is_said(planned):
+    made = planned()
+    made = replace(made, config=made.config.override(stores={"retrieval": {"store": "paired", "start": 0}}))
+    assert not made.exact and check(made, PATCHED, TOKENS).left <= made.kv_left(PATCHED, TOKENS)
 
 
 def test_a_wrong_calculation_is_noticed(planned, monkeypatch):

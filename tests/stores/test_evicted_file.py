@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.forgeries import Forger, at, put
+from helpers.generation import word_tokenizer
 from helpers.store_cases import CASES, patched_case
 from helpers.tiny import left_padded
 
@@ -70,6 +71,22 @@ def test_a_loaded_cache_goes_on_bit_by_bit(case, lengths, tokens, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and held == again
     other = filled(model, lengths, tokens)[0]
     assert not torch.equal(goes_on(model, other, mask)[0][0], want[0]), "a control"
+
+
+@pytest.mark.parametrize("rule", [{"score": "kvzip"}, {"score": "snapkv", "window": 8}])
+def test_what_was_judged_when_it_was_asked_is_saved(rule, tmp_path):
+    model = patched_case(HEAD, torch.float64, rule=rule)
+    cache, _ = filled(model, [60], 0)
+    cache.compress("kvzip", tokenizer=word_tokenizer())
+    cache.save(tmp_path / "a")
+    loaded = LongCtxCache.load(tmp_path / "a", model)
+    new = torch.arange(3, 12)[None]
+    logits = []
+    for one in (cache, loaded):
+        step(model, one, new, None)
+        one.compress("kvzip", {"share": 0.3}, tokenizer=word_tokenizer())
+        logits.append(step(model, one, new[:, :1], None))
+    assert torch.equal(*logits)
 
 
 def test_a_file_without_what_was_known_of_queries_goes_on_otherwise(tmp_path):

@@ -13,7 +13,12 @@ from helpers.forgeries import Forger
 from helpers.tiny import config_for, left_padded, tiny_model
 
 from hf_longctx import CacheError, LongCtxCache, patch_model
+from hf_longctx.kernels import base, reference
+from hf_longctx.layout.forward import Forward
+from hf_longctx.layout.reads import ALL, CAUSAL
 from hf_longctx.layout.rows import Rows
+from hf_longctx.layout.scores import Scores
+from hf_longctx.layout.segments import Segment
 from hf_longctx.stores.paired import SINGLE, PairedStore, between
 
 KV_HEADS, DIM, LAYERS = 2, 8, 4
@@ -289,3 +294,29 @@ def test_a_selection_takes_what_is_restored():
     slots = torch.randint(0, 49, (1, KV_HEADS, 30))
     for got, whole in zip(later.take(slots), piece.contents(), strict=True):
         assert torch.equal(got, whole[1:, :, 11:].gather(2, slots[..., None].expand(-1, -1, -1, DIM)))
+
+
+@pytest.mark.parametrize("new", [1, 24, 25])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("pads", [False, True])
+@pytest.mark.parametrize("retain", [0.0, 0.2, 1.0])
+def test_few_queries_and_many_read_the_same(new, softcap, pads, retain, monkeypatch):
+    monkeypatch.setattr("hf_longctx.kernels._merged.TILE", 16)
+    monkeypatch.setattr("hf_longctx.kernels._merged.TEMPORARY", 2 * KV_HEADS * 60 * 7)
+    cache, _ = filled(start=0, retain=retain)
+    end(cache)
+    (piece,) = retrieval(cache)[1].pieces.values()
+    piece = piece.alone(slice(None), 11)
+    whole = Segment(*piece.contents(), 49)
+    if pads:
+        piece.hidden = whole.bias = torch.zeros(2, 1, 1, 49).double()
+        piece.hidden[1, ..., :30] = float("-inf")
+    q = torch.randn(2, 2 * KV_HEADS, new, DIM).double()
+    own = Segment(*torch.randn(2, 2, KV_HEADS, new + 3, DIM).double(), new + 3)
+    scores, reads, forward = Scores(0.3, softcap), CAUSAL if new > 1 else ALL, Forward(Rows(2, 52, new))
+    out, lse = base.attend("auto", q, [piece, own], reads, scores, forward, want_lse=True)
+    want, known = reference.attend(q, [whole, own], reads, scores)
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, known, rtol=0, atol=1e-12)
+    roll = reference.attend(q, [Segment(whole.k.roll(1, 2), whole.v, 49, whole.bias), own], reads, scores)[0]
+    assert (out - roll).abs().max() > 1e-3, "a control"
