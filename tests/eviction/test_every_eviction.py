@@ -270,11 +270,11 @@ def test_streaming_heads_beside_them_and_layers_with_windows_of_their_own(case, 
 def test_a_sparse_pattern_before_and_a_selection_after(case, by):
     """RocketKV's two stages: a coarse eviction, then pages of what is left."""
     torch.manual_seed(0)
-    pattern = {"min_tokens": 0, "retrieval": {"pattern": "streaming", "sink": 16, "recent": 32}}
+    pattern = {"min_tokens": 0, "retrieval": {"pattern": "vertical_slash", "vertical": 8, "slash": 8}}
     pages = {"retrieval": {"select": "page_bounds", "page": 8, "budget": 32, "sink": 4, "recent": 8, "min_tokens": 0}}
     pages["retrieval"]["dense_layers"] = 0
     model = patched(case, by, top={"prefill": pattern})
-    ids, mask = left_padded([300, 200])
+    ids, mask = left_padded([900, 700])
     sparse, _ = asked(model, ids, mask)
     assert report(model).sparse and not close(sparse, asked(patched(case, by), ids, mask)[0], 1e-3)
     if by == "head":
