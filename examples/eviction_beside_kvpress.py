@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from kvpress_checks import CHECKS, check
-from kvpress_rows import DENSE, HALVES, OURS, THEIRS, Row, measured, rows_from, tables
+from kvpress_rows import DENSE, HALVES, OURS, THEIRS, Row, measured, read_alike, rows_from, tables
 from kvpress_sides import Stock, costs, ours, theirs
 
 from hf_longctx.assets import embedded
@@ -51,7 +51,7 @@ def main() -> None:
                     found = check(options.check, model, kvpress, options.config, row, language, options.tokens[0])
                     sys.stdout.write(f"{row}: {found}\n")
                 return
-            measure(options, rows, model, kvpress, language)
+            measure(options, rows, (model, tokenizer), kvpress, language)
     for line in tables([line for _, line in json_lines(options.out, "--out")]):
         sys.stdout.write(line + "\n")
 
@@ -67,14 +67,14 @@ def kvpress_for(rows: list[Row]) -> Any:
     return kvpress
 
 
-def measure(options: argparse.Namespace, rows: list[Row], model: Any, kvpress: Any, language: Any) -> None:
+def measure(options: argparse.Namespace, rows: list[Row], loaded: tuple[Any, Any], kvpress: Any, language: Any) -> None:
     done = measured([line for _, line in json_lines(options.out, "--out")]) if options.out.exists() else set()
     for tokens in options.tokens:
         for name, sample in contexts(options, language, tokens):
             if options.costs:
-                found = costs_of(options, rows, model, kvpress, sample, tokens, done)
+                found = costs_of(options, rows, loaded, kvpress, sample, tokens, done)
             else:
-                found = answers_of(options, rows, model, kvpress, sample, tokens, name, done)
+                found = answers_of(options, rows, loaded, kvpress, sample, tokens, name, done)
             for line in found:
                 with options.out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -96,20 +96,23 @@ def contexts(options: argparse.Namespace, language: Any, tokens: int) -> Iterato
 def answers_of(
     options: argparse.Namespace,
     rows: list[Row],
-    model: Any,
+    loaded: tuple[Any, Any],
     kvpress: Any,
     sample: Sample,
     tokens: int,
     name: str,
     done: set[str],
 ) -> Iterator[dict]:
+    model, tokenizer = loaded
+
     def key(row: Row, where: str) -> str:
         return f"{tokens} | {name} | {row} | {where}"
 
     left = [row for row in rows if not done.issuperset(key(row, where) for where in HALVES)]
     stock = [row for row in left if row.side in (DENSE, THEIRS)]
     found = [theirs(Stock(model, kvpress), stock, sample, options.questions)] if stock else []
-    found += [ours(model, options.config, row, sample, options.questions) for row in left if row.side == OURS]
+    groups = read_alike([row for row in left if row.side == OURS])
+    found += [ours(model, tokenizer, options.config, group, sample, options.questions) for group in groups]
     for row, where, result in (one for some in found for one in some):
         if key(row, where) not in done:
             head = {"key": key(row, where), "kind": "answers", "row": row.label, "budget": row.budget}
@@ -117,14 +120,20 @@ def answers_of(
 
 
 def costs_of(
-    options: argparse.Namespace, rows: list[Row], model: Any, kvpress: Any, sample: Sample, tokens: int, done: set[str]
+    options: argparse.Namespace,
+    rows: list[Row],
+    loaded: tuple[Any, Any],
+    kvpress: Any,
+    sample: Sample,
+    tokens: int,
+    done: set[str],
 ) -> Iterator[dict]:
     ids = torch.cat([torch.as_tensor(one) for one in (sample.context, sample.questions[0].prompt)])
     for row in rows:
         key = f"{tokens} | costs | {row}"
         if key not in done:
             head = {"key": key, "kind": "costs", "row": row.label, "budget": row.budget, "tokens": tokens}
-            yield {**head, **costs(model, kvpress, options.config, row, ids, options.steps)}
+            yield {**head, **costs(*loaded, kvpress, options.config, row, ids, options.steps)}
 
 
 def arguments() -> argparse.Namespace:

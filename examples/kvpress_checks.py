@@ -20,7 +20,7 @@ from hf_longctx.tasks import tasks_from
 from hf_longctx.tasks.language import Language
 
 NEW = 16  # tokens of an answer
-FACTS = "facts:facts=8:questions=2"
+NEEDLES = "needle:variant=multi_key:needles=8:questions=2"
 LEFT = "not tried: it compresses one prompt, when its context is left, so generate() inside decodes densely"
 
 
@@ -109,7 +109,7 @@ CHECKS = {"padding": padding, "assisted": assisted, "turns": turns, "presses": p
 
 def check(name: str, model: Any, kvpress: Any, config: str, row: Row, language: Language, tokens: int) -> str:
     """What the check ``name`` found of a row, or the error it ended in."""
-    samples = [tasks_from(FACTS)[0].make(language, tokens, seed=seed) for seed in (0, 1)]
+    samples = [tasks_from(NEEDLES)[0].make(language, tokens, seed=seed) for seed in (0, 1)]
     prompts = tuple(torch.as_tensor([*one.context, *one.questions[0].prompt]) for one in samples)
     turn = torch.as_tensor([*language.between, *samples[0].questions[1].prompt])
     if row.side == THEIRS and row.name == "KVzip":

@@ -19,6 +19,7 @@ PLAIN = {  # rows of ours without a budget, as overrides of the config
 }
 THIN = "thin"
 OF_STORE = ("by", "floor", "sink", "recent", "after", "keep", "every")  # other fields are the score's
+NAMED = {"after": "after", "keep": "store"}  # fields that name a word, as keep=quantized
 PRESSES = (
     *("SnapKV", "AdaKV(SnapKV)", "ExpectedAttention", "AdaKV(ExpectedAttention)", "KVzip"),
     *("Knorm", "TOVA", "KeyDiff", "ThinK"),
@@ -33,7 +34,7 @@ SAME = {
     "ExpectedAttention": f"{EXPECTED}:by=uniform",
     "AdaKV(ExpectedAttention)": f"{EXPECTED}:by=head",
     "ExpectedAttention by model": f"{EXPECTED}:by=model",
-    "KVzip": "kvzip:by=model:sink=4:recent=0",
+    "KVzip": "kvzip:chunk=2048:by=model:sink=4:recent=0",
     "Knorm": "key_norm:by=uniform:sink=0:recent=0",
     "TOVA": "tova:by=uniform:sink=0:recent=1",
     "KeyDiff": "key_diff:by=uniform:sink=0:recent=0",
@@ -97,6 +98,19 @@ def _rows(text: str, budgets: Sequence[float]) -> list[Row]:
     return [Row(side, name)] if plain else [Row(side, name, share) for share in shares]
 
 
+def read_alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows in groups for which a prompt is read once: whatever its budget, eviction comes after that."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        evicted = row.name not in PLAIN and _word(row) != THIN
+        found.setdefault((row.label, None if evicted else row.budget), []).append(row)
+    return list(found.values())
+
+
+def _word(row: Row) -> str:
+    return SAME.get(row.name, row.name).partition(":")[0]
+
+
 def press_of(kvpress: Any, row: Row) -> Any:
     """The press of a row of theirs; ``AdaKV(NAME)`` is the press NAME with budgets by head."""
     inner = row.name.removeprefix("AdaKV(").removesuffix(")")
@@ -120,6 +134,7 @@ def overrides_of(row: Row, config: str) -> dict[str, Any]:
         store = {"store": THIN, "ratio": round(1 - row.budget, 6), **{k: v for k, v in fields.items() if k != "score"}}
     else:
         own = {key: fields.pop(key) for key in OF_STORE if key in fields}
+        own |= {key: {word: own[key]} for key, word in NAMED.items() if key in own}
         store = {"store": "evicted", "rule": fields, "budget": {"share": row.budget}, **own}
     found = {"stores": {"retrieval": store}}
     return found | all_retrieval(config) if heads == "all" else found

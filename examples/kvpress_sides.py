@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from kvpress_rows import DENSE, THEIRS, Row, overrides_of, press_of
+from kvpress_rows import DENSE, HALVES, OURS, THEIRS, Row, overrides_of, press_of
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -21,6 +21,7 @@ from hf_longctx.cache.bytes import storage_bytes
 from hf_longctx.cache.cache import cache_bytes
 from hf_longctx.cache.seam import CACHE, cache_of
 from hf_longctx.errors import LongCtxError
+from hf_longctx.eviction.base import Asked
 from hf_longctx.model.modules import language_model
 from hf_longctx.tasks.base import Sample
 from hf_longctx.tasks.forced import scored
@@ -69,8 +70,7 @@ class Stock:
 
         Masks of a press are on the model, until the next one.
         """
-        for layer in self.base.layers:
-            layer.self_attn.masked_key_indices = None
+        unmask(self.base)
         cache = copy.deepcopy(read.cache)
         if row.side == DENSE:
             return cache, cache_bytes(cache)
@@ -116,6 +116,12 @@ class Stock:
     @staticmethod
     def _length(read: Read | None) -> int:
         return 0 if read is None else read.told[0]["hidden_states"].shape[1]
+
+
+def unmask(base: Any) -> None:
+    """Forget which keys a press has masked, as the next prompt would."""
+    for layer in base.layers:
+        layer.self_attn.masked_key_indices = None
 
 
 def _joined(first: Told, second: Told) -> Told:
@@ -164,43 +170,65 @@ def theirs(stock: Stock, rows: Sequence[Row], sample: Sample, questions: int) ->
         yield row, "after", or_refused(after)
 
 
-def ours(model: Any, config: str, row: Row, sample: Sample, questions: int) -> Iterator[tuple[Row, str, dict]]:
-    """As ``theirs``, for one row of this package: the context is read once, each question goes on from a copy."""
+def ours(
+    model: Any, tokenizer: Any, config: str, rows: Sequence[Row], sample: Sample, questions: int
+) -> Iterator[tuple[Row, str, dict]]:
+    """As ``theirs``, for rows of this package that read alike: the context is read once for all of them.
+
+    Each question and budget goes on from a copy.
+    """
     context = torch.as_tensor(sample.context)
     asked = [tuple(map(torch.as_tensor, (one.prompt, one.target))) for one in sample.questions[:questions]]
 
     def forward(cache: Any, ids: Tensor, keep: int) -> Tensor:
         return model(ids[None], **{CACHE: cache}, use_cache=True, logits_to_keep=keep).logits[0]
 
-    def inside(read: LongCtxCache) -> dict:
+    def inside(row: Row, whole: Sequence[tuple[LongCtxCache, Tensor]]) -> dict:
         answers, held, dense = [], [], []
-        for prompt, target in asked:
-            cache = copy.deepcopy(read)
-            first = forward(cache, prompt, 1)
-            cache.evict()
+        for (read, first), (_, target) in zip(whole, asked, strict=True):
+            cache = compressed(read, row.budget, tokenizer)
             held.append(cache.nbytes)
             dense.append(cache.nbytes_dense)
             rest = forward(cache, target[:-1], len(target) - 1)
             answers.append(scored(torch.cat([first, rest]), target))
         return answered(answers, sum(held), sum(dense))
 
-    def after(read: LongCtxCache) -> dict:
-        left, answers = copy.deepcopy(read), []
-        left.evict()
+    def after(row: Row, read: LongCtxCache) -> dict:
+        left, answers = compressed(read, row.budget, tokenizer), []
         for prompt, target in asked:
             ids, cache = torch.cat([prompt, target[:-1]]), copy.deepcopy(left)
             answers.append(scored(forward(cache, ids, len(target)), target))
         return answered(answers, left.nbytes, left.nbytes_dense)
 
     try:
-        with patched(model, config, **overrides_of(row, config)):
-            cache = LongCtxCache(model, rollback=False)
-            forward(cache, context, 1)
-            yield row, "inside", or_refused(lambda: inside(cache))
-            yield row, "after", or_refused(lambda: after(cache))
+        with patched(model, config, **overrides_of(rows[0], config)):
+            read, whole = LongCtxCache(model, rollback=False), []
+            forward(read, context, 1)
+            for prompt, _ in asked:
+                cache = copy.deepcopy(read)
+                first = forward(cache, prompt, 1)
+                whole.append((judged(cache, tokenizer), first))
+            read = judged(read, tokenizer)
+            for row in rows:
+                yield row, "inside", or_refused(lambda row=row: inside(row, whole))
+                yield row, "after", or_refused(lambda row=row: after(row, read))
     except REFUSALS as error:
-        yield row, "inside", refusal(error)
-        yield row, "after", refusal(error)
+        yield from ((row, where, refusal(error)) for row in rows for where in HALVES)
+
+
+def judged(cache: LongCtxCache, tokenizer: Any) -> LongCtxCache:
+    """The cache, once the model read what its score asks for; the scores stay with it, for any budget."""
+    if isinstance(cache.rule, Asked):
+        cache.compress(budget={"share": 1.0}, tokenizer=tokenizer)
+    return cache
+
+
+def compressed(read: LongCtxCache, share: float | None, tokenizer: Any) -> LongCtxCache:
+    """A copy of which only the budget is left, where tokens are evicted by score."""
+    cache = copy.deepcopy(read)
+    if cache.rule is not None:
+        cache.compress(budget={"share": share}, tokenizer=tokenizer if isinstance(cache.rule, Asked) else None)
+    return cache
 
 
 def answered(answers: Sequence[Any], held: int, dense: int) -> dict:
@@ -224,7 +252,7 @@ def refusal(error: Exception) -> dict:
     return {"refused": f"{type(error).__name__}: {error}"[:400]}
 
 
-def costs(model: Any, kvpress: Any, config: str, row: Row, ids: Tensor, steps: int) -> dict:
+def costs(model: Any, tokenizer: Any, kvpress: Any, config: str, row: Row, ids: Tensor, steps: int) -> dict:
     """Seconds until the second token of an answer to ``ids [T]`` is known, milliseconds of those after it, and bytes.
 
     Bytes are those of the cache once the second token is known, and those of all live tensors beyond the ones there
@@ -232,12 +260,15 @@ def costs(model: Any, kvpress: Any, config: str, row: Row, ids: Tensor, steps: i
     """
 
     def run() -> dict:
+        unmask(language_model(model))  # of the row before
         gc.collect()
         before, past = live_bytes(), len(ids)
         start = time.perf_counter()
         cache = DynamicCache() if row.side in (DENSE, THEIRS) else LongCtxCache(model, rollback=False)
         with press_of(kvpress, row)(model) if row.side == THEIRS else nullcontext():
             out = language_model(model)(input_ids=ids[None], **{CACHE: cache}, use_cache=True)
+        if row.side == OURS and isinstance(cache.rule, Asked):
+            cache.compress(tokenizer=tokenizer)
         token = model.get_output_embeddings()(out.last_hidden_state[0, -1:]).argmax(-1)
         cache, took = cache_of(out), []
         del out

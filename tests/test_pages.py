@@ -8,7 +8,7 @@ import re
 import pytest
 from helpers.pages import DOCS, PAGES, RESULTS, ROOT, prose, snippets
 
-from hf_longctx.config.words import words
+from hf_longctx.config.words import load, words
 
 PACKAGE = ROOT / "hf_longctx"
 BEGIN_LINES = 3  # of the block that a page begins with
@@ -115,6 +115,17 @@ def test_every_selection_has_a_row():
         papers = re.findall(r"arXiv:\d{4}\.\d{5}", (PACKAGE / "decode" / f"{word}.py").read_text("utf-8"))
         assert all(paper in rows[word] for paper in papers), f"{word}: its file names {papers}"
         assert papers or word == "dense"
+
+
+def test_every_score_of_an_eviction_has_a_row():
+    text = (ROOT / "docs" / "eviction.md").read_text("utf-8").partition("## The scores")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)`[^|]*\|(.*)$", text, re.M))
+    assert rows.keys() == set(words("eviction"))
+    assert all(load("eviction", word).paper in rows[word] for word in rows)
+    sentence = re.search(r"([^.]*) do not look for one", " ".join(text.split()))[1]
+    assert {word for word in rows if load("eviction", word).agnostic} == set(re.findall(r"`(\w+)`", sentence))
+    page = (ROOT / "docs" / "eviction.md").read_text("utf-8")
+    assert all(f"{{after: {word}}}" in page for word in words("eviction.after"))
 
 
 def test_the_readme_is_short():

@@ -26,14 +26,14 @@ class Form:
         head_dim: elements of a key.
         itemsize: bytes of an element.
         reserve: the room of its buffers.
-        indexed: KV heads that a selection serves, by what says which tokens they read.
+        indexed: KV heads that a selection serves, by what says how they keep their tokens, and which of them they read.
     """
 
     heads: tuple[tuple[StoreSpec, int], ...]
     head_dim: int
     itemsize: int
     reserve: Reserve
-    indexed: tuple[tuple[SelectSpec, int], ...] = ()
+    indexed: tuple[tuple[StoreSpec, SelectSpec, int], ...] = ()
 
     @classmethod
     def of(cls, cache: LongCtxCache) -> Form:
@@ -42,8 +42,10 @@ class Form:
         pairs = [pair for layer in cache.own for pair in zip(layer.stores, layer.selections, strict=True)]
         layer = cache.own[0]
         heads = _counted((store.spec, len(store.heads.kv_heads)) for store in stores)
-        indexed = _counted((one.spec, len(store.heads.kv_heads)) for store, one in pairs if one is not None)
+        served = ((store, one) for store, one in pairs if one is not None)
+        indexed = _counted(((store.spec, one.spec), len(store.heads.kv_heads)) for store, one in served)
         reserve = Reserve(cache.max_tokens, max(store.slack for store in stores))
+        indexed = tuple((*both, n) for both, n in indexed)
         return cls(heads, layer.head_dim, layer.dtype.itemsize, reserve, indexed)
 
     def nbytes(self, tokens: int) -> int:
@@ -51,9 +53,12 @@ class Form:
 
         Indexes are counted, which are made when the first token is decoded.
         """
-        form = (tokens, self.head_dim, self.itemsize)
-        kept = sum(n * sum(spec.nbytes(*form, self.reserve)) for spec, n in self.heads)
-        return kept + sum(n * select.index_bytes(*form, self.reserve.max_tokens) for select, n in self.indexed)
+        form = (self.head_dim, self.itemsize)
+        kept = sum(n * sum(spec.nbytes(tokens, *form, self.reserve)) for spec, n in self.heads)
+        room = self.reserve.max_tokens
+        return kept + sum(
+            n * select.index_bytes(store.selectable(tokens), *form, room) for store, select, n in self.indexed
+        )
 
     def saves(self, tokens: int) -> bool:
         """Whether that is less than a dense cache takes."""

@@ -32,6 +32,7 @@ from .plan import FEWEST, LayerPlan
 from .roll_back import RollBack
 from .sequences import SequenceOperations
 from .stock_layers import StockLayers, copied, stock_layers, tensors_of
+from .surprisals import Surprisals
 from .token_ids import TokenIds
 
 
@@ -78,6 +79,7 @@ class LongCtxCache(SequenceOperations, RollBack, Compression, StockLayers, Dense
         self.model = weakref.ref(patched)
         self.max_tokens = max_tokens
         self.token_ids = TokenIds(max_tokens)
+        self.surprisals = Surprisals(max_tokens) if self.rule is not None and self.rule.surprises else None
         self.staggered = False
         self.ahead: tuple[int, ...] | None = None  # positions by sequence, of a multimodal model
         self.starts: tuple[int, ...] | None = None
@@ -97,7 +99,8 @@ class LongCtxCache(SequenceOperations, RollBack, Compression, StockLayers, Dense
                 for selection in layer.chosen:
                     selection.map_rows(torch.clone, layer.batch)
             self._change_stock(torch.clone)
-            self.token_ids.map_rows(torch.clone)
+            for numbers in self.by_slot:
+                numbers.map_rows(torch.clone)
 
     def __repr__(self) -> str:
         rows = max(self.batch_size, 0)
@@ -126,7 +129,8 @@ class LongCtxCache(SequenceOperations, RollBack, Compression, StockLayers, Dense
     def nbytes(self) -> int:
         """Bytes of memory that keys and values really take, spare room included; host memory counts, files do not.
 
-        The states of layers without keys count as well. Token ids (4 bytes each) are extra.
+        The states of layers without keys count as well. Token ids, and what a score keeps of each token's likelihood,
+        are extra: 4 bytes each.
         """
         return storage_bytes(self.tensors())
 
@@ -156,6 +160,11 @@ class LongCtxCache(SequenceOperations, RollBack, Compression, StockLayers, Dense
         None where some are not known: they came as ``inputs_embeds``, or their keys were written by ``update``.
         """
         return self.token_ids.known(self.seen)
+
+    @property
+    def by_slot(self) -> tuple[TokenIds, ...]:
+        """What is kept of each token beside its keys and values."""
+        return (self.token_ids,) if self.surprisals is None else (self.token_ids, self.surprisals)
 
     def begin(self, forward: Forward, ids: Tensor | None = None) -> None:
         """Check that this cache can take ``forward``, before any layer writes.
@@ -305,7 +314,8 @@ class LongCtxCache(SequenceOperations, RollBack, Compression, StockLayers, Dense
         for layer in self.own:
             layer.reset()
         self._reset_stock()
-        self.token_ids.reset()
+        for numbers in self.by_slot:
+            numbers.reset()
         self.forward = None
         self.starts = None
         self.ends = None
@@ -330,6 +340,7 @@ class LongCtxCache(SequenceOperations, RollBack, Compression, StockLayers, Dense
         own = [layer for layer in layers if isinstance(layer, LongCtxLayer)]
         other.__dict__ |= vars(self) | {"layers": layers, "own": own, "_read": dict(self._read), "forward": None}
         other.token_ids = self.token_ids.fork()
+        other.surprisals = None if self.surprisals is None else self.surprisals.fork()
         other.model = self.model
         other.handle = new_handle(other)
         return other

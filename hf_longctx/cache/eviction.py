@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config.bounds import MOST
 from ..config.words import spec_word
+from ..errors import CacheError
 from ..eviction._budgets import by_head, by_model, pyramid, uniform
 from ..layout.forward import ForwardLog
 from ..layout.rows import Rows
@@ -112,13 +113,52 @@ class Eviction:
             return
         rows = Rows(self.batch_size, 0, self.seen, self.starts)
         spec = pairs[0][1].spec
+        losses = self.losses() if spec.rule.surprises else None
         with torch.no_grad(), torch.autocast(self.own[0].device.type, enabled=False):
-            for layer, store, keep in _kept(pairs, rows, spec):
+            for layer, store, keep in _kept(pairs, rows, spec, losses):
                 for one in layers:
                     one.whole = False  # also where this is interrupted between two layers
                 self._leave(layer, store, rows, keep)
         for layer in layers:
             layer.whole = True
+
+    def losses(self) -> Tensor:
+        """Surprisal of every slot, float32 ``[B, seen]``; -1 where nothing came before.
+
+        Raises:
+            CacheError: the config's score asks for none, or some are not known.
+        """
+        if self.surprisals is None:
+            raise CacheError(
+                "score 'surprisal' asks how likely each token was, which is kept where the config names that score. "
+                "Set stores.retrieval.rule to {score: surprisal}, and read the text anew."
+            )
+        self.settle_surprisals()
+        if (found := self.surprisals.known(self.seen)) is None:
+            raise CacheError(
+                "score 'surprisal' asks how likely each token was, and that is not known of all of this cache: tokens "
+                "came as inputs_embeds, or their keys were written by hand. Let the model read token ids."
+            )
+        return found
+
+    @torch.no_grad()
+    def settle_surprisals(self) -> None:
+        """Run the model's output head over the tokens that wait for it, of a cache whose score asks for surprisal.
+
+        Raises:
+            CacheError: the model is gone.
+        """
+        seen = self.surprisals.end
+        if (ids := self.token_ids.known(seen)) is None:
+            self.surprisals.crop(0)  # they never will be
+        elif self.surprisals.length < seen:
+            state = getattr(self.model() if self.model else None, "longctx_state", None)
+            if state is None:
+                raise CacheError(
+                    "score 'surprisal': the model that filled this cache is gone. Let it read at least one token with "
+                    "this cache first."
+                )
+            self.surprisals.settle(ids, self.starts, state.losses_of)
 
     def _leave(self, layer: LongCtxLayer, store: EvictedStore, rows: Rows, keep: Scored) -> None:
         cached = sum(len(one) for heads in keep for one in heads)
@@ -144,16 +184,16 @@ def tell_prompt(cache: Any, ended: bool) -> None:
 
 
 def _kept(
-    pairs: Sequence[tuple[LongCtxLayer, EvictedStore]], rows: Rows, spec: Evicted
+    pairs: Sequence[tuple[LongCtxLayer, EvictedStore]], rows: Rows, spec: Evicted, losses: Tensor | None
 ) -> Iterator[tuple[LongCtxLayer, EvictedStore, Scored]]:
     """Each store with the masks of what it keeps: as soon as it is known."""
     if spec.by == "model":
-        scored = [store.scored(rows) for _, store in pairs]
+        scored = [store.scored(rows, losses) for _, store in pairs]
         for pair, keep in zip(pairs, _by_model(scored, rows, spec), strict=True):
             yield *pair, keep
         return
     for at, (layer, store) in enumerate(pairs):
-        yield layer, store, _of_layer(store.scored(rows), rows, spec, at, len(pairs))
+        yield layer, store, _of_layer(store.scored(rows, losses), rows, spec, at, len(pairs))
 
 
 def _of_layer(scored: Scored, rows: Rows, spec: Evicted, at: int, layers: int) -> Scored:
@@ -162,7 +202,7 @@ def _of_layer(scored: Scored, rows: Rows, spec: Evicted, at: int, layers: int) -
         processed = rows.real(row)[1]
         budget = spec.cached_tokens(processed)
         if spec.by == "layer":
-            budget = pyramid(budget, spec.sink + spec.recent, len(heads[0]), layers)[at]
+            budget = pyramid(budget, spec.sink + spec.recent, processed, layers)[at]
         keep.append(by_head(heads, budget, spec.least) if spec.by == "head" else uniform(heads, budget))
     return keep
 

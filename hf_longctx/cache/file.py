@@ -28,6 +28,7 @@ from .finite import is_finite
 from .layer import SAVED as LAYER_SAVED
 from .seam import CACHE
 from .stock_layers import restored_stock, saved_stock, stock_shapes
+from .surprisals import NAMES as SURPRISALS
 from .weights import device_of
 
 FORMAT = "hf_longctx cache"
@@ -59,6 +60,9 @@ def save(cache: Any, path: str | os.PathLike, ids: Tensor | None, model: nn.Modu
         "kept": [],
     }
     tensors = {IDS: _ids_of(cache, ids, _known_ids(base)).to(torch.int32)}
+    if cache.surprisals is not None:
+        cache.losses()  # all are known
+        tensors |= cache.surprisals.saved(cache.seen)
     for number, layer in enumerate(cache.own):
         kept, plain = layer.saved(cache.starts)
         tensors |= {f"layers.{number}.{name}": tensor for name, tensor in kept.items()}
@@ -154,6 +158,9 @@ def _check(
     known = _known_ids(base)
     if not _within(file[IDS], known):
         Told(tensors.path, f"tensor {IDS}", None).refuse(f"ids are not all from 0 to {known - 1}, those of this model")
+    if cache.surprisals is not None:
+        tensors.check(SURPRISALS[0], torch.float32, batch, seen)
+        tensors.floating(SURPRISALS[1], batch, 1, base.config.hidden_size)
     saved = _check_rows(told["cache"], batch, seen, cache)
     rows = Rows(batch, 0, seen, saved["starts"], saved["ends"])
     facts = model_facts(base.config)
@@ -201,7 +208,10 @@ def _fill(cache: Any, told: list[dict], saved: Mapping[str, Any], file: TensorFi
     for number, (layer, plain) in enumerate(zip(cache.own, told, strict=True)):
         layer.restore(lambda name, at=number: file[f"layers.{at}.{name}"], plain, devices[layer.plan.layer_idx])
     vars(cache).update(saved)
-    cache.token_ids.append(0, file[IDS].to(device_of(base.get_input_embeddings(), base)))
+    device = device_of(base.get_input_embeddings(), base)
+    cache.token_ids.append(0, file[IDS].to(device))
+    if cache.surprisals is not None:
+        cache.surprisals.restore(*(file[name].to(device) for name in SURPRISALS))
 
 
 def _filled_by(cache: Any, model: nn.Module | None) -> nn.Module:

@@ -42,7 +42,8 @@ class RollBack:
             self.ends = tuple(min(end, target) for end in self.ends)
         if self.prompt_end is not None and target < self.prompt_end:
             self.prompt_end = None
-        self.token_ids.crop(target)
+        for numbers in self.by_slot:
+            numbers.crop(target)
         self.forward = None
 
     def _stuck(self, target: int) -> LongCtxLayer | None:

@@ -97,5 +97,6 @@ class SequenceOperations:
         for layer in filled:
             layer.map_rows(change, picked.numel())
         self._change_stock(change)
-        self.token_ids.map_rows(change)
+        for numbers in self.by_slot:
+            numbers.map_rows(change)
         self.forward = None

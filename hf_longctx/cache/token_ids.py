@@ -18,9 +18,11 @@ class TokenIds:
     after them are not kept, so ``length`` stays behind what the cache has seen.
     """
 
+    dtype = torch.int32
+
     def __init__(self, max_tokens: int | None = None):
         self.max_tokens = max_tokens
-        self.buffer: Tensor | None = None  # int32 [B, capacity]
+        self.buffer: Tensor | None = None  # [B, capacity]
         self.length = 0
 
     @property
@@ -42,7 +44,7 @@ class TokenIds:
     def _grow(self, ids: Tensor, needed: int) -> None:
         room = max(needed, self.max_tokens or needed + max(SPARE, needed // 8))
         with torch.inference_mode(False):  # so that it can be written outside of inference mode
-            grown = torch.empty(ids.shape[0], room, dtype=torch.int32, device=ids.device)
+            grown = torch.empty(ids.shape[0], room, dtype=self.dtype, device=ids.device)
         if self.length:
             grown[:, : self.length] = self.buffer[:, : self.length]
         self.buffer = grown

@@ -83,7 +83,9 @@ def measure(memory_model: MemoryModel, check: bool, check_tokens: int | None) ->
             result["need"] = memory_model.need(way, tokens).as_dict()
         checked = check_tokens if check_tokens is not None else tokens
         if check and checked:
-            result["checked"] = {"tokens": checked, "bytes": memory_check.check(memory_model, way, checked)}
+            counted = memory_check.check(memory_model, way, checked)
+            left = {"bytes_left": counted.left} if memory_model.evicts and counted.left is not None else {}
+            result["checked"] = {"tokens": checked, "bytes": counted.most, **left}
         results.append(result)
     return results
 
@@ -97,17 +99,18 @@ def show(console: Console, memory_model: MemoryModel, results: list[dict[str, An
     rows = [_line(result, results[0]["longest"])[: len(names)] for result in results]
     for table in tables(title, names, rows, console.width):
         console.print(table)
-    roles = "".join(plan.letters for plan in memory_model.plans)
     sequences = count(s.batch, "sequence")
     read = f"read in chunks of {s.chunk} tokens (prefill_chunk_size={s.chunk})" if s.chunk else "read in one forward"
+    roles = "".join(plan.letters for plan in memory_model.plans)
     lines = [
         f"{s.dtype}, {sequences} of prompt and answer together, the prompt {read}; patched, {roles.count('R')} of "
-        f"{len(roles)} KV heads keep every token. GB are 10^9 bytes.",
+        f"{len(roles)} KV heads {memory_model.config.kept}. GB are 10^9 bytes.",
         "patched: as generate() makes the cache, with the spare room of growing buffers. patched, max_tokens: "
         "LongCtxCache(model, max_tokens=...), which never grows. working: what a prefill needs beside weights and KV; "
         "a calculation (docs/benchmarks.md has the rule), attention kernels for GPUs may need more.",
         *memory_model.notes,
     ]
+    lines += _evicted(memory_model, results)
     from ..planning.decoded import decoded
     from ..planning.memory import PATCHED, UNKNOWN_LENGTH, WAYS
 
@@ -122,6 +125,18 @@ def show(console: Console, memory_model: MemoryModel, results: list[dict[str, An
         lines.append(f"The weights alone take {memory_model.weights / 1e9:.2f} GB.")
     for line in lines:
         console.print(line, markup=False, highlight=False)
+
+
+def _evicted(memory_model: MemoryModel, results: list[dict[str, Any]]) -> list[str]:
+    """What is left of the cache where tokens are evicted when the prompt has ended."""
+    if not memory_model.evicts:
+        return []
+    left = [f"{one['way']} {one['need']['kv_left'] / 1e9:.2f} GB" for one in results[1:] if one["need"]]
+    counted = [(one["way"], (one["checked"] or {}).get("bytes_left")) for one in results[1:]]
+    checked = [f"{way} {count / 1e9:.3f} GB" for way, count in counted if count is not None]
+    at_most = "" if memory_model.exact else " at most"
+    lines = [f"KV is what the cache takes{at_most} while the prompt is read. {memory_model.ends}: {', '.join(left)}."]
+    return lines + [f"Allocated then: {', '.join(checked)}, as calculated."] * bool(checked)
 
 
 def _line(result: dict[str, Any], dense: int | None) -> list[str]:

@@ -22,7 +22,7 @@ THERE = ", ".join(words("tasks.synthetic"))
 TASKS = f"Commas between tasks, colons before fields (needle:variant=multi_key, jsonl:file=mine.jsonl): {THERE}."
 SHORT = ("tokens", "variant", "accuracy", "to dense", "95% interval", "KV of dense", "prefill s", "decode ms")
 SHORT += ("NLL", "NLL to dense", "NLL interval", "all tokens right")
-SWEEP = "A field of the config and its values, one more variant each: retrieval_fraction=0.1,0.25."
+SWEEP = "A field of the config and its values, one more variant each: retrieval_fraction=0.1,0.25; budget=0.5,0.2."
 Depths = Annotated[str, typer.Option(help="Where the facts are, 0 to 1. Empty: anywhere.")]
 Sweep = Annotated[str | None, typer.Option(help=SWEEP)]
 Text = Annotated[Path | None, typer.Option(help="File or folder to take the prompts' filler from.")]

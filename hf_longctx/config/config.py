@@ -79,7 +79,7 @@ class LongCtxConfig:
         name = model.ids[0] if model.ids else f"a {model.model_type}"
         origin = self.heads.active.source.get("method", "given")
         return (
-            f"LongCtxConfig({name}, {self.retrieval_heads} of {self.kv_heads} KV heads keep every token "
+            f"LongCtxConfig({name}, {self.retrieval_heads} of {self.kv_heads} KV heads {self.kept} "
             f"(method: {origin}, confidence: {self.heads.confidence}))"
         )
 
@@ -199,6 +199,12 @@ class LongCtxConfig:
         """Number of retrieval heads of all layers."""
         return sum(row.count("R") for row in self.roles())
 
+    @property
+    def kept(self) -> str:
+        """What retrieval heads do, in words."""
+        evicts = self.stores.retrieval.by_data and self.stores.retrieval.cached_tokens(MOST) < MOST
+        return "are retrieval heads, of which tokens are evicted" if evicts else "keep every token"
+
     @cached_property
     def _roles(self) -> tuple[str, ...]:
         form = (self.heads.kv_budget_tokens, self.model.head_dim, ITEMSIZE)
@@ -209,7 +215,7 @@ class LongCtxConfig:
         )
 
     def kv_bytes(self, tokens: int, number_bytes: int = ITEMSIZE) -> tuple[int, int]:
-        """(bytes of a dense KV cache, bytes of what the heads cache) of one sequence after ``tokens`` tokens.
+        """(bytes of a dense KV cache, bytes of what the heads cache) of a sequence after a prompt of so many tokens.
 
         The spare room of growing stores is not in it, nor are layers whose heads have no role. Where
         ``model.full_attention_layers`` does not say which those are, a model's own sliding windows count as if whole.
@@ -222,7 +228,8 @@ class LongCtxConfig:
         form = (tokens, self.model.head_dim, number_bytes)
         kept = sum(heads.count(letter) * store.nbytes(*form).device for letter, store in stores.items())
         select = self.decode.retrieval
-        kept += "".join(self.roles()[select.dense_layers :]).count("R") * select.index_bytes(*form)
+        indexed = select.index_bytes(self.stores.retrieval.selectable(tokens), *form[1:])
+        kept += "".join(self.roles()[select.dense_layers :]).count("R") * indexed
         return 2 * len(heads) * tokens * self.model.head_dim * number_bytes, kept
 
     @classmethod

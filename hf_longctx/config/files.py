@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
 SUFFIX = ".yaml"
-WORD_KEYS = ("store", "pattern", "select", "table")
+WORD_KEYS = ("store", "pattern", "select", "table", "score", "after")
+BUDGET_KEYS = ("tokens", "share")
 MAP_KEYS = ("scores", "roles")
 SHARE_KEYS = ("retrieval_fraction", "kv_budget")
 
@@ -99,9 +100,10 @@ def shipped_model(name: str) -> dict[str, Any]:
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """``over`` laid over ``base``: mappings merge, everything else replaces.
 
-    What an override makes meaningless goes: the fields of another store, pattern, select word or table; of {scores,
-    roles} and {retrieval_fraction, kv_budget} the rival. New scores or roles also drop what was said about the old ones
-    (source, measured, confidence, use), new roles the shares and dense_layers, which only choose among scores.
+    What an override makes meaningless goes: the fields of another store, pattern, select word, table, score or after
+    word; of {scores, roles}, {retrieval_fraction, kv_budget} and an eviction's {tokens, share} the rival. New scores or
+    roles also drop what was said about the old ones (source, measured, confidence, use), new roles the shares and
+    dense_layers, which only choose among scores.
     """
     merged = _merge(base, over, ())
     _drop_shares_over_roles(merged, over)
@@ -121,8 +123,10 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any], path: tuple[str, ..
 
 def _replaced(base: Mapping[str, Any], over: Mapping[str, Any], path: tuple[str, ...]) -> set[str]:
     """Keys of ``base`` that ``over`` makes meaningless."""
-    if len(path) == 2 and path[0] in ("stores", "prefill", "decode") and path[1] in ("retrieval", "streaming"):
-        new_word = any(key in over and over[key] != base.get(key) for key in WORD_KEYS)
+    if len(path) > 1 and path[0] in ("stores", "prefill", "decode") and path[1] in ("retrieval", "streaming"):
+        if path[2:] == ("budget",):
+            return {*BUDGET_KEYS} if any(over.get(key) is not None for key in BUDGET_KEYS) else set()
+        new_word = any(isinstance(over.get(key), str) and over[key] != base.get(key) for key in WORD_KEYS)
         return set(base) if new_word else set()
     if path != ("heads",) and not (path[:2] == ("heads", "alternatives") and len(path) == 3):
         return set()

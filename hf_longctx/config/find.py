@@ -38,7 +38,8 @@ def resolve(
     """The config to patch a model with, checked against the model.
 
     Args:
-        config: ``"auto"`` (nothing is fetched), what ``load_named`` takes, the path of a YAML, plain data, or a config.
+        config: ``"auto"`` (nothing is fetched; where no one config fits, overrides with a ``retrieval_fraction`` of 1.0
+            need none), what ``load_named`` takes, the path of a YAML, plain data, or a config.
         hf_config: the model's Transformers config.
         name_or_path: what the model was loaded from; without it, ``hf_config._name_or_path``.
         overrides: sections laid over the config before it is checked.
@@ -59,7 +60,7 @@ def resolve(
             "'auto', a shipped name, a path to a .yaml file, a Hub repository, a mapping or a LongCtxConfig",
         )
     elif config == "auto":
-        found = _auto(hf_config, name_or_path or getattr(hf_config, "_name_or_path", None) or "")
+        found = _auto(hf_config, name_or_path or getattr(hf_config, "_name_or_path", None) or "", overrides)
     else:
         found = load_named(config)
     if overrides:
@@ -136,7 +137,7 @@ def _models() -> dict[str, ModelSection]:
     return {name: make(ModelSection, shipped_model(name), f"{name}: model") for name in shipped()}
 
 
-def _auto(hf_config: Any, name_or_path: str) -> LongCtxConfig:
+def _auto(hf_config: Any, name_or_path: str, overrides: Mapping[str, Any] | None) -> LongCtxConfig:
     own = getattr(text_config(hf_config), "longctx", None)
     if own is not None and own is not False:
         try:
@@ -156,7 +157,18 @@ def _auto(hf_config: Any, name_or_path: str) -> LongCtxConfig:
     if len(fits) == 1:
         log.info("config %s: its model_type, head dimensions and fingerprint agree with the model", fits[0])
         return load_shipped(fits[0])
+    heads = (overrides or {}).get("heads")
+    if isinstance(heads, Mapping) and heads.get("retrieval_fraction") == 1:
+        log.info("no config of the model %r, and none is needed: every head is a retrieval head", name_or_path)
+        return _without_map(hf_config)
     raise ConfigError(_nothing_found(name_or_path, wrongs, fits))
+
+
+def _without_map(hf_config: Any) -> LongCtxConfig:
+    """A config in which every head is a retrieval head."""
+    model = LongCtxConfig.describe(hf_config)
+    roles = ["R" * model["num_key_value_heads"]] * model["num_hidden_layers"]
+    return LongCtxConfig.from_dict({"model": model, "heads": {"roles": roles}})
 
 
 def _names(name_or_path: str, ids: Iterable[str]) -> bool:

@@ -41,7 +41,7 @@ class HeadsSection(Alternative):
 
     Attributes:
         retrieval_fraction: share of all KV heads that are retrieval heads, best scores first; 0.5 where scores come
-            with neither it nor ``kv_budget``.
+            with neither it nor ``kv_budget``. Over roles 1.0 alone, which makes every head one.
         kv_budget: instead of ``retrieval_fraction``, share of a dense cache's bytes at ``kv_budget_tokens`` tokens.
         kv_budget_tokens: length at which ``kv_budget`` is counted.
         dense_layers: layers whose heads are all retrieval.
@@ -76,10 +76,17 @@ class HeadsSection(Alternative):
             raise wrong("kv_budget", self.kv_budget, "either it or retrieval_fraction, not both")
         shares = ("retrieval_fraction", "kv_budget")
         given = [name for name in shares if getattr(self, name) is not None]
-        if self.active.scores is None and given:
-            raise wrong(given[0], getattr(self, given[0]), "none of it over roles: it can only choose among scores")
+        if self.active.scores is None and given and not self.everywhere:
+            raise wrong(
+                given[0], getattr(self, given[0]), "none of it over roles, or 1.0: it can only choose among scores"
+            )
         if self.active.scores is not None and not given:
             object.__setattr__(self, "retrieval_fraction", DEFAULT_FRACTION)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every head is a retrieval head, whatever is known of them."""
+        return self.retrieval_fraction == 1
 
     @property
     def active(self) -> Alternative:
@@ -102,7 +109,8 @@ class HeadsSection(Alternative):
         form = {"dense_layers": self.dense_layers, "balance": self.balance, "granularity": self.granularity}
         form["among"] = among
         if self.active.roles is not None:
-            return head_map.given(self.active.roles, **form)
+            rows = self.active.roles
+            return head_map.given(["R" * len(row) for row in rows] if self.everywhere else rows, **form)
         return head_map.assign(
             self.active.scores,
             fraction=self.retrieval_fraction,

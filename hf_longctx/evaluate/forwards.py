@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from ..cache.cache import cache_bytes
 from ..cache.eviction import tell_prompt
-from ..cache.finite import check_logits
 from ..cache.seam import CACHE, cache_of
 from ..config.model import made_for
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError
+from ..model.losses import losses_of
 from ..model.modules import language_model
+from ..model.output_head import output_head
 from ..tasks.answer import input_device
-from .measures import LOGITS, Perplexity
+from .measures import Perplexity
 
 STEP = 64  # tokens of a given answer per forward: too few for a prefill pattern, so they are read as in decoding
 
@@ -149,27 +149,6 @@ def follow_answer(model: nn.Module, cache: Any, prompt: Tensor, answer: Tensor) 
 
 
 @torch.no_grad()
-def output_head(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What makes logits ``[n, V]`` of the base model's hidden states ``[n, D]``.
-
-    Raises:
-        ConfigError: the logits are nan.
-        UnsupportedModelError: the model makes its logits in another way as well (scaled, capped, a learned prefix).
-    """
-    head = model.get_output_embeddings()
-    few = torch.arange(min(8, language_model(model).config.vocab_size), device=input_device(model))[None]
-    want = model(input_ids=few, use_cache=False).logits[0]
-    check_logits(want)
-    got = None if head is None else head(language_model(model)(input_ids=few, use_cache=False).last_hidden_state[0])
-    if got is None or not torch.allclose(got.float(), want.float(), rtol=1e-2, atol=1e-3 * want.abs().max().item()):
-        raise UnsupportedModelError(
-            f"the logits of {type(model).__name__} are not its output embedding of the base model's hidden states, "
-            "which next-token agreement, KL and perplexity are computed from. Compare generated tokens instead."
-        )
-    return head
-
-
-@torch.no_grad()
 def perplexity(model: nn.Module, ids: Tensor, *, window: int | None = None, context: int | None = None) -> Perplexity:
     """Perplexity of a text, read in windows that overlap, every token but the first scored once.
 
@@ -218,12 +197,7 @@ def losses_along(model: nn.Module, head: Callable[[Tensor], Tensor], states: Ten
 
     ``head``: as ``output_head`` gives it.
     """
-    rows = max(1, LOGITS // language_model(model).config.vocab_size)
-    losses = []
-    for some, right in zip(states.split(rows), ids.split(rows), strict=True):
-        logits = head(some).float()
-        losses.append(cross_entropy(logits, right.to(logits.device), reduction="none").cpu().double())
-    return torch.cat(losses)
+    return losses_of(head, states, ids, language_model(model).config.vocab_size).cpu().double()
 
 
 def windows(tokens: int, window: int, context: int) -> Iterator[tuple[int, int, int]]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from ..errors import ConfigError
+from ..model.losses import LOGITS
 
-LOGITS = 1 << 24  # logits computed at once: 64 MB in float32
 DRAWS = 1 << 22  # indices drawn at once
 FEW = 6  # pairs: all of 5 differ in the same direction by chance in 1 of 16 runs, too often for 95%
 ENOUGH = 30  # pairs: where none of them differs, up to one in ten others may

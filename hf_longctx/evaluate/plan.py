@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import strict_yaml
 from ..config.config import LongCtxConfig
-from ..config.words import near, short
+from ..config.words import near, short, spec_word
 from ..errors import ConfigError
 from ..model.modules import state_of
 from ..model.patch import patched
@@ -25,6 +25,8 @@ from .forwards import windows
 
 DENSE = "dense"
 PATCHED = "patched"
+EVICTED = {"store": "evicted"}
+BUDGET = ["stores", "retrieval", "budget"]
 FIXED = "model"  # the section that says which model a config fits
 
 
@@ -224,14 +226,28 @@ def variants_of(model: nn.Module, config: Any, sweep: str | None) -> tuple[Varia
     """Dense, patched, and one variant per value of the sweep; patched is one of those where it has its value."""
     own = _patchable(model, config)
     found = [Variant(DENSE)]
-    for name, value, override in values_of(sweep) if sweep is not None else ():
-        swept = _patchable(model, own.override(**override))
-        if same := next((one.name for one in found if one.config == swept), None):
+    swept = list(values_of(sweep)) if sweep is not None else []
+    _check_budgets(own, swept)
+    for name, value, override in swept:
+        config = _patchable(model, own.override(**override))
+        if same := next((one.name for one in found if one.config == config), None):
             raise ConfigError(f"sweep: {name} gives the same config as {same}; leave one of them out.")
-        found.append(Variant(name, swept, value))
+        found.append(Variant(name, config, value))
     here = next((i for i, one in enumerate(found) if one.config == own), None)
     patched_one = Variant(PATCHED, own, None if here is None else found.pop(here).swept)
     return (found[0], patched_one, *found[1:])
+
+
+def _check_budgets(config: LongCtxConfig, swept: Sequence[tuple[str, Any, Mapping[str, Any]]]) -> None:
+    """Refuse budgets of an eviction for retrieval heads that have another store than every token as it is."""
+    store = spec_word(config.stores.retrieval)
+    for name, _, override in swept:
+        given = override.get("stores", {}).get("retrieval", {})
+        if EVICTED.items() <= given.items() and store not in ("full", EVICTED["store"]):
+            raise ConfigError(
+                f"sweep: {name} is a budget of evictions, and stores.retrieval of the config is {store!r}. Give it "
+                "store: evicted in a YAML of yours (what is left may be quantized: keep)."
+            )
 
 
 def _patchable(model: nn.Module, config: Any) -> LongCtxConfig:
@@ -242,7 +258,9 @@ def _patchable(model: nn.Module, config: Any) -> LongCtxConfig:
 def values_of(sweep: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """(name, value, override) of every value of ``retrieval_fraction=0.1,0.25``; values are read as YAML reads them.
 
-    The field is a dotted path from a section on, or the name of a field that only one section has.
+    The field is a dotted path from a section on, or the name of a field that only one section has. ``budget`` is that
+    of ``store: evicted``, which retrieval heads get where they have none: a whole number above 1 is tokens, any other
+    number a share of the prompt.
 
     Raises:
         ConfigError: it does not have that form, or no section has such a field.
@@ -251,13 +269,23 @@ def values_of(sweep: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     values = listed(said, f"sweep: {field_name}", "retrieval_fraction=0.1,0.25")
     path = _path(field_name.strip())
     for value in values:
-        override = value
+        override = value if path != BUDGET else _budget(value)
         for part in reversed(path):
             override = {part: override}
+        if path == BUDGET:
+            override["stores"]["retrieval"] |= EVICTED
         yield f"{field_name.strip()}={value}", value, override
 
 
+def _budget(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    return {"tokens": value} if isinstance(value, int) and value > 1 else {"share": float(value)}
+
+
 def _path(name: str) -> list[str]:
+    if name == BUDGET[-1]:
+        return BUDGET
     hints = {key: hint for key, hint in typing.get_type_hints(LongCtxConfig).items() if key != FIXED}
     parts = name.split(".")
     if parts[0] in hints:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..layout.scores import Scores
 from ..layout.segments import fitting
 from .base import JUDGED, Score, Seen
 
+FAR = 1 << 20  # tokens: of a prompt so long that no score leaves its last query out
 Tokens = tuple[Tensor, Tensor]  # k, v [B, n, S, D] of the cached tokens
 
 
@@ -68,8 +70,16 @@ class Evidence:
         held = min(q.shape[2], max(waiting, self.rule.queries + slack))
         self.q = fitting(q[:, :, q.shape[2] - held :], spare=0)  # a view would keep all of them alive
 
-    def score(self, tokens: Tokens, scores: Scores, processed: int) -> Tensor:
-        """Scores ``[B, n, S]`` of the cached tokens; what was not gathered yet is. ``processed``: tokens read."""
+    def score(
+        self, tokens: Tokens, scores: Scores, processed: int, losses: Tensor | None = None, since: int | None = None
+    ) -> Tensor:
+        """Scores ``[B, n, S]`` of the cached tokens; what was not gathered yet is.
+
+        Args:
+            processed: tokens read.
+            losses: surprisal of all of them, float32 ``[B, processed]``, where the score asks.
+            since: how many of them came after the last eviction; None: there was none.
+        """
         if self.rule.gathers and self.q is not None:
             left = tokens[0].shape[2] - (processed - self.processed)
             self.state = self._gather(self.processed, tuple(x[:, :, :left] for x in tokens), scores)
@@ -77,7 +87,14 @@ class Evidence:
         q = None
         if self.rule.queries and self.q is not None:
             q = self.q[:, :, -self.rule.queries :]
-        made = self.rule.score(self._seen(*tokens, q, processed, scores, self.state))
+        seen = self._seen(*tokens, q, processed, scores, self.state)
+        if self.rule.surprises:
+            known = self.state.get("surprisal")
+            new = tokens[0].shape[2] - known.shape[2] if known is not None else processed if since is None else since
+            seen = replace(seen, surprisal=losses[:, processed - new : processed])
+        made = self.rule.score(seen)
+        if self.rule.by_token and not self.rule.gathers:
+            self.processed = self.gathered = processed
         if made.shape != tokens[0].shape[:3] or made.isnan().any():
             raise ValueError(
                 f"{type(self.rule).__name__} gave scores {list(made.shape)} with {int(made.isnan().sum())} NaN for "
@@ -102,6 +119,8 @@ class Evidence:
 
     def expected(self, q: Tensor, k: Tensor, scores: Scores) -> dict[str, Tensor]:
         """A state of the names and shapes that it has once queries up to ``q`` were gathered; ``k``: cached so far."""
+        if not self.rule.gathers:
+            return {name: k.new_zeros(k.shape[:3]) for name in self.rule.by_token}
         seen = self._seen(k, k, q, self.processed, scores, {})
         self.rule.gather(seen)
         return seen.state
@@ -174,3 +193,35 @@ def of_heads(scores: Scores, heads: Sequence[int], total: int) -> Scores:
         return None if x is None else x.unflatten(0, (total, -1))[list(heads)].flatten()
 
     return Scores(scores.scale, scores.softcap, own(scores.sinks), own(scores.first_bias))
+
+
+def state_nbytes(rule: Score, tokens: int, head_dim: int, group: int, itemsize: int) -> int:
+    """Bytes of what a score gathered for one KV head of a sequence's first ``tokens`` cached tokens."""
+    if not rule.gathers or tokens <= 0:
+        return 0
+    try:
+        fixed, per_token = _state_form(rule, head_dim, group, itemsize)
+    except TypeError:  # a rule with a mapping among its fields has no hash
+        fixed, per_token = _state_form.__wrapped__(rule, head_dim, group, itemsize)
+    return fixed + per_token * tokens
+
+
+def left_nbytes(rule: Score, tokens: int, head_dim: int, group: int, itemsize: int) -> int:
+    """Bytes of what is known of the ``tokens`` tokens that are left to one KV head."""
+    if rule.gathers:
+        return state_nbytes(rule, tokens, head_dim, group, itemsize)
+    return len(rule.by_token) * tokens * max(itemsize, torch.float32.itemsize)  # what was said of them
+
+
+@lru_cache
+def _state_form(rule: Score, head_dim: int, group: int, itemsize: int) -> tuple[int, int]:
+    """(bytes at any length, bytes per cached token), as one query leaves them."""
+    dtype = torch.float64 if itemsize == 8 else torch.float32
+    k = torch.zeros(1, 1, 1, head_dim, dtype=dtype)
+    rotation = Rotation((1.0,) * (head_dim // 2))
+    q = k.expand(1, group, 1, head_dim)
+    seen = Seen(k, k, torch.tensor([FAR - 1]), q, FAR, Scores(1.0), rotation)
+    rule.gather(seen)
+    by_token = {name: name in rule.by_token for name in seen.state}
+    sizes = {name: x.numel() * x.element_size() for name, x in seen.state.items()}
+    return tuple(sum(size for name, size in sizes.items() if by_token[name] == kind) for kind in (False, True))

@@ -42,6 +42,8 @@ class Seen:
         layer: index of the layer in the model.
         state: what `gather` keeps, by name: tensors whose first two dimensions are ``[B, n]`` or ``[B, H]``. They are
             replaced, never written to: copies of a cache share them.
+        surprisal: ``-log p`` of the newest of the cached tokens by those before them, float32 ``[B, T]``: of all that
+            came since the last eviction. -1: not known. None where the score did not ask (`surprises`).
     """
 
     k: Tensor
@@ -53,6 +55,7 @@ class Seen:
     rotation: Rotation | None = None
     layer: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
+    surprisal: Tensor | None = None
 
     @property
     def first(self) -> int:
@@ -69,6 +72,7 @@ class Score(ABC):
         gathers: every query of a prompt is shown to `gather`, once.
         by_token: names of the state that has a number per cached token, ``[B, n, S]``: an eviction cuts it.
         rotates: it needs `Seen.rotation`; models whose angles depend on the length of the text are refused.
+        surprises: it needs `Seen.surprisal`, which takes a run of the model's output head over every token.
         alike: all heads of a layer get the same scores, so that budgets by head say nothing.
         moment: ``prompt`` where it scores by itself where a prompt ends; ``call`` where it must be asked
             (`LongCtxCache.compress`), because it takes forwards of its own.
@@ -81,6 +85,7 @@ class Score(ABC):
     gathers: ClassVar[bool] = False
     by_token: ClassVar[tuple[str, ...]] = ()
     rotates: ClassVar[bool] = False
+    surprises: ClassVar[bool] = False
     alike: ClassVar[bool] = False
     moment: ClassVar[Literal["prompt", "call"]] = "prompt"
     agnostic: ClassVar[bool] = False

@@ -47,19 +47,21 @@ from ..layout.dtypes import needs_grad
 from ..layout.forward import Forward
 from ..layout.gather import gathered, lying
 from ..layout.heads import RoleHeads
+from ..layout.merged import Merged
 from ..layout.ragged import Ragged
 from ..layout.reads import ALL, All, Causal, Reads
 from ..layout.scores import Scores
 from ..layout.segments import Segment
-from ..layout.streamed import Streamed
+from ..layout.streamed import Piece, Streamed
 from ..layout.thinned import Thinned
-from . import _thinned
+from . import _merged, _thinned
 from .reference import merge, with_sinks
 
 AUTO = "auto"
 NO_KINDS: frozenset[Hashable] = frozenset()
 FEW = 24  # queries that native computes as it decodes: FEW_TOKENS of _native/decode.h
 STREAMED = "streamed"  # what the report calls segments that were read block by block
+AS_THEY_ARE = {Thinned: _thinned.attend, Merged: _merged.attend}  # pieces that few queries read so, by any kernel
 
 Part = tuple[Tensor, Tensor]  # out and logsumexp
 
@@ -242,9 +244,10 @@ def _streamed(
     """
     past, last = (segments[:-1], segments[-1:]) if q.shape[2] > 1 else (segments, ())
     merged = None
-    for block in _blocks(past, scores.first_bias is not None, q.shape[2] > FEW or scores.first_bias is not None):
-        if isinstance(block, Thinned):
-            merged = _with(merged, _thinned.attend(q, block, scores))
+    first = scores.first_bias is not None
+    for block in _blocks(past, first, whole=q.shape[2] > FEW or first):
+        if type(block) in AS_THEY_ARE:
+            merged = _with(merged, AS_THEY_ARE[type(block)](q, block, scores))
         else:
             merged = _with(merged, _attend_plain(word, q, block, ALL, scores, forward))
         scores = Scores(scores.scale, scores.softcap)  # the first token is in the first block
@@ -274,8 +277,8 @@ def _attend_plain(word: str, q: Tensor, segment: Segment, reads: Reads, scores: 
     return kernel.attend(q, [segment], reads, scores, True)
 
 
-def _blocks(segments: Sequence[Segment | Streamed], first: bool, whole: bool) -> Iterator[Segment | Thinned]:
-    """Plain segments; but thinned keys as they are where queries are few, and need not be ``whole``.
+def _blocks(segments: Sequence[Segment | Streamed], first: bool, whole: bool) -> Iterator[Segment | Piece]:
+    """Plain segments; but pieces as they are where queries are few, and keys need not be ``whole``.
 
     ``first``: slot 0 of the first block is the first token, hidden where it is no longer there.
     """
@@ -283,7 +286,7 @@ def _blocks(segments: Sequence[Segment | Streamed], first: bool, whole: bool) ->
         if first and isinstance(segment, Ragged):
             token, segment = segment.first_apart()
             yield token
-        as_it_is = isinstance(segment, Segment) or (isinstance(segment, Thinned) and not whole)
+        as_it_is = isinstance(segment, Segment) or (type(segment) in AS_THEY_ARE and not whole)
         yield from (segment,) if as_it_is else segment.blocks()
 
 

@@ -27,6 +27,7 @@ from .contract import check_transformers
 from .family import Family, find_family
 from .hooks import ON_MODEL, BeforeForward, OnModel
 from .modules import attention_copies, attention_modules, language_model, name_of, state_of, unwrap
+from .output_head import SeeHidden, asks_surprisal, surprisal_head
 from .overrides import keywords
 from .plans import asks_rotation, make_plan, make_rotations
 from .private_config import PrivateConfig, around
@@ -138,6 +139,10 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
     if asks_rotation(settings):
         with unpatched(model):
             turned = make_rotations(base, settings, family)
+    head = None
+    if asks_surprisal(settings):
+        with unpatched(model):
+            head = weakref.ref(surprisal_head(inner))
     plans = [make_plan(module, settings, family, base.config, turned.get(module.layer_idx)) for module in modules]
     stock_layers(base.config, {plan.layer_idx for plan in plans})  # refuses a model whose other layers have no place
     for role in [role for plan in plans for role in plan.roles]:
@@ -168,10 +173,12 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
         len(plans) == original.num_hidden_layers
         and len(modules) == len(every)
         and not any(plan.scores for plan in plans)
+        and head is None
     )
-    refs = {"whole": weakref.ref(model), "base": weakref.ref(base)}
+    refs = {"whole": weakref.ref(model), "base": weakref.ref(base), "head": head}
     base.longctx_state = PatchState(settings, configs, tuple(plans), compiles=compiles, **refs)
-    if settings.heads.source and settings.heads.confidence == "none" and "S" not in "".join(settings.roles()):
+    unmeasured = settings.heads.source and settings.heads.confidence == "none"
+    if unmeasured and "S" not in "".join(settings.roles()) and spec_word(settings.stores.retrieval) == "full":
         base.longctx_state.note(UNMEASURED)
     if all(plan.window is not None for plan in plans):
         base.longctx_state.note(WINDOWS_ALONE)
@@ -183,6 +190,8 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
         base.longctx_state.note(scaled)
     base.register_forward_pre_hook(BeforeForward(base.longctx_state), with_kwargs=True)
     base.register_forward_hook(GiveCacheBack())
+    if head is not None:
+        base.register_forward_hook(SeeHidden(), with_kwargs=True)
     for replacement in (*ON_MODEL, *ON_COMPILED):
         if hasattr(type(inner), replacement.name):
             setattr(inner, replacement.name, replacement(inner, base.longctx_state))
@@ -213,8 +222,9 @@ def unpatch_model(model: nn.Module) -> nn.Module:
             del base._forward_pre_hooks[key]
             base._forward_pre_hooks_with_kwargs.pop(key, None)
     for key, hook in list(base._forward_hooks.items()):
-        if isinstance(hook, GiveCacheBack):
+        if isinstance(hook, (GiveCacheBack, SeeHidden)):
             del base._forward_hooks[key]
+            base._forward_hooks_with_kwargs.pop(key, None)
     for replacement in (*ON_MODEL, *ON_COMPILED):
         on_model = vars(inner).get(replacement.name)
         if isinstance(on_model, OnModel):  # somebody may have put another over it since

@@ -16,8 +16,10 @@ from ..cache.handles import new_handle
 from ..cache.plan import LayerPlan
 from ..cache.stock_layers import tensors_of
 from ..config.config import LongCtxConfig
+from ..errors import UnsupportedModeError
 from ..layout.forward import ForwardLog
 from ..layout.rows import Rows
+from .losses import losses_of
 from .private_config import PrivateConfig
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class PatchState:
         log: what ran, and how, in all forwards.
         kept: what the cache of the last forward held when it was last looked at.
         base: the base model, as far as it is known: of a copied or unpickled one since its first forward.
+        head: makes logits of the base model's hidden states, where a score asks for them.
         handle: by which compiled code finds this state; every copy has its own.
         compiles: a decoded token can be compiled as a whole: every layer caches keys, none has scores of its own.
     """
@@ -70,6 +73,7 @@ class PatchState:
     kept: Kept | None = None
     compiles: bool = False
     base: weakref.ref[nn.Module] | None = None
+    head: weakref.ref[nn.Module] | None = None
     handle: Tensor = field(init=False, repr=False, compare=False)
     _cache: weakref.ref | None = None
 
@@ -77,7 +81,7 @@ class PatchState:
         self.handle = new_handle(self)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cache": None, "whole": None, "base": None, "handle": None}
+        return {**self.__dict__, "_cache": None, "whole": None, "base": None, "head": None, "handle": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -112,6 +116,20 @@ class PatchState:
             self.note("torch.compile: ran with graph breaks")
         if self.config.kernel == "stock" and rows.padded:
             self.note("kernel stock: padded rows ran on the default kernel")
+
+    def losses_of(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """``-log p [B, T]`` of ``ids [B, T]``, which the base model's last hidden states ``[B, T, D]`` predict.
+
+        Raises:
+            UnsupportedModeError: the patched model was copied or unpickled, or its head was replaced.
+        """
+        if (head := None if self.head is None else self.head()) is None:
+            raise UnsupportedModeError(
+                "score 'surprisal': this model was copied or unpickled since it was patched, or its output head was "
+                "replaced. Call patch_model once more."
+            )
+        vocab = self.configs[0].original.vocab_size
+        return losses_of(head, hidden.flatten(0, 1), ids.flatten(), vocab).view(ids.shape)
 
     def go_back_to(self, cache: object) -> None:
         """The last forwards were over copies of ``cache``: the report is of the cache itself."""

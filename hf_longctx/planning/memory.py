@@ -2,8 +2,9 @@
 
 ``bench memory`` and ``plan`` stand on it. Weights + KV cache + the working memory of a prefill. The KV cache is counted
 slot by slot, spare room included, and ``bench memory --check`` allocates it for real: as ``generate`` makes it, or with
-``max_tokens``, where it also holds what streaming heads remember to take tokens back. The working memory is what one
-layer's forward of one chunk of the prompt holds:
+``max_tokens``, where it also holds what streaming heads remember to take tokens back. It is the most that the cache
+takes: a store that evicts tokens when the prompt has ended is counted whole, and what it has left is said as well. The
+working memory is what one layer's forward of one chunk of the prompt holds:
 
 - what Transformers' own code makes, followed without memory (``activations``): in the attention, or outside of it,
   whichever needs more;
@@ -29,11 +30,13 @@ from ..cache.stock_layers import stock_layers, tensors_of
 from ..config.config import LongCtxConfig
 from ..config.model import text_config
 from ..config.words import check_word, wrong
+from ..eviction.base import Score
 from ..model.family import find_family
 from ..model.modules import attention_modules, language_model
 from ..model.patch import patch_model
 from ..model.plans import make_plan
 from ..stores.base import SLACK, Reserve
+from ..stores.evicted import Evicted
 from .activations import Activations, Subject, activations, masks
 from .sizes import DTYPES, dtype_of
 
@@ -78,12 +81,18 @@ class MemorySettings:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that one way needs for a context of ``tokens`` tokens in each row."""
+    """Bytes that one way needs for a context of ``tokens`` tokens in each row.
+
+    Attributes:
+        kv: most that the cache takes.
+        kv_left: what it takes once the prompt has ended, where tokens are evicted then.
+    """
 
     tokens: int
     weights: int
     kv: int
     working: int
+    kv_left: int
 
     @property
     def total(self) -> int:
@@ -152,14 +161,25 @@ class MemoryModel:
 
     def need(self, way: str, tokens: int) -> Need:
         """What ``way`` needs for ``tokens`` tokens."""
-        return Need(tokens, self.weights, self.kv(way, tokens), self._working(way, tokens))
+        return Need(tokens, self.weights, self.kv(way, tokens), self._working(way, tokens), self.kv_left(way, tokens))
 
     def kv(self, way: str, tokens: int) -> int:
-        """Bytes of the cache of all sequences. With several chunks a growing buffer may have less spare room."""
+        """Most bytes of the cache of all sequences: a prompt that is evicted when it ends is whole until then.
+
+        With several chunks a growing buffer may have less spare room.
+        """
+        held = sum(self.layer_bytes(plan, way, tokens) for plan in self.plans)
+        return max(self._beside(tokens) + held, self.kv_left(way, tokens))
+
+    def kv_left(self, way: str, tokens: int) -> int:
+        """Bytes of the cache once a prompt of ``tokens`` tokens has ended."""
+        return self._beside(tokens) + sum(self.layer_left(plan, way, tokens) for plan in self.plans)
+
+    def _beside(self, tokens: int) -> int:
+        """Bytes of the layers whose heads have no roles."""
         windowed = sum(self._windowed(tokens, window) for window in self.stock_windows.values())
         states = (tensor for layer in self.activations.states.values() for tensor in tensors_of(layer))
-        others = windowed * self.kv_heads * self._slot + sum(one.numel() * one.element_size() for one in states)
-        return others + sum(self.layer_bytes(plan, way, tokens) for plan in self.plans)
+        return windowed * self.kv_heads * self._slot + sum(one.numel() * one.element_size() for one in states)
 
     @cached_property
     def stock_windows(self) -> dict[int, int]:
@@ -167,18 +187,72 @@ class MemoryModel:
         others = stock_layers(self.text, {plan.layer_idx for plan in self.plans})
         return {index: one.sliding_window for index, one in others.items() if hasattr(one, "sliding_window")}
 
-    def layer_bytes(self, plan: Any, way: str, tokens: int) -> int:
-        """Bytes of all KV heads of a layer, in all rows."""
+    def layer_bytes(self, plan: LayerPlan, way: str, tokens: int) -> int:
+        """Most bytes of all KV heads of a layer, in all rows."""
+        left = self.layer_left(plan, way, tokens)
+        if way == DENSE or not any(role.store.by_data for role in plan.filled):
+            return left
+        form = (
+            tokens,
+            self.head_dim,
+            self.number,
+            _reserve(way, tokens),
+            self.chunk(tokens),
+            self.group,
+            *self._rank(plan),
+        )
+        held = sum(len(role.heads.kv_heads) * role.store.prompt_nbytes(*form).device for role in plan.filled)
+        return max(held * self.settings.batch, left)
+
+    def layer_left(self, plan: LayerPlan, way: str, tokens: int) -> int:
+        """Bytes of all KV heads of a layer once a prompt of ``tokens`` tokens has ended, in all rows."""
         if way == DENSE:
             longest = tokens if plan.window is None else self._windowed(tokens, plan.window)
             return plan.kv_heads * longest * self._slot
-        reserve = Reserve(tokens, SLACK) if way == RESERVED else Reserve(None, 0)
-        form = (tokens, self.head_dim, self.number)
+        reserve = _reserve(way, tokens)
+        form = (self.head_dim, self.number)
         held = 0
         for role in plan.filled:
-            index = role.decode.index_bytes(*form, reserve.max_tokens)
-            held += len(role.heads.kv_heads) * (role.store.nbytes(*form, reserve).device + index)
+            store = role.store.in_layer(*self._rank(plan), tokens)
+            index = role.decode.index_bytes(store.selectable(tokens), *form, reserve.max_tokens)
+            known = store.known_nbytes(tokens, *form, self.group)
+            held += len(role.heads.kv_heads) * (store.nbytes(tokens, *form, reserve).device + known + index)
         return held * self.settings.batch
+
+    def _rank(self, plan: LayerPlan) -> tuple[int, int]:
+        """(which, of how many) of the layers with a store of which tokens are evicted."""
+        return sum(layer < plan.layer_idx for layer in self._evicting), len(self._evicting)
+
+    @cached_property
+    def _evicting(self) -> tuple[int, ...]:
+        return tuple(plan.layer_idx for plan in self.plans if any(role.store.by_data for role in plan.filled))
+
+    @property
+    def evicts(self) -> bool:
+        """Whether tokens leave the cache when a prompt has ended."""
+        return bool(self._evicting)
+
+    @property
+    def rules(self) -> list[Score]:
+        """The scores by which tokens are evicted, one per layer and role."""
+        stores = [role.store for plan in self.plans for role in plan.filled]
+        return [store.rule for store in stores if isinstance(store, Evicted)]
+
+    @property
+    def ends(self) -> str:
+        """When tokens have left, in words."""
+        asked = any(rule.moment == "call" for rule in self.rules)
+        return "Once cache.compress() was called" if asked else "Once it has ended"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the bytes of the cache are known; else they are at most those."""
+        return all(role.store.counted for plan in self.plans for role in plan.filled)
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.text.num_attention_heads // self.kv_heads
 
     def host(self, tokens: int) -> int:
         """Bytes that stores keep in host memory by choice, in all rows; not in ``kv``."""
@@ -255,6 +329,10 @@ class MemoryModel:
         heads = self.text.num_attention_heads
         copies = keys * heads * self._slot if heads > self.kv_heads else 0
         return copies + chunk * keys * self.number * self.settings.batch, 0
+
+
+def _reserve(way: str, tokens: int) -> Reserve:
+    return Reserve(tokens, SLACK) if way == RESERVED else Reserve(None, 0)
 
 
 def longest(memory_model: MemoryModel, way: str) -> int | None:

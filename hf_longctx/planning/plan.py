@@ -37,6 +37,7 @@ class Plan:
         reserved: what the last rung needs with a cache made with ``max_tokens``.
         notes: what is known of the quality, and what is not known.
         decoded: what its selection reads; None where decoded tokens read every cached one.
+        ends: when tokens leave the cache, in words, where some do.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Plan:
     reserved: Need
     notes: tuple[str, ...]
     decoded: Decoded | None = None
+    ends: str = ""
 
     @property
     def context(self) -> int:
@@ -104,6 +106,12 @@ class Plan:
             self._line("dense", self.dense),
             f"chosen    {changes}",
         ]
+        if self.need.kv_left < self.need.kv:
+            left = self.need.kv_left
+            lines.append(
+                f"evicted   KV is counted while the prompt is read. {self.ends} the cache takes {_size(left)}, "
+                f"and all of it {_size(self.need.weights + left)} beside what a decoded token needs"
+            )
         if self.decoded is not None:
             lines.append(f"decode    {self.decoded}")
         if self.dense_fits:
@@ -161,7 +169,8 @@ def plan(
             dense = here.need(DENSE, context)
             reserved = here.need(RESERVED, context)
             reads = decoded(here.plans, context)
-            return Plan(here.name, here.settings, reserve, here.config, tuple(tried), dense, reserved, notes, reads)
+            found = (here.name, here.settings, reserve, here.config, tuple(tried), dense, reserved, notes, reads)
+            return Plan(*found, ends=here.ends)
     raise LongCtxError(_refusal(here, way, tried))
 
 
@@ -170,7 +179,7 @@ def _quality(config: LongCtxConfig, rung: Rung) -> Iterator[str]:
     heads = config.heads
     source = heads.active.source
     form = "roles" if heads.active.scores is None else "scores"
-    counted = f"{config.retrieval_heads} of {config.kv_heads} KV heads keep every token"
+    counted = f"{config.retrieval_heads} of {config.kv_heads} KV heads {config.kept}"
     first_map = heads.use is None  # not an alternative, which the measurements are not of
     curve = heads.measured.get("curve") if first_map else None
     rows = [
@@ -187,6 +196,8 @@ def _quality(config: LongCtxConfig, rung: Rung) -> Iterator[str]:
         yield f"{counted}, by {origin}; what that costs was not measured (heads.measured): hf-longctx eval measures it"
     if heads.doubt is not None and config.retrieval_heads < config.kv_heads:
         yield heads.doubt
+    if "evicted" in config.kept:
+        yield "what the eviction costs was not measured: hf-longctx eval --sweep budget=... measures it"
     if "stores" in rung.overrides:
         yield f"what these stores cost was not measured on this model: {_flow(rung.overrides['stores'])}"
 

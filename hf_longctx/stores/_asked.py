@@ -96,11 +96,10 @@ def scoring_by(store: EvictedStore, spec: Evicted) -> Iterator[None]:
     """
     own, before = store.spec, store.known
     _refuse_unseen(store, spec.rule)
-    names = set(own.rule.by_token if spec.rule == own.rule else ()) | {JUDGED}
-    same = spec.rule == own.rule
+    same = spec.rule == own.rule or (type(spec.rule) is type(own.rule) and not own.rule.gathers)
 
     def of(known: Known, rule: Score) -> Known:
-        return known.for_rule(rule, None if same else names)
+        return known.for_rule(rule, whole=same)
 
     cut = store.cut
     store.spec = spec

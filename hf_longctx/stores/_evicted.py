@@ -117,7 +117,7 @@ class EvictedStore(Store):
         return Left(self.heads, [*past, *part.segments], self.spec, state=part.state, **more)
 
     def place(self, rows: Rows) -> Place | None:
-        if self.asks and self.spec.every is not None:
+        if self.watcher is not None or (self.asks and self.spec.every is not None):
             return None  # its queries are asked for
         place = self.inner.place(self.geometry(rows)) if self.inner.has_place() else None
         return place if place is None or self.ragged is None else place._replace(before=self.ragged)
@@ -150,8 +150,11 @@ class EvictedStore(Store):
         """The heads that are known apart."""
         return (ALL,) if self.ragged is None else range(len(self.heads.kv_heads))
 
-    def scored(self, rows: Rows) -> list[list[Tensor]]:
+    def scored(self, rows: Rows, losses: Tensor | None = None) -> list[list[Tensor]]:
         """Scores ``[S]`` of each sequence's KV heads, +inf for what must stay; ``rows`` are all that was seen.
+
+        Args:
+            losses: surprisal of every padded position, float32 ``[B, total]``, where the score asks.
 
         Raises:
             CacheError: the score asks for queries, and none were seen.
@@ -162,14 +165,24 @@ class EvictedStore(Store):
             _, processed = rows.real(group.start or 0)
             for head in self.known_apart:
                 known = self.known.of(group, start, head, rows.batch)
-                made = self._score(known, head, part.tokens(group, start, head), processed)
+                lost = None if losses is None else losses[group, start:]
+                since = None if self.cut is None else min(processed, rows.total - self.cut.slots)
+                made = self._score(known, head, part.tokens(group, start, head), processed, lost, since)
                 made[..., : self.spec.sink] = float("inf")
                 made[..., max(0, made.shape[2] - self.spec.recent) :] = float("inf")
                 for own, heads in zip(found[group], made, strict=True):
                     own += heads.unbind(0)
         return found
 
-    def _score(self, known: Evidence, head: int, tokens: tuple[Tensor, Tensor], processed: int) -> Tensor:
+    def _score(
+        self,
+        known: Evidence,
+        head: int,
+        tokens: tuple[Tensor, Tensor],
+        processed: int,
+        losses: Tensor | None,
+        since: int | None,
+    ) -> Tensor:
         k = tokens[0]
         if not k.shape[2]:
             return k.new_zeros(k.shape[:3], dtype=torch.float32)
@@ -179,7 +192,7 @@ class EvictedStore(Store):
                 "and this cache has seen none: it was filled by hand. Read the prompt with the model, or use a score "
                 "of keys alone, such as key_norm."
             )
-        return known.score(tokens, self.known.scores_of(head, k.shape[3]), processed).clone()
+        return known.score(tokens, self.known.scores_of(head, k.shape[3]), processed, losses, since).clone()
 
     def due(self, seen: int) -> bool:
         """Whether so many tokens came since they were last scored that it is time again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -87,12 +87,11 @@ class Known:
                     known[own, kv] = part.kept([[index[own][kv]]])
         return self._with(known)
 
-    def for_rule(self, rule: Score, names: Collection[str] | None) -> Known:
-        """What is known of it for another score: of the state only these ``names``; None: all."""
-        parts = {}
-        for key, one in self.parts.items():
-            state = {name: x for name, x in one.state.items() if names is None or name in names}
-            parts[key] = replace(one, rule=rule, state=state)
+    def for_rule(self, rule: Score, whole: bool) -> Known:
+        """What is known of it for another score; ``whole``: what was gathered too."""
+        parts = {
+            key: replace(one, rule=rule, state=dict(one.state) if whole else {}) for key, one in self.parts.items()
+        }
         other = self._with(parts)
         other.rule = rule
         return other

@@ -106,6 +106,47 @@ class StoreSpec(ABC):
         held = self.cached_tokens(tokens) if reserve is None else self.capacity(tokens, reserve)
         return Bytes(2 * held * head_dim * itemsize)
 
+    def prompt_nbytes(
+        self, tokens: int, head_dim: int, itemsize: int, reserve: Reserve, chunk: int, group: int, at: int, layers: int
+    ) -> Bytes:
+        """Most bytes of one head of one sequence while its prompt of ``tokens`` tokens is read.
+
+        More than `nbytes` where tokens leave when the prompt has ended, what is known of queries until then included.
+
+        Args:
+            chunk: tokens of the prompt per forward.
+            group: query heads of a KV head.
+            at, layers: as for `in_layer`.
+        """
+        return self.nbytes(tokens, head_dim, itemsize, reserve)
+
+    @property
+    def counted(self) -> bool:
+        """Whether lengths alone say how many bytes it takes; else they say how many at most."""
+        return True
+
+    @property
+    def queries(self) -> int:
+        """Last queries of a prompt that say what it keeps."""
+        return 0
+
+    def known_nbytes(self, tokens: int, head_dim: int, itemsize: int, group: int) -> int:
+        """Bytes that one head keeps beside keys and values once its prompt has ended; see `prompt_nbytes`."""
+        return 0
+
+    def selectable(self, tokens: int) -> int:
+        """Tokens among which a selection chooses once a prompt of ``tokens`` tokens has ended."""
+        return tokens
+
+    def in_layer(self, at: int, layers: int, tokens: int) -> StoreSpec:
+        """What it is in one of several layers, where they keep different numbers of a prompt's tokens.
+
+        Args:
+            at: which of the layers that have such a store.
+            layers: how many do.
+        """
+        return self
+
     def reads(self, part: HeadKV, rows: Rows, group: slice, start: int) -> tuple[list[Segment | Streamed], Reads]:
         """What the new tokens of the sequences ``group`` read by the visibility rule, as if those were alone.
 
@@ -114,6 +155,14 @@ class StoreSpec(ABC):
             group: sequences that all start at the padded position ``start``; their queries begin at a real token.
         """
         return part.alone(group, start), CAUSAL
+
+    def across(self, stores: Sequence[Store | None], rows: Rows) -> None:  # noqa: B027
+        """What the stores of all layers do together where a prompt has ended, after each had its `Store.end_prompt`.
+
+        Args:
+            stores: of one role in every attention layer of the model, in order; None where a layer has no such heads.
+            rows: all that was seen.
+        """
 
     @classmethod
     def has_tail_reads(cls) -> bool:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ..config.bounds import SHARE, TOKENS, TOKENS_OR_NONE
 from ..config.words import spec_word, word
 from ..errors import ConfigError
+from ..eviction._budgets import pyramid
+from ..eviction._evidence import left_nbytes, state_nbytes
 from ..layout.heads import RoleHeads
 from ._evicted import EvictedStore
-from .base import Bytes, Reserve, StoreSpec
+from .base import Bytes, Reserve, StoreSpec, room
 
 BY = ("uniform", "head", "layer", "model")
 FLOOR = 0.2  # AdaKV's, as kvpress has it
+# Bytes beside keys and values of what heads keep each for itself: of a token, of its bias, and of a head's part
+POSITION = BIAS = 4
+PART = 16
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.share is None):
-            raise ConfigError(f"tokens: got {self.tokens} with share {self.share}, expected one of the two.")
+            raise ConfigError(
+                f"tokens: got {self.tokens} with share {self.share}, expected one of the two, null for the other."
+            )
 
     def of(self, processed: int) -> int:
         """The budget of a sequence of ``processed`` tokens; the mean over all heads."""
@@ -142,9 +149,115 @@ class Evicted(StoreSpec):
 
     def capacity(self, tokens: int, reserve: Reserve) -> int:
         kept = self.cached_tokens(tokens)
-        if kept == tokens:
+        if self._untouched(tokens):
             return super().capacity(tokens, reserve)
-        return self._room(tokens, reserve)[0]
+        if self.ragged:
+            return kept + self._new(tokens, reserve)
+        return self.keep.capacity(kept, self._rest(tokens, reserve))
 
     def nbytes(self, tokens: int, head_dim: int, itemsize: int, reserve: Reserve | None = None) -> Bytes:
-        return self.keep.nbytes(self.cached_tokens(tokens), head_dim, itemsize, reserve)
+        """Once a prompt of so many tokens has ended: the mean over the layers, and by ``head`` over the heads."""
+        kept = self.cached_tokens(tokens)
+        if self._untouched(tokens):
+            return super().nbytes(tokens, head_dim, itemsize, reserve)
+        if not self.ragged:
+            return self.keep.nbytes(kept, head_dim, itemsize, self._rest(tokens, reserve))
+        slot = 2 * head_dim * itemsize
+        per_token = slot + POSITION + (BIAS if self.after.biased else 0)
+        return Bytes(kept * per_token + PART + self._new(tokens, reserve) * slot)
+
+    def prompt_nbytes(
+        self, tokens: int, head_dim: int, itemsize: int, reserve: Reserve, chunk: int, group: int, at: int, layers: int
+    ) -> Bytes:
+        """As the base has it. What a score needs for a moment, to be made or gathered, is not counted."""
+        rule = self.rule
+        known = 0
+        if rule.queries or rule.gathers:
+            queries = min(tokens, rule.queries + reserve.slack)
+            known = queries * group * head_dim * itemsize
+        most = Bytes(0)
+        for before, new in self._fullest(tokens, chunk):
+            here = self.in_layer(at, layers, before)
+            held = here._held(before, new, head_dim, itemsize, reserve, chunk)
+            gathered = here.cached_tokens(before) + new - reserve.slack  # a rollback cuts what is not
+            state = known + state_nbytes(rule, gathered, head_dim, group, itemsize)
+            most = max(most, held._replace(device=held.device + state), key=sum)
+        return most
+
+    @property
+    def counted(self) -> bool:
+        return self.every is None  # of an eviction within a prompt some heads may not have a whole budget of tokens
+
+    @property
+    def queries(self) -> int:
+        return self.rule.queries
+
+    def known_nbytes(self, tokens: int, head_dim: int, itemsize: int, group: int) -> int:
+        cached = self.cached_tokens(tokens)
+        if self.every is None:
+            return left_nbytes(self.rule, cached, head_dim, group, itemsize)
+        newest = self.rule.queries * group * head_dim * itemsize
+        return newest + left_nbytes(self.rule, cached + 1, head_dim, group, itemsize)  # that of decoded tokens as well
+
+    def selectable(self, tokens: int) -> int:
+        return self.cached_tokens(tokens)
+
+    def in_layer(self, at: int, layers: int, tokens: int) -> Evicted:
+        kept = self.cached_tokens(tokens)
+        if self.by != "layer" or kept == tokens:
+            return self
+        own = pyramid(kept, self.sink + self.recent, tokens, layers)[at]
+        return replace(self, by="uniform", budget=Budget(tokens=own))
+
+    def _untouched(self, tokens: int) -> bool:
+        """Whether everything stays, and where it is."""
+        return self.cached_tokens(tokens) == tokens and spec_word(self.keep) == "full"
+
+    def _rest(self, tokens: int, reserve: Reserve | None) -> Reserve | None:
+        """The room of the store of what is left."""
+        if reserve is None or reserve.max_tokens is None:
+            return reserve
+        return replace(reserve, max_tokens=max(1, reserve.max_tokens - tokens + self.cached_tokens(tokens)))
+
+    def _new(self, tokens: int, reserve: Reserve | None, new: int = 1) -> int:
+        """Room for new tokens beside what heads keep each for itself, from the first of them on."""
+        if reserve is None or reserve.max_tokens == tokens:
+            return 0
+        return room(new, None if reserve.max_tokens is None else reserve.max_tokens - tokens)
+
+    def _fullest(self, tokens: int, chunk: int) -> list[tuple[int, int]]:
+        """When most may be held of a prompt that is read: (tokens up to an eviction, tokens that came after it)."""
+        if self.every is None or self.budget.share == 1:
+            return [(0, tokens)]
+        period = -(-self.every // chunk) * chunk
+        first = max(self.sink + self.recent, self.budget.tokens or 0) // period * period + period
+        while self._untouched(first):
+            first += period
+        last = (tokens - 1) // period * period
+        ends = [(0, min(first, tokens)), (last - period, period), (last, tokens - last)]
+        return [(before, new) for before, new in ends if before >= 0]
+
+    def _held(self, before: int, new: int, head_dim: int, itemsize: int, reserve: Reserve, chunk: int) -> Bytes:
+        """Bytes of keys and values when ``new`` tokens came, in chunks, after an eviction at ``before`` tokens."""
+        slot = 2 * head_dim * itemsize
+        if not before or self._untouched(before):
+            return Bytes(slot * _grown(0, before + new, chunk if self.every else new, reserve.max_tokens))
+        most = reserve.max_tokens
+        if self.ragged:
+            left = self.nbytes(before, head_dim, itemsize).device
+            return Bytes(left + slot * _grown(0, new, chunk, None if most is None else most - before))
+        kept = self.cached_tokens(before)
+        rest = self._rest(before, reserve)
+        if spec_word(self.keep) == "full":
+            return Bytes(slot * _grown(kept, new, chunk, rest.max_tokens))
+        return self.keep.nbytes(kept + new, head_dim, itemsize, rest)
+
+
+def _grown(first: int, new: int, chunk: int, max_tokens: int | None) -> int:
+    """Room of a buffer that was made for ``first`` tokens and takes ``new`` ones in chunks."""
+    held = first
+    found = room(first, max_tokens) if first else 0
+    while held < first + new:
+        held = min(held + chunk, first + new)
+        found = found if held <= found else room(held, max_tokens)
+    return found

@@ -77,6 +77,19 @@ class Thin(StoreSpec):
         listed = kept * torch.int64.itemsize if thin else 0
         return Bytes(2 * whole * head_dim * itemsize + thin * (kept + head_dim) * itemsize + listed)
 
+    def prompt_nbytes(
+        self, tokens: int, head_dim: int, itemsize: int, reserve: Reserve, chunk: int, group: int, at: int, layers: int
+    ) -> Bytes:
+        if self.kept(head_dim) == head_dim:
+            return self.nbytes(tokens, head_dim, itemsize, reserve)
+        wide = max(itemsize, torch.float32.itemsize)
+        queries = min(tokens, self.window + reserve.slack) * head_dim * wide
+        return Bytes(2 * room(tokens, reserve.max_tokens) * head_dim * itemsize + queries)
+
+    @property
+    def queries(self) -> int:
+        return self.window
+
 
 class ThinStore(PiecesStore):
     """A piece is thinned; the newest ``recent`` slots of a prompt are not in one.

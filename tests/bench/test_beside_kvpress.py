@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from hf_longctx.commands._options import load_model
 from hf_longctx.tasks import tasks_from
 from hf_longctx.tasks.language import language_for
 
+kvpress_checks = script("kvpress_checks")
 kvpress_rows = script("kvpress_rows")
 kvpress_sides = script("kvpress_sides")
 beside = script("eviction_beside_kvpress")
@@ -33,6 +36,21 @@ class KeepLastPress:
 
     def post_init_from_model(self, model) -> None:
         pass
+
+    @contextmanager
+    def __call__(self, model):
+        hooks = [layer.self_attn.register_forward_hook(self.first, with_kwargs=True) for layer in model.model.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def first(self, module, args, kwargs, output):
+        new, held = kwargs["hidden_states"].shape[1], kwargs[CACHE].layers[module.layer_idx].keys.shape[2]
+        return (
+            self.forward_hook(module, args, {**kwargs, "cache_position": range(new)}, output) if new == held else None
+        )
 
     def forward_hook(self, module, args, kwargs, output):
         layer = kwargs[CACHE].layers[module.layer_idx]
@@ -98,8 +116,16 @@ def test_a_row_of_ours_is_a_config():
     assert kvpress_rows.overrides_of(Row("ours", "half_streaming"), CONFIG) == {}
     same = kvpress_rows.overrides_of(Row("ours", "AdaKV(SnapKV)", 0.3), CONFIG)["stores"]["retrieval"]
     assert same["rule"] == {"score": "snapkv", "window": 64} and (same["by"], same["recent"]) == ("head", 64)
+    few = Row("ours", "tova:by=uniform:keep=quantized:after=drop", 0.3)
+    few = kvpress_rows.overrides_of(few, CONFIG)["stores"]["retrieval"]
+    assert few["keep"] == {"store": "quantized"} and few["after"] == {"after": "drop"}
     with pytest.raises(ConfigError, match="expected all or config"):
         kvpress_rows.overrides_of(Row("ours", "snapkv:heads=few", 0.3), CONFIG)
+
+
+def test_budgets_of_an_eviction_share_what_is_read():
+    rows = rows_from("ours/snapkv,ours/ThinK,ours/int8,ours/key_norm", [0.5, 0.25])
+    assert [len(group) for group in kvpress_rows.read_alike(rows)] == [2, 1, 1, 1, 2]
 
 
 def line(row: str, case: str, where: str, nll: list[float], right: list[bool], held: int = 50, **more) -> dict:
@@ -141,18 +167,17 @@ def test_the_widest_rows_fit_80_columns_and_what_was_refused_is_measured_again()
 @pytest.fixture(scope="module")
 def tiny():
     model, tokenizer = load_model(str(asset(TINY)), "float32", torch.device("cpu"))
-    return model, language_for(tokenizer, None, None, False)
+    return model, language_for(tokenizer, None, None, False), tokenizer
 
 
 def test_both_sides_answer_alike_where_everything_stays(tiny):
-    model, language = tiny
+    model, language, _ = tiny
     sample = tasks_from("needle:variant=multi_key:needles=3:questions=2")[0].make(language, 256)
     rows = [Row("dense"), Row("kvpress", "KeepLast", 1.0), Row("kvpress", "KeepLast", 0.25)]
     with torch.no_grad():
         found = {(str(row), where): one for row, where, one in theirs(model, rows, sample)}
-        for budget in (1.0, 0.25):
-            own = Row("ours", "key_norm:by=uniform:sink=0:recent=0", budget)
-            found |= {(str(row), where): one for row, where, one in kvpress_sides.ours(model, TINY, own, sample, 2)}
+        own = [Row("ours", "key_norm:by=uniform:sink=0:recent=0", share) for share in (1.0, 0.25)]
+        found |= {(str(row), where): one for row, where, one in ours(tiny, own, sample)}
     for where in ("inside", "after"):
         dense = found["dense", where]
         assert dense["right"] == [True, True] and dense["bytes"] == dense["dense_bytes"]
@@ -164,17 +189,57 @@ def test_both_sides_answer_alike_where_everything_stays(tiny):
         assert few["bytes"] < few["dense_bytes"] / 3 and few["nll"] != pytest.approx(dense["nll"], abs=1e-2)
 
 
+def test_a_score_that_reads_on_is_asked_once_for_all_budgets(tiny):
+    _, language, _ = tiny
+    sample = tasks_from("passkey")[0].make(language, 256)
+    with torch.no_grad():
+        rows = [Row("ours", "kvzip:chunk=64:words=false:by=model:recent=8", share) for share in (1.0, 0.5, 0.1)]
+        found = {(row.budget, where): one for row, where, one in ours(tiny, rows, sample)}
+    for where in ("inside", "after"):
+        held = [found[share, where]["bytes"] / found[share, where]["dense_bytes"] for share in (1.0, 0.5, 0.1)]
+        assert held == sorted(held, reverse=True) and held[1] < 0.7 and held[2] < 0.3
+        assert found[1.0, where]["right"] == [True]
+
+
 def theirs(model, rows, sample):
     return kvpress_sides.theirs(kvpress_sides.Stock(model, KVPRESS), rows, sample, 2)
 
 
+def ours(tiny, rows, sample):
+    model, _, tokenizer = tiny
+    return kvpress_sides.ours(model, tokenizer, TINY, rows, sample, 2)
+
+
 def test_a_row_that_does_not_run_is_a_line_that_says_why(tiny):
-    model, language = tiny
+    model, language, _ = tiny
     sample = tasks_from("passkey")[0].make(language, 128)
     with torch.no_grad():
         found = [*theirs(model, [Row("kvpress", "Nothing", 0.5)], sample)]
-        found += kvpress_sides.ours(model, TINY, Row("ours", "nothing", 0.5), sample, 1)
+        found += ours(tiny, [Row("ours", "nothing", 0.5)], sample)
     assert [one["refused"].partition(":")[0] for _, _, one in found] == ["AttributeError"] * 2 + ["ConfigError"] * 2
+
+
+@pytest.mark.parametrize("name", ["padding", "assisted", "turns", "presses"])
+def test_checks_find_what_a_press_gets_wrong(tiny, name):
+    model, language, _ = tiny
+    rows = [Row("dense"), Row("ours", "key_norm:by=head:recent=8", 0.5), Row("kvpress", "KeepLast", 0.5)]
+    with torch.no_grad():
+        dense, ours, theirs = (kvpress_checks.check(name, model, KVPRESS, TINY, row, language, 256) for row in rows)
+    if name == "presses":
+        assert theirs == "largest difference 0, masks the same" and dense == ours == "used as meant"
+    elif name == "assisted":
+        assert dense == ours == "16 of 16 tokens the same" != theirs
+    else:
+        off = [float(re.search(r"difference ([\d.e+-]+)", found)[1]) for found in (dense, ours, theirs)]
+        assert off[0] < 1e-4 and off[1] < 1e-4 and off[2] > 1e-2
+
+
+def test_a_check_that_fails_says_how(tiny):
+    model, language, _ = tiny
+    found = kvpress_checks.check("turns", model, KVPRESS, TINY, Row("ours", "nothing", 0.5), language, 256)
+    assert found.startswith("ConfigError: stores.retrieval.rule.score: got 'nothing'")
+    found = kvpress_checks.check("turns", model, KVPRESS, TINY, Row("kvpress", "KVzip", 0.5), language, 256)
+    assert found.startswith("not tried")
 
 
 def test_without_kvpress_the_error_says_where_to_read_on(monkeypatch):

@@ -113,7 +113,7 @@ def broken(path: str, value: object) -> dict:
         ("stores/retrieval", {"store": "sink_recent"}, ["stores.retrieval.store: 'sink_recent' serves streaming"]),
         ("stores/streaming", {"store": "full"}, ["stores.streaming.store: 'full' serves retrieval"]),
         ("stores/streming", {}, ["stores.streming: unknown key", "Did you mean 'streaming'?"]),
-        ("stores/streaming", {"sink": 4}, ["stores.streaming: 'store' is missing; known: full, "]),
+        ("stores/streaming", {"sink": 4}, ["stores.streaming: 'store' is missing; known: evicted, full, "]),
         ("stores/retrieval", {"store": "../../errors"}, ["stores.retrieval.store: got '../../errors'"]),
         ("prefill/streaming", {"pattern": "dense"}, ["prefill.streaming.pattern: 'dense' serves retrieval"]),
         (

@@ -99,6 +99,23 @@ def test_a_new_word_starts_from_its_own_defaults():
     assert merge(named, {"prefill": {"tables": {"table": {"y": 1}}}})["prefill"]["tables"].keys() == {"store", "table"}
 
 
+def test_a_word_inside_a_store_and_the_rival_of_a_budget():
+    rule, after = {"score": "snapkv", "window": 8}, {"after": "merge", "similarity": 0.5}
+    store = {"store": "evicted", "rule": rule, "budget": {"share": 0.3}, "after": after, "sink": 2}
+    base = {"stores": {"retrieval": store}}
+
+    def merged(**over):
+        return merge(base, {"stores": {"retrieval": over}})["stores"]["retrieval"]
+
+    assert merged(rule={"score": "tova"}) == store | {"rule": {"score": "tova"}}
+    assert merged(rule={"window": 9}) == store | {"rule": rule | {"window": 9}}
+    assert merged(rule={"score": "snapkv", "pool": 1})["rule"] == rule | {"pool": 1}
+    assert merged(after={"after": "drop"}) == store | {"after": {"after": "drop"}}
+    assert merged(budget={"tokens": 9}) == store | {"budget": {"tokens": 9}}
+    assert merged(budget={"share": 0.1})["budget"] == {"share": 0.1} and merged(budget={}) == store
+    assert merged(store="full") == {"store": "full"}
+
+
 def test_merge_shares_nothing_with_what_it_was_given():
     over = {"heads": {"use": "b", "alternatives": {"b": {"roles": ["RS"]}}}}
     before = copy.deepcopy(over)

@@ -210,3 +210,24 @@ def test_a_config_that_came_with_a_model_names_no_path(folder, tmp_path):
     assert resolve(own, hf(), "a/b").stores.retrieval.folder == str(tmp_path)
     del own["stores"]["retrieval"]["folder"]
     assert resolve("auto", hf(longctx=own), "a/b").stores.retrieval.folder is None
+
+
+def test_a_model_of_which_every_head_is_a_retrieval_head_needs_no_config(folder):
+    whole = {"heads": {"retrieval_fraction": 1.0}}
+    found = resolve("auto", hf(), "a/b", {**whole, "stores": {"retrieval": {"store": "quantized"}}})
+    assert found.roles() == ("RR",) * 3 and found.stores.retrieval.bits == 8 and not found.heads.source
+    assert found.model.fingerprint.vocab_size == 1000
+    for part in (0.5, 0.99, None):
+        refused(lambda part=part: resolve("auto", hf(), "a/b", {"heads": {"retrieval_fraction": part}}), "no shipped")
+    ship(folder, "tiny-1b")
+    assert resolve("auto", hf(), "org/Tiny-1B", whole).scores is not None, "its own config is taken where there is one"
+    ship(folder, "twin", ids=["org/Twin"])
+    assert resolve("auto", hf(), "", whole).roles() == ("RR",) * 3, "several fit, and the head maps do not matter"
+    refused(lambda: resolve("auto", hf(), ""), "2 shipped configs fit")
+
+
+def test_over_roles_every_head_or_no_share():
+    given = plain(heads={"roles": ["RS", "SS", "SR"]})
+    assert resolve(given, hf(), None, {"heads": {"retrieval_fraction": 1.0}}).roles() == ("RR",) * 3
+    assert resolve(given, hf()).roles() == ("RS", "SS", "SR")
+    refused(lambda: resolve(given, hf(), None, {"heads": {"retrieval_fraction": 0.5}}), "got 0.5", "over roles, or 1.0")

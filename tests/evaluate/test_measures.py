@@ -14,6 +14,7 @@ from hf_longctx.cache.cache import cache_bytes
 from hf_longctx.evaluate import forwards, measures
 from hf_longctx.evaluate.forwards import forced, greedy, output_head, perplexity, windows
 from hf_longctx.evaluate.measures import next_token, paired_bootstrap, same_tokens
+from hf_longctx.model import losses
 
 # Next token.
 
@@ -186,7 +187,7 @@ def slow_perplexity(model, ids, window, context):
 @pytest.mark.parametrize(("window", "context"), [(16, 1), (16, 12), (50, 25), (64, 10)])
 @torch.no_grad()
 def test_perplexity_equals_its_definition(window, context, at_once, monkeypatch):
-    monkeypatch.setattr(forwards, "LOGITS", at_once)
+    monkeypatch.setattr(losses, "LOGITS", at_once)
     model, ids = tiny_model(), torch.randint(3, 97, (50,))
     found = perplexity(model, ids, window=window, context=context)
     want = slow_perplexity(model, ids, window, context)

@@ -20,6 +20,7 @@ from hf_longctx.evaluate.digest import prompts_digest
 from hf_longctx.evaluate.plan import Case, Options, cases_of, make_plan, values_of, variants_of
 from hf_longctx.evaluate.run import evaluate
 from hf_longctx.model.modules import state_of
+from hf_longctx.stores.evicted import Budget
 from hf_longctx.tasks import tasks_from
 from hf_longctx.tasks.language import language_for
 
@@ -146,6 +147,27 @@ def test_a_pattern_can_be_swept_by_its_word(llama):
     assert [type(variant.config.prefill.retrieval) for variant in variants[2:]] == [load("prefill", w) for w in found]
 
 
+def test_a_budget_is_swept_in_shares_and_in_tokens(llama):
+    own = plan_of(llama).variants[1].config
+    swept = variants_of(llama[0], "auto", "budget=0.5,0.25,128,1.0")[1:]
+    assert [variant.name for variant in swept] == ["patched", *(f"budget={x}" for x in (0.5, 0.25, 128, 1.0))]
+    assert [variant.swept for variant in swept] == [None, 0.5, 0.25, 128, 1.0]
+    budgets = [variant.config.stores.retrieval.budget for variant in swept[1:]]
+    assert budgets == [Budget(share=0.5), Budget(share=0.25), Budget(tokens=128), Budget(share=1.0)]
+    assert swept[0].config == own and swept[1].config == own.override(stores={"retrieval": {"store": "evicted"}})
+
+
+def test_a_sweep_changes_an_eviction_in_its_budget_alone(llama):
+    store = {"store": "evicted", "rule": {"score": "key_norm"}, "budget": {"tokens": 128}, "by": "uniform"}
+    config = LongCtxConfig.from_dict({**plan_of(llama).variants[1].config.to_dict(), "stores": {"retrieval": store}})
+    _, own, *swept = variants_of(llama[0], config, "budget=0.5,128")
+    assert own.swept == 128, "patched has one of the values already"
+    want = config.override(stores={"retrieval": {"budget": {"share": 0.5}}})
+    assert [variant.config for variant in swept] == [want] and want.stores.retrieval.by == "uniform"
+    scores = variants_of(llama[0], config, "stores.retrieval.rule.score=snapkv,tova")[2:]
+    assert [type(variant.config.stores.retrieval.rule).__name__ for variant in scores] == ["Snapkv", "Tova"]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -171,6 +193,10 @@ def test_a_pattern_can_be_swept_by_its_word(llama):
         ({"sweep": "retrieval_fraction=0.5,0.5"}, "the same config"),
         ({"sweep": "retrieval_fraction=2"}, "retrieval_fraction"),
         ({"sweep": "kernel=auto,fast"}, "kernel"),
+        ({"sweep": "budget=0.5,1.5"}, "stores.retrieval.budget.share: got 1.5"),
+        ({"sweep": "budget=0.5,half"}, "stores.retrieval.budget: got 'half'"),
+        ({"sweep": "budget=0.5,30"}, "budget.tokens: got 30, expected at least the 68"),
+        ({"sweep": "budget=0.5,1,1.0"}, "budget=1.0 gives the same config as budget=1"),
         ({"perplexity": "nowhere.txt"}, "perplexity"),
         ({"perplexity": "book"}, "perplexity: the embedded models' language has no words for the book"),
         ({"perplexity_window": 64}, "perplexity_window: there is no text"),
@@ -218,6 +244,12 @@ def test_a_draw_without_room_is_found_at_the_start(monkeypatch):
     monkeypatch.setattr(Case, "sample", lambda self, language: drawn.append(self.number) or real(self, language))
     plan(2 * least, 40)
     assert {*drawn} <= {0, 39} and len(drawn) == 3
+
+
+def test_a_budget_does_not_replace_another_store(llama):
+    config = plan_of(llama).variants[1].config.override(stores={"retrieval": {"store": "quantized"}})
+    with pytest.raises(ConfigError, match="budget=0.5 is a budget of evictions, and stores.retrieval.*'quantized'"):
+        variants_of(llama[0], config, "budget=0.5")
 
 
 def test_options_and_their_fields_are_plain():

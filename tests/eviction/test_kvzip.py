@@ -374,3 +374,19 @@ def test_asked_again_about_the_same_text_nothing_more_leaves(by):
     assert sum(len(k) for heads in before for k in heads) == 40 * 12
     if by != "layer":  # which gives later layers less of a budget once more
         assert all(torch.equal(*pair) for pair in zip(sum(before, []), sum(keys_of_heads(cache), []), strict=True))
+
+
+@pytest.mark.parametrize("by", ["uniform", "model"])
+@pytest.mark.parametrize("budget", [{"share": 1.0}, {"tokens": 40}])
+def test_a_saved_cache_goes_on_by_the_same_scores(by, budget, tmp_path):
+    model = zipping(by=by)
+    ids = some(130, seed=4)
+    cache = read(model, ids[:90])
+    cache.compress(budget=budget)
+    cache.save(tmp_path / "cache", model=model)
+    loaded = LongCtxCache.load(tmp_path / "cache", model)
+    for one in (cache, loaded):
+        read(model, ids[90:], one)
+        one.compress(budget={"tokens": 50})
+    pairs = zip(sum(keys_of_heads(loaded), []), sum(keys_of_heads(cache), []), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)

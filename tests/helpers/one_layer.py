@@ -47,9 +47,12 @@ class OneLayer:
         starts = tuple(min(start, past + count) for start in self.starts)
         self.rows = Rows(len(starts), past, count, starts if any(starts) else None)
         self.forward = Forward(self.rows)
-        self.cache.begin(self.forward)
+        self.begin()
         kept = self.cache.update(k, v, 0)[0]
         return LayerCall(self.plan, self.forward, Scores(SCALE)).cached(self.q, kept.parts)
+
+    def begin(self) -> None:
+        self.cache.begin(self.forward)
 
     def read_as(self, row: int, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k, v ``[n, S, D]`` of a row as its queries should read them."""

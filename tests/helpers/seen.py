@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,11 @@ class Prompt:
     def tokens(self) -> int:
         return self.k.shape[2]
 
+    @property
+    def surprisal(self) -> Tensor:
+        """Some number of each token, float32 ``[B, T]``."""
+        return self.v[:, 0, :, 0].float().abs()
+
     def alone(self, row: int) -> Prompt:
         own = (x[row : row + 1] for x in (self.q, self.k, self.v))
         return Prompt(*own, self.scores, self.layer, self.rotation)
@@ -66,7 +71,7 @@ class Prompt:
             kept += range(start, end)
         seen = self.seen(self.tokens, self.tokens, rule, state, kept)
         queries = self.q[:, :, max(low, self.tokens - rule.queries) :] if rule.queries else None
-        return Seen(seen.k, seen.v, seen.positions, queries, self.tokens, self.scores, seen.rotation, self.layer, state)
+        return replace(seen, q=queries, surprisal=self.surprisal[:, low:] if rule.surprises else None)
 
     def score(self, rule: Score, cuts: Sequence[int] = ()) -> Tensor:
         return rule.score(self.gathered(rule, cuts))
@@ -74,7 +79,10 @@ class Prompt:
     def after_eviction(self, rule: Score, kept: Sequence[int], low: int) -> Seen:
         """Of the first ``low`` tokens, a prompt, these were kept; the others are a second prompt."""
         first = Prompt(*(x[:, :, :low] for x in (self.q, self.k, self.v)), self.scores, self.layer, self.rotation)
-        state = first.gathered(rule).state
+        seen = first.gathered(rule)
+        if rule.surprises:
+            rule.score(seen)
+        state = seen.state
         state.update({name: state[name][:, :, list(kept)] for name in rule.by_token if name in state})
         return self.gathered(rule, (), low, state, kept)
 

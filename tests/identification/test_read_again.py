@@ -115,7 +115,8 @@ def test_pieces_of_queries_change_nothing(method, monkeypatch):
     model = tiny_model(dtype=torch.float64)
     whole = run(method, model, probe_of(model))
     monkeypatch.setattr(_attention, "ENTRIES", 700)
-    monkeypatch.setattr(_columns, "TEMPORARY", 700)
+    monkeypatch.setattr(_columns, "IN_CACHES", 700)
+    monkeypatch.setattr(_columns, "FEWEST", 1)
     largest = []
     softmax = torch.Tensor.softmax
     monkeypatch.setattr(torch.Tensor, "softmax", lambda x, *a, **k: largest.append(x.numel()) or softmax(x, *a, **k))

@@ -16,7 +16,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM
 
 import hf_longctx.model.attention
-from hf_longctx import LongCtxCache, UnsupportedModelError, observe, patch_model, patched, report, unpatch_model
+from hf_longctx import (
+    ConfigError,
+    LongCtxCache,
+    UnsupportedModelError,
+    observe,
+    patch_model,
+    patched,
+    report,
+    unpatch_model,
+)
 
 IDS = torch.arange(3, 63)[None]
 
@@ -291,3 +300,17 @@ def test_buffers_are_not_part_of_the_weights():
     assert set(model.state_dict()) == keys
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
+
+
+def test_tokens_are_evicted_without_a_head_map():
+    """One call, of a model for which no config ships."""
+    model = tiny_model(layers=2)
+    with pytest.raises(ConfigError, match="no shipped config fits"):
+        patch_model(model, stores={"retrieval": {"store": "evicted", "budget": {"share": 0.3}}})
+    patch_model(
+        model, stores={"retrieval": {"store": "evicted", "budget": {"share": 0.3}}}, heads={"retrieval_fraction": 1.0}
+    )
+    model.generate(torch.randint(3, 97, (1, 1000)), max_new_tokens=3)
+    found = report(model)
+    assert found.retrieval_heads == found.kv_heads and 0.3 < found.nbytes / found.nbytes_dense < 0.4
+    assert "no memory is saved" not in str(found)

@@ -47,6 +47,9 @@ class Driver(OneLayer):
         self.asked = torch.cat([self.asked, self.q], 2)
         return out
 
+    def begin(self):
+        self.cache.starts = self.rows.starts  # the cache is not asked where a prompt ends
+
     def end(self):
         """A prompt ends here: by the store, and by the rule, channel by channel."""
         starts = tuple(min(start, self.seen) for start in self.starts)
