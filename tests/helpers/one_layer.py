@@ -46,10 +46,14 @@ class OneLayer:
         self.q = self.random(self.heads, count)
         starts = tuple(min(start, past + count) for start in self.starts)
         self.rows = Rows(len(starts), past, count, starts if any(starts) else None)
-        self.forward = Forward(self.rows)
+        self.forward = Forward(self.rows, prompt=self.reads_prompt(count))
         self.begin()
         kept = self.cache.update(k, v, 0)[0]
         return LayerCall(self.plan, self.forward, Scores(SCALE)).cached(self.q, kept.parts)
+
+    def reads_prompt(self, count: int) -> bool:
+        """Whether the next ``count`` tokens are of a prompt."""
+        return count > 1 or not self.cache.seen
 
     def begin(self) -> None:
         self.cache.begin(self.forward)

@@ -47,8 +47,11 @@ class Driver(OneLayer):
         self.asked = torch.cat([self.asked, self.q], 2)
         return out
 
+    def reads_prompt(self, count):
+        return self.begun is not None
+
     def begin(self):
-        self.cache.starts = self.rows.starts  # the cache is not asked where a prompt ends
+        self.cache.starts, self.cache.forward = self.rows.starts, self.forward  # it is not asked where a prompt ends
 
     def end(self):
         """A prompt ends here: by the store, and by the rule, channel by channel."""
