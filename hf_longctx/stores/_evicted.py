@@ -186,11 +186,11 @@ class EvictedStore(Store):
         k = tokens[0]
         if not k.shape[2]:
             return k.new_zeros(k.shape[:3], dtype=torch.float32)
-        if self.asks and known.q is None and not known.state:
+        if self.asks and known.q is None and (self.spec.rule.queries or not known.state):
             raise CacheError(
                 f"score {spec_word(self.spec.rule)!r} of the {self.heads.role} heads asks for queries of the prompt, "
-                "and this cache has seen none: it was filled by hand. Read the prompt with the model, or use a score "
-                "of keys alone, such as key_norm."
+                "and this cache has none: it was filled by hand, or they went with an earlier eviction. Read the "
+                "prompt with the model, or use a score of keys alone, such as key_norm."
             )
         return known.score(tokens, self.known.scores_of(head, k.shape[3]), processed, losses, since).clone()
 

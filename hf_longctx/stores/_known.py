@@ -129,7 +129,7 @@ class Known:
         """What `restore` needs: tensors by name, and plain data that JSON can hold."""
         tensors: dict[str, Tensor] = {}
         plain = []
-        for at, ((row, head), one) in enumerate(self.parts.items()):
+        for at, ((row, head), one) in enumerate(sorted(self.parts.items(), key=lambda item: item[0])):
             own = {} if one.q is None else {"q": one.q}
             tensors |= {f"{at}.{name}": x for name, x in own.items()}
             tensors |= {f"{at}.state.{name}": x for name, x in one.state.items()}
@@ -167,15 +167,15 @@ class Known:
         """
         fields = told.fields("parts", "scores")
         scores = self._check_scores(saved, fields["scores"], prefix)
-        found: set[Key] = set()
+        found: list[Key] = []
         for at, one in enumerate(fields["parts"].items()):
             parts = one.fields("row", "head", "start", "processed", "gathered", "queries", "state")
             row = parts["row"].number(0 if any(saved.starts) else ALL, saved.rows.batch - 1)
             head = parts["head"].number(ALL, self.heads - 1)
             kinds = {(row == ALL, head == ALL) for row, head in (*found, (row, head))}
-            if (row, head) in found or len(kinds) > 1:
-                one.refuse(f"got row {row} and head {head}, expected each once, or {ALL} for all of them")
-            found.add((row, head))
+            if (row, head) != max([*found, (row, head)]) or (row, head) in found or len(kinds) > 1:
+                one.refuse(f"got row {row} and head {head}, expected each once and in order, or {ALL} for all of them")
+            found.append((row, head))
             self._check_part(saved, one, parts, f"{prefix}{at}.", scores, cached)
 
     def _check_scores(self, saved: SavedStore, told: Told, prefix: str) -> Scores:

@@ -64,8 +64,8 @@ class Evicted(StoreSpec):
         recent: newest tokens where the prompt ends, which stay.
         after: what becomes of the others.
         keep: the store of what is left; by ``head`` and ``model`` it is full.
-        every: evict also whenever so many tokens came since the last time, in a prompt that is read in pieces and while
-            decoding; null: where a prompt ends alone.
+        every: evict also whenever so many tokens came since the last time, pads of the batch among them, in a prompt
+            that is read in pieces and while decoding; null: where a prompt ends alone. No drafts can be verified then.
     """
 
     roles = ("retrieval",)

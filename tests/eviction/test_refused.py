@@ -130,6 +130,17 @@ def test_a_cache_that_was_filled_by_hand(model):
         assert cache.seen == 60 and cache.own[0].whole
 
 
+@pytest.mark.parametrize("score", ["snapkv", "ems"])
+def test_asking_again_for_queries_that_are_gone(score):
+    model = evicting(rule={"score": score, "window": 8}, budget={"share": 0.3})
+    cache = read(model, some(60))
+    read(model, some(3), cache, chunk=1)
+    before = cache.nbytes
+    with pytest.raises(CacheError, match=f"score '{score}' of the retrieval heads asks for queries of the prompt"):
+        cache.compress(budget={"share": 0.1})
+    assert cache.nbytes == before and cache.own[0].whole
+
+
 def test_an_eviction_that_was_interrupted(model, monkeypatch):
     cache = read(model, some(60))
     store = cache.own[1].evicting[0]

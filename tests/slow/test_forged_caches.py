@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.forgeries import Edit, Forger
-from helpers.store_cases import CASES, case_config
+from helpers.store_cases import BY_DATA, CASES, case_config
 from helpers.tiny import left_padded, tiny_model
 
 from hf_longctx import CacheError, LongCtxCache, patch_model
@@ -26,7 +26,10 @@ REFUSED, EQUAL, OTHER, RAISED = 0, 1, 2, 3  # how a child ends
 PATIENCE = 20  # seconds of a child
 # What only tells where the text of a row begins or ends, how far back one may go, and with how much room: another
 # number makes the file of another cache, which is as true as that of this one.
-CONTENT = r"starts|ends|'(oldest|begin|low|base|whole|capacity|slots)'|max_tokens"
+CONTENT = (
+    r"starts|ends|'(oldest|begin|low|base|whole|capacity|slots)'|max_tokens"
+    r"|'(prompt_end|reading|judged|scale|softcap|processed|gathered)'"  # where a prompt ends, and by what it is scored
+)
 CHOSEN_ROWS = r"'numbers'(, '\d+')?\) ="  # which row of a page is read as which, where pages are shared
 
 
@@ -55,6 +58,15 @@ def forked(model):
     fill(model, cache, ids, mask)
     order = torch.tensor([2, 0, 1])
     cache.reorder_cache(order)
+    return cache, ids[:, :0], mask
+
+
+def decoded(model):
+    """Sequences whose prompt has ended."""
+    cache, ids, mask = padded(model)
+    fill(model, cache, ids, mask)
+    mask = torch.cat([mask, mask[:, -1:]], 1)
+    fill(model, cache, ids[:, :1], mask)
     return cache, ids[:, :0], mask
 
 
@@ -130,8 +142,10 @@ def ends_of(forger: Forger, edits: list[Edit], path: Path, *given) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("fillers", [padded, forked])
-@pytest.mark.parametrize("case", CASES)
+FILLED = [(case, how) for case in CASES for how in (padded, forked, *([decoded] if case in BY_DATA else []))]
+
+
+@pytest.mark.parametrize(("case", "fillers"), FILLED)
 def test_no_forgery_crashes_or_gives_other_answers(case, fillers, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # what a library's threads hold is not there after a fork

@@ -51,6 +51,7 @@ class Driver(OneLayer):
         return self.begun is not None
 
     def begin(self):
+        self.cache._check_room(self.rows)
         self.cache.starts, self.cache.forward = self.rows.starts, self.forward  # it is not asked where a prompt ends
 
     def end(self):
