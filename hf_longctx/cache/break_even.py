@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -27,6 +27,8 @@ class Form:
         itemsize: bytes of an element.
         reserve: the room of its buffers.
         indexed: KV heads that a selection serves, by what says how they keep their tokens, and which of them they read.
+        group: query heads of a KV head; 0: not known, and what is known of their queries is not counted.
+        evicting: KV heads of each layer of which tokens are evicted.
     """
 
     heads: tuple[tuple[StoreSpec, int], ...]
@@ -34,6 +36,8 @@ class Form:
     itemsize: int
     reserve: Reserve
     indexed: tuple[tuple[StoreSpec, SelectSpec, int], ...] = ()
+    group: int = 0
+    evicting: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, cache: LongCtxCache) -> Form:
@@ -46,7 +50,19 @@ class Form:
         indexed = _counted(((store.spec, one.spec), len(store.heads.kv_heads)) for store, one in served)
         reserve = Reserve(cache.max_tokens, max(store.slack for store in stores))
         indexed = tuple((*both, n) for both, n in indexed)
-        return cls(heads, layer.head_dim, layer.dtype.itemsize, reserve, indexed)
+        model = cache.model() if cache.model else None
+        group = 0 if model is None else model.config.num_attention_heads // model.config.num_key_value_heads
+        evicting = tuple(len(store.heads.kv_heads) for layer in cache.own for store in layer.evicting)
+        return cls(heads, layer.head_dim, layer.dtype.itemsize, reserve, indexed, group, evicting)
+
+    def _by_layer(self, tokens: int) -> Iterator[tuple[StoreSpec, int]]:
+        """`heads`, apart where layers keep different numbers of a prompt's tokens."""
+        for spec, n in self.heads:
+            if spec.by_data and sum(self.evicting) == n:
+                layers = len(self.evicting)
+                yield from ((spec.in_layer(at, layers, tokens), own) for at, own in enumerate(self.evicting))
+            else:
+                yield spec, n
 
     def nbytes(self, tokens: int) -> int:
         """Bytes of a row after a prompt of ``tokens`` tokens, spare room and pages in host memory included.
@@ -54,7 +70,10 @@ class Form:
         Indexes are counted, which are made when the first token is decoded.
         """
         form = (self.head_dim, self.itemsize)
-        kept = sum(n * sum(spec.nbytes(tokens, *form, self.reserve)) for spec, n in self.heads)
+        kept = 0
+        for spec, n in self._by_layer(tokens):
+            known = spec.known_nbytes(tokens, *form, self.group) if self.group else 0
+            kept += n * (sum(spec.nbytes(tokens, *form, self.reserve)) + known)
         room = self.reserve.max_tokens
         return kept + sum(
             n * select.index_bytes(store.selectable(tokens), *form, room) for store, select, n in self.indexed

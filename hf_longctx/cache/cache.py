@@ -323,6 +323,7 @@ class LongCtxCache(SequenceOperations, RollBack, Compression, StockLayers, Dense
         self.staggered = False
         self.prompt_end = None
         self.reading = False
+        self.scored = False
 
     def fork(self) -> LongCtxCache:
         """A cache that goes on from here independently of this one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..layout.rows import Rows
 from ..stores._evicted import EvictedStore
 from ..stores.evicted import Evicted
 from .layer import LongCtxLayer
-from .plan import FEWEST
+from .plan import FEWEST, LETTERS
 
 WAITS = (
     "eviction: a prompt ended before cache.compress() was called, which score {} waits for; all its tokens were cached"
@@ -33,11 +34,13 @@ class Eviction:
         prompt_end: tokens after which the prompt ends that is being read, as generate() says; None: not known.
         reading: a prompt was read since the last end of one.
         paused: nothing is evicted: a copy on which something is read to judge the tokens by.
+        scored: a prompt has ended and was scored.
     """
 
     prompt_end: int | None = None
     reading: bool = False
     paused: bool = False
+    scored: bool = False
 
     def reads_prompt(self, rows: Rows) -> bool:
         """Whether this forward is of a prompt: the first of a cache, one of many tokens, or before `prompt_end`.
@@ -64,7 +67,7 @@ class Eviction:
 
     def _end_due_prompt(self, rows: Rows, prompt: bool) -> None:
         """End a prompt that was read, and evict where a fixed number of tokens came since the last time."""
-        if self.paused:
+        if self.paused or not self.evicts:
             return
         ended = rows.new == 1 or (self.prompt_end is not None and rows.past >= self.prompt_end)
         if (self.reading or self._by_hand(rows)) and not prompt and ended:
@@ -75,8 +78,11 @@ class Eviction:
 
     def _by_hand(self, rows: Rows) -> bool:
         """Whether all tokens came by `update` alone: a prompt that nobody has announced."""
+        if self.scored or not rows.past:
+            return False
         stores = [store for layer in self._evicting for store in layer.evicting if store.spec.rule.moment == "prompt"]
-        return bool(rows.past and stores) and not any(store.judged for store in stores)
+        self.scored = any(store.judged for store in stores)
+        return bool(stores) and not self.scored
 
     def _due(self, seen: int) -> bool:
         return any(store.due(seen) for layer in self._evicting for store in layer.evicting)
@@ -86,8 +92,23 @@ class Eviction:
             self._evict(self._evicting)
         self.reading = False  # after it: what a score lacks is refused at every forward that follows
         self.prompt_end = None
+        rows = Rows(max(self.batch_size, 1), 0, seen, self.starts)
         for layer in self.own:
-            layer.end_prompt(Rows(max(self.batch_size, 1), 0, seen, self.starts))
+            layer.end_prompt(rows)
+        self._across(rows)
+
+    def _across(self, rows: Rows) -> None:
+        """What the stores of a role do together in all layers."""
+        for role in LETTERS:
+            stores = [layer.store_of(role) for layer in self.own]
+            spec = next((store.spec for store in stores if store is not None), None)
+            if spec is None or not spec.by_data:
+                continue
+            for layer in self.own:
+                layer.whole = False
+            spec.across(stores, rows)
+            for layer in self.own:
+                layer.whole = True
 
     def _waits(self) -> bool:
         """Whether the score must be asked (`compress`); the report says where nobody has."""
@@ -97,9 +118,9 @@ class Eviction:
             log.notes.add(WAITS.format(spec_word(waits[0].spec.rule)))
         return bool(waits)
 
-    @property
+    @cached_property
     def evicts(self) -> bool:
-        """Whether some tokens of a prompt leave where it ends."""
+        """Whether the data choose in some store what is left of a prompt where it ends."""
         return any(role.store.by_data for layer in self.own for role in layer.plan.filled)
 
     @property

@@ -73,6 +73,10 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         """Whether some store evicts also after a fixed number of tokens."""
         return any(getattr(role.store, "every", None) for role in self.plan.roles)
 
+    def store_of(self, role: str) -> Store | None:
+        """The store of ``retrieval`` or ``streaming`` heads; None where there are none."""
+        return next((store for store in self.stores if store.heads.role == role), None)
+
     def end_prompt(self, rows: Rows) -> None:
         """A prompt has ended; ``rows`` are all that was seen."""
         for store in self.stores:

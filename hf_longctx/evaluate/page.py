@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..config.config import LongCtxConfig
 from ..io.atomic import written_whole
 from ..io.plots import new_figure, save
 from .figures import figures
@@ -133,7 +134,8 @@ def conditions(summary: Summary, headers: Sequence[Record]) -> list[str]:
     ]
     for name, count in first["retrieval_heads"].items():
         kernels = ", ".join(summary.kernels.get(name, ()))
-        lines.append(f"{name}: {count[0]} of {count[1]} KV heads keep every token; kernels: {kernels}.")
+        kept = LongCtxConfig.from_dict(first["configs"][name]).kept
+        lines.append(f"{name}: {count[0]} of {count[1]} KV heads {kept}; kernels: {kernels}.")
     if max(header["processes"] for header in headers) > 1:
         lines.append("Several processes ran at once: times are only comparable between the variants.")
     return lines + [f"{name}: {note}." for name, notes in summary.notes.items() for note in notes]

@@ -126,8 +126,11 @@ class Evidence:
         return seen.state
 
     def kept(self, index: Sequence[Sequence[Tensor]]) -> Evidence:
-        """What is known once only these of the cached tokens are left, by sequence and KV head, as many in each."""
-        state = dict(self.state)
+        """What is known once only these of the cached tokens are left, by sequence and KV head, as many in each.
+
+        What was gathered of queries alone is forgotten: a later prompt is scored by its own.
+        """
+        state = {name: self.state[name] for name in self._by_token}
         at = torch.stack([torch.stack(list(heads)) for heads in index]) if self._by_token else None
         for name in self._by_token:  # 0 for tokens that came since, as `_columns.grown` has it
             more = int(at.max()) + 1 - state[name].shape[2] if at.numel() else 0

@@ -188,10 +188,9 @@ class MemoryModel:
         return {index: one.sliding_window for index, one in others.items() if hasattr(one, "sliding_window")}
 
     def layer_bytes(self, plan: LayerPlan, way: str, tokens: int) -> int:
-        """Most bytes of all KV heads of a layer, in all rows."""
-        left = self.layer_left(plan, way, tokens)
+        """Most bytes of all KV heads of a layer while a prompt is read, in all rows."""
         if way == DENSE or not any(role.store.by_data for role in plan.filled):
-            return left
+            return self.layer_left(plan, way, tokens)
         form = (
             tokens,
             self.head_dim,
@@ -202,7 +201,7 @@ class MemoryModel:
             *self._rank(plan),
         )
         held = sum(len(role.heads.kv_heads) * role.store.prompt_nbytes(*form).device for role in plan.filled)
-        return max(held * self.settings.batch, left)
+        return held * self.settings.batch
 
     def layer_left(self, plan: LayerPlan, way: str, tokens: int) -> int:
         """Bytes of all KV heads of a layer once a prompt of ``tokens`` tokens has ended, in all rows."""

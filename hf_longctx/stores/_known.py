@@ -89,9 +89,10 @@ class Known:
 
     def for_rule(self, rule: Score, whole: bool) -> Known:
         """What is known of it for another score; ``whole``: what was gathered too."""
-        parts = {
-            key: replace(one, rule=rule, state=dict(one.state) if whole else {}) for key, one in self.parts.items()
-        }
+        parts = {}
+        for key, one in self.parts.items():
+            state = {name: x for name, x in one.state.items() if whole or name == JUDGED}
+            parts[key] = replace(one, rule=rule, state=state)
         other = self._with(parts)
         other.rule = rule
         return other

@@ -11,6 +11,7 @@ from ..config.words import spec_word, word
 from ..errors import ConfigError
 from ..eviction._budgets import pyramid
 from ..eviction._evidence import left_nbytes, state_nbytes
+from ..eviction.after.drop import Drop
 from ..layout.heads import RoleHeads
 from ._evicted import EvictedStore
 from .base import Bytes, Reserve, StoreSpec, room
@@ -121,8 +122,8 @@ class Evicted(StoreSpec):
 
     @property
     def ragged(self) -> bool:
-        """Whether what is left is cached head by head: in different numbers, or with a score bias."""
-        return self.by in ("head", "model") or self.after.biased
+        """Whether what is left is cached head by head: in different numbers, or not as it was."""
+        return self.by in ("head", "model") or not isinstance(self.after, Drop)
 
     @property
     def least(self) -> float:

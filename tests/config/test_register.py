@@ -383,6 +383,8 @@ def test_a_score_and_what_comes_after_run_as_words_and_as_objects():
     assert torch.equal(faded, evicted(after=Faded(), **by))
     assert not torch.allclose(faded, evicted(after={"after": "drop"}, **by), atol=1e-3)
     assert torch.equal(evicted(after=Faded(factor=1.0), **by), evicted(**by))
+    even = {**by, "by": "uniform"}
+    assert not torch.allclose(evicted(after=Faded(), **even), evicted(**even), atol=1e-3), "in every head, too"
 
 
 def test_a_whole_spec_of_an_eviction_is_given_as_an_object():

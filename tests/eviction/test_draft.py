@@ -13,6 +13,7 @@ from torch.nn.functional import max_pool1d
 from hf_longctx import CacheError, ConfigError, UnsupportedModelError, report
 from hf_longctx.eviction.draft import Draft
 from hf_longctx.eviction.snapkv import Snapkv
+from hf_longctx.layout.rows import Rows
 from hf_longctx.prompts.draft import draft_scores
 
 RULE = {"score": "draft", "window": 8}
@@ -150,3 +151,12 @@ def test_what_is_refused():
         cache.compress(Draft(window=300), follows=[5])
     cache.compress(Draft(window=32), follows=[5])
     assert Snapkv(window=9).queries == Draft(window=9).queries
+
+
+def test_a_draft_of_one_token_is_not_read_by_a_step_that_shows_no_queries():
+    cache = read(drafting(), some(60))
+    (store,) = cache.own[0].evicting
+    rows = Rows(1, 60, 1)
+    assert store.place(rows) is not None
+    store.watcher = print
+    assert store.place(rows) is None

@@ -81,5 +81,7 @@ def headers_of(plan: EvalPlan, processes=1) -> list[dict]:
     on = {"hf_longctx": "1", "torch": "2", "transformers": "5", "python": "3", "cpu": "C", "threads": 1, "cores": 2}
     settings = {"dtype": "float32", "seed": 0, "answers": "greedy"}
     heads = {variant.name: [4, 16] for variant in plan.variants[1:]}
+    configs = {variant.name: variant.config and variant.config.to_dict() for variant in plan.variants}
     header = {"model": EVIL, "settings": settings, "environment": on, "retrieval_heads": heads, "processes": processes}
+    header["configs"] = configs
     return [header] * processes
