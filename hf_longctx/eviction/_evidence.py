@@ -130,12 +130,17 @@ class Evidence:
 
         What was gathered of queries alone is forgotten: a later prompt is scored by its own.
         """
-        state = {name: x for name, x in self.state.items() if name in self._by_token}
+        state = self.of_tokens.state
         at = torch.stack([torch.stack(list(heads)) for heads in index]) if self._by_token else None
         for name in self._by_token:  # 0 for tokens that came since, as `_columns.grown` has it
             more = int(at.max()) + 1 - state[name].shape[2] if at.numel() else 0
             state[name] = pad(state[name], (0, max(0, more))).gather(2, at)
         return replace(self, q=None, state=state)
+
+    @property
+    def of_tokens(self) -> Evidence:
+        """What is known of the cached tokens, once a prompt was scored."""
+        return replace(self, q=None, state={name: x for name, x in self.state.items() if name in self._by_token})
 
     @property
     def _by_token(self) -> set[str]:
@@ -212,7 +217,8 @@ def state_nbytes(rule: Score, tokens: int, head_dim: int, group: int, itemsize: 
 def left_nbytes(rule: Score, tokens: int, head_dim: int, group: int, itemsize: int) -> int:
     """Bytes of what is known of the ``tokens`` tokens that are left to one KV head."""
     if rule.gathers:
-        return state_nbytes(rule, tokens, head_dim, group, itemsize)
+        gathered = (state_nbytes(rule, count, head_dim, group, itemsize) for count in (tokens + 1, 1))
+        return next(gathered) - next(gathered)  # not what was gathered of queries alone
     return len(rule.by_token) * tokens * max(itemsize, torch.float32.itemsize)  # what was said of them
 
 

@@ -65,7 +65,7 @@ class Known:
 
     def all_kept(self) -> Known:
         """Once a prompt was scored of which all is kept."""
-        return self._with({key: replace(one, q=None) for key, one in self.parts.items()})
+        return self._with({key: one.of_tokens for key, one in self.parts.items()})
 
     def kept(self, keep: Sequence[Sequence[Tensor]], apart: bool) -> Known:
         """What is still known once the tokens of the masks ``keep`` are left: what was gathered of all queries.

@@ -198,7 +198,8 @@ class Evicted(StoreSpec):
         if self.every is None:
             return left_nbytes(self.rule, cached, head_dim, group, itemsize)
         newest = self.rule.queries * group * head_dim * itemsize
-        return newest + left_nbytes(self.rule, cached + 1, head_dim, group, itemsize)  # that of decoded tokens as well
+        known = state_nbytes if self.rule.gathers else left_nbytes
+        return newest + known(self.rule, cached + 1, head_dim, group, itemsize)  # that of decoded tokens as well
 
     def selectable(self, tokens: int) -> int:
         return self.cached_tokens(tokens)
