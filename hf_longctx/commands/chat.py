@@ -158,7 +158,7 @@ class Loop:
         from ..model.report import report
 
         told = report(self.chat.model)
-        return f"patched: {told.retrieval_heads} of {told.kv_heads} KV heads keep every token"
+        return f"patched: {told.retrieval_heads} of {told.kv_heads} KV heads {told.kept}"
 
     def tell(self, text: str) -> None:
         """What is no answer: on standard error, in order with what stands on standard output."""

@@ -54,7 +54,8 @@ class Comparison:
 
     Attributes:
         prompt_tokens: tokens of the prompt.
-        kv_heads, retrieval_heads: KV heads of the model, and those of them that keep every token when patched.
+        kv_heads, retrieval_heads: KV heads of the model, and those of them that are retrieval heads when patched.
+        kept: what these do, in words.
         dense, patched: what each way gave.
         same: how far the two answers are the same.
         prompt: the next token over the end of the prompt; None for a prompt of one token.
@@ -66,6 +67,7 @@ class Comparison:
     prompt_tokens: int
     kv_heads: int
     retrieval_heads: int
+    kept: str
     dense: Side
     patched: Side
     same: SameTokens
@@ -84,7 +86,7 @@ class Comparison:
         b = self.patched
         lines = [
             f"prompt         {self.prompt_tokens} tokens; patched, {self.retrieval_heads} of {self.kv_heads} KV heads "
-            "keep every token",
+            f"{self.kept}",
             f"{'':<14} {'dense':>10} {'patched':>10}",
             _row("answer tokens", len(a.tokens), len(b.tokens), "d"),
             _row("KV cache MB", a.cache_bytes / 1e6, b.cache_bytes / 1e6, ".2f")
@@ -203,6 +205,7 @@ def compare(
         prompt_tokens=ids.shape[1],
         kv_heads=told.kv_heads,
         retrieval_heads=told.retrieval_heads,
+        kept=told.kept,
         same=same,
         prompt=on_prompt,
         answer=on_answer,

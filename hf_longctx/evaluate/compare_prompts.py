@@ -74,7 +74,8 @@ class Means:
     """One variant over all prompts, each of which counts once; intervals are of 95 %, by ``paired_bootstrap``.
 
     Attributes:
-        retrieval_heads: KV heads that keep every token.
+        retrieval_heads: KV heads that are retrieval heads.
+        kept: what these do, in words.
         nll: mean, in nats per token; ``nll_lost`` is what it has above dense.
         agreement: share of the answer's tokens with the same most likely one; ``kl``: KL(dense || variant), in nats.
         equal: share of the prompts whose greedy answer is dense's.
@@ -82,6 +83,7 @@ class Means:
     """
 
     retrieval_heads: int
+    kept: str
     nll: float
     nll_lost: Mean
     agreement: Mean
@@ -225,6 +227,7 @@ def _means(done: Sequence[Prompted], variant: Variant) -> Means:
     dense = [one.runs[DENSE] for one in done]
     return Means(
         retrieval_heads=variant.config.retrieval_heads,
+        kept=variant.config.kept,
         nll=sum(run.nll for run in own) / len(own),
         nll_lost=mean_of([one.lost(variant.name) for one in done]),
         agreement=mean_of([run.next_token.agreement for run in own]),

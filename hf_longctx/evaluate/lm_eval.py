@@ -80,7 +80,7 @@ class LongCtxLM(HFLM):
             return
         patch_model(self.model, "auto" if longctx is True else longctx, **sections)
         found = report(self.model)
-        logger.info("patched: %d of %d KV heads keep every token", found.retrieval_heads, found.kv_heads)
+        logger.info("patched: %d of %d KV heads %s", found.retrieval_heads, found.kv_heads, found.kept)
 
     def get_model_info(self) -> dict[str, Any]:
         """``HFLM``'s, with ``longctx``: the merged config and what really ran, or False for a dense model."""

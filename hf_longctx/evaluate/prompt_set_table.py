@@ -27,7 +27,7 @@ def lines(found: ComparedPrompts) -> Iterator[str]:
     yield f"{count} prompt{'s' * (count != 1)} of {span}"
     yield f"answers followed: {_followed(given, count)}"
     for name, means in found.variants.items():
-        yield f"{name}: {means.retrieval_heads} of {found.kv_heads} KV heads keep every token"
+        yield f"{name}: {means.retrieval_heads} of {found.kv_heads} KV heads {means.kept}"
     yield ""
     yield _row(HEADS)
     yield _row((DENSE, f"{found.dense_nll:.4f}"))

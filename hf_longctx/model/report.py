@@ -18,7 +18,8 @@ class Report:
     """Plain numbers about a patched model and the cache of its last forward.
 
     Attributes:
-        kv_heads, retrieval_heads: KV heads of the whole model (of this process), and those that keep every token.
+        kv_heads, retrieval_heads: KV heads of the whole model (of this process), and those that are retrieval heads.
+        kept: what these do, in words.
         window_layers: layers that keep the model's own sliding window.
         forwards: forwards since patching.
         dense_tail: last tokens of a prompt that streaming heads read densely, by the config.
@@ -60,6 +61,7 @@ class Report:
     chosen: int = 0
     reused: int = 0
     read: float | None = None
+    kept: str = "keep every token"
     evictions: int = 0
     evicted: float | None = None
     evicted_at: int = 0
@@ -76,7 +78,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"KV heads      {self.retrieval_heads} of {self.kv_heads} keep every token, "
+            f"KV heads      {self.retrieval_heads} of {self.kv_heads} {self.kept}, "
             f"{self.kv_heads - self.retrieval_heads} keep a constant number",
             f"forwards      {self.forwards}, kernels: {', '.join(self.kernels) or 'none yet'}",
         ]
@@ -145,6 +147,7 @@ def report(model: nn.Module) -> Report:
     return Report(
         kv_heads=len(roles),
         retrieval_heads=roles.count("R"),
+        kept=state.config.kept,
         window_layers=tuple(plan.layer_idx for plan in state.plans if plan.window is not None),
         forwards=state.forwards,
         kernels=tuple(sorted(log.used)),
