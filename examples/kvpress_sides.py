@@ -224,9 +224,11 @@ def judged(cache: LongCtxCache, tokenizer: Any) -> LongCtxCache:
 
 
 def compressed(read: LongCtxCache, share: float | None, tokenizer: Any) -> LongCtxCache:
-    """A copy of which only the budget is left, where tokens are evicted by score."""
+    """A copy whose prompt has ended: of which only the budget is left, where tokens are evicted by score."""
     cache = copy.deepcopy(read)
-    if cache.rule is not None:
+    if cache.rule is None:
+        cache.evict()
+    else:
         cache.compress(budget={"share": share}, tokenizer=tokenizer if isinstance(cache.rule, Asked) else None)
     return cache
 
