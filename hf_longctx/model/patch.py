@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..cache.plan import RolePlan
 from ..cache.stock_layers import stock_layers
 from ..config.config import LongCtxConfig
 from ..config.find import resolve
@@ -123,6 +124,15 @@ def _refuse_uneven(store: StoreSpec) -> None:
         )
 
 
+def _refuse_learning(role: RolePlan) -> None:
+    if role.decode.queries and role.store.by_data:
+        raise UnsupportedModeError(
+            f"decode.retrieval: select {spec_word(role.decode)!r} learns from a prompt's queries which keys belong "
+            f"together, and store {spec_word(role.store)!r} has others once the prompt has ended. Use another "
+            "selection, such as page_bounds, or stores.retrieval: {store: full}."
+        )
+
+
 def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
     """Patch with a config that fits: all plans are made before anything is changed."""
     inner = unwrap(model)
@@ -152,6 +162,7 @@ def _apply(model: nn.Module, settings: LongCtxConfig, family: Family) -> None:
         if role.selects:
             _refuse_store(role.store, "a decode selection", "decode.retrieval to {select: dense}")
             _refuse_uneven(role.store)
+            _refuse_learning(role)
 
     unpatch_model(model)
     register()

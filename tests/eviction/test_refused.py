@@ -155,3 +155,10 @@ def test_an_eviction_that_was_interrupted(model, monkeypatch):
         model(some(1, 1), past_key_values=cache)
     cache.reset()
     assert read(model, some(60), cache).seen == 60
+
+
+def test_a_selection_that_learns_from_the_prompt_is_refused_where_its_keys_leave():
+    more = {"decode": {"retrieval": {"select": "prefix_clusters"}}}
+    with pytest.raises(UnsupportedModeError, match="learns from a prompt's queries which keys belong together"):
+        evicting(**SNAPKV, by="uniform", top=more)
+    evicting(**SNAPKV, by="uniform", top={"decode": {"retrieval": {"select": "clusters"}}})
