@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..decode.base import SelectSpec
 from ..stores.base import Reserve, StoreSpec
@@ -51,7 +51,7 @@ class Form:
         reserve = Reserve(cache.max_tokens, max(store.slack for store in stores))
         indexed = tuple((*both, n) for both, n in indexed)
         model = cache.model() if cache.model else None
-        group = 0 if model is None else model.config.num_attention_heads // model.config.num_key_value_heads
+        group = 0 if model is None else _group(model.config)
         evicting = tuple(len(store.heads.kv_heads) for layer in cache.own for store in layer.evicting)
         return cls(heads, layer.head_dim, layer.dtype.itemsize, reserve, indexed, group, evicting)
 
@@ -113,3 +113,9 @@ def _counted(pairs: Iterable[tuple[Spec, int]]) -> tuple[tuple[Spec, int], ...]:
         else:
             counts[at] = (spec, counts[at][1] + n)
     return tuple(counts)
+
+
+def _group(config: Any) -> int:
+    """Query heads of a KV head."""
+    heads = config.num_attention_heads
+    return heads // (getattr(config, "num_key_value_heads", None) or heads)

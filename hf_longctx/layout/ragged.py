@@ -47,7 +47,7 @@ class Ragged(Streamed):
     starts: Tensor
     lengths: Tensor
     score_bias: Tensor | None = None
-    _bounds: list[list[list[int]]] | None = field(default=None, repr=False, compare=False)
+    _bounds: list[list[list[int]]] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, parts: Sequence[Sequence[tuple[Tensor, ...]]]) -> Ragged:
@@ -92,7 +92,9 @@ class Ragged(Streamed):
     def alone(self, rows: slice) -> Ragged:
         """That of these sequences."""
         starts, lengths = (x[rows].contiguous() for x in (self.starts, self.lengths))
-        return replace(self, starts=starts, lengths=lengths, _bounds=self.bounds[rows])
+        other = replace(self, starts=starts, lengths=lengths)
+        other._bounds = self.bounds[rows]
+        return other
 
     def first_apart(self) -> tuple[Segment, Ragged]:
         """Each sequence's first token, copied, hidden from a head that has it no more; and the rest: views."""
@@ -101,7 +103,7 @@ class Ragged(Streamed):
             at = self.starts.clamp(max=len(self.positions) - 1)
             held &= self.positions[at.to(self.k.device)].to("cpu") == 0
         taken = held.long()
-        rest = replace(self, starts=self.starts + taken, lengths=self.lengths - taken, _bounds=None)
+        rest = replace(self, starts=self.starts + taken, lengths=self.lengths - taken)
         return self._padded(self.starts, taken, 0, 1), rest
 
     def blocks(self) -> Iterator[Segment]:

@@ -220,7 +220,10 @@ class QuantizedStore(Store):
         begin = past
         old = None
         if total - self.base > kept.k.shape[2]:
-            base = max(self.base, min(start + spec.packed(total - self.slack - start) for start in starts))
+            ends = [start + spec.packed(total - self.slack - start) for start in starts]
+            if rows.new == 1:
+                ends.append(low)  # a token reads exactly what is packed for it alone
+            base = max(self.base, min(ends))
             if rows.new > 1:
                 cut = slice(low - self.base, past - self.base)
                 old = Segment(kept.k[:, :, cut].clone(), kept.v[:, :, cut].clone(), past - low)

@@ -23,7 +23,7 @@ from helpers.select_cases import (
     selections,
     spec_of,
 )
-from helpers.store_cases import ROUNDED
+from helpers.store_cases import BY_DATA, ROUNDED
 from helpers.tiny import left_padded
 
 from hf_longctx import LongCtxCache, report
@@ -46,7 +46,8 @@ EVERY = [case_over(None, case) for case in SELECTING]
 # Every case over plain memory, and one of each word over the other stores; or over a store of pages and a rounded one.
 PLAIN = [case_over("full", case) for case in SELECTING]
 ALL_STORES = PLAIN + [(case, store) for case in FIRST for store in OTHERS]
-SOME_STORES = PLAIN + [(case, store) for case in FIRST for store in ("offloaded", min(ROUNDED))]
+ALSO = min(ROUNDED - BY_DATA)  # rounded, and all of it
+SOME_STORES = PLAIN + [(case, store) for case in FIRST for store in ("offloaded", ALSO)]
 EXACT_STORES = PLAIN + [(case, "offloaded") for case in FIRST]
 PROMPT = 75
 NEW = 10

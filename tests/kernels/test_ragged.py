@@ -140,7 +140,9 @@ def test_memory_beside_the_parts_would_be_seen(word):
     """A control of all tests here."""
     module, dtype = KERNELS[word]
     q, segments = call(LENGTHS["few"], 2, 1, dtype)
-    segments[0].lengths[1, 0] += 1
+    longer = segments[0].lengths.clone()
+    longer[1, 0] += 1
+    segments[0] = replace(segments[0], lengths=longer)
     out, _ = module.attend(q, segments, ALL, Scores(SCALE))
     assert out[1, :2].isnan().all()
     assert out[0].isfinite().all() and out[1, 2:].isfinite().all()
