@@ -40,6 +40,7 @@ NOT_RUN = Counter(
         "evaluation.md": 8,
         "heads.md": 4,
         "2026-11-30-real-checkpoint.md": 9,
+        "2026-11-30-eviction.md": 2,
         "2026-11-30-selection.md": 6,
         "faq.md": 1,
         "laptop.md": 3,
