@@ -107,8 +107,11 @@ class Evicted(StoreSpec):
                 f"every: got {self.every} with score {spec_word(self.rule)!r}, which evicts when cache.compress() is "
                 "called. Leave it out."
             )
-        if not self.keep.reads_all or isinstance(self.keep, Evicted):
-            raise ConfigError(f"keep: got store {spec_word(self.keep)!r}, which is not one of every token it is given.")
+        if not self.keep.reads_all or self.keep.by_data:
+            raise ConfigError(
+                f"keep: got store {spec_word(self.keep)!r}, which does not keep every token as it is. What works: "
+                "full, quantized, offloaded, offloaded_disk."
+            )
         if self.ragged and spec_word(self.keep) != "full":
             raise ConfigError(
                 f"keep: got store {spec_word(self.keep)!r} where heads keep different numbers of tokens (by "

@@ -8,7 +8,7 @@ from helpers.evicting import BY, evicting, read, some
 from helpers.tiny import tiny_model
 from transformers import DynamicCache, GenerationConfig
 
-from hf_longctx import CacheError, LongCtxCache, UnsupportedModeError, observe
+from hf_longctx import CacheError, ConfigError, LongCtxCache, UnsupportedModeError, observe
 
 SNAPKV = {"rule": {"score": "snapkv", "window": 8}, "budget": {"share": 0.3}}
 
@@ -162,3 +162,10 @@ def test_a_selection_that_learns_from_the_prompt_is_refused_where_its_keys_leave
     with pytest.raises(UnsupportedModeError, match="learns from a prompt's queries which keys belong together"):
         evicting(**SNAPKV, by="uniform", top=more)
     evicting(**SNAPKV, by="uniform", top={"decode": {"retrieval": {"select": "clusters"}}})
+
+
+@pytest.mark.parametrize("store", ["thin", "paired", "evicted"])
+def test_what_is_left_is_kept_by_a_store_that_keeps_it(store):
+    with pytest.raises(ConfigError, match=rf"stores.retrieval.keep: got store '{store}'.*full, quantized, offloaded"):
+        evicting(**SNAPKV, by="uniform", keep={"store": store})
+    evicting(**SNAPKV, by="uniform", keep={"store": "offloaded"})
