@@ -12,6 +12,7 @@ from hf_longctx import LongCtxCache
 from hf_longctx.cache.bytes import storage_bytes
 from hf_longctx.layout.streamed import Streamed
 from hf_longctx.stores.base import Reserve
+from hf_longctx.stores.full import Full
 
 PROMPT, TOKENS = 500, 50_000
 LARGER = {"page": 8192, "recent": 512}  # every step reads every page, so few of them
@@ -32,6 +33,13 @@ def work_of_a_step(model, cache, token) -> int:
     with CountCalls() as count:
         read(model, cache, token)
     return count.calls
+
+
+def bounds(spec, tokens: int) -> tuple[int, int]:
+    """Least and most bytes of a head; where the data chose what is left of the prompt, what it left and all of it."""
+    if spec.by_data:
+        return spec.nbytes(PROMPT, 8, 4).device, Full().nbytes(tokens, 8, 4, Reserve()).device
+    return tuple(spec.nbytes(tokens, 8, 4, reserve).device for reserve in (None, Reserve()))
 
 
 @pytest.mark.slow
@@ -56,7 +64,7 @@ def test_a_long_run_keeps_its_bytes_its_work_and_its_answer(case):
         if at % 997 == 0:
             held = storage_bytes(store.tensors())
             held -= n * spec.nbytes(at + 1, 8, 4).host
-            least, most = (spec.nbytes(at + 1, 8, 4, reserve).device for reserve in (None, Reserve()))
+            least, most = bounds(spec, at + 1)
             assert n * least <= held <= n * most
             bytes_seen.append(held)
     assert cache.seen == PROMPT + TOKENS
