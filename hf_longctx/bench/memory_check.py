@@ -102,7 +102,7 @@ def _fill_and_evict(memory_model: MemoryModel, way: str, tokens: int) -> Filled:
     """As `fill`, all layers together, as a prompt is read: in chunks where tokens are evicted between them."""
     cache = _new_cache(memory_model, way, tokens)
     _fill_others(memory_model, cache)
-    chunked = bool(memory_model.stock_windows) or any(layer.regular for layer in cache.own)
+    chunked = bool(memory_model.stock_windows) or cache.regular
     step = memory_model.chunk(tokens) if chunked else tokens
     most = 0
     for past in range(0, tokens, step):

@@ -67,13 +67,12 @@ class Compression(Eviction):
         asked = isinstance(spec.rule, Asked)
         self._refuse_unused(spec.rule, asked, tokenizer=tokenizer, ids=ids, follows=follows)
         with ExitStack() as stack:
-            for layer in self._evicting:
-                for store in layer.evicting:
-                    stack.enter_context(scoring_by(store, spec))
+            for _, store in self._evicting:
+                stack.enter_context(scoring_by(store, spec))
             if asked:
                 self._judge(spec, tokenizer, ids, follows)
             self._end_text()
-            self._evict(self._evicting)
+            self._evict()
 
     def end_document(self, tokenizer: Any = None) -> None:
         """End a text that is kept for several questions: evict where the config's score does not look for one.
@@ -94,10 +93,10 @@ class Compression(Eviction):
     @property
     def rule(self) -> Score | None:
         """The config's score; None where no tokens are evicted by one."""
-        return next((store.spec.rule for layer in self.own for store in layer.evicting), None)
+        return next((store.spec.rule for _, store in self._evicting), None)
 
     def _spec_for(self, score: Any, budget: Any, by: str | None) -> Evicted:
-        own = next((store.spec for layer in self.own for store in layer.evicting), None)
+        own = next((store.spec for _, store in self._evicting), None)
         if own is None:
             raise UnsupportedModeError(
                 "compress: no head of this cache evicts tokens by score. Set stores.retrieval to {store: evicted, ...} "
@@ -138,7 +137,7 @@ class Compression(Eviction):
     def _judge(self, spec: Evicted, tokenizer: Any, ids: Any, follows: Any) -> None:
         """Let the model read what the score asks for, and keep what it says of each cached token."""
         rows = Rows(1, 0, self.seen, self.starts)
-        stores = [store for layer in self._evicting for store in layer.evicting]
+        stores = [store for _, store in self._evicting]
         text = self._text(ids, rows)
         new = judged_of(stores[0], rows)
         gone = new is None and any(store.cut is not None for store in stores)
@@ -161,10 +160,9 @@ class Compression(Eviction):
         other: LongCtxCache = self.fork()
         other.prompt_end, other.paused = MOST, True
         judges = []
-        for layer in other._evicting:
-            for store in layer.evicting:
-                store.watcher = Judging(store, rule, reading)
-                judges.append(store.watcher)
+        for _, store in other._evicting:
+            store.watcher = Judging(store, rule, reading)
+            judges.append(store.watcher)
         ids = reading.ids[None].to(input_device(base))
         rows = Rows(1, self.seen, ids.shape[1], self.starts)
         given: dict[str, Any] = {}

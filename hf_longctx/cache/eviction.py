@@ -13,7 +13,6 @@ from ..config.bounds import MOST
 from ..config.words import spec_word
 from ..errors import CacheError
 from ..eviction._budgets import by_head, by_model, pyramid, uniform
-from ..layout.forward import ForwardLog
 from ..layout.rows import Rows
 from ..stores._evicted import EvictedStore
 from ..stores.evicted import Evicted
@@ -34,7 +33,7 @@ class Eviction:
         prompt_end: tokens after which the prompt ends that is being read, as generate() says; None: not known.
         reading: a prompt was read since the last end of one.
         paused: nothing is evicted: a copy on which something is read to judge the tokens by.
-        scored: a prompt has ended and was scored.
+        scored: a prompt has ended and was scored, or no store scores one where it ends.
     """
 
     prompt_end: int | None = None
@@ -72,24 +71,24 @@ class Eviction:
         ended = rows.new == 1 or (self.prompt_end is not None and rows.past >= self.prompt_end)
         if (self.reading or self._by_hand(rows)) and not prompt and ended:
             self._end_prompt(rows.past)
-        elif self.own[0].regular and rows.past and (prompt or rows.new == 1) and self._due(rows.past):
-            self._evict(self._evicting)
+        elif self.regular and rows.past and (prompt or rows.new == 1) and self._due(rows.past):
+            self._evict()
         self.reading = self.reading or prompt
 
     def _by_hand(self, rows: Rows) -> bool:
         """Whether all tokens came by `update` alone: a prompt that nobody has announced."""
         if self.scored or not rows.past:
             return False
-        stores = [store for layer in self._evicting for store in layer.evicting if store.spec.rule.moment == "prompt"]
-        self.scored = any(store.judged for store in stores)
-        return bool(stores) and not self.scored
+        stores = [store for _, store in self._evicting if store.spec.rule.moment == "prompt"]
+        self.scored = not stores or any(store.judged for store in stores)
+        return not self.scored
 
     def _due(self, seen: int) -> bool:
-        return any(store.due(seen) for layer in self._evicting for store in layer.evicting)
+        return any(store.due(seen) for _, store in self._evicting)
 
     def _end_prompt(self, seen: int) -> None:
         if not self._waits():
-            self._evict(self._evicting)
+            self._evict()
         self.reading = False  # after it: what a score lacks is refused at every forward that follows
         self.prompt_end = None
         rows = Rows(max(self.batch_size, 1), 0, seen, self.starts)
@@ -112,10 +111,9 @@ class Eviction:
 
     def _waits(self) -> bool:
         """Whether the score must be asked (`compress`); the report says where nobody has."""
-        stores = [store for layer in self._evicting for store in layer.evicting]
-        waits = [store for store in stores if store.spec.rule.moment == "call"]
-        if any(store.cut is None for store in waits) and (log := self._log()) is not None:
-            log.notes.add(WAITS.format(spec_word(waits[0].spec.rule)))
+        waits = [store for _, store in self._evicting if store.spec.rule.moment == "call"]
+        if any(store.cut is None for store in waits) and (state := self._patch_state) is not None:
+            state.log.notes.add(WAITS.format(spec_word(waits[0].spec.rule)))
         return bool(waits)
 
     @cached_property
@@ -123,13 +121,20 @@ class Eviction:
         """Whether the data choose in some store what is left of a prompt where it ends."""
         return any(role.store.by_data for layer in self.own for role in layer.plan.filled)
 
-    @property
-    def _evicting(self) -> list[LongCtxLayer]:
-        return [layer for layer in self.own if any(layer.evicting)]
+    @cached_property
+    def regular(self) -> bool:
+        """Whether some store evicts also after a fixed number of tokens."""
+        return any(role.store.every is not None for layer in self.own for role in layer.plan.filled)
 
-    def _evict(self, layers: Sequence[LongCtxLayer]) -> None:
+    @property
+    def _evicting(self) -> list[tuple[LongCtxLayer, EvictedStore]]:
+        """The stores of which tokens are evicted by score, each with its layer."""
+        return [(layer, store) for layer in self.own for store in layer.evicting]
+
+    def _evict(self) -> None:
         """Score, allot and leave: layer by layer, or all of them together where they share a budget."""
-        pairs = [(layer, store) for layer in layers for store in layer.evicting]
+        pairs = self._evicting
+        layers = [layer for layer, _ in pairs]
         if not pairs or self.ends is not None:
             return
         rows = Rows(self.batch_size, 0, self.seen, self.starts)
@@ -173,8 +178,7 @@ class Eviction:
         if (ids := self.token_ids.known(seen)) is None:
             self.surprisals.crop(0)  # they never will be
         elif self.surprisals.length < seen:
-            state = getattr(self.model() if self.model else None, "longctx_state", None)
-            if state is None:
+            if (state := self._patch_state) is None:
                 raise CacheError(
                     "score 'surprisal': the model that filled this cache is gone. Let it read at least one token with "
                     "this cache first."
@@ -186,13 +190,13 @@ class Eviction:
         kept = sum(int(one.sum()) for heads in keep for one in heads)
         store.evict(rows, keep)
         layer.forget_choices(store)
-        if (log := self._log()) is not None:
-            log.eviction.add(layer.plan.layer_idx, rows.total, cached, kept)
+        if (state := self._patch_state) is not None:
+            state.log.eviction.add(layer.plan.layer_idx, rows.total, cached, kept)
 
-    def _log(self) -> ForwardLog | None:
-        """Of the model's report; None where it is gone."""
-        state = getattr(self.model() if self.model else None, "longctx_state", None)
-        return None if state is None else state.log
+    @property
+    def _patch_state(self) -> Any:
+        """That of the model, with its report; None where it is gone."""
+        return getattr(self.model() if self.model else None, "longctx_state", None)
 
 
 def tell_prompt(cache: Any, ended: bool) -> None:

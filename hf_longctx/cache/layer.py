@@ -68,11 +68,6 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         """The stores of which tokens are evicted by score."""
         return [store for store in self.stores if isinstance(store, EvictedStore)]
 
-    @property
-    def regular(self) -> bool:
-        """Whether some store evicts also after a fixed number of tokens."""
-        return any(getattr(role.store, "every", None) for role in self.plan.roles)
-
     def store_of(self, role: str) -> Store | None:
         """The store of ``retrieval`` or ``streaming`` heads; None where there are none."""
         return next((store for store in self.stores if store.heads.role == role), None)
@@ -164,7 +159,7 @@ class LongCtxLayer(DenseLayerMembers, CacheLayerMixin):
         parts = [store.append(key_states, value_states, rows) for store in self.stores]
         for part, selection in zip(parts, self.selections, strict=True):
             part.selection = selection
-            if not (forward.prompt or getattr(part.spec, "every", None)):
+            if not forward.prompt and part.spec.every is None:
                 part.attended = None  # of decoded tokens, drafts among them
         self.seen = rows.total
         self.whole = True

@@ -68,7 +68,7 @@ def _refuse_drafts() -> None:
 def _refuse_regular(plans: Sequence[LayerPlan]) -> None:
     """Drafts are taken back, and what was evicted since they were read cannot be."""
     stores = [role.store for plan in plans for role in plan.filled]
-    if regular := [store for store in stores if store.by_data and getattr(store, "every", None)]:
+    if regular := [store for store in stores if store.every is not None]:
         raise UnsupportedModeError(
             f"assisted decoding and prompt lookup with stores.retrieval.every = {regular[0].every}: rejected drafts "
             "are rolled back, and tokens that left the cache while they were read cannot be. Set every to null "

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers.evicting import BY, evicting, read, some
-from helpers.tiny import left_padded, tiny_model
+from helpers.tiny import left_padded, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM
 
-from hf_longctx import LongCtxCache
+from hf_longctx import LongCtxCache, report
 from hf_longctx.eviction._budgets import by_head, by_model, pyramid, uniform
 
 RULES = {
@@ -145,3 +146,18 @@ def test_of_equal_scores_the_first_are_kept():
     assert all(torch.equal(one, torch.arange(10) < one.sum()) for one in by_head(same, 3, 0.5))
     for budget in (20, 33, 57):
         assert sum(pyramid(budget, 12, 100, 7)) == 7 * budget
+
+
+@torch.no_grad()
+def test_every_holds_where_the_first_layer_evicts_nothing():
+    """Its heads stream, or it has a window of its own."""
+    streaming = evicting(roles=["SSSS", "RRRR", "RRRR"], budget={"tokens": 40}, every=20)
+    config = tiny_config("qwen2", sliding=20)
+    config.layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    windowed = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="sdpa").eval()
+    for model in (streaming, evicting(model=windowed, budget={"tokens": 40}, every=20)):
+        cache = read(model, some(60))
+        for token in some(50).split(1):
+            model(token[None], past_key_values=cache)
+        assert cache.own[1].stores[0].cut.slots > 80
+        assert report(model).evictions > 2
