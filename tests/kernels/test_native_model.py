@@ -18,12 +18,7 @@ from hf_longctx.kernels import native
 PROMPT = 150
 
 
-@pytest.fixture(autouse=True)
-def _on(monkeypatch):
-    monkeypatch.delenv(native.SWITCH, raising=False)
-    native._load.cache_clear()
-    yield
-    native._load.cache_clear()
+pytestmark = pytest.mark.usefixtures("native_on")
 
 
 def tokens_of(model, ids, mask=None, new=12):

@@ -25,13 +25,7 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _on(monkeypatch):
-    monkeypatch.delenv(native.SWITCH, raising=False)
-    native._load.cache_clear()
-    torch.manual_seed(0)
-    yield
-    native._load.cache_clear()
+pytestmark = pytest.mark.usefixtures("native_on")
 
 
 def bounds_of(batch, kv_heads, parts, dim, dtype):

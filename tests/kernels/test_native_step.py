@@ -34,13 +34,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 ROLES = [["RSRS", "SSRR", "RRRR"], ["SRSS", "SSSS", "RSSR"]]
 
 
-@pytest.fixture(autouse=True)
-def _on(monkeypatch):
-    monkeypatch.delenv(native.SWITCH, raising=False)
-    native._load.cache_clear()
-    torch.manual_seed(0)
-    yield
-    native._load.cache_clear()
+pytestmark = pytest.mark.usefixtures("native_on")
 
 
 @pytest.fixture

@@ -29,12 +29,7 @@ KERNELS = {"reference": (reference, torch.float64), "cpu": (cpu, torch.float64),
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _on(monkeypatch):
-    monkeypatch.delenv(native.SWITCH, raising=False)
-    native._load.cache_clear()
-    yield
-    native._load.cache_clear()
+pytestmark = pytest.mark.usefixtures("native_on")
 
 
 def call(lengths, group, new, dtype, dim=16, bias=False, behind=5):
