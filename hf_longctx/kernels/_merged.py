@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from ..layout.merged import Half, Merged
 from ..layout.scores import Scores
-from ._thinned import TILE
+from ._thinned import TILE, summed
 from .reference import capped
 
 TEMPORARY = 1 << 24  # scores at once
@@ -35,12 +35,8 @@ def _attend(rows: Tensor, keys: Merged, scores: Scores) -> tuple[Tensor, Tensor]
     made = capped(_products(rows, keys.k) * scores.scale, scores.softcap)
     if keys.hidden is not None:
         made = made + keys.hidden.to(made.dtype)
-    top = made.amax(-1, keepdim=True)
-    top = top.masked_fill(top == float("-inf"), 0)
-    weights = (made - top).exp()
-    total = weights.sum(-1, keepdim=True)
-    out = _sums(weights, keys.v) / total.clamp(min=torch.finfo(total.dtype).tiny)
-    return out, (total.log() + top).squeeze(-1)
+    weights, total, lse = summed(made)
+    return _sums(weights, keys.v) / total, lse
 
 
 def _products(rows: Tensor, half: Half) -> Tensor:

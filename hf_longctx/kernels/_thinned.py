@@ -35,16 +35,16 @@ def _attend(q: Tensor, keys: Thinned, scores: Scores) -> tuple[Tensor, Tensor]:
         made = capped(rows @ k.transpose(2, 3) * scores.scale, scores.softcap)
         if keys.hidden is not None:
             made = made + keys.hidden[..., low : low + TILE].to(dtype)
-        parts.append(_softmax(made, v))
+        weights, total, lse = summed(made)
+        parts.append((weights @ v / total, lse))
     out, lse = merge(parts)
     return out.reshape(batch, heads, new, -1), lse.reshape(batch, heads, new)
 
 
-def _softmax(made: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted mean of v, and the logsumexp of the scores; 0 and -inf where all are -inf."""
+def summed(made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of scores ``[..., S]``: weights, their sum ``[..., 1]`` (above 0), logsumexp ``[...]``; of -inf 0 and -inf."""
     top = made.detach().amax(-1, keepdim=True)
     top = top.masked_fill(top == float("-inf"), 0)
     weights = (made - top).exp()
     total = weights.sum(-1, keepdim=True)
-    out = weights @ v / total.clamp(min=torch.finfo(total.dtype).tiny)
-    return out, (total.log() + top).squeeze(-1)
+    return weights, total.clamp(min=torch.finfo(total.dtype).tiny), (total.log() + top).squeeze(-1)

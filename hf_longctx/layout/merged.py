@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .segments import one_row, repeats
 from .streamed import Piece
 
 KIND = "merged"  # what `Streamed.kind` says of it
@@ -142,7 +143,7 @@ class Merged(Piece):
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Sequences that come from one go on sharing its memory, and so do the layers."""
-        own = _repeats(self.k.norm, change) if self.k.norm.shape[0] == 1 or self.k.norm.stride(0) == 0 else change
+        own = repeats(self.k.norm, change) if one_row(self.k.norm) else change
         self.k, self.v = (half.mapped(own, half.common.map_rows(change, own)) for half in (self.k, self.v))
 
     def copy(self) -> Merged:
@@ -166,9 +167,3 @@ class Merged(Piece):
             unit, at, norm, exact = (x.expand(numbers["rows"], *x.shape[1:]) if x.shape[0] == 1 else x for x in own)
             halves.append(Half(Directions(unit, at), norm, exact))
         return cls(*halves, bool(numbers["shared"]))
-
-
-def _repeats(like: Tensor, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What ``change`` does to sequences that are all one memory: as many of it as there are then."""
-    batch = change(like[:, :0, :0]).shape[0]
-    return lambda x: x[:1].expand(batch, *x.shape[1:])

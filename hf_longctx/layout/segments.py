@@ -61,11 +61,8 @@ class Segment:
 
         Sequences that share one copy of a prompt keep sharing it.
         """
-        if self.shared and self._one_row:
-            batch = change(self.k[:, :0, :0]).shape[0]
-            self.k, self.v = (x[:1].expand(batch, -1, -1, -1) for x in (self.k, self.v))
-        else:
-            self.k, self.v = change(self.k), change(self.v)
+        own = repeats(self.k, change) if self.shared and one_row(self.k) else change
+        self.k, self.v = own(self.k), own(self.v)
         if isinstance(self.length, Tensor):
             self.length = change(self.length)
 
@@ -109,14 +106,20 @@ class Segment:
 
         The copy where the memory beside them, which they would keep alive, is more than ``spare`` times theirs.
         """
-        rows = slice(0, 1) if self._one_row else slice(None)
+        rows = slice(0, 1) if one_row(self.k) else slice(None)
         pair = [fitting(x[rows, :, :tokens], spare) for x in (self.k, self.v)]
         return Segment(*(x.expand(self.k.shape[0], -1, -1, -1) for x in pair), tokens, shared=True)
 
-    @property
-    def _one_row(self) -> bool:
-        """Whether all rows are one and the same memory."""
-        return self.k.shape[0] == 1 or self.k.stride(0) == 0
+
+def one_row(x: Tensor) -> bool:
+    """Whether all rows of ``x [B, ...]`` are one and the same memory."""
+    return x.shape[0] == 1 or x.stride(0) == 0
+
+
+def repeats(x: Tensor, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``change`` does to rows that are all one memory, as those of ``x [B, ...]``: as many of it as come out."""
+    batch = change(x[:, :0, :0]).shape[0]
+    return lambda x: x[:1].expand(batch, *x.shape[1:])
 
 
 def fitting(x: Tensor, spare: float) -> Tensor:

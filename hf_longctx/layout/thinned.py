@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .segments import one_row, repeats
 from .streamed import Piece
 
 KIND = "thinned"  # what `Streamed.kind` says of it
@@ -52,11 +53,6 @@ class Thinned(Piece):
     def form(self) -> tuple[int, int, int]:
         return *self.k.shape[:2], self.dim
 
-    @property
-    def one_row(self) -> bool:
-        """Whether all sequences read one and the same memory."""
-        return self.k.shape[0] == 1 or self.k.stride(0) == 0
-
     def alone(self, rows: slice, low: int) -> Thinned:
         k, v = (x[rows, :, low:] for x in (self.k, self.v))
         return replace(self, k=k, v=v, channels=self.channels[rows], hidden=None)
@@ -78,11 +74,8 @@ class Thinned(Piece):
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Sequences that come from one go on sharing its memory."""
-        if self.one_row:
-            batch = change(self.k[:, :0, :0]).shape[0]
-            self.k, self.v, self.channels = (x[:1].expand(batch, *x.shape[1:]) for x in self.tensors())
-        else:
-            self.k, self.v, self.channels = (change(x) for x in self.tensors())
+        own = repeats(self.k, change) if one_row(self.k) else change
+        self.k, self.v, self.channels = (own(x) for x in self.tensors())
 
     def copy(self) -> Thinned:
         return replace(self)

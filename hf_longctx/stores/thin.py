@@ -13,7 +13,7 @@ from ..layout.gather import key_pieces, spans
 from ..layout.heads import RoleHeads
 from ..layout.rows import Rows
 from ..layout.scores import Scores
-from ..layout.segments import HeadKV, Segment
+from ..layout.segments import HeadKV, Segment, one_row
 from ..layout.thinned import Thinned
 from ._pieces import PiecesStore
 from ._saved import SavedSegment, SavedStore
@@ -156,7 +156,7 @@ class ThinStore(PiecesStore):
         v = torch.cat(values, 2)
         name = f"thin {len(pieces)}"
         last, piece = next(reversed(pieces.items()), (None, None))
-        if last and not piece.shared and not (piece.one_row and rows.batch > 1):  # nobody else reads it
+        if last and not piece.shared and not (one_row(piece.k) and rows.batch > 1):  # nobody else reads it
             name, k, v = last, torch.cat([piece.k, k], 2), torch.cat([piece.v, v], 2)
         pieces[name] = Thinned(k, v, channels, plain[0].k.shape[3])
         return {**pieces, "kept": self._kept(plain, done, end, rows.total)}
