@@ -52,13 +52,8 @@ def greedy(model: nn.Module, ids: Tensor, most: int, stop: Collection[int] = (),
         stop: tokens that end the answer.
         chunk: tokens of the prompt per forward; None for all of them at once.
     """
-    cache = None
     start = now(ids.device)
-    for piece in ids.split(chunk or ids.shape[1], 1):
-        out = model(input_ids=piece, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-        cache = cache_of(out)
-        tell_prompt(cache, ended=False)
-    tell_prompt(cache, ended=True)
+    out, cache = _read_prompt(model, ids, chunk, logits_to_keep=1)
     tokens = [int(out.logits[0, -1].argmax())]
     read = now(ids.device)
     held = cache_bytes(cache)
@@ -66,6 +61,26 @@ def greedy(model: nn.Module, ids: Tensor, most: int, stop: Collection[int] = (),
     _decode(model, cache, tokens, most, stop)
     decoded = 1000 * (now(ids.device) - first) / (len(tokens) - 1) if len(tokens) > 1 else None
     return Answer(tuple(tokens), held, read - start, decoded)
+
+
+def _read_prompt(
+    model: nn.Module, ids: Tensor, chunk: int | None, each: Callable[[Any], None] | None = None, **more: Any
+) -> tuple[Any, Any]:
+    """Read the prompt ``ids [1, T]``, which has ended then: (output of the last forward, cache).
+
+    Args:
+        each: called with every forward's output.
+        more: arguments of every forward.
+    """
+    cache = None
+    for piece in ids.split(chunk or ids.shape[1], 1):
+        out = model(input_ids=piece, **{CACHE: cache}, use_cache=True, **more)
+        cache = cache_of(out)
+        tell_prompt(cache, ended=False)
+        if each is not None:
+            each(out)
+    tell_prompt(cache, ended=True)
+    return out, cache
 
 
 def _decode(model: nn.Module, cache: Any, tokens: list[int], most: int, stop: Collection[int]) -> None:
@@ -95,13 +110,7 @@ def answer_along(
         head: as ``output_head`` gives it.
         along: the answer ``[A]`` that the hidden states follow; None: the greedy one.
     """
-    base = language_model(model)
-    cache = None
-    for piece in ids.split(chunk or ids.shape[1], 1):
-        out = base(input_ids=piece, **{CACHE: cache}, use_cache=True)
-        cache = cache_of(out)
-        tell_prompt(cache, ended=False)
-    tell_prompt(cache, ended=True)
+    out, cache = _read_prompt(language_model(model), ids, chunk)
     state = out.last_hidden_state[0, -1:].clone()
     held = cache_bytes(cache)
     tokens = [int(head(state)[0].argmax())]
@@ -117,17 +126,13 @@ def forced(model: nn.Module, ids: Tensor, answer: Tensor, last: int, chunk: int 
 
     The prompt ``ids [1, T]`` (``last < T``) is read as ``greedy`` reads it, and the answer from the cache.
     """
-    base = language_model(model)
-    cache = None
-    tail = None
-    for piece in ids.split(chunk or ids.shape[1], 1):
-        out = base(input_ids=piece, **{CACHE: cache}, use_cache=True)
-        cache = cache_of(out)
-        tell_prompt(cache, ended=False)
-        hidden = out.last_hidden_state[0]
-        tail = (hidden if tail is None else torch.cat([tail, hidden]))[-last - 1 :].clone()
-    tell_prompt(cache, ended=True)
-    return torch.cat([tail, follow(model, cache, answer[:-1])]) if len(answer) > 1 else tail
+    tail: list[Tensor] = []
+
+    def keep(out: Any) -> None:
+        tail[:] = [torch.cat([*tail, out.last_hidden_state[0]])[-last - 1 :].clone()]
+
+    _, cache = _read_prompt(language_model(model), ids, chunk, keep)
+    return torch.cat([*tail, follow(model, cache, answer[:-1])]) if len(answer) > 1 else tail[0]
 
 
 @torch.no_grad()
