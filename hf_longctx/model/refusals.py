@@ -72,11 +72,14 @@ def refuse_eviction(plans: Sequence[LayerPlan], base: nn.Module, cache: Any, obs
     Raises:
         UnsupportedModeError: in training, under observe(), or over a cache that is not ours.
     """
+    ours = isinstance(cache, LongCtxCache)
+    if not observed and (ours or (cache is None and not base.training)):
+        return  # as at every decoded token
     if (word := evicting(plans)) is None:
         return
     what = f"stores.retrieval ({word}) chooses by the data which cached tokens stay"
     dense = "patch with stores={'retrieval': {'store': 'full'}}"
-    if base.training and not isinstance(cache, LongCtxCache):
+    if base.training and not ours:
         raise UnsupportedModeError(
             f"{what}, and in training mode there is no cache: every token would be read. Call model.eval(), or {dense} "
             "to train."
@@ -85,7 +88,7 @@ def refuse_eviction(plans: Sequence[LayerPlan], base: nn.Module, cache: Any, obs
         raise UnsupportedModeError(
             f"{what}, and observe() shows the keys of all tokens, of which none would leave. To observe, {dense}."
         )
-    if cache is not None and not isinstance(cache, LongCtxCache):
+    if cache is not None and not ours:
         raise UnsupportedModeError(
             f"{what}; this forward got a {type(cache).__name__}, from which none would leave. Leave the cache out, "
             f"pass {CACHE}=LongCtxCache(model), or {dense}."
