@@ -1,9 +1,9 @@
-"""The metadata that pyproject.toml cannot say: the long description, made from README.md."""
+"""What pyproject.toml cannot say: the long description, made from README.md, and every package found in the tree."""
 
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 LEFT_OUT = "Pictures and pages of this text are in the source checkout.\n"
 
@@ -22,6 +22,8 @@ def long_description(readme: str) -> str:
 
 if __name__ == "__main__":
     setup(
+        # patches/ and configs/ are packages of hf_longctx that stand beside it: see package-dir.
+        packages=[*find_packages(include=["hf_longctx*"]), "hf_longctx.configs", "hf_longctx.patches"],
         long_description=long_description((Path(__file__).parent / "README.md").read_text("utf-8")),
         long_description_content_type="text/markdown",
     )

@@ -209,7 +209,7 @@ class Known:
             parts["gathered"].refuse(f"got {gathered}, expected what the {queries} queries do not have of {processed}")
         batch, heads = saved.rows.batch if row == ALL else 1, self.heads if head == ALL else 1
         if queries:
-            saved.tensors.floating(f"{prefix}q", batch, heads * saved.group, queries, saved.head_dim)
+            saved.tensors.check(f"{prefix}q", saved.dtype, batch, heads * saved.group, queries, saved.head_dim)
         tokens = cached(max(0, row), max(0, head), gathered)
         names = [one.value for one in parts["state"].items()]
         if JUDGED in names:
