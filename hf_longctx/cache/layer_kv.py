@@ -95,7 +95,22 @@ class Pending:
         self.layer.whole = True
 
 
-class LayerKV:
+class InPlaceOfKeys:
+    """What a cache of ours gives an attention module as keys and as values: no tensor, so no other function reads it."""
+
+    @property
+    def shape(self) -> None:
+        """What any other attention function asks a key for first."""
+        raise UnsupportedModeError(_wrapped() or NOT_OURS)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None) -> None:
+        """An attention function that asks for no shape (Transformers 5.0) goes straight to torch: the same error."""
+        given = (*args, *(kwargs or {}).values())
+        return next(one.shape for one in given if isinstance(one, cls))
+
+
+class LayerKV(InPlaceOfKeys):
     """What one layer's cache hands to the attention function.
 
     Attributes:
@@ -113,17 +128,6 @@ class LayerKV:
         if self._parts is None:
             self._parts, self.pending = self.pending.write(), None
         return self._parts
-
-    @property
-    def shape(self) -> None:
-        """What any other attention function asks a key for first."""
-        raise UnsupportedModeError(_wrapped() or NOT_OURS)
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None) -> None:
-        """An attention function that asks for no shape (Transformers 5.0) goes straight to torch: the same error."""
-        given = (*args, *(kwargs or {}).values())
-        return next(kept.shape for kept in given if isinstance(kept, cls))
 
 
 def _wrapped() -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..layout.reads import All, Causal
 from ..layout.segments import Segment
-from ..layout.streamed import Streamed
+from ..layout.streamed import Stored
 
 if TYPE_CHECKING:
     from .base import Case
@@ -32,7 +32,7 @@ PREFILL_NOTE = "sparse prefill: what a quantized store kept was unpacked as a wh
 
 
 @dataclass
-class Quantised(Streamed):
+class Quantised(Stored):
     """Consecutive tokens of every row. A slot is a row position less ``first``, so left pads take none.
 
     Attributes:

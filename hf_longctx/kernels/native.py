@@ -29,12 +29,13 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedModeError
 from ..layout.blocks import BlockList
 from ..layout.dtypes import needs_grad
+from ..layout.head_pages import HeadPages
 from ..layout.heads import RoleHeads
 from ..layout.ragged import Ragged
 from ..layout.reads import ALL, All, Averaged, Causal, Reads, Window
 from ..layout.scores import Scores
 from ..layout.segments import Segment
-from . import _by_head, _first_token, _native_build, _native_ragged, _native_speed, cpu, reference
+from . import _by_head, _first_token, _native_build, _native_pages, _native_ragged, _native_speed, cpu, reference
 from ._arguments import ANY_LENGTHS, check
 from ._native_step import LayerStep, heads_of, takes_scale
 from ._native_threads import openmp_start
@@ -61,6 +62,8 @@ def supports(case: Case) -> str | None:
     reason = _reason(case.device, case.dtype, case.head_dim, case.needs_grad)
     if reason is not None or not case.kinds:
         return reason
+    if case.kinds == _native_pages.PAGES:
+        return _native_pages.reason(case.reads, case.one_query, case.device)
     if case.kinds == _by_head.RAGGED:
         return _by_head.reason(case.kinds, case.reads, case.device)
     return packed_reason(case, _load()[0].hf_longctx_width())
@@ -93,7 +96,11 @@ def _reason(device: torch.device, dtype: torch.dtype, head_dim: int, gradients: 
 
 
 def attend(
-    q: Tensor, segments: Sequence[Segment | Quantised | Ragged], reads: Reads, scores: Scores, want_lse: bool = True
+    q: Tensor,
+    segments: Sequence[Segment | Quantised | Ragged | HeadPages],
+    reads: Reads,
+    scores: Scores,
+    want_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as `base` says: out ``[B, H, T, D]``, lse ``[B, H, T]`` where it is wanted.
 
@@ -109,6 +116,8 @@ def attend(
     packed = [segment for segment in segments if not isinstance(segment, Segment)] if len(plain) < len(segments) else []
     if packed and all(isinstance(segment, Ragged) for segment in packed):
         return _ragged(q, segments, reads, scores, want_lse)
+    if len(segments) == 1 and isinstance(segments[0], HeadPages):
+        return _paged(q, segments[0], scores, want_lse)
     gradients = needs_grad(q, *kv, *biases)
     reason = _reason(q.device, q.dtype, q.shape[3], gradients)
     if packed:
@@ -187,7 +196,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"could not be built: {error}"
     if library.hf_longctx_width() < WIDTH:
         return None, "is slower than kernel cpu where there are neither AVX2 nor AVX-512 instructions"
-    for name in ("decode", "dense", "streaming", "sparse", "step", "pages"):
+    for name in ("decode", "dense", "streaming", "sparse", "step", "paged", "pages"):
         getattr(library, f"hf_longctx_{name}").argtypes = (c_int, c_double, c_double, c_void_p)
     library.hf_longctx_arch.restype = c_char_p
     if (start := openmp_start()) is not None:
@@ -272,9 +281,8 @@ class _Call:
         scores = self.scores
         used = function(q.dtype == torch.bfloat16, scores.scale, scores.softcap or 0, packed.buffer_info()[0])
         if used < 0:
-            _refuse(
-                _native_ragged.WHY if used == _native_ragged.OUTSIDE else f"{heads} query heads for {kv_heads} KV heads"
-            )
+            outside = _native_pages.WHY if name == "paged" else _native_ragged.WHY
+            _refuse(outside if used == _native_ragged.OUTSIDE else f"{heads} query heads for {kv_heads} KV heads")
         if not used:
             raise MemoryError(f"kernel native: no memory for the temporaries of {name}")
         return out, lse
@@ -367,6 +375,16 @@ def _ragged(
     call = _Call(scores, want_lse)
     numbers = (number for one in ragged for number in _native_ragged.numbers(one))
     return call.run("decode", q, kv_heads, [*call.segments(plain), 0, 0, len(ragged), *numbers])
+
+
+def _paged(q: Tensor, pages: HeadPages, scores: Scores, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """One query of each sequence over its own pages."""
+    reason = _reason(q.device, q.dtype, q.shape[3], needs_grad(q))
+    if reason is not None or not (_computes(scores, q, ()) and _native_pages.fits(pages, q)):
+        return cpu.attend(q, list(pages.blocks()), ALL, scores, want_lse)
+    if (why := _native_pages.misfit(pages, q)) is not None:
+        _refuse(why)
+    return _Call(scores, want_lse).run("paged", q, len(pages.heads), _native_pages.numbers(pages))
 
 
 def _streaming(call: _Call, q: Tensor, segments: Sequence[Segment], reads: Window) -> tuple[Tensor, Tensor | None]:

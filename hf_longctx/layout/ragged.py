@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..errors import UnsupportedModeError
 from .segments import Segment
-from .streamed import Streamed
+from .streamed import Stored
 
 BLOCK = 4096  # tokens of each KV head in a block that kernels get which read plain segments alone
 KIND = "ragged"  # what `Streamed.kind` says of it
 
 
 @dataclass
-class Ragged(Streamed):
+class Ragged(Stored):
     """The tokens of each sequence and KV head one after the other, in one flat buffer to which nobody writes.
 
         sequence 0: head 0 keeps 3 tokens, head 1 keeps 1        sequence 1: head 0 keeps 2 tokens, head 1 keeps 4

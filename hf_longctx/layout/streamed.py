@@ -19,13 +19,11 @@ class Streamed(ABC):
 
     Attributes:
         dtype: of the plain blocks.
-        saved_as: its word in a cache's file.
         bias, bias_of_pads: none, as of a segment whose scores get nothing added.
         note: what the report says where it is read; None for nothing.
     """
 
     dtype: torch.dtype
-    saved_as: ClassVar[str]
     bias: ClassVar[None] = None
     bias_of_pads: ClassVar[bool] = False
     note: str | None = None
@@ -54,28 +52,6 @@ class Streamed(ABC):
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor it keeps alive."""
-
-    @abstractmethod
-    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Reorder, repeat or select the rows: ``change`` does it to a tensor ``[B, ...]``."""
-
-    @abstractmethod
-    def copy(self) -> Streamed:
-        """One with the same tokens that can go on by itself; what is never written again may be shared."""
-
-    @abstractmethod
-    def saved(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """What `restored` needs: tensors without memory that nobody wrote, views where possible, and plain numbers."""
-
-    @classmethod
-    @abstractmethod
-    def restored(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device) -> Streamed:
-        """The one of which `saved` gave ``tensors`` and ``numbers``, with memory of its own.
-
-        Args:
-            tensors: views of a file on the CPU, to be copied to wherever this keeps them.
-            device: that of the layer.
-        """
 
     @property
     def longest(self) -> int:
@@ -108,7 +84,39 @@ class Streamed(ABC):
         return torch.cat(keys, 2), torch.cat(values, 2)
 
 
-class Piece(Streamed):
+class Stored(Streamed):
+    """One that a store owns: it follows the sequences of its cache, is forked and saved with it.
+
+    Attributes:
+        saved_as: its word in a cache's file.
+    """
+
+    saved_as: ClassVar[str]
+
+    @abstractmethod
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Reorder, repeat or select the rows: ``change`` does it to a tensor ``[B, ...]``."""
+
+    @abstractmethod
+    def copy(self) -> Stored:
+        """One with the same tokens that can go on by itself; what is never written again may be shared."""
+
+    @abstractmethod
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What `restored` needs: tensors without memory that nobody wrote, views where possible, and plain numbers."""
+
+    @classmethod
+    @abstractmethod
+    def restored(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], device: torch.device) -> Stored:
+        """The one of which `saved` gave ``tensors`` and ``numbers``, with memory of its own.
+
+        Args:
+            tensors: views of a file on the CPU, to be copied to wherever this keeps them.
+            device: that of the layer.
+        """
+
+
+class Piece(Stored):
     """Consecutive slots of the batch, pads included, to which nobody writes any more.
 
     Attributes:

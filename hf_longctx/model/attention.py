@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..cache.layer_kv import NAME, NOT_OURS, LayerKV
+from ..cache.paged.kv import PagedKV
 from ..cache.plan import LayerPlan
 from ..cache.seam import CACHE
 from ..errors import UnsupportedModeError, UnsupportedModelError
@@ -64,6 +65,9 @@ def attend(
     if isinstance(traced, Tensor):  # the handle of a cache, in a compiled forward
         _check_call(module, plan, None, dropout, kwargs)
         return torch.ops.hf_longctx.decode_layer(query, key, value, traced, plan.layer_idx, scale), None
+    if isinstance(key, PagedKV) and plan is not None:
+        _check_call(module, plan, attention_mask, dropout, kwargs)
+        return attend_step(plan, query, key, _scores(plan, scale, kwargs)), None
     call: Forward | None = key.forward if isinstance(key, LayerKV) else traced
     left_alone = getattr(module, "longctx_stock", False)
     if plan is None and (call is None or left_alone):
@@ -79,8 +83,7 @@ def attend(
             "kept: something between the model and its layers takes the cache away, as gradient checkpointing does. "
             "Turn that off around generate(), or pass use_cache=False."
         )
-    # What the family's record maps to a field of Scores.
-    scores = Scores(scale, **{field: kwargs.get(name) for name, field in plan.scores})
+    scores = _scores(plan, scale, kwargs)
     if isinstance(key, LayerKV):
         return attend_cached(plan, query, key, scores), None
     layer = LayerCall(plan, call, scores)
@@ -102,6 +105,28 @@ def attend_cached(plan: LayerPlan, query: Tensor, kv: LayerKV, scores: Scores) -
     if forward.rows.past and needs_grad(out):
         out = _NoBackward.apply(out)
     return out.transpose(1, 2).contiguous()
+
+
+def attend_step(plan: LayerPlan, query: Tensor, kv: PagedKV, scores: Scores) -> Tensor:
+    """Attention ``[1, T, H, D]`` of the tokens of many requests, q ``[1, H, T, D]``: each as if it were alone.
+
+    Requests that decode are the sequences of one batch.
+    """
+    step = kv.step
+    rows = query[0].transpose(0, 1)  # [T, H, D]
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    if step.decoded:
+        own = LayerCall(plan, step.decoding, scores).cached(rows[step.columns][:, :, None], kv.decoded)
+        out[step.columns] = own[:, :, 0]
+    for request, forward, parts in zip(step.prompts, step.prompting, kv.prompts, strict=True):
+        own = LayerCall(plan, forward, scores).cached(query[:, :, request.columns], parts)
+        out[request.columns] = own[0].transpose(0, 1)
+    return out[None]
+
+
+def _scores(plan: LayerPlan, scale: float, kwargs: dict) -> Scores:
+    """How scores are made, with what the family's record maps to a field of `Scores`."""
+    return Scores(scale, **{field: kwargs.get(name) for name, field in plan.scores})
 
 
 def _check_call(module: nn.Module, plan: LayerPlan, attention_mask: object, dropout: float, kwargs: dict) -> None:

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache.cache import LongCtxCache
 from ..cache.eviction import tell_prompt
+from ..cache.paged.kv import StepCache
 from ..cache.plan import differing
 from ..cache.seam import CACHE, rename_cache
 from ..errors import CacheError, UnsupportedModeError
@@ -28,12 +29,13 @@ from ..layout.mask_errors import Known
 from ..layout.rows import read_mask
 from .as_stock import padding_of
 from .attention import FORWARD, NAME, register
+from .batched import check_batching
 from .compiled import traced_call
 from .drafts import DraftsApart
 from .graphs import refuse_graphs
 from .modules import language_model
 from .positions import positions_ahead, refuse_other_prompt, refuse_positions
-from .refusals import refuse_call, refuse_eviction, refuse_selection
+from .refusals import PACKED, refuse_call, refuse_eviction, refuse_selection
 from .refused_generation import DENSE_MEMORY, refuse_generate
 from .rotary import check_rotary
 from .state import PatchState
@@ -46,6 +48,13 @@ custom_loop: ContextVar[bool] = ContextVar("hf_longctx_custom_loop", default=Fal
 
 # Generation modes that never take a token back.
 FORWARD_ONLY = ("greedy_search", "sample", "beam_search", "beam_sample")
+
+
+# What continuous batching gives the layers beside the cache: lists of indexes, which pages of single heads do not use.
+OF_BATCHING = (
+    *PACKED,
+    *("read_index", "write_index", "block_table", "logits_indices", "logits_processor_args"),
+)
 
 
 class BeforeForward:
@@ -76,6 +85,9 @@ class BeforeForward:
             self._refuse_dense(cache, config._attn_implementation)
             return False
         refuse_graphs()
+        if isinstance(cache, StepCache):
+            self._begin_step(given, cache)
+            return True
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if not isinstance(inputs, Tensor):
             return False  # the model's own error says which inputs it needs
@@ -111,6 +123,13 @@ class BeforeForward:
         self.state.saw(rows, cache)
         given[CACHE], given[FORWARD] = cache, forward
         return True
+
+    def _begin_step(self, given: dict, cache: StepCache) -> None:
+        """A forward of continuous batching: of its requests the layers are told by the cache alone."""
+        for name in OF_BATCHING:
+            given.pop(name, None)
+        cache.begin(self.state.log)
+        self.state.forwards += 1
 
     def _cache(self, base: nn.Module, given: dict, config) -> Cache | None:
         cache = given.get(CACHE)
@@ -215,18 +234,23 @@ class Generate(OnModel):
 
 
 class StartBatching(OnModel):
-    """Replaces ``init_continuous_batching``, which would switch the model to another attention before it asks."""
+    """Replaces ``init_continuous_batching``, whose manager would switch the model to another attention."""
 
     name = "init_continuous_batching"
 
     def __call__(self, *args, **kwargs) -> Any:
         if self.dense:
             return self.original(*args, **kwargs)
-        raise UnsupportedModeError(
-            "continuous batching (generate_batch, cache_implementation='paged', transformers serve "
-            "--continuous-batching) has a cache of its own, which keeps every token of every head, so a patched model "
-            "refuses it. Use generate() with a padded batch, or run dense: model.set_attn_implementation('sdpa')."
-        )
+        check_batching(self.state.plans, id(language_model(self.model)) in observers.get())
+        from .batching import start  # of Transformers' continuous batching, which is imported where it is asked for
+
+        given = inspect.signature(self.original).bind(*args, **kwargs).arguments
+        return start(self.model, self.state, **given)
+
+    def remove(self) -> None:
+        """A manager that was kept for later has a cache that only the patched model reads."""
+        self.model.destroy_cached_continuous_batching_manager()
+        super().remove()
 
 
 class SetAttention(OnModel):

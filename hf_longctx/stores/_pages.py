@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModeError
 from ..layout.segments import HeadKV, Segment
-from ..layout.streamed import Streamed
+from ..layout.streamed import Stored
 from . import _fetch
 from ._page import Folder, HostMemory, Page
 from ._saved import SavedSegment, short
@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 
 @dataclass
-class Pages(Streamed):
+class Pages(Stored):
     """Parts of pages that together are slots ``0 .. length`` of the cache.
 
     Attributes:

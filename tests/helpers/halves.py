@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from hf_longctx.layout.segments import Segment
-from hf_longctx.layout.streamed import Streamed
+from hf_longctx.layout.streamed import Stored
 
 
-class Halves(Streamed):
+class Halves(Stored):
     """Reads what it keeps in two blocks."""
 
     kind = "halves"

@@ -570,6 +570,29 @@ template <bool BF16> static int decode(const Call& call, const Formula& formula,
                 : few<BF16, 8>(call, formula, parts, pieces, first, origin, ragged, last[1]);
 }
 
+// One token of every sequence, which sees every key of its own pages.
+template <bool BF16> static int paged(const Call& call, const Formula& formula, const int64_t* packed) {
+    const Shape& s = call.shape;
+    const HeadPages& pages = *(const HeadPages*)packed;
+    if (!pages.holds(s.batch, s.kv_heads)) return OUTSIDE;
+    int64_t count = 0;
+    for (int64_t b = 0; b < s.batch; ++b) count += (pages.lengths[b] + pages.page - 1) / pages.page * s.kv_heads;
+    std::vector<Segment> own;
+    own.reserve(count);  // items point into it
+    Work<BF16, 8> work(call, formula, s);
+    for (int64_t b = 0; b < s.batch; ++b)
+        for (int64_t n = 0; n < s.kv_heads; ++n) {
+            work.next_head();
+            for (int64_t i = 0; i * pages.page < pages.lengths[b]; ++i) {
+                own.push_back(pages.part(b, n, i));
+                work.add(b, n, n, {&own.back(), EARLIER, 0, own.back().length}, INT_MAX, i > 0);
+            }
+        }
+    return work.run([](int64_t) { return 0; }, [&](int64_t b, int64_t n) {
+        return pages.lengths[b] ? pages.part(b, n, 0).k.data : nullptr;
+    });
+}
+
 // One new token of every sequence of a layer: its key and value are written to their places, and then it reads. After the
 // new keys and values: how many roles, and of each the slot, how many slots are read, the buffers, what is listed of them,
 // what is read before them (without lengths: nothing), and the KV heads.

@@ -25,6 +25,7 @@
 ENTRY(dense)
 ENTRY(decode)
 ENTRY(step)
+ENTRY(paged)
 ENTRY(streaming)
 ENTRY(sparse)
 ENTRY(pages)

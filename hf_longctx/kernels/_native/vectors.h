@@ -91,12 +91,39 @@ struct Ragged {  // of layout/ragged.py: tokens one after the other, in parts of
                 bias ? bias + start : nullptr, 0, 0, 1};
     }
 };
+struct HeadPages {  // of layout/head_pages.py; strides in bytes
+    char *k, *v;
+    int64_t k_token, v_token;
+    const int64_t *pages, *heads, *lengths;  // [B, width], [n], [B]
+    int64_t width, page, rows;
+    // Whether the pages of ``batch`` sequences and ``count`` KV heads lie within the rows.
+    bool holds(int64_t batch, int64_t count) const {
+        bool all = page > 0;
+        int64_t low = 0, high = 0;  // of the heads
+        for (int64_t n = 0; n < count; ++n)
+            low = std::min(low, heads[n]), high = std::max(high, heads[n]), all &= heads[n] >= 0 && heads[n] < rows;
+        for (int64_t b = 0; all && b < batch; ++b) {
+            all &= lengths[b] >= 0 && lengths[b] <= width * page;
+            for (int64_t left = all ? lengths[b] : 0, i = 0; left > 0; left -= page, ++i) {
+                const int64_t start = pages[b * width + i];
+                all &= start >= 0 && start < rows && start + high + std::min(left, page) <= rows;
+            }
+        }
+        return all;
+    }
+    // A page by itself: whatever sequence and KV head it is asked for, it is theirs.
+    Segment part(int64_t b, int64_t n, int64_t i) const {
+        const int64_t start = pages[b * width + i] + heads[n];
+        return {{k + start * k_token, 0, 0, k_token}, {v + start * v_token, 0, 0, v_token},
+                std::min(page, lengths[b] - i * page), nullptr, nullptr, 0, 0, 0};
+    }
+};
 constexpr int OUTSIDE = -2;  // what an entry point returns where a part lies outside of its tokens
 struct Lists {  // a BlockList of layout.py, contiguous
     int64_t block, first, kv_len, heads, query_blocks, width, columns_width;
     const int32_t *indices, *counts, *columns, *column_counts;
 };
-static_assert(sizeof(Call) == 16 * 8 && sizeof(Segment) == 14 * 8 && sizeof(Ragged) == 8 * 8 && sizeof(Lists) == 11 * 8,
+static_assert(sizeof(Call) == 16 * 8 && sizeof(Segment) == 14 * 8 && sizeof(Ragged) == 8 * 8 && sizeof(HeadPages) == 10 * 8 && sizeof(Lists) == 11 * 8,
               "native.py packs int64");
 
 static inline vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
