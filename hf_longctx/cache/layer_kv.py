@@ -96,7 +96,7 @@ class Pending:
 
 
 class InPlaceOfKeys:
-    """What a cache of ours gives an attention module as keys and as values: no tensor, so no other function reads it."""
+    """What a cache of ours gives an attention module as keys and as values: no tensor, which others could read."""
 
     @property
     def shape(self) -> None:

@@ -1,4 +1,4 @@
-"""Keys and values in pages of one KV head each, of sequences of different lengths: what continuous batching decodes over."""
+"""Keys and values in pages of one KV head each, of sequences of different lengths: for continuous batching."""
 
 from __future__ import annotations
 

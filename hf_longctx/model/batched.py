@@ -85,8 +85,8 @@ def check_config(config: Any, cb_config: Any, layers: int, tensor_parallel: int)
         )
     if (found := length_limit(config)) is not None:
         raise UnsupportedModeError(
-            f"continuous batching with rope_type '{found[0]}': angles depend on the length of the text, and one forward "
-            f"brings texts of many lengths. {INSTEAD}."
+            f"continuous batching with rope_type '{found[0]}': angles depend on the length of the text, and one "
+            f"forward brings texts of many lengths. {INSTEAD}."
         )
     if tensor_parallel > 1:
         raise UnsupportedModeError(
@@ -103,7 +103,7 @@ def check_config(config: Any, cb_config: Any, layers: int, tensor_parallel: int)
             )
 
 
-# Fields of ContinuousBatchingConfig that mean fixed shapes, two steps at once or pages elsewhere, and what turns them off.
+# Fields of ContinuousBatchingConfig that mean fixed shapes, two steps at once or pages elsewhere; what turns them off.
 OFF = {
     "use_async_batching": False,
     "use_cuda_graph": False,

@@ -1,8 +1,8 @@
 """Which pages a request's KV heads of one role have, and which token lies where in them.
 
-Transformers' continuous batching gives every attention type an allocator, whose blocks have a page for each layer of the
-type. Here the types are the roles, and a "layer" is a pair of a layer and one of its KV heads: a page holds tokens of one
-KV head alone, so that each role has as many pages as it has heads, whatever their mix in a layer.
+Transformers' continuous batching gives every attention type an allocator, whose blocks have a page for each layer of
+the type. Here the types are the roles, and a "layer" is a pair of a layer and one of its KV heads: a page holds tokens
+of one KV head alone, so that each role has as many pages as it has heads, whatever their mix in a layer.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Pair = tuple[int, int]  # a layer and one of its KV heads
 class HeadAllocator(CacheAllocator):
     """Pages of the KV heads that keep every token.
 
-        rows of the pool | keys of pair 0 | values of pair 0 | keys of pair 1 | ...     a page is ``tokens_per_page`` rows
+        rows of the pool | keys of pair 0 | values of pair 0 | keys of pair 1 | ...     a page is `tokens_per_page` rows
                          | ------------- block of one request ----------------- |
-                         | block 0 | block 1 | ... | rest |                        a sector; the rest fits no block
+                         | block 0 | block 1 | ... | rest |                       a sector; the rest fits no block
 
     Attributes:
         pairs: its layers' KV heads, those of a layer next to each other.
@@ -184,7 +184,7 @@ class SinkRecentAllocator(HeadAllocator):
         return self.sink + self.recent
 
     def page_of(self, page: int) -> int:
-        """As many pages as were asked for, of the fewest tokens: a window of 320 in pages of 256 would waste a third."""
+        """As many pages as were asked for, of fewest tokens: a window of 320 in pages of 256 would waste a third."""
         return ceil(self.window / ceil(self.window / page))
 
     def slots(self, total: int) -> int:
