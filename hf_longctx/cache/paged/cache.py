@@ -33,7 +33,8 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
     Attributes:
         plans: of the model's layers.
         nbytes: of the blocks that requests have now.
-        peak: the most that `nbytes` was in any step, and the bytes that dense heads would have taken then.
+        peak: the most that `nbytes` was in any step.
+        peak_dense: the most that the same tokens would have taken in any step, if every KV head kept them.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
         self.max_decode_fast_path_length = 0
         self.max_tokens_read = max(one.tokens_per_page * one.num_blocks for one in self.cache_allocators.values())
         self.layers = [self._layer(plan) for plan in self.plans]
-        self.peak = (0, 0)
+        self.peak = self.peak_dense = 0
+        self._lengths: dict[str, int] = {}  # tokens of each request that has blocks
         self._requests: list[Request] = []
         self._step: Step | None = None
 
@@ -144,10 +146,11 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
     def begin(self, log: ForwardLog) -> Step:
         """The step of the requests that were noted, before its first layer."""
         self._step = Step(self._requests, self.device, log)
-        nbytes = self.nbytes
-        if nbytes > self.peak[0]:
-            tokens = sum(one.past + one.new for one in self._requests)
-            self.peak = (nbytes, tokens * self._dense_bytes)
+        some = next(iter(self.cache_allocators.values()))
+        lengths = self._lengths | {one.name: one.past + one.new for one in self._requests}
+        self._lengths = {name: length for name, length in lengths.items() if name in some.block_table}
+        self.peak = max(self.peak, self.nbytes)
+        self.peak_dense = max(self.peak_dense, self._dense_bytes * sum(self._lengths.values()))
         return self._step
 
     def update(
