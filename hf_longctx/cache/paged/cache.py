@@ -112,7 +112,7 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
 
     def _take_memory(self) -> None:
         nbytes = self.num_sectors * self.bytes_per_sector
-        self.cache_tensor = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        self.cache_tensor = torch.empty(nbytes, dtype=torch.uint8, device=self.device)  # read where written alone
         self.pool = CachePool(self.num_sectors, len(self.cache_allocators), num_reserved_sectors=0)
         for allocator in self.cache_allocators.values():
             allocator.register_cache_tensor(self.bytes_per_sector, nbytes, self.cache_tensor, self.pool)
