@@ -23,8 +23,8 @@ from .kv import PagedKV, StepCache
 from .layers import PagedLayer, RolePages
 from .step import Request, Step
 
-WASTE = 32  # a sector has at most one part in so many that fits no block, where few blocks allow it
 MOST_BLOCKS = 64  # of the role with the larger blocks, in a sector
+LARGE = 1 << 30  # bytes of a pool that is as large as memory allows, at least
 
 
 class HeadPagedCache(StepCache, PagedAttentionCache):
@@ -56,11 +56,12 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
         self.allow_block_sharing = cb_config.allow_block_sharing
         self.cache_allocators = self._allocators(cb_config)
         self.use_prefix_sharing = all(one.use_block_sharing for one in self.cache_allocators.values())
-        self.bytes_per_sector = sector_bytes([one.bytes_per_block for one in self.cache_allocators.values()])
+        bytes_per_block = cb_config.page_size * self._dense_bytes
+        pool = LARGE if cb_config.num_blocks is None else cb_config.num_blocks * bytes_per_block
+        self.bytes_per_sector = sector_bytes([one.bytes_per_block for one in self.cache_allocators.values()], pool)
         self.tokens_per_sector = max(
             self.bytes_per_sector // one.bytes_per_block * one.tokens_per_page for one in self.cache_allocators.values()
         )
-        bytes_per_block = cb_config.page_size * self._dense_bytes
         self.max_batch_tokens, self.num_sectors = self._sizes(cb_config, bytes_per_block, logits_to_keep)
         self._take_memory()
         self.num_blocks = self.num_sectors * self.bytes_per_sector // bytes_per_block
@@ -170,16 +171,15 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
         return kv, kv
 
 
-def sector_bytes(blocks: Sequence[int]) -> int:
-    """Bytes of a sector that blocks of these sizes fill best: as few as waste at most one part in `WASTE`, of any.
+def sector_bytes(blocks: Sequence[int], pool: int) -> int:
+    """Bytes of a sector for blocks of these sizes: what loses least of a pool.
 
-    Sectors go from one role to the other as requests come and go, so both kinds of blocks must fit in one.
+    Sectors go from one role to the other as requests come and go, so blocks of both must fit in one, and the rest of it
+    is lost. Of the last sector that a role took, some is free: the larger sectors are, the more.
     """
     most = max(blocks)
-    wastes = {count * most: max(count * most % block / (count * most) for block in blocks) for count in _counts()}
-    good = [size for size, waste in wastes.items() if waste <= 1 / WASTE]
-    return min(good) if good else min(wastes, key=wastes.get)
 
+    def lost(size: int) -> float:
+        return max(size % block for block in blocks) / size + (len(blocks) - 1) * size / pool
 
-def _counts() -> range:
-    return range(1, MOST_BLOCKS + 1)
+    return min((count * most for count in range(1, MOST_BLOCKS + 1)), key=lost)
