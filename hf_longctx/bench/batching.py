@@ -189,7 +189,8 @@ def _check(case: BatchingCase, model: Any, prompts: Answers) -> tuple[float, dic
     seen: dict[str, int] = {}
 
     def look(manager: Any) -> None:
-        seen.update(bytes=manager.cache.peak, bytes_dense=manager.cache.peak_dense)
+        counts = manager.cache.counts
+        seen.update(bytes=counts.nbytes, bytes_dense=counts.nbytes_dense)
 
     got = continuous(case, model, prompts, look)
     alone = [padded(case, model, [prompt])[0] for prompt in prompts]

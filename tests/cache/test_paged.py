@@ -29,7 +29,7 @@ def check(dtype, page, window, roles):
     assert world.error < ALLOWED[dtype] and world.steps > 20
     for name in list(world.lives):
         world.go(name)
-    assert world.cache.nbytes == 0 < world.cache.peak <= world.cache.cache_tensor.nbytes
+    assert world.cache.nbytes == 0 < world.cache.counts.nbytes <= world.cache.cache_tensor.nbytes
     world.cache.evict_cached_blocks()
     world.cache.pool.try_to_free_sectors()
     assert world.cache.pool.num_free_sectors == world.cache.num_sectors
@@ -89,7 +89,8 @@ def test_streaming_heads_take_no_more_pages_than_their_window():
     world.step({"a": 1})
     token = 2 * 16 * 4
     assert cache.nbytes == (400 + 3 * 32) * token
-    assert (cache.peak, cache.peak_dense) == (cache.nbytes, 4 * 400 * token)
+    counts = cache.counts
+    assert (counts.nbytes, counts.nbytes_dense, counts.steps) == (cache.nbytes, 4 * 400 * token, 2)
 
 
 def test_pages_of_a_window_are_not_larger_than_it_needs():

@@ -174,6 +174,12 @@ COMMANDS = {
         "4 rounds",
         ANEW,
     ),
+    "bench batching": (
+        ["bench", "batching", MODEL, "--requests", 2, "--new-tokens", 2, *BENCH, "--dtype", "fp32", "--threads", 1],
+        "bench batching",
+        "4 rounds",
+        ANEW,
+    ),
     "bench kernels": (
         ["bench", "kernels", *BENCH, "--dtype", "fp32", "--head-dim", 16, "--threads", 1],
         "bench kernels",

@@ -16,7 +16,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.cache_allocators import CachePool
 
 from ...errors import CacheError
-from ...layout.forward import ForwardLog
+from ...layout.forward import BatchingCounts, ForwardLog
 from ..plan import LayerPlan
 from .allocators import HeadAllocator, Pair, SinkRecentAllocator
 from .kv import PagedKV, StepCache
@@ -33,8 +33,7 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
     Attributes:
         plans: of the model's layers.
         nbytes: of the blocks that requests have now.
-        peak: the most that `nbytes` was in any step.
-        peak_dense: the most that the same tokens would have taken in any step, if every KV head kept them.
+        counts: what was added up in all steps.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
         self.max_decode_fast_path_length = 0
         self.max_tokens_read = max(one.tokens_per_page * one.num_blocks for one in self.cache_allocators.values())
         self.layers = [self._layer(plan) for plan in self.plans]
-        self.peak = self.peak_dense = 0
+        self.counts = BatchingCounts()
         self._lengths: dict[str, int] = {}  # tokens of each request that has blocks
         self._requests: list[Request] = []
         self._step: Step | None = None
@@ -150,8 +149,8 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
         some = next(iter(self.cache_allocators.values()))
         lengths = self._lengths | {one.name: one.past + one.new for one in self._requests}
         self._lengths = {name: length for name, length in lengths.items() if name in some.block_table}
-        self.peak = max(self.peak, self.nbytes)
-        self.peak_dense = max(self.peak_dense, self._dense_bytes * sum(self._lengths.values()))
+        for counts in (self.counts, log.batching):
+            counts.add(len(self._lengths), self.nbytes, self._dense_bytes * sum(self._lengths.values()))
         return self._step
 
     def update(
