@@ -67,6 +67,7 @@ def test_every_selection_is_here():
     assert set(CASES) - set(SELECTING) == {"dense"} and "full" in EXACT
 
 
+@pytest.mark.spanning("case", "store")
 @pytest.mark.parametrize(("case", "store"), [*ALL_STORES, ("dense", "full")])
 def test_a_budget_of_everything_equals_dense(case, store):
     ids, steps = tokens(PROMPT, 2), tokens(NEW, 2)
@@ -258,6 +259,7 @@ def test_copies_pickles_and_changed_rows_go_on_alike(case, store):
             same(go_on(model, other, steps[rows], given[rows]), want[rows])
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("store", RETRIEVAL)
 @pytest.mark.parametrize("case", FIRST)
 def test_a_saved_cache_goes_on(case, store, tmp_path):

@@ -52,6 +52,7 @@ def shadowed(shadow, word, lengths, chunks, family="llama", page=16, recent=20, 
     return watch, cache
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
@@ -61,6 +62,7 @@ def test_attention_equals_the_dense_mask(word, lengths, chunks, shadow):
     assert min(len(pages) for pages in pages_of(cache)) >= 8
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize(
     ("page", "recent", "kernel"),
@@ -286,6 +288,7 @@ def test_what_is_saved_is_restored(word):
 # Memory.
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("prompt", [1, 350, 1500])
 @pytest.mark.parametrize("max_tokens", [None, 4000])
