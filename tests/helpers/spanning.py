@@ -1,7 +1,7 @@
 """``@pytest.mark.spanning``: the fast suite runs a few of a test's cases, in which every value of every axis stands.
 
-The full product of the axes is the slow suite's. An axis is the list of one ``parametrize``. The parameters that the mark
-names, of those that share a list, are axes of their own; several names in a tuple are one axis, whose pairs all stand.
+The full product of the axes is the slow suite's. An axis is the list of one ``parametrize``. Parameters that the mark
+names are axes of their own, though they share a list; several names in a tuple are one axis, whose pairs all stand.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 
 
 def spanning(cases: Sequence[frozenset[Hashable]]) -> list[int]:
-    """Indices of some of the cases, in which all that stands in any of them does: what was least seen is taken first."""
+    """Indices of some of the cases, in which all that stands in any of them does: the least seen first."""
     missing, seen, chosen = set().union(*cases), Counter(), []
     while missing:
         best = max(range(len(cases)), key=lambda i: (len(cases[i] & missing), -sum(seen[one] for one in cases[i]), -i))

@@ -113,6 +113,7 @@ def test_pads_are_cut_from_pages_in_a_chunk(shadow, monkeypatch):
 # Rollback, rows, copies.
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("lengths", [[200], [200, 200], [200, 80, 9]])
 def test_random_steps_and_deep_rollbacks_equal_a_fresh_reading(word, lengths):
