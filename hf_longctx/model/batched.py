@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..cache.plan import LayerPlan
 from ..config.words import spec_word
 from ..errors import UnsupportedModeError
@@ -93,6 +95,11 @@ def check_config(config: Any, cb_config: Any, layers: int, tensor_parallel: int)
             f"continuous batching of a patched model over {tensor_parallel} processes (tensor parallel): their caches "
             "would not agree on a size. Use one process per model."
         )
+    if cb_config.cpu_offload_space is None:
+        raise UnsupportedModeError(
+            "ContinuousBatchingConfig(cpu_offload_space=None) of a patched model would keep evicted requests in host "
+            "memory, and its pages are not copied there: they are read again instead. Leave cpu_offload_space out."
+        )
     asked = {field.name: getattr(cb_config, field.name) for field in dataclasses.fields(cb_config)}
     for name, off in OFF.items():
         value = asked.get(name)
@@ -101,6 +108,32 @@ def check_config(config: Any, cb_config: Any, layers: int, tensor_parallel: int)
                 f"ContinuousBatchingConfig({name}={value!r}) of a patched model: which tokens a step reads is made for "
                 f"one step at a time, in host memory. Leave {name} out."
             )
+
+
+def check_generation(generation_config: Any) -> None:
+    """Refuse what generate() would do and continuous batching leaves out without a word.
+
+    Raises:
+        UnsupportedModeError: beams.
+    """
+    if (beams := getattr(generation_config, "num_beams", None) or 1) > 1:
+        raise UnsupportedModeError(
+            f"continuous batching with num_beams={beams}: it searches no beams, and would answer greedily. Set "
+            "num_beams=1, or use generate()."
+        )
+
+
+def check_pads(attention_mask: Tensor | None) -> None:
+    """Refuse pads in ``generate(cache_implementation="paged")``, which would read them as tokens.
+
+    Raises:
+        UnsupportedModeError: the mask hides a token.
+    """
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise UnsupportedModeError(
+            "generate(cache_implementation='paged') with padded rows: continuous batching sees no attention_mask, and "
+            "would read the pads as tokens. Call model.generate_batch with a list of prompts without pads."
+        )
 
 
 # Fields of ContinuousBatchingConfig that mean fixed shapes, two steps at once or pages elsewhere; what turns them off.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -14,11 +16,12 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.distributed import DistributedHelper
 from transformers.generation.continuous_batching.initialization import update_cb_config_after_cache_creation
-from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
+from transformers.generation.continuous_batching.requests import RequestState
 
 from ..cache.paged.cache import HeadPagedCache
-from ..errors import ConfigError, UnsupportedModeError
-from .batched import check_config
+from ..errors import UnsupportedModeError
+from .batch_queue import scheduler_class
+from .batched import check_config, check_generation
 from .modules import language_model
 
 if TYPE_CHECKING:
@@ -48,12 +51,13 @@ def start(
                 "model.destroy_cached_continuous_batching_manager() first."
             )
         return kept
-    generation_config = generation_config if generation_config is not None else model.generation_config
+    generation_config = copy.copy(generation_config if generation_config is not None else model.generation_config)
+    check_generation(generation_config)
+    if generation_config.eos_token_id is None:  # else the manager would take that of the model's config
+        generation_config.eos_token_id = -1
     asked = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
     asked = asked if isinstance(asked, ContinuousBatchingConfig) else ContinuousBatchingConfig()
-    if asked.scheduler_type not in SCHEDULER_MAPPING:
-        known = ", ".join(sorted(SCHEDULER_MAPPING))
-        raise ConfigError(f"ContinuousBatchingConfig(scheduler_type={asked.scheduler_type!r}); known: {known}.")
+    scheduler_class(asked.scheduler_type)
     base = language_model(model)
     helper = DistributedHelper(getattr(model, "_device_mesh", None), None, getattr(model, "tp_plan", {}))
     check_config(base.config, asked, len(state.plans), helper.tp_size)
@@ -73,6 +77,10 @@ class HeadBatchingManager(ContinuousBatchingManager):
         self.state = state
         super().__init__(model, *args)
 
+    def __reduce__(self) -> tuple:
+        """A copy of a model that keeps its manager has none: a thread and its queues have no copies."""
+        return type(None), ()
+
     def switch_to_cb_friendly_attn(self, model: nn.Module, auto_switch_to_flash: bool = True) -> None:
         """The patched attention reads the pages: nothing is switched."""
 
@@ -85,13 +93,18 @@ class HeadBatchingManager(ContinuousBatchingManager):
         if self.batch_processor is not None:
             self.batch_processor.reset()
             return self.batch_processor
+        with torch.inference_mode(False):  # a manager that is kept may run outside of it the next time
+            return self._new_processor()
+
+    def _new_processor(self) -> ContinuousBatchProcessor:
         cache = self._new_cache()
         settings = self.continuous_batching_config
         self._use_prefix_sharing = cache.use_prefix_sharing
         update_cb_config_after_cache_creation(settings, cache.num_blocks, cache.max_batch_tokens)
-        scheduler = SCHEDULER_MAPPING[settings.scheduler_type](
+        scheduler = scheduler_class(settings.scheduler_type)(
             cache=cache, safety_margin=settings.safety_margin, max_requests_per_batch=settings.max_requests_per_batch
         )
+        scheduler.fail = self._fail
         return ContinuousBatchProcessor(
             cache=cache,
             config=language_model(self.model).config,
@@ -107,6 +120,11 @@ class HeadBatchingManager(ContinuousBatchingManager):
             scheduler=scheduler,
             distributed_helper=self.distributed_helper,
         )
+
+    def _fail(self, error: Exception, state: RequestState) -> None:
+        """End one active request with an error, and go on with the others."""
+        self.batch_processor._handle_request_error(error, state)
+        self.batch_processor.scheduler.finish_request(state.request_id)
 
     def _new_cache(self) -> HeadPagedCache:
         model = self.model

@@ -29,7 +29,7 @@ from ..layout.mask_errors import Known
 from ..layout.rows import read_mask
 from .as_stock import padding_of
 from .attention import FORWARD, NAME, register
-from .batched import check_batching
+from .batched import check_batching, check_pads
 from .compiled import traced_call
 from .drafts import DraftsApart
 from .graphs import refuse_graphs
@@ -225,6 +225,8 @@ class Generate(OnModel):
 
     def __call__(self, *args, **kwargs) -> Any:
         rename_cache(kwargs)
+        if kwargs.get("cache_implementation") == "paged" and not self.dense:
+            check_pads(kwargs.get("attention_mask"))
         custom = self.before is not None or kwargs.get("custom_generate") is not None
         token = custom_loop.set(custom or custom_loop.get())
         try:

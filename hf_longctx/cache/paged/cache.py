@@ -6,6 +6,7 @@ Transformers' manager, scheduler and samplers run as they are; the cache says wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
         self.device = device
         self.dtype = dtype
         self.head_dim = head_dim
+        self.page_size = cb_config.page_size
         self.max_blocks_per_request = 0
         self.allow_block_sharing = cb_config.allow_block_sharing
         self.cache_allocators = self._allocators(cb_config)
@@ -128,6 +130,14 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
     def nbytes(self) -> int:
         return sum(one.nbytes for one in self.cache_allocators.values())
 
+    def fits(self, tokens: int) -> bool:
+        """Whether one request of so many tokens would have pages, if there were no other."""
+        sectors = 0
+        for allocator in self.cache_allocators.values():
+            blocks = ceil(allocator.slots(tokens) / allocator.tokens_per_page)
+            sectors += ceil(blocks / allocator.blocks_per_sector)
+        return sectors <= self.num_sectors
+
     def extend_read_and_write_indices(
         self,
         request_id: str,
@@ -139,6 +149,7 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
         """Note a request of the next step. Its tokens are found in its pages by the step, not by lists of indexes."""
         if not write_index[0]:  # the lists of every step are new ones
             self._requests = []
+            self._step = None
         low = self._requests[-1].columns.stop if self._requests else 0
         self._requests.append(Request(request_id, past_length, query_length, low))
         write_index[0].append(0)
@@ -159,12 +170,13 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
         """Write the new tokens ``[1, H_kv, T, D]`` of a layer; what its attention reads, in place of both.
 
         Raises:
-            CacheError: the forward did not come through a patched model.
+            CacheError: the forward did not come through the hooks of a patched model.
         """
         if self._step is None:
             raise CacheError(
-                "this cache of continuous batching was made for a patched model, which is not patched any more. Call "
-                "model.destroy_cached_continuous_batching_manager(), and start anew."
+                "the model was unpatched, or switched to another attention, since this manager of continuous batching "
+                "was made. Start a new one; where it was kept (persistent_manager), call "
+                "model.destroy_cached_continuous_batching_manager() before."
             )
         kv = self.layers[layer_idx].append(key_states, value_states, self._step)
         return kv, kv
