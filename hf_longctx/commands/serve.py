@@ -11,7 +11,7 @@ from ..config.words import check_word
 from ..errors import ConfigError, UnsupportedModeError
 from ..io.console import console
 from ..planning.sizes import parse_bytes
-from ._options import DTYPES, Dtype, Model, device_of, short_names
+from ._options import DTYPES, Device, Dtype, Model, device_of, short_names
 
 SETTINGS = short_names(chunk="prefill-chunk-size")
 NEEDS = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client")
@@ -31,13 +31,6 @@ Kept = Annotated[
     str, typer.Option("--prompt-cache", help="Memory for prompts kept between requests, e.g. 4GB; 0GB: none.")
 ]
 Chunk = Annotated[int, typer.Option("--prefill-chunk-size", help="Tokens of a prompt per forward. Or --chunk.", min=1)]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        help="Where the model runs: cpu, cuda, cuda:1, auto for all of them.",
-        show_default="the accelerator if there is one, else the CPU",
-    ),
-]
 Compile = Annotated[bool, typer.Option("--compile", help="Of transformers serve; refused.")]
 Batching = Annotated[bool, typer.Option("--continuous-batching", help="Of transformers serve; refused.")]
 
@@ -64,8 +57,7 @@ def command(
     from ..serving.models import ServeSettings
     from ..serving.server import serve
 
-    where = device if device == "auto" else str(device_of(device))
-    settings = ServeSettings(model, longctx, limit, chunk, dtype, where)
+    settings = ServeSettings(model, longctx, limit, chunk, dtype, str(device_of(device)))
     to = console()
     serve(settings, host, port, lambda line: to.print(line, markup=False, highlight=False, soft_wrap=True))
 

@@ -162,7 +162,7 @@ class PromptCache:
         A prompt that is larger than the limit by itself is not kept, and that is logged.
 
         Args:
-            after: the prompt that it answers. Of the chat's earlier turns only the first prompt stays, and those that
+            after: the prompt that it answers. Of what else the chat began with only the first prompt stays, and what
                 another stored prompt begins with too.
         """
         own = prompt.fork()
@@ -229,11 +229,12 @@ class PromptCache:
             self.tokens_reused += common
 
     def _drop_turns(self, ids: Tensor, last: int) -> None:
-        """Drop stored beginnings of ``ids`` of fewer than ``last`` tokens, but for the first and what others share."""
+        """Drop stored beginnings of ``ids`` but for the first, that of ``last`` tokens, and what others begin with."""
         chain = {key: one for key, one in self._table.items() if _begins(ids, one.ids)}
         others = [one for key, one in self._table.items() if key not in chain]
-        earlier = sorted((key for key, one in chain.items() if len(one) < last), key=len)
-        for key in earlier[1:]:
+        for key in sorted(chain, key=len)[1:]:
+            if len(chain[key]) in (last, len(ids)):
+                continue
             if not any(_begins(other.ids, chain[key].ids) for other in others):
                 del self._table[key]
 

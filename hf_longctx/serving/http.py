@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
@@ -18,6 +19,11 @@ from .call import CALL, Call, ClientGone
 
 CLIENT_CLOSED = 499  # as nginx says it
 STREAM = b"text/event-stream"
+# What goes wrong in a request; for Exception itself Starlette would answer, and raise it once more in the server.
+WRONG = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError)
+CLIENTS = (LongCtxError, RequestValidationError, ValueError)
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -30,8 +36,7 @@ def status_of(error: BaseException) -> int:
         return error.status_code
     if isinstance(error, ClientGone):
         return CLIENT_CLOSED
-    client = isinstance(error, (LongCtxError, RequestValidationError, ValueError))
-    return HTTPStatus.BAD_REQUEST if client else HTTPStatus.INTERNAL_SERVER_ERROR
+    return HTTPStatus.BAD_REQUEST if isinstance(error, CLIENTS) else HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 def error_of(error: BaseException) -> dict[str, Any]:
@@ -45,6 +50,9 @@ def error_of(error: BaseException) -> dict[str, Any]:
 
 
 def answer_of(error: BaseException) -> JSONResponse:
+    """The whole answer; what is the server's fault is logged as well."""
+    if status_of(error) == HTTPStatus.INTERNAL_SERVER_ERROR:
+        logger.error("a request failed", exc_info=error)
     return JSONResponse({"error": error_of(error)}, status_code=status_of(error))
 
 
@@ -54,7 +62,7 @@ def say_errors(app: FastAPI) -> None:
     def said(request: Request, error: Exception) -> JSONResponse:
         return answer_of(error)
 
-    for kind in (LongCtxError, ClientGone, HTTPException, RequestValidationError, ValueError, Exception):
+    for kind in (*CLIENTS, ClientGone, HTTPException, *WRONG):
         app.add_exception_handler(kind, said)
 
 

@@ -35,7 +35,7 @@ class ServeSettings:
         prompt_cache: bytes of all prompts that are kept between requests; 0: none is.
         chunk_size: tokens of a prompt per forward.
         dtype: of the weights; ``auto``: as they are stored.
-        device: where the model runs; ``auto``: spread over all accelerators.
+        device: where the model runs.
     """
 
     model: str
