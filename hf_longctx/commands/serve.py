@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import Annotated
 
 import typer
@@ -58,8 +59,13 @@ def command(
     from ..serving.server import serve
 
     settings = ServeSettings(model, longctx, limit, chunk, dtype, str(device_of(device)))
-    to = console()
-    serve(settings, host, port, lambda line: to.print(line, markup=False, highlight=False, soft_wrap=True))
+    serve(settings, host, port, _say)
+
+
+def _say(line: str) -> None:
+    """At once, also in a pipe: whoever started the server waits for it."""
+    console().print(line, markup=False, highlight=False, soft_wrap=True)
+    sys.stdout.flush()
 
 
 def check_installed() -> None:

@@ -70,10 +70,14 @@ class Listens:
     """The outermost part of the server: makes the `Call` of every request, and notes when its client hangs up.
 
     A stream begins when its answer does, or with an error in its place, which is then a plain answer with its status.
+
+    Args:
+        calls: gets every call while it is served.
     """
 
-    def __init__(self, app: Any):
+    def __init__(self, app: Any, calls: set[Call]):
         self.app = app
+        self.calls = calls
 
     async def __call__(self, scope: dict, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -91,12 +95,14 @@ class Listens:
             return message
 
         CALL.set(call)
+        self.calls.add(call)
         watch = asyncio.create_task(_watch(asked, received))
         try:
             await self.app(scope, received, Says(call, scope, receive, send))
         finally:
             watch.cancel()
             call.hang_up()
+            self.calls.remove(call)
 
 
 class Says:

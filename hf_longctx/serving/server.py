@@ -47,8 +47,9 @@ def make_app(settings: ServeSettings) -> FastAPI:
 
     show_status(app, status)
     say_errors(app)
-    app.add_middleware(Listens)
+    app.state.calls = set()
     app.state.models = models
+    app.add_middleware(Listens, calls=app.state.calls)
     return app
 
 
@@ -83,8 +84,16 @@ def serve(settings: ServeSettings, host: str, port: int, say: Callable[[str], No
     with taken:
         app = make_app(settings)
         say(start_line(app.state.models, host, taken.getsockname()[1]))
-        config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=GRACE)
-        uvicorn.Server(config).run(sockets=[taken])
+        Stops(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=GRACE)).run(sockets=[taken])
+
+
+class Stops(uvicorn.Server):
+    """Ends the answers that are being given, at their next token, when it is told to stop."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for call in self.config.app.state.calls:
+            call.hang_up()
+        await super().shutdown(sockets)
 
 
 def start_line(models: PatchedModels, host: str, port: int) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 
+import openai
 import pytest
 from typer.testing import CliRunner
 
@@ -68,3 +73,21 @@ def test_what_is_not_installed_is_said(monkeypatch):
     other = "transformers.cli.serving.systemone"
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == other else found(name))
     assert "this Transformers has another server" in run().stderr
+
+
+@pytest.mark.slow
+def test_a_signal_stops_the_real_command_also_in_the_middle_of_a_stream():
+    words = [sys.executable, "-m", "hf_longctx", "serve", MODEL, "--port", "0", "--host", "127.0.0.1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, **pipes, env=dict(os.environ)) as run:
+        line = run.stdout.readline()
+        assert line.startswith(f"{MODEL} on http://127.0.0.1:"), run.stderr.read()
+        url = line.split()[2].rstrip(",")
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            more = {"generation_config": '{"min_new_tokens": 4000, "max_new_tokens": 4000}'}
+            stream = client.completions.create(model=MODEL, prompt="amber", stream=True, extra_body=more)
+            assert next(iter(stream))
+            run.send_signal(signal.SIGINT)
+            out, error = run.communicate(timeout=60)
+    assert run.returncode == 130 and "200 OK" in out, error
+    assert error.rstrip().endswith("Stopped.") and "Traceback" not in error, error
