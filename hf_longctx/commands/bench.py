@@ -18,6 +18,7 @@ from ..planning.sizes import DTYPES, parse_tokens
 from ._bench_batching import command as batching
 from ._bench_memory import command as memory
 from ._bench_options import Crossover, Decode, Gpu, Kernels, Measured, Prefill, Real, Whole, takes
+from ._bench_serve import command as serve
 from ._options import (
     JSON,
     PNG,
@@ -34,6 +35,7 @@ app = typer.Typer(no_args_is_help=True, help="Speed and memory, stock against pa
 
 app.command("memory", **short_names(chunk="prefill-chunk-size"))(memory)
 app.command("batching")(batching)
+app.command("serve")(serve)
 
 
 @app.command("decode")
