@@ -32,8 +32,7 @@ def register() -> None:
     Raises:
         ConfigError: as `asked`.
     """
-    named = asked()
-    if named is None:
+    if asked() is None:
         return
     from vllm.model_executor.models import ModelRegistry
 
@@ -41,12 +40,13 @@ def register() -> None:
 
     kv_cache.register()
     if not isinstance(ModelRegistry.resolve_model_cls, functools.partial):
-        ModelRegistry.resolve_model_cls = functools.partial(_resolve, named, ModelRegistry.resolve_model_cls)
+        ModelRegistry.resolve_model_cls = functools.partial(_resolve, ModelRegistry.resolve_model_cls)
 
 
-def _resolve(named: str, original: Any, *given: Any, **more: Any) -> tuple[Any, str]:
+def _resolve(original: Any, *given: Any, **more: Any) -> tuple[Any, str]:
     """What vLLM resolves an architecture to, with split heads. Every model passes here, so none is dense unsaid."""
     from .model import split
 
     cls, architecture = original(*given, **more)
-    return split(cls, architecture, named), architecture
+    named = asked()
+    return (cls if named is None else split(cls, architecture, named)), architecture

@@ -54,7 +54,10 @@ def refuse(config: LongCtxConfig) -> None:
     found = {
         "stores.retrieval.store": (spec_word(config.stores.retrieval), "full"),
         "stores.streaming.store": (spec_word(config.stores.streaming), "sink_recent"),
-        "prefill.retrieval": (f"table {pattern.table}" if isinstance(pattern, TableUse) else spec_word(pattern), "dense"),
+        "prefill.retrieval": (
+            f"table {pattern.table}" if isinstance(pattern, TableUse) else spec_word(pattern),
+            "dense",
+        ),
         "prefill.streaming.dense_tail": (config.prefill.streaming.dense_tail, 0),
         "decode.retrieval.select": (spec_word(config.decode.retrieval), "dense"),
         "kernel": (config.kernel, "auto"),
@@ -63,4 +66,6 @@ def refuse(config: LongCtxConfig) -> None:
     for key, (given, works) in found.items():
         if given != works:
             only = "none: every layer reads the whole text" if works is None else repr(works)
-            raise UnsupportedModeError(f"{key}: got {given!r}, and the plugin of vLLM does not do it. What works: {only}.")
+            raise UnsupportedModeError(
+                f"{key}: got {given!r}, and the plugin of vLLM does not do it. What works: {only}."
+            )

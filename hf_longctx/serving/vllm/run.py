@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import UnsupportedModelError, UnsupportedModeError
+from ...errors import UnsupportedModeError, UnsupportedModelError
 from .roles import HeadRoles
 
 
@@ -17,8 +17,16 @@ def refuse_run(vllm_config: Any, roles: HeadRoles, on_cpu: bool) -> None:
     """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     never = (
-        (parallel.world_size > 1, "tensor and pipeline parallel are not tried", "one process: --tensor-parallel-size 1"),
-        (parallel.decode_context_parallel_size > 1, "context parallel is not tried", "no --decode-context-parallel-size"),
+        (
+            parallel.world_size > 1,
+            "tensor and pipeline parallel are not tried",
+            "one process: --tensor-parallel-size 1",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1,
+            "context parallel is not tried",
+            "no --decode-context-parallel-size",
+        ),
         (vllm_config.speculative_config, "speculative decoding is not tried", "no --speculative-config"),
         (vllm_config.kv_transfer_config, "a KV connector is not tried", "no --kv-transfer-config"),
         (vllm_config.lora_config, "LoRA is not tried", "no --enable-lora"),
@@ -31,7 +39,11 @@ def refuse_run(vllm_config: Any, roles: HeadRoles, on_cpu: bool) -> None:
         ),
     )
     sinks = (
-        (not on_cpu, "streaming heads with sinks have no attention on this device yet", "a CPU, or a config of no sinks"),
+        (
+            not on_cpu,
+            "streaming heads with sinks have no attention on this device yet",
+            "a CPU, or a config of no sinks",
+        ),
         (
             cache.enable_prefix_caching,
             "prefix caching gives wrong tokens with sinks: a hit lacks their blocks",

@@ -59,9 +59,7 @@ def plan(starts: Tensor, lengths: Tensor, block_table: Tensor, block: int, rule:
     return tuple(_piece(rows, queries, block_table, block, rule) for queries, rows in stretches.items())
 
 
-def _piece(
-    rows: Sequence[tuple[int, int, int]], queries: int, block_table: Tensor, block: int, rule: Rule
-) -> Piece:
+def _piece(rows: Sequence[tuple[int, int, int]], queries: int, block_table: Tensor, block: int, rule: Rule) -> Piece:
     request, token, first = torch.tensor(rows, device=block_table.device).unbind(1)
     step = torch.arange(queries, device=block_table.device)
     last = first + queries - 1
@@ -81,7 +79,9 @@ def attend(query: Tensor, kv_cache: Tensor, pieces: Sequence[Piece], scale: floa
     heads = kv_cache.shape[1]
     for piece in pieces:
         k, v = kv_cache[piece.blocks, :, piece.offsets].transpose(1, 2).chunk(2, -1)  # [stretches, heads, keys, D]
-        q = query[piece.tokens].unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)  # [stretches, heads, group, queries, D]
+        q = (
+            query[piece.tokens].unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)
+        )  # [stretches, heads, group, queries, D]
         mask = piece.mask.repeat(1, 1, q.shape[2], 1)
         read = torch.nn.functional.scaled_dot_product_attention(q.flatten(2, 3), k, v, mask, scale=scale)
         out[piece.tokens] = read.view_as(q).permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -1,0 +1,231 @@
+"""The plugin in vLLM itself, on a CPU. Skipped where vLLM is not installed: ``docs/vllm.md`` says how to run it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where it can be looked into
+
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed: docs/vllm.md says how to run these")
+
+from transformers import AutoModelForCausalLM, Qwen2Config
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
+
+from hf_longctx import LongCtxConfig, patched
+from hf_longctx.assets import asset
+from hf_longctx.errors import UnsupportedModeError, UnsupportedModelError
+from hf_longctx.serving.vllm import plugin
+from hf_longctx.serving.vllm.backend import SinkWindowImpl
+
+ROLES = ("RSSS", "SRSR", "SSSS", "RSRS")
+NEW = 12
+LENGTHS = (20, 90, 333, 700)
+
+
+@pytest.fixture
+def engine(monkeypatch, tmp_path):
+    """Makes an engine on a model's folder with the streaming rule (sink, recent); no rule: without the plugin."""
+
+    def make(folder, rule, roles=ROLES, **given) -> LLM:
+        clear()
+        monkeypatch.setenv(plugin.SWITCH, "0")
+        if rule is not None:
+            path = tmp_path / "longctx.yaml"
+            LongCtxConfig.from_dict(config(folder, rule, roles)).to_yaml(path)
+            monkeypatch.setenv(plugin.SWITCH, str(path))
+        plugin.register()
+        plain = {"dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False, "block_size": 32}
+        plain |= {"max_model_len": 1024, "max_num_batched_tokens": 128, "max_num_seqs": 8, "generation_config": "vllm"}
+        return LLM(str(folder), skip_tokenizer_init=True, kv_cache_memory_bytes=1 << 28, **{**plain, **given})
+
+    yield make
+    clear()
+
+
+def clear() -> None:
+    """An engine is one per process, and keeps the class of a model by its name."""
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    _MODEL_ARCH_BY_HASH.clear()
+
+
+def config(folder, rule, roles) -> dict:
+    described = LongCtxConfig.describe(AutoModelForCausalLM.from_pretrained(folder).config)
+    streaming = {"store": "sink_recent", "sink": rule[0], "recent": rule[1]}
+    return {"model": described, "heads": {"roles": list(roles)}, "stores": {"streaming": streaming}}
+
+
+def texts(lengths=LENGTHS) -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(10, 190) for _ in range(length)] for length in lengths]
+
+
+def asked(tokens=NEW) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+
+
+def answers(llm: LLM, prompts: list[list[int]], tokens=NEW) -> list[list[int]]:
+    found = llm.generate([{"prompt_token_ids": ids} for ids in prompts], asked(tokens), use_tqdm=False)
+    return [list(one.outputs[0].token_ids) for one in found]
+
+
+def generated(folder, rule, prompts, roles=ROLES) -> list[list[int]]:
+    """What ``generate()`` of the patched model says."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    with patched(model, config(folder, rule, roles)):
+        outs = [model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False) for ids in prompts]
+    return [out[0, -NEW:].tolist() for out in outs]
+
+
+def scheduler(llm: LLM):
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def pool(llm: LLM):
+    return scheduler(llm).kv_cache_manager.block_pool
+
+
+def held(llm: LLM) -> int:
+    """Blocks that requests hold; one block is nobody's."""
+    return pool(llm).num_gpu_blocks - 1 - pool(llm).get_num_free_blocks()
+
+
+@pytest.mark.parametrize("rule", [(5, 50), (40, 33), (1, 1)], ids=str)
+def test_attention_is_the_mask(rule, engine, monkeypatch):
+    """Of every call in chunks and decoded tokens, against all keys so far; a window that is off by one is seen."""
+    calls: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+    forward = SinkWindowImpl.forward
+
+    def recorded(self, layer, query, key, value, kv_cache, metadata, output, *rest, **more):
+        forward(self, layer, query, key, value, kv_cache, metadata, output, *rest, **more)
+        if metadata is not None:
+            parts = calls.setdefault(layer.layer_name, [])
+            parts.append(tuple(x.double() for x in (query, key, value, output)))
+
+    monkeypatch.setattr(SinkWindowImpl, "forward", recorded)
+    answers(engine(asset("tiny-llama"), rule), texts((700,)))
+    assert len(calls) == "".join(ROLES).count("S")
+    assert {len(parts) for parts in calls.values()} == {-(-700 // 128) + NEW - 1}, "chunks, and decoded tokens"
+    right = max(error(parts, *rule) for parts in calls.values())
+    assert right < 1e-5
+    off = [(rule[0], rule[1] + 1), (rule[0] + 1, rule[1]), (rule[0], rule[1] - 1), (rule[0] - 1, rule[1])]
+    assert min(max(error(parts, *other) for parts in calls.values()) for other in off if other[1]) > 1e-3
+
+
+def error(parts, sink: int, recent: int) -> float:
+    """The largest difference from a mask, of one layer's calls in their order."""
+    q, k, v, out = (torch.cat(one) for one in zip(*parts, strict=True))
+    i, j = torch.arange(len(q))[:, None], torch.arange(len(q))
+    seen = (j <= i) & ((j < sink) | (i - j < recent))
+    scores = torch.einsum("qhd,kd->hqk", q, k[:, 0]) * q.shape[-1] ** -0.5
+    return float(
+        (torch.einsum("hqk,kd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[:, 0]) - out).abs().max()
+    )
+
+
+@pytest.mark.parametrize("rule", [(5, 50), (0, 50)], ids=str)
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-mistral", "tiny-qwen3"])
+def test_tokens_are_those_of_generate(model, rule, engine):
+    prompts = texts()
+    llm = engine(asset(model), rule)
+    assert answers(llm, prompts) == generated(asset(model), rule, prompts)
+    assert held(llm) == 0
+
+
+def test_qwen2(engine, tmp_path_factory):
+    """Which has biases, and comes with no embedded model."""
+    folder = tmp_path_factory.mktemp("qwen2")
+    sizes = {"hidden_size": 256, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8}
+    own = Qwen2Config(vocab_size=199, num_key_value_heads=4, initializer_range=0.3, **sizes)
+    model = AutoModelForCausalLM.from_config(own)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias)
+    model.save_pretrained(folder)
+    prompts = texts()
+    mine = answers(engine(folder, (5, 50)), prompts)
+    assert mine == generated(folder, (5, 50), prompts) != generated(folder, (5, 20), prompts)
+
+
+def test_under_pressure_requests_are_evicted_and_read_again(engine):
+    """Fewer blocks than the requests need at once; they arrive at random, and one is cancelled."""
+    prompts = texts((700, 650, 600, 300, 500, 640))
+    want = answers(engine(asset("tiny-llama"), (5, 50)), prompts, 60)
+    llm = engine(asset("tiny-llama"), (5, 50), num_gpu_blocks_override=100, scheduler_reserve_full_isl=False)
+    preempted = counted_preemptions(scheduler(llm))
+    core, draw, found = llm.llm_engine, random.Random(1), {}
+    waiting = list(range(len(prompts)))
+    draw.shuffle(waiting)
+    cancelled = waiting[2]
+    for step in range(2000):
+        if waiting and draw.random() < 0.3:
+            request = waiting.pop()
+            core.add_request(str(request), {"prompt_token_ids": prompts[request]}, asked(60))
+        if step == 40:
+            core.abort_request([str(cancelled)])
+        for out in core.step():
+            if out.finished:
+                found[int(out.request_id)] = list(out.outputs[0].token_ids)
+        if not waiting and not core.has_unfinished_requests():
+            break
+    assert preempted, "a control: nothing was evicted"
+    assert found == {i: tokens for i, tokens in enumerate(want) if i in found} and len(found) >= len(prompts) - 1
+    assert held(llm) == 0
+
+
+def counted_preemptions(plan) -> list:
+    found = []
+    preempt = plan._preempt_request
+
+    def counted(request, *rest, **more):
+        found.append(request.request_id)
+        return preempt(request, *rest, **more)
+
+    plan._preempt_request = counted
+    return found
+
+
+def test_streaming_heads_hold_their_sinks_and_window(engine):
+    """While a prompt of 1000 tokens is decoded: 32 blocks for a retrieval head's group, few for a streaming one's."""
+    llm = engine(asset("tiny-llama"), (40, 50))
+    core = llm.llm_engine
+    core.add_request("a", {"prompt_token_ids": texts((1000,))[0]}, asked(20))
+    for _ in range(12):
+        core.step()
+    groups = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
+    counts = {}
+    for group in groups:
+        (blocks,) = group.req_to_blocks.values()
+        counts.setdefault(type(group).__name__, set()).add(sum(not block.is_null for block in blocks))
+    assert counts == {"FullAttentionManager": {32}, "SinkWindowManager": {2 + 3}}
+    while core.has_unfinished_requests():
+        core.step()
+    assert held(llm) == 0
+
+
+def test_without_sinks_prefixes_are_shared(engine):
+    llm = engine(asset("tiny-llama"), (0, 50), enable_prefix_caching=True)
+    prompts = texts()
+    want = generated(asset("tiny-llama"), (0, 50), prompts)
+    assert [answers(llm, prompts) for _ in range(2)] == [want, want]
+    assert llm.generate([{"prompt_token_ids": prompts[3]}], asked(), use_tqdm=False)[0].num_cached_tokens >= 600
+
+
+def test_refusals_reach_the_user(engine):
+    with pytest.raises(UnsupportedModeError, match="prefix caching"):
+        engine(asset("tiny-llama"), (5, 50), enable_prefix_caching=True)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM, MistralForCausalLM"):
+        engine(asset("tiny-llama"), (5, 50), hf_overrides={"architectures": ["GraniteForCausalLM"]})
+
+
+def test_without_the_variable_vllm_is_its_own(engine):
+    llm = engine(asset("tiny-llama"), None)
+    assert type(scheduler(llm).kv_cache_config.kv_cache_groups[0].kv_cache_spec).__name__ == "FullAttentionSpec"
+    assert len(scheduler(llm).kv_cache_config.kv_cache_groups) == 1
