@@ -46,10 +46,11 @@ LAYERS = {
     "planning": BELOW | {"model", "assets"},
     "evaluate": BELOW | {"model", "tasks", "prompts", "identification", "assets"},
     "bench": BELOW | {"model", "tasks", "prompts", "planning", "assets"},
+    "serving": {"errors", "config"},
     "__init__": {"errors", "config", "cache", "model", "prompts", "identification", "evaluate"},
     "patches": {"__init__"},
     "commands": BELOW
-    | {"model", "tasks", "prompts", "identification", "planning", "evaluate", "bench", "assets", "__init__"},
+    | {"model", "tasks", "prompts", "identification", "planning", "evaluate", "bench", "assets", "serving", "__init__"},
     "__main__": {"commands"},
 }
 # What a method imports only when it is called, to hand on to: no part of the order, and never at the top of a file.

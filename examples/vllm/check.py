@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-LENGTHS = (55, 130, 300, 513, 700, 1024, 1500, 2048, 2500, 2995)  # tokens of the prompts
+LENGTHS = (72, 130, 300, 513, 700, 1024, 1500, 2048, 2500, 2995)  # tokens of the prompts
 NEW = 40
 CHUNK = 512
 SINK = 5

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import gc
-import os
+import importlib
 import random
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where it can be looked into
 
 import pytest
 import torch
-
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed: docs/vllm.md says how to run these")
-
 from transformers import AutoModelForCausalLM, Qwen2Config
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
 
 from hf_longctx import LongCtxConfig, patched
 from hf_longctx.assets import asset
 from hf_longctx.errors import UnsupportedModeError, UnsupportedModelError
 from hf_longctx.serving.vllm import plugin
-from hf_longctx.serving.vllm.backend import SinkWindowImpl
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed: docs/vllm.md says how to run these")
 
 ROLES = ("RSSS", "SRSR", "SSSS", "RSRS")
 NEW = 12
@@ -33,8 +26,9 @@ LENGTHS = (20, 90, 333, 700)
 def engine(monkeypatch, tmp_path):
     """Makes an engine on a model's folder with the streaming rule (sink, recent); no rule: without the plugin."""
 
-    def make(folder, rule, roles=ROLES, **given) -> LLM:
+    def make(folder, rule, roles=ROLES, **given) -> vllm.LLM:
         clear()
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, where it can be looked into
         monkeypatch.setenv(plugin.SWITCH, "0")
         if rule is not None:
             path = tmp_path / "longctx.yaml"
@@ -43,7 +37,7 @@ def engine(monkeypatch, tmp_path):
         plugin.register()
         plain = {"dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False, "block_size": 32}
         plain |= {"max_model_len": 1024, "max_num_batched_tokens": 128, "max_num_seqs": 8, "generation_config": "vllm"}
-        return LLM(str(folder), skip_tokenizer_init=True, kv_cache_memory_bytes=1 << 28, **{**plain, **given})
+        return vllm.LLM(str(folder), skip_tokenizer_init=True, kv_cache_memory_bytes=1 << 28, **{**plain, **given})
 
     yield make
     clear()
@@ -52,8 +46,8 @@ def engine(monkeypatch, tmp_path):
 def clear() -> None:
     """An engine is one per process, and keeps the class of a model by its name."""
     gc.collect()
-    cleanup_dist_env_and_memory()
-    _MODEL_ARCH_BY_HASH.clear()
+    vllm.distributed.cleanup_dist_env_and_memory()
+    importlib.import_module("vllm.model_executor.model_loader.utils")._MODEL_ARCH_BY_HASH.clear()
 
 
 def config(folder, rule, roles) -> dict:
@@ -67,11 +61,11 @@ def texts(lengths=LENGTHS) -> list[list[int]]:
     return [[draw.randrange(10, 190) for _ in range(length)] for length in lengths]
 
 
-def asked(tokens=NEW) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+def asked(tokens=NEW) -> vllm.SamplingParams:
+    return vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
 
 
-def answers(llm: LLM, prompts: list[list[int]], tokens=NEW) -> list[list[int]]:
+def answers(llm: vllm.LLM, prompts: list[list[int]], tokens=NEW) -> list[list[int]]:
     found = llm.generate([{"prompt_token_ids": ids} for ids in prompts], asked(tokens), use_tqdm=False)
     return [list(one.outputs[0].token_ids) for one in found]
 
@@ -85,15 +79,15 @@ def generated(folder, rule, prompts, roles=ROLES) -> list[list[int]]:
     return [out[0, -NEW:].tolist() for out in outs]
 
 
-def scheduler(llm: LLM):
+def scheduler(llm: vllm.LLM):
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-def pool(llm: LLM):
+def pool(llm: vllm.LLM):
     return scheduler(llm).kv_cache_manager.block_pool
 
 
-def held(llm: LLM) -> int:
+def held(llm: vllm.LLM) -> int:
     """Blocks that requests hold; one block is nobody's."""
     return pool(llm).num_gpu_blocks - 1 - pool(llm).get_num_free_blocks()
 
@@ -101,6 +95,8 @@ def held(llm: LLM) -> int:
 @pytest.mark.parametrize("rule", [(5, 50), (40, 33), (1, 1)], ids=str)
 def test_attention_is_the_mask(rule, engine, monkeypatch):
     """Of every call in chunks and decoded tokens, against all keys so far; a window that is off by one is seen."""
+    from hf_longctx.serving.vllm.backend import SinkWindowImpl
+
     calls: dict[str, list[tuple[torch.Tensor, ...]]] = {}
     forward = SinkWindowImpl.forward
 

@@ -1,4 +1,4 @@
-"""The streaming rule over vLLM's blocks: equal to the mask in float64, and no slot is read that a request does not own."""
+"""The streaming rule over vLLM's blocks: equal to the mask in float64, and only slots that a request owns are read."""
 
 from __future__ import annotations
 

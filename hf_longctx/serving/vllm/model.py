@@ -1,4 +1,4 @@
-"""A model of vLLM whose attention layers are split: one per KV head, so that vLLM gives each head the blocks it needs."""
+"""A model of vLLM with an attention layer per KV head, so that vLLM gives each head the blocks it needs."""
 
 from __future__ import annotations
 

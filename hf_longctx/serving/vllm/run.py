@@ -1,4 +1,4 @@
-"""What the plugin refuses of a run of vLLM, and of an attention layer; each in a sentence, before weights are loaded."""
+"""What the plugin refuses of a run of vLLM and of an attention layer, in a sentence, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def refuse_run(vllm_config: Any, roles: HeadRoles, on_cpu: bool) -> None:
 
 
 def refuse_layer(attention: Any) -> None:
-    """Raise UnsupportedModelError for an attention layer of vLLM that is more than causal attention over every token."""
+    """Raise UnsupportedModelError for an attention layer of vLLM that is not just causal attention over every token."""
     own = {
         "a sliding window": attention.sliding_window,
         "ALiBi": getattr(attention.impl, "alibi_slopes", None),
@@ -68,5 +68,6 @@ def refuse_layer(attention: Any) -> None:
     for name, has in own.items():
         if has:
             raise UnsupportedModelError(
-                f"hf_longctx's plugin of vLLM: {attention.layer_name} has {name}. What works: layers that read every token."
+                f"hf_longctx's plugin of vLLM: {attention.layer_name} has {name}. "
+                "What works: layers that read every token, with softmax alone."
             )
