@@ -92,28 +92,54 @@ def held(llm: vllm.LLM) -> int:
     return pool(llm).num_gpu_blocks - 1 - pool(llm).get_num_free_blocks()
 
 
-@pytest.mark.parametrize("rule", [(5, 50), (40, 33), (1, 1)], ids=str)
-def test_attention_is_the_mask(rule, engine, monkeypatch):
-    """Of every call in chunks and decoded tokens, against all keys so far; a window that is off by one is seen."""
+@pytest.fixture
+def calls(monkeypatch):
+    """(query, key, value, output) of every call of a layer with sinks, in float64, by the layer's name."""
     from hf_longctx.serving.vllm.backend import SinkWindowImpl
 
-    calls: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+    found: dict[str, list[tuple[torch.Tensor, ...]]] = {}
     forward = SinkWindowImpl.forward
 
     def recorded(self, layer, query, key, value, kv_cache, metadata, output, *rest, **more):
         forward(self, layer, query, key, value, kv_cache, metadata, output, *rest, **more)
         if metadata is not None:
-            parts = calls.setdefault(layer.layer_name, [])
-            parts.append(tuple(x.double() for x in (query, key, value, output)))
+            found.setdefault(layer.layer_name, []).append(tuple(x.double() for x in (query, key, value, output)))
 
     monkeypatch.setattr(SinkWindowImpl, "forward", recorded)
+    return found
+
+
+def check_calls(calls, rule) -> None:
+    """Every output is that of the mask over all keys so far, and a rule that is off by one is seen."""
+    sink, recent = rule
+    right = max(error(parts, sink, recent) for parts in calls.values())
+    assert right < 1e-5
+    off = [(sink, recent + 1), (sink + 1, recent), (sink, recent - 1), (sink - 1, recent)]
+    assert min(max(error(parts, *other) for parts in calls.values()) for other in off if other[1]) > 1e-3
+
+
+@pytest.mark.parametrize("rule", [(5, 50), (40, 33), (1, 1)], ids=str)
+def test_attention_is_the_mask(rule, engine, calls):
+    """In chunks and decoded tokens."""
     answers(engine(asset("tiny-llama"), rule), texts((700,)))
     assert len(calls) == "".join(ROLES).count("S")
     assert {len(parts) for parts in calls.values()} == {-(-700 // 128) + NEW - 1}, "chunks, and decoded tokens"
-    right = max(error(parts, *rule) for parts in calls.values())
-    assert right < 1e-5
-    off = [(rule[0], rule[1] + 1), (rule[0] + 1, rule[1]), (rule[0], rule[1] - 1), (rule[0] - 1, rule[1])]
-    assert min(max(error(parts, *other) for parts in calls.values()) for other in off if other[1]) > 1e-3
+    check_calls(calls, rule)
+
+
+@pytest.mark.parametrize("rule", [(5, 50), (40, 33), (70, 40), (3, 2)], ids=str)
+def test_attention_over_a_shared_prefix_is_the_mask(rule, engine, calls):
+    """What another request has read, and is over: its sinks and its window are read where they are."""
+    (first,) = texts((700,))
+    llm = engine(asset("tiny-llama"), rule, enable_prefix_caching=True, prefix_cache_retention_interval=None)
+    answers(llm, [first], 1)
+    shared = {name: tuple(x[:512] for x in map(torch.cat, zip(*parts, strict=True))) for name, parts in calls.items()}
+    calls.clear()
+    second = [*first[:520], *texts((90,))[0]]
+    out = llm.generate([{"prompt_token_ids": second}], asked(), use_tqdm=False)[0]
+    assert out.num_cached_tokens == 512
+    assert sum(len(q) for q, *_ in next(iter(calls.values()))) == 610 - 512 + NEW - 1
+    check_calls({name: [shared[name], *parts] for name, parts in calls.items()}, rule)
 
 
 def error(parts, sink: int, recent: int) -> float:
@@ -206,17 +232,40 @@ def test_streaming_heads_hold_their_sinks_and_window(engine):
     assert held(llm) == 0
 
 
-def test_without_sinks_prefixes_are_shared(engine):
-    llm = engine(asset("tiny-llama"), (0, 50), enable_prefix_caching=True)
+@pytest.mark.parametrize("rule", [(5, 50), (70, 50), (0, 50)], ids=str)
+def test_prefixes_are_shared(rule, engine):
+    llm = engine(asset("tiny-llama"), rule, enable_prefix_caching=True)
     prompts = texts()
-    want = generated(asset("tiny-llama"), (0, 50), prompts)
+    want = generated(asset("tiny-llama"), rule, prompts)
     assert [answers(llm, prompts) for _ in range(2)] == [want, want]
-    assert llm.generate([{"prompt_token_ids": prompts[3]}], asked(), use_tqdm=False)[0].num_cached_tokens >= 600
+    assert llm.generate([{"prompt_token_ids": prompts[3]}], asked(), use_tqdm=False)[0].num_cached_tokens == 672
+    assert held(llm) == 0
+
+
+@pytest.mark.parametrize("retained", [0, None, 64])  # vLLM's default, every block, some
+@pytest.mark.parametrize("rule", [(5, 50), (70, 20)], ids=str)
+def test_shared_prefixes_under_pressure(rule, retained, engine):
+    """Many requests begin as others do, in a pool that holds a few: what is shared is evicted and read again."""
+    draw = random.Random(2)
+    documents = texts((600, 500, 610))
+    prompts = [
+        draw.choice(documents)[: draw.randrange(40, 600)] + texts((draw.randrange(1, 60),))[0] for _ in range(40)
+    ]
+    want = answers(engine(asset("tiny-llama"), rule), prompts, 30)
+    sizes = {"num_gpu_blocks_override": 90, "scheduler_reserve_full_isl": False}
+    sizes |= {"prefix_cache_retention_interval": retained}
+    llm = engine(asset("tiny-llama"), rule, enable_prefix_caching=True, **sizes)
+    preempted = counted_preemptions(scheduler(llm))
+    outs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], asked(30), use_tqdm=False)
+    assert [list(one.outputs[0].token_ids) for one in outs] == want
+    cached = sum(one.num_cached_tokens for one in outs)
+    assert preempted and cached > 1000, "a control"
+    assert held(llm) == 0
 
 
 def test_refusals_reach_the_user(engine):
-    with pytest.raises(UnsupportedModeError, match="prefix caching"):
-        engine(asset("tiny-llama"), (5, 50), enable_prefix_caching=True)
+    with pytest.raises(UnsupportedModeError, match="KV cache of bfloat16"):
+        engine(asset("tiny-llama"), (5, 50), kv_cache_dtype="bfloat16")
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM, MistralForCausalLM"):
         engine(asset("tiny-llama"), (5, 50), hf_overrides={"architectures": ["GraniteForCausalLM"]})
 

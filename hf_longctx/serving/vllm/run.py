@@ -38,19 +38,9 @@ def refuse_run(vllm_config: Any, roles: HeadRoles, on_cpu: bool) -> None:
             "no --disable-hybrid-kv-cache-manager",
         ),
     )
-    sinks = (
-        (
-            not on_cpu,
-            "streaming heads with sinks have no attention on this device yet",
-            "a CPU, or a config of no sinks",
-        ),
-        (
-            cache.enable_prefix_caching,
-            "prefix caching gives wrong tokens with sinks: a hit lacks their blocks",
-            "--no-enable-prefix-caching",
-        ),
-    )
-    for given, why, works in never + (sinks if roles.sink and "S" in "".join(roles.rows) else ()):
+    sinks = roles.sink > 0 and "S" in "".join(roles.rows)
+    device = (sinks and not on_cpu, "sinks have no attention on this device yet", "a CPU, or a config of no sinks")
+    for given, why, works in (*never, device):
         if given:
             raise UnsupportedModeError(f"hf_longctx's plugin of vLLM: {why}. What works: {works}.")
 
