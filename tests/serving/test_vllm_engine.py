@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,6 +231,24 @@ def test_streaming_heads_hold_their_sinks_and_window(engine):
     while core.has_unfinished_requests():
         core.step()
     assert held(llm) == 0
+
+
+@pytest.mark.parametrize(("sink", "recent"), [(5, 50), (40, 33), (64, 2), (65, 97)])
+def test_a_hit_has_its_sinks_and_its_window(sink, recent):
+    """Every set of cached blocks among eight of 32 tokens: the longest prefix of which nothing is missing."""
+    from hf_longctx.serving.vllm.kv_cache import SinkWindowManager, SinkWindowSpec
+
+    sizes = {"block_size": 32, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    spec = SinkWindowSpec(**sizes, sliding_window=recent, sink=sink)
+    window = -(-(recent - 1) // 32)
+    for cached in (frozenset(i for i in range(8) if bits >> i & 1) for bits in range(256)):
+        whole = [n for n in range(9) if {*range(min(spec.sink_blocks, n)), *range(max(0, n - window), n)} <= cached]
+        pool = SimpleNamespace(hash_block_size=32, null_block="null")
+        pool.get_cached_block = lambda i, groups, cached=cached: [(i, group) for group in groups] * (i in cached)
+        hit, tokens = SinkWindowManager.find_longest_cache_hit(range(8), 8 * 32, [1, 2], pool, spec, False, 32)
+        assert tokens == whole[-1] * 32 and {len(blocks) for blocks in hit} == {whole[-1]}
+        needed = {*range(min(spec.sink_blocks, whole[-1])), *range(max(0, whole[-1] - window), whole[-1])}
+        assert all(hit[group][i] == (i, group + 1) for group in (0, 1) for i in needed)
 
 
 @pytest.mark.parametrize("rule", [(5, 50), (70, 50), (0, 50)], ids=str)
