@@ -41,8 +41,8 @@ class Report:
         evictions: how often tokens left by score, of the layer where that was most often.
         evicted: share of the tokens of such heads that left, over all evictions; None before the first.
         evicted_at: tokens that were seen when the last of them left, pads included.
-        steps: of continuous batching; in them at most so many ``requests`` had pages at once, of at most ``pages`` bytes;
-            with every KV head dense, of at most ``pages_dense``.
+        steps: of continuous batching; in them at most so many ``requests`` had pages at once, of at most ``pages``
+            bytes; with every KV head dense, of at most ``pages_dense``.
         sparse, dense: rows times layers whose prefill pattern ran, and whose rows were too short for it.
         density: share of the causal key blocks that the sparse ones read; None before the first.
         own_density: what it would be if each query head read its own list: less than ``density`` with
