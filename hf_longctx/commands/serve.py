@@ -49,16 +49,17 @@ def command(
     continuous_batching: Batching = False,
 ) -> None:
     """Serve a patched model to OpenAI's clients; what was read of a prompt is kept for the next that begins alike."""
-    for given, why in ((compile, COMPILE), (continuous_batching, BATCHING)):
-        if given:
-            raise UnsupportedModeError(why)
+    if compile:
+        raise UnsupportedModeError(COMPILE)
+    if continuous_batching:
+        raise UnsupportedModeError(BATCHING)
     check_word(dtype, DTYPES, "--dtype")
     limit = parse_bytes(prompt_cache, "--prompt-cache")
     check_installed()
     from ..serving.models import ServeSettings
     from ..serving.server import serve
 
-    settings = ServeSettings(model, longctx, limit, chunk, dtype, str(device_of(device)))
+    settings = ServeSettings(model, longctx, limit, chunk, dtype, str(device_of(device)), continuous_batching)
     serve(settings, host, port, _say)
 
 

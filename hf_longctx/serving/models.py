@@ -36,6 +36,7 @@ class ServeSettings:
         chunk_size: tokens of a prompt per forward.
         dtype: of the weights; ``auto``: as they are stored.
         device: where the model runs.
+        continuous_batching: by the ``init_continuous_batching`` of the patched model, and without kept prompts.
     """
 
     model: str
@@ -44,6 +45,7 @@ class ServeSettings:
     chunk_size: int = 2048
     dtype: str = "auto"
     device: str = "cpu"
+    continuous_batching: bool = False
 
 
 class PatchedModels(ModelManager):
@@ -58,7 +60,12 @@ class PatchedModels(ModelManager):
         self.settings = settings
         self._patching = threading.Lock()
         try:
-            super().__init__(device=settings.device, dtype=settings.dtype, force_model=settings.model)
+            super().__init__(
+                device=settings.device,
+                dtype=settings.dtype,
+                continuous_batching=settings.continuous_batching,
+                force_model=settings.model,
+            )
         except OSError as error:
             raise ConfigError(f"MODEL: {settings.model!r} cannot be loaded: {error}") from None
 
@@ -107,8 +114,8 @@ class WithItsCall(GenerateManager):
 class Generation(GenerationState):
     """Hands every model a `WithItsCall`."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, continuous_batching: bool = False) -> None:
+        super().__init__(continuous_batching=continuous_batching)
         self._answering: dict[str, WithItsCall] = {}
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
@@ -126,7 +133,7 @@ class Seeded:
     """
 
     def _build_generation_config(self, body: dict, *args: Any, **kwargs: Any) -> Any:
-        if (call := CALL.get()) is not None:
+        if (call := CALL.get()) is not None and not kwargs.get("use_cb"):
             call.seed = body.get("seed")
             body = {name: value for name, value in body.items() if name != "seed"}
         return super()._build_generation_config(body, *args, **kwargs)

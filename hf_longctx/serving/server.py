@@ -30,7 +30,7 @@ def make_app(settings: ServeSettings) -> FastAPI:
         UnsupportedModelError: its family cannot be patched.
     """
     models = PatchedModels(settings)
-    generation = Generation()
+    generation = Generation(settings.continuous_batching)
     both = (models, generation)
     app = build_server(
         models,

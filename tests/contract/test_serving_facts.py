@@ -32,7 +32,8 @@ def test_the_parts_are_put_together_so():
 
 
 def test_a_manager_names_and_loads_its_model_by_methods_of_its_own():
-    assert {"device", "dtype", "force_model"} <= set(parameters(ModelManager))
+    assert {"device", "dtype", "continuous_batching", "force_model"} <= set(parameters(ModelManager))
+    assert "continuous_batching" in parameters(GenerationState)
     source = inspect.getsource(ModelManager.__init__)
     assert "self.load_model_and_processor(self.process_model_name(repo)" in source
     assert "self.loaded_models" in source
@@ -62,7 +63,8 @@ def test_every_handler_makes_its_generation_config_by_one_method(handler):
     base = type("Base", (handler,), {"_build_generation_config": seen})(None, GenerationState())
     with pytest.raises(KeyError):
         base._build_generation_config({"seed": 3}, GenerationConfig())
-    assert "self._build_generation_config(body, model.generation_config" in inspect.getsource(handler.handle_request)
+    asked = "self._build_generation_config(body, model.generation_config, use_cb=use_cb)"
+    assert asked in inspect.getsource(handler.handle_request)
     config = handler(None, GenerationState())._build_generation_config({}, GenerationConfig(max_new_tokens=3))
     assert config.max_new_tokens == 1024
     text = json.dumps({"max_new_tokens": 3})

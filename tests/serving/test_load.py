@@ -47,8 +47,9 @@ def test_the_command_says_whether_the_answers_are_those_of_one_alone(server, tmp
     assert f"answers       {data['answers']} (" in done.stdout and "all as alone" in done.stdout
     assert "p95" in done.stdout and "open files" in done.stdout
 
-    plain = KeptGenerate.__call__
-    asked = []
+
+def test_another_answer_is_counted(server, tmp_path, monkeypatch):
+    plain, asked = KeptGenerate.__call__, []
 
     def wrong(self, input_ids=None, **kwargs):
         asked.append(1)
@@ -57,8 +58,8 @@ def test_the_command_says_whether_the_answers_are_those_of_one_alone(server, tmp
         return out if len(asked) < 8 else torch.cat([out, ruby], 1)
 
     monkeypatch.setattr(KeptGenerate, "__call__", wrong)
-    found = run(LoadSettings(server.url, 2, 3, 2, 90, 4, 1, tmp_path / "text"))
-    assert found["other"] > 0, "a control"
+    found = run(LoadSettings(server.url, 2, 3, 2, 90, 4, 1, toy_text(tmp_path / "text")))
+    assert found["other"] > 0
 
 
 def test_what_cannot_be_asked_is_said(server, tmp_path):
