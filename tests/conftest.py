@@ -9,10 +9,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from helpers.registered import nothing_kept
+from helpers.spanning import left_to_the_slow
 from helpers.tiny import Shadow
 
 import hf_longctx.model.attention
 from hf_longctx.kernels import _native_speed
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    for item in left_to_the_slow(items):
+        item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -46,16 +46,17 @@ LAYERS = {
     "planning": BELOW | {"model", "assets"},
     "evaluate": BELOW | {"model", "tasks", "prompts", "identification", "assets"},
     "bench": BELOW | {"model", "tasks", "prompts", "planning", "assets"},
+    "serving": BELOW | {"model", "prompts", "assets"},
     "__init__": {"errors", "config", "cache", "model", "prompts", "identification", "evaluate"},
     "patches": {"__init__"},
     "commands": BELOW
-    | {"model", "tasks", "prompts", "identification", "planning", "evaluate", "bench", "assets", "__init__"},
+    | {"model", "tasks", "prompts", "identification", "planning", "evaluate", "bench", "serving", "assets", "__init__"},
     "__main__": {"commands"},
 }
 # What a method imports only when it is called, to hand on to: no part of the order, and never at the top of a file.
 LATE = {"config": {"planning"}, "assets": {"model"}}
-TRANSFORMERS = {"cache", "model", "prompts", "identification", "planning", "evaluate", "bench", "commands"}
-NOT_AT_IMPORT = ("commands", "bench", "assets", "patches", "planning")
+TRANSFORMERS = {"cache", "model", "prompts", "identification", "planning", "evaluate", "bench", "serving", "commands"}
+NOT_AT_IMPORT = ("commands", "bench", "serving", "assets", "patches", "planning")
 
 
 def unit(file: Path) -> str:

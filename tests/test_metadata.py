@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import runpy
@@ -50,6 +51,11 @@ def test_the_metadata_names_authors_systems_and_versions_and_no_made_up_address(
     oldest = PROJECT["requires-python"].removeprefix(">=")
     assert f"Programming Language :: Python :: {oldest}" in kinds
     assert not [one for one in kinds if one.startswith("License")], "PEP 639: not beside a license expression"
+
+
+def test_vllm_finds_its_plugin():
+    module, _, name = PROJECT["entry-points"]["vllm.general_plugins"]["hf_longctx"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 def make(*arguments: str, folder: Path) -> str:

@@ -133,12 +133,12 @@ def _of_dtype(case: RealCase, word: str, told: Told) -> Iterator[dict]:
     columns, left_out, config = _columns(case, settings, model)
     # TOLERANCE is that of a few layers; what rounding does to one adds to what it did to those before, as noise does.
     manner = Manner(settings.steps, WARM, max(1.0, settings.layers / FEW) ** 0.5)
-    text, prompts = _text(model, tokenizer)
-    left_out |= refused(settings, model, columns, _prompts(text, 1, WARM // 2, settings.seed))
+    text, prompts = text_of(model, tokenizer)
+    left_out |= refused(settings, model, columns, prompts_of(text, 1, WARM // 2, settings.seed))
     columns = {name: how for name, how in columns.items() if name not in left_out}
     for tokens, batch, threads in case.cases:
         torch.set_num_threads(threads)
-        ids = _prompts(text, batch, tokens + settings.steps, settings.seed)
+        ids = prompts_of(text, batch, tokens + settings.steps, settings.seed)
         llama, not_measured = _llama(case, ids, threads)
         figures, error = measure(settings, word, model, columns | llama, ids, told, manner)
         where = {"dtype": word, "tokens": tokens, "batch": batch, "threads": threads, "shape": shape}
@@ -185,7 +185,7 @@ def _llama(case: RealCase, ids: Tensor, threads: int) -> tuple[dict[str, How], d
     return {LLAMA: How(other=case.llama.loaded(threads, ids.shape[1]).turn)}, {}
 
 
-def _text(model: Any, tokenizer: Any) -> tuple[Haystack, str]:
+def text_of(model: Any, tokenizer: Any) -> tuple[Haystack, str]:
     """What the prompts are cut from, and what that is in words."""
     if tokenizer is not None and is_tiny_language(tokenizer):
         return TinyFiller(), "the embedded models' language"
@@ -197,7 +197,7 @@ def _text(model: Any, tokenizer: Any) -> tuple[Haystack, str]:
     return TokenNoise(range(text_config(model.config).vocab_size)), "random tokens, for want of a tokenizer"
 
 
-def _prompts(text: Haystack, batch: int, length: int, seed: int) -> Tensor:
+def prompts_of(text: Haystack, batch: int, length: int, seed: int) -> Tensor:
     """``[batch, length]``, a piece of the text each."""
     rng = np.random.default_rng(seed)
     return torch.from_numpy(np.stack([text.sample(rng, length) for _ in range(batch)])).long()

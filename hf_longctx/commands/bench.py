@@ -1,4 +1,4 @@
-"""The commands ``hf-longctx bench decode | prefill | e2e | real | crossover | kernels | memory | gpu``."""
+"""The commands ``hf-longctx bench decode | prefill | e2e | real | batching | crossover | ...``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from ..bench.settings import Settings, default_layers
 from ..io.console import console
 from ..io.progress import Progress
 from ..planning.sizes import DTYPES, parse_tokens
+from ._bench_batching import command as batching
 from ._bench_memory import command as memory
 from ._bench_options import Crossover, Decode, Gpu, Kernels, Measured, Prefill, Real, Whole, takes
+from ._bench_serve import command as serve
 from ._options import (
     JSON,
     PNG,
@@ -32,6 +34,8 @@ from ._options import (
 app = typer.Typer(no_args_is_help=True, help="Speed and memory, stock against patched, on this machine.")
 
 app.command("memory", **short_names(chunk="prefill-chunk-size"))(memory)
+app.command("batching")(batching)
+app.command("serve")(serve)
 
 
 @app.command("decode")

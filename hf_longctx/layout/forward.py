@@ -122,6 +122,29 @@ class EvictionCounts:
 
 
 @dataclass
+class BatchingCounts:
+    """Steps of continuous batching, for the report.
+
+    Attributes:
+        steps: forwards that brought tokens of requests.
+        requests: the most that had pages at once.
+        nbytes: the most bytes of their pages.
+        nbytes_dense: the most that the same tokens would have taken, if every KV head kept them.
+    """
+
+    steps: int = 0
+    requests: int = 0
+    nbytes: int = 0
+    nbytes_dense: int = 0
+
+    def add(self, requests: int, nbytes: int, nbytes_dense: int) -> None:
+        self.steps += 1
+        self.requests = max(self.requests, requests)
+        self.nbytes = max(self.nbytes, nbytes)
+        self.nbytes_dense = max(self.nbytes_dense, nbytes_dense)
+
+
+@dataclass
 class ForwardLog:
     """What happened, for the report.
 
@@ -131,6 +154,7 @@ class ForwardLog:
         prefill: sparse prefills.
         decode: decoded tokens that read a selection.
         eviction: tokens that left.
+        batching: steps of continuous batching.
     """
 
     used: set[str] = field(default_factory=set)
@@ -138,6 +162,7 @@ class ForwardLog:
     prefill: PrefillCounts = field(default_factory=PrefillCounts)
     decode: DecodeCounts = field(default_factory=DecodeCounts)
     eviction: EvictionCounts = field(default_factory=EvictionCounts)
+    batching: BatchingCounts = field(default_factory=BatchingCounts)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ FORWARD = "longctx_forward"  # keyword argument by which the base model's pre-ho
 UNUSED = frozenset(
     ("cache_position", "ignore_index", "is_causal", "num_items_in_batch", "output_attentions", "output_hidden_states")
     + ("output_router_logits", "position_ids", "return_dict", "shift_labels", "token_type_ids", "use_cache")
+    + ("tokenizer", "assistant_tokenizer")  # of generate(), which hands them on to the forward in 5.24
 )
 KNOWN = UNUSED | {"sliding_window", FORWARD}
 

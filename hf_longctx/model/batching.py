@@ -22,13 +22,11 @@ from ..cache.paged.cache import HeadPagedCache
 from ..errors import UnsupportedModeError
 from ..layout.prompt_learning import virtual_tokens
 from .batch_queue import scheduler_class
-from .batched import check_config, check_generation
+from .batched import KEPT, check_config, check_generation
 from .modules import language_model
 
 if TYPE_CHECKING:
     from .state import PatchState
-
-KEPT = "_cached_continuous_batching_manager"  # where Transformers keeps a manager for the next session
 
 
 def start(

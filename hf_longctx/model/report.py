@@ -41,6 +41,8 @@ class Report:
         evictions: how often tokens left by score, of the layer where that was most often.
         evicted: share of the tokens of such heads that left, over all evictions; None before the first.
         evicted_at: tokens that were seen when the last of them left, pads included.
+        steps: of continuous batching; in them at most so many ``requests`` had pages at once, of at most ``pages``
+            bytes; with every KV head dense, of at most ``pages_dense``.
         sparse, dense: rows times layers whose prefill pattern ran, and whose rows were too short for it.
         density: share of the causal key blocks that the sparse ones read; None before the first.
         own_density: what it would be if each query head read its own list: less than ``density`` with
@@ -65,6 +67,10 @@ class Report:
     evictions: int = 0
     evicted: float | None = None
     evicted_at: int = 0
+    steps: int = 0
+    requests: int = 0
+    pages: int = 0
+    pages_dense: int = 0
     tails: int = 0
     tail_tokens: int = 0
     seen: int | None = None
@@ -101,15 +107,20 @@ class Report:
             times = f", {self.evictions} times" if self.evictions > 1 else ""
             when = f"the last time after {self.evicted_at} tokens"
             lines.append(f"evicted       {self.evicted:.1%} of the tokens of these heads{times}, {when}")
+        if self.steps:
+            share = self.pages / self.pages_dense
+            at_once = f"{self.steps} steps, at most {self.requests} requests at once"
+            lines.append(f"batching      {at_once}, in pages of {_mb(self.pages)}")
+            lines.append(f"              {share:.0%} of dense {_mb(self.pages_dense)}")
         if self.nbytes is not None and self.nbytes_dense:
             share = self.nbytes / self.nbytes_dense
             gone = "" if self.alive else " (it is gone now)"
             kept = f"{_mb(self.nbytes)} after {self.seen} tokens"
             lines.append(f"KV cache      {kept}, {share:.0%} of dense {_mb(self.nbytes_dense)}{gone}")
             lines += [f"              {why}" for why in self._why_more()]
-        elif self.forwards:
+        elif self.forwards > self.steps:
             lines.append("KV cache      none alive, and none was continued after its prompt")
-        else:
+        elif not self.steps:
             lines.append("KV cache      none yet")
         lines += [f"offloaded     {_mb(count)} {place}" for place, count in self.offloaded.items()]
         lines += [f"note          {note}" for note in self.notes]
@@ -162,6 +173,10 @@ def report(model: nn.Module) -> Report:
         evictions=log.eviction.times,
         evicted=None if log.eviction.share is None else 1 - log.eviction.share,
         evicted_at=log.eviction.at,
+        steps=log.batching.steps,
+        requests=log.batching.requests,
+        pages=log.batching.nbytes,
+        pages_dense=log.batching.nbytes_dense,
         dense_tail=max(role.dense_tail for plan in state.plans for role in plan.filled),
         tails=log.prefill.tails,
         tail_tokens=log.prefill.tail_tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,14 +65,20 @@ class Prompt:
         return Prompt(self.model, self.tokenizer, self.ids, self.cache.fork())
 
     @torch.no_grad()
-    def catch_up(self, chunk_size: int | None = None) -> int:
-        """Read the tokens that the cache lacks, but for the last, in pieces; returns how many."""
-        new = self.ids[self.cache.seen : -1]
+    def catch_up(self, chunk_size: int | None = None, stop: Callable[[], bool] | None = None) -> int:
+        """Read the tokens that the cache lacks, but for the last, in pieces; returns how many.
+
+        Args:
+            stop: asked before every piece; the reading ends where it says True.
+        """
+        before = self.cache.seen
+        new = self.ids[before:-1]
         for piece in new.split(chunk_size or max(1, len(new))):
-            if len(piece):
-                given = piece[None].to(input_device(self.model))
-                self.model(given, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
-        return len(new)
+            if not len(piece) or (stop is not None and stop()):
+                break
+            given = piece[None].to(input_device(self.model))
+            self.model(given, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
+        return self.cache.seen - before
 
     def generate(self, text: Text = "", *, return_handle: bool = False, **kwargs: Any) -> Any:
         """The answer to one text that follows the prompt.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,14 +18,35 @@ from ..config.words import spec_word
 from ..errors import ConfigError, UnsupportedModeError
 from ..eviction.base import Asked
 from ..layout.prompt_learning import refuse_prompt_learning
+from ..stores.base import SLACK
 from .prompt import Prompt, Text, as_ids, words
 from .template import templated
+
+LEAST = SLACK + 1  # tokens that a beginning two prompts share must have to be kept for a third one
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a prompt goes on from.
+
+    Attributes:
+        near: the stored prompt of which the most tokens can be reused; None: there is none.
+        common: how many.
+        parts: tokens after which it parts from the stored prompt that begins most like it, reusable or not.
+    """
+
+    near: Prompt | None
+    common: int
+    parts: int
+
+
 class PromptCache:
     """Reads prompts, and starts each from the longest beginning that it has read before.
+
+    Where that beginning cannot be reused, because streaming heads cannot go back to it, it is stored as well once a
+    second prompt has it, so that a third one starts there.
 
     Threads may share it, and the model. Handles that were given out keep their memory when the table drops a prompt,
     so the limit is one of the table alone. After a change of the model's weights or adapters call `clear`; prompts
@@ -93,7 +115,9 @@ class PromptCache:
         with self._lock:
             self._table.clear()
 
-    def prefill(self, prompt: Text | Sequence[Mapping[str, Any]], **template: Any) -> Prompt:
+    def prefill(
+        self, prompt: Text | Sequence[Mapping[str, Any]], *, stop: Callable[[], bool] | None = None, **template: Any
+    ) -> Prompt:
         """Read a prompt, or what of it was not read before, and keep it for the next.
 
         Of a stored prompt that begins alike the common part is reused where it is the whole of it, or where its
@@ -101,6 +125,8 @@ class PromptCache:
 
         Args:
             prompt: words, token ids, or the messages of a chat.
+            stop: asked before every piece of `chunk_size` tokens. Where it says True the reading ends: what was read is
+                kept, and the handle is of that beginning alone.
             template: arguments of the chat template, by default ``add_generation_prompt=True``; None for words and ids.
 
         Raises:
@@ -120,41 +146,60 @@ class PromptCache:
                     self._table.move_to_end(key)
                 elif (other := self._reading.get(key)) is None:
                     self._reading[key] = future = Future()
-                    near, common = self._nearest(ids)
+                    start = self._nearest(ids)
             if stored is None and other is None:
-                return self._read(ids, key, empty if near is None else near.cache.fork(), common, future)
-            if (found := stored or other.result()) is not None:  # None: that thread failed
+                cache = empty if start.near is None else start.near.cache.fork()
+                return self._read(ids, key, cache, start, future, stop)
+            if (found := stored or other.result()) is not None:  # None: that thread failed, or was stopped
                 with self._lock:
                     self.hits += 1
                     self.tokens_reused += found.cache.seen
                 return found.fork()
 
-    def add(self, prompt: Prompt) -> None:
+    def add(self, prompt: Prompt, *, after: Prompt | None = None) -> None:
         """Keep a prompt made elsewhere: the handle that ``generate(return_handle=True)`` gave, for a chat's next turn.
 
         A prompt that is larger than the limit by itself is not kept, and that is logged.
+
+        Args:
+            after: the prompt that it answers. Of what else the chat began with only the first prompt stays, and what
+                another stored prompt begins with too.
         """
         own = prompt.fork()
         with self._lock:
             self._store(own.ids.numpy().tobytes(), own)
+            if after is not None:
+                self._drop_turns(own.ids, len(after.ids))
 
-    def _read(self, ids: Tensor, key: bytes, cache: LongCtxCache, common: int, future: Future) -> Prompt:
+    def _read(
+        self,
+        ids: Tensor,
+        key: bytes,
+        cache: LongCtxCache,
+        start: Start,
+        future: Future,
+        stop: Callable[[], bool] | None,
+    ) -> Prompt:
         ready = None
         try:
-            if cache.seen > common:
-                cache.crop(common)
+            if cache.seen > start.common:
+                cache.crop(start.common)
             done = Prompt(self.model, self.tokenizer, ids, cache)
             cache.reopen(len(ids) - 1 - cache.seen)
-            new = done.catch_up(self.chunk_size)
+            new = 0
+            if start.parts - start.common >= LEAST:
+                shared = Prompt(self.model, self.tokenizer, ids[: start.parts + 1], cache)
+                new = shared.catch_up(self.chunk_size, stop)
+                self._keep_beginning(done)
+            new += done.catch_up(self.chunk_size, stop)
+            self._count(start.common, new)
+            if cache.seen < len(ids) - 1:
+                return self._keep_beginning(done)
             cache.settle()  # once, for all that go on from here
             if new:
                 cache.end_document(self.tokenizer)
             handle = done.fork()
             with self._lock:
-                self.hits = self.hits + (common > 0)
-                self.misses = self.misses + (common == 0)
-                self.tokens_read = self.tokens_read + new
-                self.tokens_reused = self.tokens_reused + common
                 self._store(key, done)
             ready = done
             return handle
@@ -163,15 +208,47 @@ class PromptCache:
                 del self._reading[key]
             future.set_result(ready)
 
-    def _nearest(self, ids: Tensor) -> tuple[Prompt | None, int]:
-        """The stored prompt of which the most tokens can be reused, and how many; the latest used of equals."""
+    def _keep_beginning(self, prompt: Prompt) -> Prompt:
+        """Store what was read of a prompt so far; returns a handle of it.
+
+        Not where the config evicts tokens when a prompt was read: that has not come to its end.
+        """
+        part = Prompt(self.model, self.tokenizer, prompt.ids[: prompt.cache.seen + 1], prompt.cache.fork())
+        part.cache.settle()
+        rule = part.cache.rule
+        if part.cache.seen and (rule is None or not rule.agnostic):
+            with self._lock:
+                self._store(part.ids.numpy().tobytes(), part)
+        return part.fork()
+
+    def _count(self, common: int, new: int) -> None:
+        with self._lock:
+            self.hits += common > 0
+            self.misses += common == 0
+            self.tokens_read += new
+            self.tokens_reused += common
+
+    def _drop_turns(self, ids: Tensor, last: int) -> None:
+        """Drop stored beginnings of ``ids`` but for the first, that of ``last`` tokens, and what others begin with."""
+        chain = {key: one for key, one in self._table.items() if _begins(ids, one.ids)}
+        others = [one for key, one in self._table.items() if key not in chain]
+        for key in sorted(chain, key=len)[1:]:
+            if len(chain[key]) in (last, len(ids)):
+                continue
+            if not any(_begins(other.ids, chain[key].ids) for other in others):
+                del self._table[key]
+
+    def _nearest(self, ids: Tensor) -> Start:
+        """What the prompt goes on from; the latest used of equals."""
         best = None
         key = None
         most = 0
+        parts = 0
         for name, stored in reversed(self._table.items()):
             shorter = min(len(ids), len(stored.ids))
             differs = (ids[:shorter] != stored.ids[:shorter]).nonzero()
             common = min(int(differs[0]) if len(differs) else shorter, len(ids) - 1, stored.cache.seen)
+            parts = max(parts, common)
             possible = common == stored.cache.seen or common >= stored.cache.oldest_crop
             if possible and common > most:
                 best = stored
@@ -179,7 +256,7 @@ class PromptCache:
                 most = common
         if key is not None:
             self._table.move_to_end(key)
-        return best, most
+        return Start(best, most, parts)
 
     def _store(self, key: bytes, prompt: Prompt) -> None:
         if self.max_bytes is not None and prompt.nbytes > self.max_bytes:
@@ -213,3 +290,8 @@ class PromptCache:
         if not len(ids):
             raise ConfigError("prompt: got nothing to read, expected at least one token.")
         return ids
+
+
+def _begins(ids: Tensor, beginning: Tensor) -> bool:
+    """Whether ``ids`` begins with ``beginning``."""
+    return len(beginning) <= len(ids) and bool((ids[: len(beginning)] == beginning).all())

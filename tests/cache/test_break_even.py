@@ -45,6 +45,7 @@ def test_the_break_even_is_where_the_bytes_say(roles, kwargs, tokens):
     assert share(model, tokens - 1, **kwargs) >= 1 > share(model, tokens, **kwargs)
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("rollback", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_every_store_s_break_even_is_that_of_its_bytes(case, rollback):

@@ -91,12 +91,14 @@ def walk(model, lengths, seed: int, steps: int = 40, **kwargs) -> float:
     return worst
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("lengths", [[150], [300, 300], [200, 120, 9], [30, 25, 1]])
 @pytest.mark.parametrize("max_tokens", [None, 1200])
 def test_random_forks_equal_fresh_readings(lengths, max_tokens):
     assert walk(patched_tiny(recent=24), lengths, len(lengths), max_tokens=max_tokens) < 1e-6
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("roles", ["retrieval", "streaming", "by layer"])
 def test_every_family_with_and_without_windows(family, roles):
@@ -355,6 +357,7 @@ def staggered(model, prompt: int, questions: list[int], answers: int = 12, **kwa
     return worst, cache
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("prompt", [12, 40, 300, 700])
 @pytest.mark.parametrize("roles", ["retrieval", "streaming", "mixed"])
 def test_staggered_rows_equal_each_alone(prompt, roles):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.steps import Life, World, new_cache, wander
 
-from hf_longctx.cache.paged.cache import WASTE, sector_bytes
+from hf_longctx.cache.paged.cache import LARGE, sector_bytes
 from hf_longctx.errors import CacheError
 from hf_longctx.layout.scores import Scores
 
@@ -29,7 +29,7 @@ def check(dtype, page, window, roles):
     assert world.error < ALLOWED[dtype] and world.steps > 20
     for name in list(world.lives):
         world.go(name)
-    assert world.cache.nbytes == 0 < world.cache.peak <= world.cache.cache_tensor.nbytes
+    assert world.cache.nbytes == 0 < world.cache.counts.nbytes <= world.cache.cache_tensor.nbytes
     world.cache.evict_cached_blocks()
     world.cache.pool.try_to_free_sectors()
     assert world.cache.pool.num_free_sectors == world.cache.num_sectors
@@ -89,7 +89,8 @@ def test_streaming_heads_take_no_more_pages_than_their_window():
     world.step({"a": 1})
     token = 2 * 16 * 4
     assert cache.nbytes == (400 + 3 * 32) * token
-    assert (cache.peak, cache.peak_dense) == (cache.nbytes, 4 * 400 * token)
+    counts = cache.counts
+    assert (counts.nbytes, counts.nbytes_dense, counts.steps) == (cache.nbytes, 4 * 400 * token, 2)
 
 
 def test_pages_of_a_window_are_not_larger_than_it_needs():
@@ -101,9 +102,10 @@ def test_pages_of_a_window_are_not_larger_than_it_needs():
 
 def test_a_sector_is_filled_by_the_blocks_of_either_role():
     for blocks in ([128 * 256, 128 * 160], [101, 155], [41 * 256, 49 * 160], [1, 89 * 20], [7]):
-        size = sector_bytes(blocks)
-        assert all(size % block <= size / WASTE for block in blocks) and size % max(blocks) == 0
-    assert sector_bytes([101, 155]) == 310
+        size = sector_bytes(blocks, LARGE)
+        assert all(size % block <= size / 32 for block in blocks) and size % max(blocks) == 0
+    assert sector_bytes([101, 155], 10_000) == 310  # 7 are lost of each
+    assert sector_bytes([101, 155], 300) == 155  # 54 are lost of each, and there are more of them
 
 
 def test_requests_share_a_beginning_where_all_heads_keep_it():
@@ -129,3 +131,15 @@ def test_a_forward_that_is_not_of_a_patched_model_is_refused():
     cache = new_cache(["RS"])
     with pytest.raises(CacheError, match="not patched any more"):
         cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0, kwargs={})
+
+
+def test_more_long_requests_fit_into_the_memory_of_some_dense_ones():
+    """Half of the heads stream: 8192 tokens of them take 320."""
+    dense = 8
+    for letters in (["RS"], ["RSSS", "RRRS"], ["RSR", "SRS"]):
+        cache = new_cache(letters, sink=64, recent=256, page=256, blocks=dense * 8192 // 256, dtype=torch.bfloat16)
+        fit = 0
+        while cache.can_store_request_tokens(Life.new(f"r{fit}", 1, 1, 1, torch.bfloat16).state, 8192):
+            fit += 1
+        assert fit >= 1.7 * dense, letters
+    assert cache.nbytes <= cache.cache_tensor.nbytes <= 1.03 * dense * 8192 * cache._dense_bytes

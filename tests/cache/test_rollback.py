@@ -32,6 +32,7 @@ def history(cache) -> int:
     return sum(segment.k.shape[2] for segment in found if segment is not None)
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("lengths", [[300], [300, 120, 9]])
 @pytest.mark.parametrize("case", PAGED_SLOWLY)
 @torch.no_grad()
@@ -50,6 +51,7 @@ def test_the_answers_do_not_depend_on_what_is_remembered(case, lengths):
         assert caches[1].nbytes < 0.75 * caches[0].nbytes
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("activate", [0, 10, 300])
 @pytest.mark.parametrize("lengths", [[300], [300, 120, 9]])
 @pytest.mark.parametrize("case", WINDOWS)

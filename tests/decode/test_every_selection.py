@@ -67,6 +67,7 @@ def test_every_selection_is_here():
     assert set(CASES) - set(SELECTING) == {"dense"} and "full" in EXACT
 
 
+@pytest.mark.spanning("case", "store")
 @pytest.mark.parametrize(("case", "store"), [*ALL_STORES, ("dense", "full")])
 def test_a_budget_of_everything_equals_dense(case, store):
     ids, steps = tokens(PROMPT, 2), tokens(NEW, 2)
@@ -96,6 +97,7 @@ def test_choosing_everything_equals_dense(case, store, monkeypatch):
     assert report(model).chosen and report(model).read == 1
 
 
+@pytest.mark.spanning("case", "store")
 @pytest.mark.parametrize(("case", "store"), SOME_STORES)
 def test_a_padded_batch_equals_its_sequences_alone(case, store):
     model = selecting(spec_of(case), store)
@@ -128,6 +130,7 @@ def test_a_prompt_in_chunks_equals_one_that_is_read_at_once(case):
     same(go_on(model, cache, steps), want)
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("refresh", [1, 5])
 @pytest.mark.parametrize("case", EVERY)
 def test_assisted_decoding_gives_the_tokens_of_plain_decoding(case, refresh):
@@ -192,6 +195,7 @@ def test_a_token_written_and_read_in_one_call_chooses_as_the_others_do(case, mon
     same(*outs, 1e-3)
 
 
+@pytest.mark.spanning("case", "store")
 @pytest.mark.parametrize(("case", "store"), EXACT_STORES)
 def test_forks_go_on_as_independent_caches(case, store):
     model = selecting(spec_of(case), store)
@@ -234,6 +238,7 @@ def test_forks_of_one_prompt_hold_its_index_once(case):
     assert sum(every.values()) <= 0.6 * 6 * sum(one.values()), "one prefix, and what 6 sequences added"
 
 
+@pytest.mark.spanning("case", "store")
 @pytest.mark.parametrize(("case", "store"), EXACT_STORES)
 def test_copies_pickles_and_changed_rows_go_on_alike(case, store):
     model = selecting(spec_of(case), store)
@@ -258,6 +263,7 @@ def test_copies_pickles_and_changed_rows_go_on_alike(case, store):
             same(go_on(model, other, steps[rows], given[rows]), want[rows])
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("store", RETRIEVAL)
 @pytest.mark.parametrize("case", FIRST)
 def test_a_saved_cache_goes_on(case, store, tmp_path):

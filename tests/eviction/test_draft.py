@@ -38,6 +38,7 @@ def judged(cache) -> torch.Tensor:
     return torch.stack([torch.stack(heads) for heads in state_of_heads(cache, "judged")])
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("fields", [{}, {"votes": "mean"}, {"pool": 1}, {"window": 20}])
 @pytest.mark.parametrize("tokens", [0, 1, 12, 300])
 def test_the_last_queries_and_the_drafts_vote(fields, tokens):

@@ -34,6 +34,7 @@ def pieces(model, ids, mask, sizes, cache=None):
     return torch.stack(found), cache
 
 
+@pytest.mark.spanning
 @rules
 @bys
 def test_sequences_that_begin_after_whole_pieces_of_pads(rule, by):
@@ -50,6 +51,7 @@ def test_sequences_that_begin_after_whole_pieces_of_pads(rule, by):
     assert cache.own[0].evicting[0].cut.slots == 80
 
 
+@pytest.mark.spanning
 @rules
 @bys
 def test_tokens_leave_before_a_sequence_begins(rule, by):
@@ -72,6 +74,7 @@ def test_tokens_leave_before_a_sequence_begins(rule, by):
         torch.testing.assert_close(model(some(1, 1), **step).logits[0, -1], want[-1, 0], rtol=0, atol=1e-9)
 
 
+@pytest.mark.spanning
 @rules
 @bys
 @pytest.mark.parametrize("length", [1, 3, 5, 12])
@@ -99,6 +102,7 @@ def test_right_pads_are_read_and_nothing_leaves(rule, by):
     assert cache.nbytes == before
 
 
+@pytest.mark.spanning
 @rules
 @bys
 def test_halves_one_query_head_per_kv_head_and_inference_mode(rule, by):
@@ -116,6 +120,7 @@ def test_halves_one_query_head_per_kv_head_and_inference_mode(rule, by):
             assert cache.seen == want.seen and cache.nbytes == want.nbytes
 
 
+@pytest.mark.spanning
 @rules
 @bys
 def test_threads_fork_one_cache(rule, by):

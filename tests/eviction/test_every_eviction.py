@@ -58,6 +58,7 @@ def test_every_word_that_ends_prompts_is_here():
     assert {WORDS[case] for case, _ in FIRST} == {WORDS[case] for case in PROMPT} and len(FIRST) > 10
 
 
+@pytest.mark.spanning("case", "by")
 @every
 def test_a_budget_of_everything_is_dense_and_a_smaller_one_is_not(case, by):
     ids = some(2, 70)
@@ -67,6 +68,7 @@ def test_a_budget_of_everything_is_dense_and_a_smaller_one_is_not(case, by):
     assert close(whole, asked(unpatch_model(model), ids)[0]) and not close(few, whole, 1e-3)
 
 
+@pytest.mark.spanning("case", "by")
 @every
 def test_a_padded_batch_equals_its_sequences_alone(case, by):
     model = patched(case, by)
@@ -78,6 +80,7 @@ def test_a_padded_batch_equals_its_sequences_alone(case, by):
     assert not close(got[:, 0], asked(model, ids[:1, 5:])[0][:, 0], 1e-3), "a control"
 
 
+@pytest.mark.spanning("case", "by")
 @every
 def test_a_prompt_in_chunks_is_the_prompt_in_one(case, by):
     model = patched(case, by)
@@ -87,6 +90,7 @@ def test_a_prompt_in_chunks_is_the_prompt_in_one(case, by):
         assert close(asked(model, ids, prefill_chunk_size=chunk)[0], want)
 
 
+@pytest.mark.spanning("case", "by")
 @some_of_them
 @pytest.mark.parametrize("left", [name for name in LEFT if name != "regular"])
 def test_drafts_change_nothing(case, by, left):
@@ -100,6 +104,7 @@ def test_drafts_change_nothing(case, by, left):
         assert torch.equal(out, want)
 
 
+@pytest.mark.spanning("case", "by")
 @some_of_them
 def test_beams_and_samples_of_a_batch_are_those_of_its_sequences(case, by):
     model = patched(case, by)
@@ -117,6 +122,7 @@ def test_beams_and_samples_of_a_batch_are_those_of_its_sequences(case, by):
     assert torch.equal(*sampled)
 
 
+@pytest.mark.spanning("case", "by")
 @some_of_them
 @pytest.mark.parametrize("left", LEFT)
 def test_later_turns_by_generate_are_those_by_hand(case, by, left):
@@ -141,6 +147,7 @@ def test_later_turns_by_generate_are_those_by_hand(case, by, left):
     assert close(torch.cat(got), torch.stack(want))
 
 
+@pytest.mark.spanning("case", "by")
 @some_of_them
 @pytest.mark.parametrize("left", LEFT)
 @torch.no_grad()
@@ -185,6 +192,7 @@ def test_caches_are_copied_forked_reordered_and_reset(case, by, left):
         assert (cache.nbytes, cache.seen, cache.reading) == (0, 0, False)
 
 
+@pytest.mark.spanning("case", "by")
 @every
 @torch.no_grad()
 def test_memory_is_what_the_budget_says_and_nothing_else_is_alive(case, by):
@@ -227,6 +235,7 @@ def test_budgets_add_up(case, by):
     assert min(min(heads) for heads in counts) >= 12, "sink and recent"
 
 
+@pytest.mark.spanning("case", "by")
 @some_of_them
 @torch.no_grad()
 def test_reserved_room_is_made_once(case, by):
@@ -255,6 +264,7 @@ def test_the_report_says_what_was_evicted_when(case, by):
     assert "evicted  " not in str(report(evicting(rule={"score": "key_norm"})))
 
 
+@pytest.mark.spanning("case", "by")
 @some_of_them
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_streaming_heads_beside_them_and_layers_with_windows_of_their_own(case, by, family):
@@ -270,6 +280,7 @@ def test_streaming_heads_beside_them_and_layers_with_windows_of_their_own(case, 
     assert any(evicted) == (family != "mistral") and all(stores or family != "llama" for stores in evicted)
 
 
+@pytest.mark.spanning("case", "by")
 @some_of_them
 def test_a_sparse_pattern_before_and_a_selection_after(case, by):
     """RocketKV's two stages: a coarse eviction, then pages of what is left."""

@@ -44,6 +44,7 @@ def known(cache: LongCtxCache) -> list[torch.Tensor]:
     return [heads[0].where(heads[0] >= 0, heads[0].max()) for heads in found]
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chunk", [None, 1, 7, 130])
 def test_it_is_the_loss_of_every_token_however_the_prompt_is_cut(family, chunk):

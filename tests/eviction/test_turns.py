@@ -35,6 +35,7 @@ def two_turns(model, first, second, words, size: int = 1000) -> torch.Tensor:
     return torch.cat(found, 1)
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("case", FIRST.values())
 @pytest.mark.parametrize(("by", "after"), WAYS)
 def test_a_batch_and_pieces_say_the_same(case, by, after):

@@ -174,6 +174,12 @@ COMMANDS = {
         "4 rounds",
         ANEW,
     ),
+    "bench batching": (
+        ["bench", "batching", MODEL, "--requests", 2, "--new-tokens", 2, *BENCH, "--dtype", "fp32", "--threads", 1],
+        "bench batching",
+        "4 rounds",
+        ANEW,
+    ),
     "bench kernels": (
         ["bench", "kernels", *BENCH, "--dtype", "fp32", "--head-dim", 16, "--threads", 1],
         "bench kernels",
@@ -223,8 +229,8 @@ def test_every_long_command_is_tried_above():
     import typer
 
     group = typer.main.get_command(app)
-    there = {name for name in group.commands if name not in ("bench", "chat", "configs", "plan", "lm-eval")}
-    there |= {f"bench {name}" for name in group.commands["bench"].commands if name not in ("memory", "gpu")}
+    there = {name for name in group.commands if name not in ("bench", "chat", "configs", "plan", "lm-eval", "serve")}
+    there |= {f"bench {name}" for name in group.commands["bench"].commands if name not in ("memory", "gpu", "serve")}
     assert there == {" ".join(words[:2]) if words[0] == "bench" else words[0] for words, *_ in COMMANDS.values()}
     tried = {words[words.index("--method") + 1] for words, *_ in COMMANDS.values() if "--method" in words}
     assert len(tried) > 2 and tried | {"two_needle"} <= set(words_of("identification.methods"))

@@ -210,6 +210,7 @@ def check(word, call, scores):
     return got, own, allowed
 
 
+@pytest.mark.spanning(("word", "kind"))  # no kernel has all kinds
 @pytest.mark.parametrize("name", ["plain", "softcap", "first", "softcap first"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("word", WORDS)

@@ -143,6 +143,7 @@ def check_every_function(shape, dtype):
     check_decode(shape, 200, (), dtype)
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape(shape, dtype):
@@ -182,6 +183,7 @@ def check_decode(shape, kv_len, cuts, dtype):
     return got, (q, k, v), visible
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("kv_len", "cuts"), [(n, ()) for n in LENGTHS] + [(65, (64,)), (1500, (10, 700)), (90, (0, 9))]
@@ -192,6 +194,7 @@ def test_decode(kv_len, cuts, dtype):
             check_decode(shape, kv_len, cuts, dtype)
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lengths_by_row_and_bias(shape, dtype):

@@ -155,6 +155,7 @@ def test_a_list_beyond_the_slots_is_refused():
 FEW = {"select": "page_bounds", "page": 4, "budget": 16, "sink": 4, "recent": 9, "min_tokens": 50, "dense_layers": 1}
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("more", [{}, {"refresh": 4}, {"vote": "mean"}, {"mass": 0.7, "refresh": 3}], ids=str)

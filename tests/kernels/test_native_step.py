@@ -73,6 +73,7 @@ def decoded(model, cache, ids):
     return torch.cat([logits(model, cache, ids[:, i : i + 1]) for i in range(ids.shape[1])], 1)
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("roles", ROLES, ids=str)

@@ -51,6 +51,7 @@ def streamed(word, q, segments, reads, scores):
     return base._streamed(word, q, segments, reads, scores, forward_of(q))
 
 
+@pytest.mark.spanning(("word", "name"))
 @pytest.mark.parametrize("name", ["plain", "bias", "softcap bias", "first", "first bias softcap"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("word", KERNELS)

@@ -53,6 +53,7 @@ def test_every_size(first, kv_len, group):
     check(made.share_groups(group), group)
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("columns", ["none", "few", "all"])
 @pytest.mark.parametrize(("first", "kv_len"), [(0, 513), (130, 513)])
@@ -68,6 +69,7 @@ def test_columns(first, kv_len, columns, batch, any_lse):
         assert (sparse(cpu, *qkv, made, 0.7) - sparse(cpu, *qkv, bare, 0.7)).abs().max() > 1e-4
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.9, 1.0])
 @pytest.mark.parametrize(("first", "kv_len"), [(0, 400), (70, 400), (0, 20)])
 def test_empty_sparse_and_full_lists(first, kv_len, share, any_lse):

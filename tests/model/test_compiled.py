@@ -105,6 +105,7 @@ def test_other_backends_keep_the_operators_in_their_order(backend):
     assert report(model).kernels == ("native",)
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("mode", [{}, {"do_sample": True}, {"num_beams": 3}], ids=["greedy", "sample", "beams"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_generate_compiles_where_it_is_asked_to(mode, padded):

@@ -11,6 +11,7 @@ from transformers import DynamicCache, TextStreamer, pipeline
 from hf_longctx import LongCtxCache, patch_model, patched, report
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_retrieval_gives_stock_tokens(family, mode):
@@ -21,6 +22,7 @@ def test_all_retrieval_gives_stock_tokens(family, mode):
     assert torch.equal(run(model, mode), want)
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_roles_give_the_dense_mask_tokens(family, mode):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 import pickle
+import sys
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 import hf_longctx.model.patch
 from hf_longctx import LongCtxCache, UnsupportedModeError, UnsupportedModelError, patch_model, report, unpatch_model
 from hf_longctx.cache.seam import CACHE, checkpointing_drops_cache
+from hf_longctx.model import batched
 from hf_longctx.model.attention import KNOWN, UNUSED
 from hf_longctx.model.family import Family
 from hf_longctx.model.rotary import BY_LENGTH, length_limit
@@ -214,14 +217,31 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("way", BATCHES)
-def test_continuous_batching_is_refused_whatever_attention_it_would_take(way, monkeypatch):
+def test_continuous_batching_never_takes_another_attention(way, monkeypatch):
+    """Transformers' manager would switch the model to one that reads its own pages, and run it dense."""
     model = patched_tiny()
     switched = []
     monkeypatch.setattr(type(model), "set_attn_implementation", lambda self, name: switched.append(name))
     for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(UnsupportedModeError, match="continuous batching .* has a cache of its own"):
-            BATCHES[way](one)
+        if importlib.util.find_spec(batched.ALLOCATORS) is None:
+            with pytest.raises(UnsupportedModeError, match="needs Transformers 5.24"):
+                BATCHES[way](one)
+            continue
+        started = BATCHES[way](one)
+        if way == "init":
+            assert type(started).__name__ == "HeadBatchingManager"
+        elif way == "manager":
+            started.stop()
+        else:
+            assert report(one).steps and report(one).pages
     assert not switched
+
+
+def test_continuous_batching_of_an_older_transformers_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, batched.ALLOCATORS, None)
+    for way in BATCHES.values():
+        with pytest.raises(UnsupportedModeError, match="continuous batching .* needs Transformers 5.24"):
+            way(patched_tiny())
 
 
 def test_continuous_batching_of_a_model_that_was_switched_or_unpatched_is_transformers_own():

@@ -56,6 +56,7 @@ def packed_by_sdpa(batch: int, heads: int, head_dim: int, dtype: torch.dtype) ->
     return (most(2048) - most(1024)) / 1024
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("chunk", [0, 256])
 @pytest.mark.parametrize(("word", "batch"), [("fp32", 1), ("bf16", 2)])
 @pytest.mark.parametrize("kv_heads", [2, 8])
@@ -95,6 +96,7 @@ def grouped(config):
     return config
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("chunk", [0, 256])
 @pytest.mark.parametrize("case", MOSTLY_SLOW)
 def test_the_working_memory_of_every_type_is_what_a_prefill_takes(case, chunk, monkeypatch):

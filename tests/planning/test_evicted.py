@@ -39,6 +39,7 @@ def planned(tmp_path):
     return make
 
 
+@pytest.mark.spanning(("by", "rule"))
 @pytest.mark.parametrize("by", ["uniform", "head", "layer", "model"])
 @pytest.mark.parametrize("rule", [KEYS, LAST, ALL, STATE], ids=lambda rule: rule["score"])
 @pytest.mark.parametrize("budget", [{"share": 0.3}, {"tokens": 100}, {"share": 1.0}], ids=str)

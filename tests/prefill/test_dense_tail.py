@@ -261,6 +261,7 @@ DRAFTS = {
 }
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("mode", DRAFTS)
 @pytest.mark.parametrize("retrieval", ["dense", TIGHT], ids=["dense", "pattern"])
 def test_drafts_are_no_end_of_a_prompt(mode, retrieval):

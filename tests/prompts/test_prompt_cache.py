@@ -323,6 +323,58 @@ def test_the_longest_beginning_is_found():
     assert prompts.tokens_read + prompts.tokens_reused == sum(len(ids) - 1 for ids in read)
 
 
+def test_what_two_prompts_begin_with_is_kept_for_the_third():
+    model = patched_tiny(recent=24)
+    document, prompts = some(600), PromptCache(model, chunk_size=128)
+    questions = [some(300) for _ in range(4)]
+    read = []
+    for question in questions:
+        before = prompts.tokens_read
+        handle = prompts.prefill(document + question)
+        read.append(prompts.tokens_read - before)
+        assert handle.generate(max_new_tokens=NEW) == fresh(model, document + question)
+    assert read == [899, 899, 299, 299], "no window goes back 300 tokens"
+    assert [len(one) for one in prompts._table.values()].count(601) == 1
+    before = len(prompts)
+    prompts.prefill(document[:200] + some(300))
+    assert len(prompts) == before + 1, "200 tokens are too few to be kept"
+
+
+@pytest.mark.parametrize("store", [None, {"store": "evicted", "budget": {"share": 0.5}, "rule": {"score": "key_norm"}}])
+def test_a_stopped_reading_keeps_what_was_read(store):
+    model = tiny_model("llama", torch.float64)
+    patch_model(model, config_for(model, "mixed", stores=None if store is None else {"retrieval": store}))
+    ids, asked = some(100), []
+    prompts = PromptCache(model, chunk_size=20)
+    part = prompts.prefill(ids, stop=lambda: asked.append(0) or len(asked) > 3)
+    assert len(part) == 61 and part.ids.tolist() == ids[:61] and part.cache.seen == 60
+    assert len(prompts) == (store is None), "an eviction waits for the end of a prompt"
+    whole = prompts.prefill(ids)
+    assert (len(whole), prompts.tokens_read) == (100, 99 if store is None else 60 + 99)
+    assert whole.generate(max_new_tokens=NEW) == PromptCache(model).prefill(ids).generate(max_new_tokens=NEW)
+    assert len(prompts.prefill(some(30), stop=lambda: True)) == 1, "nothing was read"
+    assert len(prompts) == (2 if store is None else 1)
+
+
+def test_of_a_chat_the_first_prompt_and_the_last_turn_stay():
+    model = patched_tiny(recent=24)
+    prompts = PromptCache(model)
+    handle = prompts.prefill(some(60))
+    lengths = []
+    for _ in range(3):
+        _, done = handle.generate(max_new_tokens=4, return_handle=True)
+        prompts.add(done, after=handle)
+        lengths.append(sorted(len(one) for one in prompts._table.values()))
+        handle = prompts.prefill([*done.ids.tolist(), *some(6)])
+    assert lengths == [[60, 64], [60, 70, 74], [60, 80, 84]]
+    last = prompts.prefill([*handle.ids.tolist(), 5])
+    assert last.generate(max_new_tokens=NEW) == fresh(model, last.ids.tolist())
+    other = prompts.prefill([*done.ids.tolist(), *some(9)])
+    _, end = other.generate(max_new_tokens=4, return_handle=True)
+    prompts.add(end, after=other)
+    assert len(done) in {len(one) for one in prompts._table.values()}, "another prompt goes on from it too"
+
+
 def test_retrieval_heads_alone_go_back_to_anything_in_common():
     model = patched_tiny("retrieval")
     first, prompts = some(500), PromptCache(model)
@@ -449,13 +501,13 @@ def test_a_second_thread_reads_where_the_first_failed(gate, monkeypatch):
     prompts, ids = PromptCache(model), some(80)
     catch_up, failed = Prompt.catch_up, []
 
-    def failing(prompt, chunk_size):
+    def failing(prompt, *given):
         if not failed:
             failed.append(True)
             started.set()
             assert go.wait(60)
             raise MemoryError
-        return catch_up(prompt, chunk_size)
+        return catch_up(prompt, *given)
 
     monkeypatch.setattr(Prompt, "catch_up", failing)
     with ThreadPoolExecutor(2) as pool:

@@ -133,6 +133,7 @@ def walk(model, seed: int, folder, rounded: bool) -> tuple[float, set[str]]:
     return worst, done
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("retrieval", [one for one in PAGED_SLOWLY if one.values[0] in RETRIEVAL])
 @pytest.mark.parametrize("streaming", STREAMING)
 def test_every_pair_of_stores_through_the_life_of_a_cache(retrieval, streaming, tmp_path):
@@ -162,6 +163,7 @@ def dtypes_of(cache, case) -> set[torch.dtype]:
     return {x.dtype for x in tensors if case not in BY_DATA or x.shape[-1] == cache.own[0].head_dim}
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("fork", [False, True])
 @pytest.mark.parametrize("case", CASES)
@@ -240,6 +242,7 @@ def stop(*args):
     raise Stop
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("when", ["prepare", "append", "after append"])
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("case", CASES)

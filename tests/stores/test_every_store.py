@@ -28,6 +28,7 @@ def test_every_store_is_here():
     assert {role_of(case) for case in CASES} == {"retrieval", "streaming"} and EXACT and ROUNDED
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("mode", WITH_CACHE)
 @pytest.mark.parametrize("case", EXACT)
 def test_every_mode_gives_the_tokens_of_the_whole_sequence_read_anew(case, mode):
@@ -44,6 +45,7 @@ def test_every_mode_gives_the_tokens_of_the_whole_sequence_read_anew(case, mode)
     assert torch.equal(got, dense) == (role_of(case) == "retrieval"), "a streaming rule changes something"
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("mode", ["greedy", "chunks", "beams"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("case", CASES)
@@ -59,6 +61,7 @@ def test_a_padded_batch_equals_its_rows_alone(case, family, mode):
         assert torch.equal(together[row][-NEW:], model.generate(**alone, **asked)[0, -NEW:])
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("lookup", [3, 9])
 @pytest.mark.parametrize("case", CASES)
 def test_rejected_drafts_change_nothing(case, lookup):
@@ -107,6 +110,7 @@ def test_training_sees_what_the_store_s_rule_shows(case):
     assert same == (role_of(case) == "retrieval"), "a prompt read at once is read as it is by retrieval heads only"
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("max_tokens", [None, 400])
 @pytest.mark.parametrize("length", [1, 31, 200])
 @pytest.mark.parametrize("case", CASES)
@@ -174,14 +178,14 @@ def test_reset_and_crop_to_nothing_free_the_memory(case):
 @torch.no_grad()
 def test_max_tokens_never_allocates_again(case):
     model = patched_case(case, torch.float32)
-    cache = LongCtxCache(model, max_tokens=900)
+    cache = LongCtxCache(model, max_tokens=600)
     read(model, cache, torch.randint(3, 97, (1, 390)))
     read(model, cache, torch.randint(3, 97, (1, 1)))  # where a prompt ends, a store may move what it keeps of it
     held = _places(cache)
-    for _ in range(499):
+    for _ in range(199):
         read(model, cache, torch.randint(3, 97, (1, 1)))
     assert _places(cache) == held
-    with pytest.raises(CacheError, match="max_tokens=900"):
+    with pytest.raises(CacheError, match="max_tokens=600"):
         read(model, cache, torch.randint(3, 97, (1, 20)))
 
 
@@ -193,6 +197,7 @@ def _places(cache) -> set[int]:
     return {tensor.data_ptr() for store in stores for tensor in store.tensors() if id(tensor) not in paged}
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("case", [case for case in CASES if not SPECS[case].places])  # those read files
 def test_device_reads_of_a_decode_step_do_not_grow_with_the_layers(case, padded):

@@ -55,6 +55,7 @@ def goes_on(model, cache, mask):
     return seen, cache.nbytes
 
 
+@pytest.mark.spanning(("case", "tokens"))
 @pytest.mark.parametrize("tokens", [0, 3])
 @pytest.mark.parametrize("lengths", [[150], [150, 60, 3], [150, 150]])
 @pytest.mark.parametrize("case", [*BY_DATA, "gathers"])

@@ -136,6 +136,7 @@ def test_nothing_is_kept_alive_but_the_two_buffers(device):
     assert len(fetcher.followers) == 0
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("when", WHENS)
 @pytest.mark.parametrize("word", ["offloaded", "offloaded_disk"])
 @pytest.mark.parametrize("padded", [False, True])

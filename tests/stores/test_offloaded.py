@@ -52,6 +52,7 @@ def shadowed(shadow, word, lengths, chunks, family="llama", page=16, recent=20, 
     return watch, cache
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
@@ -61,6 +62,7 @@ def test_attention_equals_the_dense_mask(word, lengths, chunks, shadow):
     assert min(len(pages) for pages in pages_of(cache)) >= 8
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize(
     ("page", "recent", "kernel"),
@@ -111,6 +113,7 @@ def test_pads_are_cut_from_pages_in_a_chunk(shadow, monkeypatch):
 # Rollback, rows, copies.
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("lengths", [[200], [200, 200], [200, 80, 9]])
 def test_random_steps_and_deep_rollbacks_equal_a_fresh_reading(word, lengths):
@@ -286,6 +289,7 @@ def test_what_is_saved_is_restored(word):
 # Memory.
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("prompt", [1, 350, 1500])
 @pytest.mark.parametrize("max_tokens", [None, 4000])

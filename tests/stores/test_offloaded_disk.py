@@ -311,6 +311,7 @@ class Memory(Allocations):
         monkeypatch.setattr(DiskPage, "read", watched)
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("heads", [(0, 1, 2, 3), (0, 2)])
 @pytest.mark.parametrize("chunk", [7, 64, 200])
 def test_memory_of_a_store_stays_within_resident(heads, chunk, tmp_path, monkeypatch):

@@ -177,6 +177,7 @@ def test_token_by_token_from_the_first_on(lengths, recent, watch):
     assert seen.calls == 3 * ids.shape[1] and seen.error <= 1e-12
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("recent", RECENTS)
 @pytest.mark.parametrize(
     ("lengths", "max_tokens"),

@@ -17,15 +17,15 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.cache_allocators import CachePool
 
 from ...errors import CacheError
-from ...layout.forward import ForwardLog
+from ...layout.forward import BatchingCounts, ForwardLog
 from ..plan import LayerPlan
 from .allocators import HeadAllocator, Pair, SinkRecentAllocator
 from .kv import PagedKV, StepCache
 from .layers import PagedLayer, RolePages
 from .step import Request, Step
 
-WASTE = 32  # a sector has at most one part in so many that fits no block, where few blocks allow it
 MOST_BLOCKS = 64  # of the role with the larger blocks, in a sector
+LARGE = 1 << 30  # bytes of a pool that is as large as memory allows, at least
 
 
 class HeadPagedCache(StepCache, PagedAttentionCache):
@@ -34,8 +34,7 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
     Attributes:
         plans: of the model's layers.
         nbytes: of the blocks that requests have now.
-        peak: the most that `nbytes` was in any step.
-        peak_dense: the most that the same tokens would have taken in any step, if every KV head kept them.
+        counts: what was added up in all steps.
     """
 
     def __init__(
@@ -58,11 +57,12 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
         self.allow_block_sharing = cb_config.allow_block_sharing
         self.cache_allocators = self._allocators(cb_config)
         self.use_prefix_sharing = all(one.use_block_sharing for one in self.cache_allocators.values())
-        self.bytes_per_sector = sector_bytes([one.bytes_per_block for one in self.cache_allocators.values()])
+        bytes_per_block = cb_config.page_size * self._dense_bytes
+        pool = LARGE if cb_config.num_blocks is None else cb_config.num_blocks * bytes_per_block
+        self.bytes_per_sector = sector_bytes([one.bytes_per_block for one in self.cache_allocators.values()], pool)
         self.tokens_per_sector = max(
             self.bytes_per_sector // one.bytes_per_block * one.tokens_per_page for one in self.cache_allocators.values()
         )
-        bytes_per_block = cb_config.page_size * self._dense_bytes
         self.max_batch_tokens, self.num_sectors = self._sizes(cb_config, bytes_per_block, logits_to_keep)
         self._take_memory()
         self.num_blocks = self.num_sectors * self.bytes_per_sector // bytes_per_block
@@ -70,7 +70,7 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
         self.max_decode_fast_path_length = 0
         self.max_tokens_read = max(one.tokens_per_page * one.num_blocks for one in self.cache_allocators.values())
         self.layers = [self._layer(plan) for plan in self.plans]
-        self.peak = self.peak_dense = 0
+        self.counts = BatchingCounts()
         self._lengths: dict[str, int] = {}  # tokens of each request that has blocks
         self._requests: list[Request] = []
         self._step: Step | None = None
@@ -160,8 +160,8 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
         some = next(iter(self.cache_allocators.values()))
         lengths = self._lengths | {one.name: one.past + one.new for one in self._requests}
         self._lengths = {name: length for name, length in lengths.items() if name in some.block_table}
-        self.peak = max(self.peak, self.nbytes)
-        self.peak_dense = max(self.peak_dense, self._dense_bytes * sum(self._lengths.values()))
+        for counts in (self.counts, log.batching):
+            counts.add(len(self._lengths), self.nbytes, self._dense_bytes * sum(self._lengths.values()))
         return self._step
 
     def update(
@@ -182,16 +182,15 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
         return kv, kv
 
 
-def sector_bytes(blocks: Sequence[int]) -> int:
-    """Bytes of a sector that blocks of these sizes fill best: as few as waste at most one part in `WASTE`, of any.
+def sector_bytes(blocks: Sequence[int], pool: int) -> int:
+    """Bytes of a sector for blocks of these sizes: what loses least of a pool.
 
-    Sectors go from one role to the other as requests come and go, so both kinds of blocks must fit in one.
+    Sectors go from one role to the other as requests come and go, so blocks of both must fit in one, and the rest of it
+    is lost. Of the last sector that a role took, some is free: the larger sectors are, the more.
     """
     most = max(blocks)
-    wastes = {count * most: max(count * most % block / (count * most) for block in blocks) for count in _counts()}
-    good = [size for size, waste in wastes.items() if waste <= 1 / WASTE]
-    return min(good) if good else min(wastes, key=wastes.get)
 
+    def lost(size: int) -> float:
+        return max(size % block for block in blocks) / size + (len(blocks) - 1) * size / pool
 
-def _counts() -> range:
-    return range(1, MOST_BLOCKS + 1)
+    return min((count * most for count in range(1, MOST_BLOCKS + 1)), key=lost)
