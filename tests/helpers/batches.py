@@ -71,6 +71,7 @@ def session(model, new: int = 8, generation: dict | None = None, **settings) -> 
     manager = model.init_continuous_batching(
         greedy(new, **(generation or {})), ContinuousBatchingConfig(**{**SMALL, **settings})
     )
+    manager.warmup()  # makes the cache, as generate_batch does before it starts
     manager.start()
     try:
         yield manager
