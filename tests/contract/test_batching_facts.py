@@ -14,7 +14,7 @@ generation = pytest.importorskip("transformers.generation.continuous_batching.ca
 from transformers.generation.configuration_utils import ContinuousBatchingConfig  # noqa: E402
 from transformers.generation.continuous_batching import cache as caches  # noqa: E402
 from transformers.generation.continuous_batching import continuous_api as api  # noqa: E402
-from transformers.generation.continuous_batching import input_outputs, utils  # noqa: E402
+from transformers.generation.continuous_batching import input_outputs, scheduler, utils  # noqa: E402
 from transformers.masking_utils import create_causal_mask  # noqa: E402
 
 from hf_longctx.model.attention import KNOWN  # noqa: E402
@@ -44,6 +44,18 @@ def test_a_manager_is_made_of_these() -> None:
     for method in ("self.switch_to_cb_friendly_attn(model", "self._create_batch_processor()"):
         assert method in source, RELIES + f"the manager calls {method}, which is replaced"
     assert "_cached_continuous_batching_manager" in source, RELIES + "where a manager is kept for the next session"
+
+
+def test_a_scheduler_says_what_it_could_not_place() -> None:
+    assert names(scheduler.Scheduler.add_waiting_request) == ["self", "state"]
+    assert names(scheduler.Scheduler.schedule_batch) == ["self", "token_budget", "cache_budget"]
+    for one in scheduler.SCHEDULER_MAPPING.values():
+        assert "return None," in inspect.getsource(one.schedule_batch), RELIES + "None first: no request has room"
+        assert "block_new_requests" in inspect.getsource(one.schedule_batch)
+    assert "self.starved_requests.append((state, request_len))" in inspect.getsource(scheduler.Scheduler)
+    processor = inspect.getsource(api.ContinuousBatchProcessor._update_tp_group_state)
+    taken = processor[processor.index("self.scheduler.add_waiting_request(state)") :]
+    assert "self._handle_request_error(e, state)" in taken, RELIES + "what a scheduler refuses ends alone"
 
 
 def test_an_allocator_must_have_these() -> None:

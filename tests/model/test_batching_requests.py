@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from helpers.batches import (
+    SMALL,
     all_free,
     alone,
     batched,
@@ -19,6 +20,7 @@ from helpers.batches import (
     tokens,
     until,
 )
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from hf_longctx.model.modules import language_model
 
@@ -165,7 +167,9 @@ def test_no_end_is_taken_from_the_models_config():
     given = prompts(30)
     (wanted,) = alone(model, given, 20)
     model.config.eos_token_id = wanted[4]
-    assert tokens(batched(model, given, 20)) == [wanted]
+    asked = ContinuousBatchingConfig(**SMALL)
+    found = model.generate_batch(given, continuous_batching_config=asked, max_new_tokens=20)
+    assert tokens(list(found.values())) == [wanted]
     assert model.generation_config.eos_token_id is None, "nothing was written into the caller's config"
 
 
