@@ -280,7 +280,6 @@ def test_streaming_heads_beside_them_and_layers_with_windows_of_their_own(case, 
     assert any(evicted) == (family != "mistral") and all(stores or family != "llama" for stores in evicted)
 
 
-@pytest.mark.spanning("case", "by")
 @some_of_them
 def test_a_sparse_pattern_before_and_a_selection_after(case, by):
     """RocketKV's two stages: a coarse eviction, then pages of what is left."""
