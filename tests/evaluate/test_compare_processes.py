@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -52,7 +53,9 @@ def run_on(count: int, monkeypatch) -> list:
     ranks = Ranks(count)
     monkeypatch.setattr(module, "Processes", ranks)
     found = [None] * count
-    models = [tiny_model(dtype=torch.float64) for _ in range(count)]
+    torch.manual_seed(0)
+    first = tiny_model(dtype=torch.float64)
+    models = [copy.deepcopy(first) for _ in range(count)]
 
     def one(rank):
         ranks.own.rank = rank
