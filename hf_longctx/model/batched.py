@@ -16,6 +16,7 @@ from ..stores.full import Full
 from ..stores.sink_recent import SinkRecent
 from .rotary import length_limit
 
+KEPT = "_cached_continuous_batching_manager"  # where Transformers keeps a manager for the next session
 INSTEAD = "Use generate() with a padded batch"
 ALLOCATORS = "transformers.generation.continuous_batching.cache_allocators"  # since 5.24
 STORES = {"retrieval": Full, "streaming": SinkRecent}

@@ -20,14 +20,13 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 from ..cache.paged.cache import HeadPagedCache
 from ..errors import UnsupportedModeError
+from ..layout.prompt_learning import virtual_tokens
 from .batch_queue import scheduler_class
-from .batched import check_config, check_generation
+from .batched import KEPT, check_config, check_generation
 from .modules import language_model
 
 if TYPE_CHECKING:
     from .state import PatchState
-
-KEPT = "_cached_continuous_batching_manager"  # where Transformers keeps a manager for the next session
 
 
 def start(
@@ -41,7 +40,8 @@ def start(
 
     Raises:
         ConfigError: an unknown scheduler.
-        UnsupportedModeError: see `check_config`; or the manager that was kept is of another patch.
+        UnsupportedModeError: see `check_config` and `check_generation`; virtual tokens of PEFT's prompt learning; or
+            the manager that was kept is of another patch.
     """
     kept = getattr(model, KEPT, None)
     if kept is not None:
@@ -58,6 +58,8 @@ def start(
     asked = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
     asked = asked if isinstance(asked, ContinuousBatchingConfig) else ContinuousBatchingConfig()
     scheduler_class(asked.scheduler_type)
+    if (added := virtual_tokens(state.patched, model)) is not None:
+        raise UnsupportedModeError(f"continuous batching: {added}, and it would leave them out. Use generate().")
     base = language_model(model)
     helper = DistributedHelper(getattr(model, "_device_mesh", None), None, getattr(model, "tp_plan", {}))
     check_config(base.config, asked, len(state.plans), helper.tp_size)

@@ -29,7 +29,7 @@ from ..layout.mask_errors import Known
 from ..layout.rows import read_mask
 from .as_stock import padding_of
 from .attention import FORWARD, NAME, register
-from .batched import check_batching, check_pads
+from .batched import KEPT, check_batching, check_pads
 from .compiled import traced_call
 from .drafts import DraftsApart
 from .graphs import refuse_graphs
@@ -251,7 +251,8 @@ class StartBatching(OnModel):
 
     def remove(self) -> None:
         """A manager that was kept for later has a cache that only the patched model reads."""
-        self.model.destroy_cached_continuous_batching_manager()
+        if KEPT in vars(self.model):
+            self.model.destroy_cached_continuous_batching_manager()
         super().remove()
 
 

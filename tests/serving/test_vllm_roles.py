@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -177,6 +179,15 @@ def test_1_names_no_config(monkeypatch):
     monkeypatch.setenv(plugin.SWITCH, "1")
     with pytest.raises(ConfigError, match="HF_LONGCTX_VLLM: got 1. What works: auto"):
         plugin.register()
+
+
+def test_the_script_that_compares_tokens_mixes_roles():
+    """Beside vLLM it cannot run here; its config can be made, and both roles stand in most layers."""
+    made = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "vllm" / "check.py"))["config"]
+    config = LongCtxConfig.from_dict(made(load_shipped(NAME).to_dict()["model"], 5, 50))
+    refuse(config)
+    assert all(set(row) == {"R", "S"} for row in config.roles())
+    assert 0.3 < config.retrieval_heads / config.kv_heads < 0.4
 
 
 def test_neither_transformers_nor_vllm_is_imported():
