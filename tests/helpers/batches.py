@@ -66,18 +66,12 @@ def tokens(outputs: list) -> list[list[int]]:
 
 
 @contextmanager
-def session(model, new: int = 8, generation: dict | None = None, before=None, **settings) -> Iterator:
-    """A manager that runs; it is stopped hard if the test fails, so that no thread stays.
-
-    Args:
-        before: is shown its cache before it starts.
-    """
+def session(model, new: int = 8, generation: dict | None = None, **settings) -> Iterator:
+    """A manager that runs; it is stopped hard if the test fails, so that no thread stays."""
     manager = model.init_continuous_batching(
         greedy(new, **(generation or {})), ContinuousBatchingConfig(**{**SMALL, **settings})
     )
-    if before is not None:
-        manager.warmup()  # makes the cache: the manager's own thread would do it at the same time
-        before(manager.cache)
+    manager.warmup()  # makes the cache, as generate_batch does before it starts
     manager.start()
     try:
         yield manager

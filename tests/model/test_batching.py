@@ -118,7 +118,8 @@ def test_without_the_native_library():
 
 def test_no_slot_is_read_that_no_token_was_written_to():
     model = patched()
-    with session(model, before=lambda cache: cache.cache_tensor.view(torch.float32).fill_(float("nan"))) as manager:
+    with session(model) as manager:
+        manager.cache.cache_tensor.view(torch.float32).fill_(float("nan"))
         assert tokens(take(manager, manager.add_requests(GIVEN))) == alone(model, GIVEN)
 
 

@@ -63,8 +63,7 @@ def arrive(scheduler: str, seed: int, count: int) -> None:
         stay = [name for name in names if name not in gone]
         found = tokens(take(manager, stay))
         assert found == [wanted[names.index(name)] for name in stay]
-        until(lambda: idle(manager), "all requests ended")
-        assert all_free(manager.cache)
+        assert nothing_stays(manager)
 
 
 def steps(manager) -> int:
@@ -72,7 +71,14 @@ def steps(manager) -> int:
 
 
 def idle(manager) -> bool:
-    return manager.batch_processor is not None and not manager.batch_processor.has_pending_requests()
+    queues = manager.input_queue.empty() and manager.cancel_queue.empty()
+    return queues and not manager.batch_processor.has_pending_requests()
+
+
+def nothing_stays(manager) -> bool:
+    until(lambda: idle(manager), "all requests ended")
+    with manager.pause():
+        return all_free(manager.cache)
 
 
 @pytest.mark.parametrize("roles", ROLES)
@@ -85,12 +91,11 @@ def test_cancelled_requests_give_their_pages_back(roles):
             manager.add_request(one, max_new_tokens=most) for one, most in zip(given, (3000, 9, 8, 8), strict=True)
         ]
         manager.add_request(given[0], "waits", max_new_tokens=3000)
-        until(lambda: manager.cache and manager.cache.nbytes > 0 and steps(manager) > 2, "two at once")
+        until(lambda: manager.cache.nbytes > 0 and steps(manager) > 2, "two at once")
         for name in (*names[:2], "waits", "unknown"):
             manager.cancel_request(name)
         assert tokens(take(manager, names[2:])) == alone(model, given[2:])
-        until(lambda: idle(manager), "all requests ended")
-        assert all_free(manager.cache)
+        assert nothing_stays(manager)
         assert manager.get_result(timeout=0.05) is None, "a cancelled request has no output"
 
 
@@ -100,7 +105,7 @@ def test_a_request_that_waits_for_cancelled_ones_runs():
     given = prompts(60, 60, 60)
     with session(model, 90, page_size=4, num_blocks=60, max_batch_tokens=200, allow_block_sharing=False) as manager:
         names = manager.add_requests(given)
-        until(lambda: manager.cache and manager.batch_processor.scheduler.block_new_requests, "pages run out")
+        until(lambda: manager.batch_processor.scheduler.block_new_requests, "pages run out")
         with manager.pause():
             waiting = list(manager.batch_processor.scheduler.waiting_requests)
             gone = [name for name in names if name not in waiting]
@@ -132,8 +137,7 @@ def test_an_answer_that_outgrows_the_cache_ends_alone():
         assert long.error.startswith("a request of 81 tokens, which the cache") and "max_new_tokens" in long.error
         assert long.generated_tokens == alone(model, [given[1]], 21)[0], "21 tokens were answered in 80 slots"
         assert tokens(take(manager, [manager.add_request(given[0])])) == alone(model, given[:1]), "and it goes on"
-        until(lambda: idle(manager), "all requests ended")
-        assert all_free(manager.cache)
+        assert nothing_stays(manager)
 
 
 def test_a_prompt_without_tokens_ends_alone():
