@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
 from typing import Any
@@ -23,8 +22,6 @@ TAKES = ("attention_mask", "tokenizer")  # beside those that it names; a call wi
 ALONE = ("num_beams", "num_return_sequences")  # of which a kept prompt has one
 OUTCOMES = ("answered", "stopped", "refused", "failed")
 WAYS = ("kept", "plain")
-
-logger = logging.getLogger(__name__)
 
 
 class KeptGenerate:
