@@ -21,9 +21,10 @@ COMPILE = (
     "docs/kernels.md says what can be compiled of a patched model."
 )
 KEPT = "4GB"
+CHUNK = 2048
 BATCHING = (
-    "--prompt-cache with --continuous-batching: it answers requests together, each from pages of its own, and keeps no "
-    "prompt. Give one of the two."
+    "with --continuous-batching: it answers requests together, reads each prompt itself as far as a step has room, and "
+    "keeps none. Give one of the two."
 )
 
 Longctx = Annotated[str, typer.Option(help="What to patch with: auto, a shipped name, a .yaml, or a Hub repository.")]
@@ -33,7 +34,12 @@ Kept = Annotated[
     str | None,
     typer.Option("--prompt-cache", help="Memory for prompts kept between requests; 0GB: none.", show_default=KEPT),
 ]
-Chunk = Annotated[int, typer.Option("--prefill-chunk-size", help="Tokens of a prompt per forward. Or --chunk.", min=1)]
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        "--prefill-chunk-size", help="Tokens of a prompt per forward. Or --chunk.", min=1, show_default=str(CHUNK)
+    ),
+]
 Compile = Annotated[bool, typer.Option("--compile", help="Of transformers serve; refused.")]
 Batching = Annotated[
     bool, typer.Option("--continuous-batching", help="Answer requests together; no prompt is kept between them.")
@@ -46,7 +52,7 @@ def command(
     host: Host = "localhost",
     port: Port = 8000,
     prompt_cache: Kept = None,
-    chunk: Chunk = 2048,
+    chunk: Chunk = None,
     dtype: Dtype = "auto",
     device: Device = None,
     compile: Compile = False,
@@ -55,15 +61,16 @@ def command(
     """Serve a patched model to OpenAI's clients; what was read of a prompt is kept for the next that begins alike."""
     if compile:
         raise UnsupportedModeError(COMPILE)
-    if continuous_batching and prompt_cache is not None:
-        raise ConfigError(BATCHING)
+    for name, value in (("--prompt-cache", prompt_cache), ("--prefill-chunk-size", chunk)):
+        if continuous_batching and value is not None:
+            raise ConfigError(f"{name} {BATCHING}")
     check_word(dtype, DTYPES, "--dtype")
     limit = 0 if continuous_batching else parse_bytes(prompt_cache or KEPT, "--prompt-cache")
     check_installed()
     from ..serving.models import ServeSettings
     from ..serving.server import serve
 
-    settings = ServeSettings(model, longctx, limit, chunk, dtype, str(device_of(device)), continuous_batching)
+    settings = ServeSettings(model, longctx, limit, chunk or CHUNK, dtype, str(device_of(device)), continuous_batching)
     serve(settings, host, port, _say)
 
 

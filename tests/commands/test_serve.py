@@ -39,6 +39,7 @@ def nothing_is_served(monkeypatch):
             ["--continuous-batching", "--prompt-cache", "1GB"],
             "ConfigError: --prompt-cache with --continuous-batching: it answers requests together",
         ),
+        (["--continuous-batching", "--chunk", "64"], "ConfigError: --prefill-chunk-size with --continuous-batching"),
         (["--prompt-cache", "much"], "ConfigError: --prompt-cache: 'much' is no size such as 4GB"),
         (["--dtype", "int3"], "ConfigError: --dtype"),
         (["--longctx", "llama-9"], "ConfigError: "),
