@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,16 @@ from hf_longctx.kernels import _native_speed
 def pytest_collection_modifyitems(items):
     for item in left_to_the_slow(items):
         item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    """Modules, and the tests themselves, are not searched for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,8 @@ NOT_RUN = Counter(
     {
         "README.md": 4,
         "CONTRIBUTING.md": 5,
-        "benchmarks.md": 25,
+        "batching.md": 1,
+        "benchmarks.md": 26,
         "evaluation.md": 8,
         "heads.md": 4,
         "2026-11-30-real-checkpoint.md": 9,
@@ -44,9 +45,11 @@ NOT_RUN = Counter(
         "2026-11-30-selection.md": 6,
         "faq.md": 1,
         "laptop.md": 3,
+        "many_processes.md": 5,
         "prompt_cache.md": 1,
         "serving.md": 4,
         "tasks.md": 1,
+        "vllm.md": 9,
     }
 )
 

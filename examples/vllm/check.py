@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Run:
         name: what the table calls it.
         expected: whose tokens it is compared with: ``dense`` or a number of sinks.
         window: (sink, recent) of its streaming heads; None: without the plugin.
-        equal: whether every request must be equal; None: that is not asked, False: it is a control.
+        equal: whether every request must be equal; where not, it is a control, and some request must differ.
     """
 
     name: str
@@ -95,7 +96,7 @@ def expect(name: str, most: int) -> dict[str, Any]:
 
 
 def generated(asked: dict[str, Any]) -> dict[str, Any]:
-    """Tokens of vLLM in this process, and the most bytes of blocks that were in use at once."""
+    """Tokens of vLLM in this process, seconds for all, and the most bytes of blocks that were in use at once."""
     from vllm import LLM, SamplingParams
 
     limits = {"max_num_batched_tokens": CHUNK, "max_num_seqs": len(LENGTHS), "max_model_len": max(LENGTHS) + NEW}
@@ -112,11 +113,13 @@ def generated(asked: dict[str, Any]) -> dict[str, Any]:
         return blocks
 
     pool.get_new_blocks = counted
+    begun = time.perf_counter()
     sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
     answers = llm.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], sampling, use_tqdm=False)
     block = cache.kv_cache_tensors[0].size // cache.num_blocks  # one allocation, in which groups overlay each other
-    left = free - pool.get_num_free_blocks()
-    return {"tokens": [list(one.outputs[0].token_ids) for one in answers], "bytes": most * block, "left": left}
+    seconds, left = time.perf_counter() - begun, free - pool.get_num_free_blocks()
+    tokens = [list(one.outputs[0].token_ids) for one in answers]
+    return {"tokens": tokens, "bytes": most * block, "left": left, "seconds": seconds}
 
 
 def run(asked: dict[str, Any], one: Run, folder: Path) -> dict[str, Any]:
@@ -136,7 +139,7 @@ def run(asked: dict[str, Any], one: Run, folder: Path) -> dict[str, Any]:
 
 def check(asked: dict[str, Any]) -> bool:
     """Run everything and print the table; whether all is as it must be."""
-    table = Table("run", "requests equal", "first different token", "peak blocks, MB")
+    table = Table("run", "requests equal", "first different token", "peak blocks, MB", "s")
     right = True
     with tempfile.TemporaryDirectory() as folder:
         for one in RUNS:
@@ -145,9 +148,8 @@ def check(asked: dict[str, Any]) -> bool:
             equal = sum(mine == theirs for mine, theirs in pairs)
             right &= (equal == len(pairs)) == one.equal and found["left"] == 0
             first = [next(i for i in range(NEW) if mine[i] != theirs[i]) for mine, theirs in pairs if mine != theirs]
-            table.add_row(
-                one.name, f"{equal} of {len(pairs)}", str(min(first, default="-")), f"{found['bytes'] / 1e6:.2f}"
-            )
+            figures = f"{found['bytes'] / 1e6:.2f}", f"{found['seconds']:.1f}"
+            table.add_row(one.name, f"{equal} of {len(pairs)}", str(min(first, default="-")), *figures)
     Console(width=110).print(table)
     return right
 

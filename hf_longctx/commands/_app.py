@@ -2,6 +2,7 @@
 
 A file ``commands/<word>.py`` is the command ``<word>`` (``-`` for ``_``). It exports ``command``, a function, or
 ``app``, a Typer group; beside ``command`` it may export ``SETTINGS``, further arguments of ``typer.Typer.command``.
+With ``MANY_PROCESSES = True`` it may run on several launched processes: they share its work, or it only prints.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..config.words import words
-from ..errors import LongCtxError
+from ..errors import LongCtxError, UnsupportedModeError
+from ..io.launched import launched
 from ..io.progress import Stopped
 
 INTERRUPTED = 130  # exit status, as of a command that a shell's Ctrl-C ended
@@ -55,14 +57,25 @@ def _show_version(requested: bool) -> None:
 
 @app.callback()
 def options(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Head-classified KV caches and sparse prefill for Hugging Face Transformers."""
+    if ctx.invoked_subcommand not in MANY and (processes := launched()) > 1:
+        raise UnsupportedModeError(
+            f"{processes} processes were launched, and each would do all of {ctx.invoked_subcommand}. Run it without "
+            f"torchrun and accelerate launch. Several may run: {', '.join(sorted(MANY))}."
+        )
+
+
+MANY: set[str] = set()  # commands of `MANY_PROCESSES`
 
 
 def _add(name: str, module: ModuleType) -> None:
+    if getattr(module, "MANY_PROCESSES", False):
+        MANY.add(name)
     group = getattr(module, "app", None)
     if group is None:
         app.command(name, **getattr(module, "SETTINGS", {}))(module.command)

@@ -9,9 +9,10 @@ import typer
 
 from ..assets import embedded
 from ..config.words import check_word
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModeError
 from ..io.console import console
 from ..io.environment import environment
+from ..io.launched import launched
 from ._options import (
     DTYPES,
     JSON,
@@ -26,6 +27,7 @@ from ._options import (
     write_json,
 )
 
+MANY_PROCESSES = True  # --prompts shares them
 FILE = "A prompt, a UTF-8 text; or --prompts."
 SET = "Many: JSON lines with prompt or messages, and where wanted answer and id; or --prompt-file."
 SWEEP = "With --prompts: FIELD=VALUE,VALUE of the config, one more variant each, as in eval."
@@ -57,35 +59,46 @@ def command(
 ) -> None:
     """Dense against patched on prompts of yours: where answers part, agreement, KL, likelihood, KV bytes and times.
 
-    One prompt (--prompt-file) or many (--prompts): means with intervals, the worst first.
+    One prompt (--prompt-file) or many (--prompts): means with intervals, the worst first. Many are shared by several
+    processes: `torchrun --nproc-per-node 2 -m hf_longctx compare ...`.
     """
     from ..evaluate.compare import compare
     from ..evaluate.compare_prompts import compare_prompts
     from ..evaluate.plan import values_of
     from ..evaluate.prompts import read_text
     from ..io.json_lines import json_lines
+    from ..io.processes import Processes
 
     check_word(dtype, DTYPES, "--dtype")
     check_output(json, JSON, "--json")
     one = {"prompt_positions": prompt_positions, "rounds": rounds}
     one = {name: value for name, value in one.items() if value is not None}
     _check_either(prompt_file, prompts, one, sweep)
+    if prompts is None and (processes := launched()) > 1:
+        raise UnsupportedModeError(
+            f"--prompt-file: {processes} processes were launched, and each would run the one prompt. Run it without "
+            "torchrun and accelerate launch, or give many prompts (--prompts), which they share."
+        )
     text = None if prompt_file is None else read_text(prompt_file, "--prompt-file")
     if prompts is not None:  # these two: what is wrong is refused before the model loads
         json_lines(prompts, "--prompts")
         list(values_of(sweep) if sweep is not None else ())
-    loaded, tokenizer = load_model(embedded(model), dtype, device_of(device))
+    place = device_of(device)
+    main = Processes(place).main
+    loaded, tokenizer = load_model(embedded(model), dtype, place)
     both = {
         "config": config,
         "tokenizer": tokenizer,
         "max_new_tokens": max_new_tokens,
         "prefill_chunk_size": prefill_chunk_size,
-        "progress": True,
+        "progress": main,
     }
     if prompts is not None:
         found = compare_prompts(loaded, prompts, sweep=sweep, chat=chat, **both)
     else:
         found = compare(loaded, [{"role": "user", "content": text}] if chat else text, **one, **both)
+    if not main:
+        return
     write_json(json, {"environment": environment(), **found.as_dict()})
     console().print(str(found), markup=False, highlight=False, soft_wrap=True)
 

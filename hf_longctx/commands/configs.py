@@ -25,6 +25,7 @@ from ._options import short_names
 
 app = typer.Typer(help="The shipped configs, one per checkpoint: a list without a command, or one of them.")
 
+MANY_PROCESSES = True  # it only prints
 LENGTHS = {"32k": 32768, "128k": 131072}  # tokens
 MARKS = {"R": "R", "S": ".", NONE: "-"}  # told apart without colour too
 SHADES = ("bold green", "green", "yellow", "bright_black")  # of the quarters of all heads, best scores first

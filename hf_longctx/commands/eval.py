@@ -18,6 +18,7 @@ from ._options import DTYPES, Config, Device, Dtype, Model, Seed, device_of, loa
 if TYPE_CHECKING:
     from ..evaluate.summary import Summary
 
+MANY_PROCESSES = True  # they share the cases
 THERE = ", ".join(words("tasks.synthetic"))
 TASKS = f"Commas between tasks, colons before fields (needle:variant=multi_key, jsonl:file=mine.jsonl): {THERE}."
 SHORT = ("tokens", "variant", "accuracy", "to dense", "95% interval", "KV of dense", "prefill s", "decode ms")

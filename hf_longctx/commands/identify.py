@@ -154,6 +154,7 @@ def _give(share: Path | None, model: Any, config: LongCtxConfig, licence: str, m
     )
 
 
+MANY_PROCESSES = True  # duo_gates trains on all of them
 DEFAULTS = {0.5: "Half of the heads", 0.25: "A quarter of the heads"}
 
 

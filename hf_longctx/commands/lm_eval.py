@@ -14,6 +14,7 @@ class Verbatim(TyperCommand):
         return []
 
 
+MANY_PROCESSES = True  # they share the requests, by lm-eval itself
 SETTINGS = {"cls": Verbatim}
 
 

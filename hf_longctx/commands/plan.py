@@ -30,6 +30,7 @@ from ._options import (
 )
 
 SETTINGS = short_names(chunk="prefill-chunk-size")
+MANY_PROCESSES = True  # it only calculates
 INDENT = " " * 10  # of what continues a line of a plan
 
 Context = Annotated[

@@ -20,20 +20,30 @@ COMPILE = (
     "--compile: it decodes into a cache of fixed size, which a patched model cannot read. Leave it out; "
     "docs/kernels.md says what can be compiled of a patched model."
 )
+KEPT = "4GB"
+CHUNK = 2048
 BATCHING = (
-    "--continuous-batching: its cache keeps every token of every head, so a patched model refuses it. Leave it out: "
-    "requests are answered one after the other, and start from what was read before."
+    "with --continuous-batching: it answers requests together, reads each prompt itself as far as a step has room, and "
+    "keeps none. Give one of the two."
 )
 
 Longctx = Annotated[str, typer.Option(help="What to patch with: auto, a shipped name, a .yaml, or a Hub repository.")]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0: any that is free.", min=0, max=65535)]
 Kept = Annotated[
-    str, typer.Option("--prompt-cache", help="Memory for prompts kept between requests, e.g. 4GB; 0GB: none.")
+    str | None,
+    typer.Option("--prompt-cache", help="Memory for prompts kept between requests; 0GB: none.", show_default=KEPT),
 ]
-Chunk = Annotated[int, typer.Option("--prefill-chunk-size", help="Tokens of a prompt per forward. Or --chunk.", min=1)]
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        "--prefill-chunk-size", help="Tokens of a prompt per forward. Or --chunk.", min=1, show_default=str(CHUNK)
+    ),
+]
 Compile = Annotated[bool, typer.Option("--compile", help="Of transformers serve; refused.")]
-Batching = Annotated[bool, typer.Option("--continuous-batching", help="Of transformers serve; refused.")]
+Batching = Annotated[
+    bool, typer.Option("--continuous-batching", help="Answer requests together; no prompt is kept between them.")
+]
 
 
 def command(
@@ -41,8 +51,8 @@ def command(
     longctx: Longctx = "auto",
     host: Host = "localhost",
     port: Port = 8000,
-    prompt_cache: Kept = "4GB",
-    chunk: Chunk = 2048,
+    prompt_cache: Kept = None,
+    chunk: Chunk = None,
     dtype: Dtype = "auto",
     device: Device = None,
     compile: Compile = False,
@@ -51,15 +61,16 @@ def command(
     """Serve a patched model to OpenAI's clients; what was read of a prompt is kept for the next that begins alike."""
     if compile:
         raise UnsupportedModeError(COMPILE)
-    if continuous_batching:
-        raise UnsupportedModeError(BATCHING)
+    for name, value in (("--prompt-cache", prompt_cache), ("--prefill-chunk-size", chunk)):
+        if continuous_batching and value is not None:
+            raise ConfigError(f"{name} {BATCHING}")
     check_word(dtype, DTYPES, "--dtype")
-    limit = parse_bytes(prompt_cache, "--prompt-cache")
+    limit = 0 if continuous_batching else parse_bytes(prompt_cache or KEPT, "--prompt-cache")
     check_installed()
     from ..serving.models import ServeSettings
     from ..serving.server import serve
 
-    settings = ServeSettings(model, longctx, limit, chunk, dtype, str(device_of(device)), continuous_batching)
+    settings = ServeSettings(model, longctx, limit, chunk or CHUNK, dtype, str(device_of(device)), continuous_batching)
     serve(settings, host, port, _say)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from ..config.config import LongCtxConfig
 from ..errors import ConfigError
 from ..identification.methods.base import modes_kept
+from ..io.processes import Processes
 from ..io.progress import Progress
 from ..model.modules import state_of
 from ..model.patch import patched, unpatched
 from ..model.report import report
+from ..tasks.answer import input_device
 from .compare import check_counts, length_notes
 from .forwards import answer_along, losses_along, output_head
 from .measures import Mean, NextToken, SameTokens, mean_of, next_token, same_tokens
@@ -26,6 +29,8 @@ from .plan import DENSE, PATCHED, Variant, variants_of
 from .prompt_set import Asked, prompt_set
 from .prompt_set_table import lines
 from .prompts import stops
+
+Notes = dict[str, dict[str, None]]  # by variant, in the order they came
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,8 @@ def compare_prompts(
 ) -> ComparedPrompts:
     """Run many prompts dense and patched, and say how far answers, predictions and likelihoods agree, worst first.
 
-    The one model is patched and unpatched in turns, as in ``compare``, and is afterwards as it was.
+    The one model is patched and unpatched in turns, as in ``compare``, and is afterwards as it was. Where several
+    processes were launched, each with the whole model, every one runs its share and gets the whole result.
 
     Args:
         model: as for ``patch_model``; patched or not.
@@ -168,9 +174,12 @@ def compare_prompts(
         with patched(model, config, **sections):
             settings = state_of(model).config
         variants = variants_of(model, settings, sweep)
+        processes = Processes(input_device(model))
         runner = _Runner(model, output_head(model), tokenizer, max_new_tokens, prefill_chunk_size, {})
-        with Progress("compare", len(asked) * len(variants), "runs", shown=progress) as bar:
-            done = [runner.prompted(one, variants, bar.advance) for one in asked]
+        mine = asked[processes.rank :: processes.count]
+        with Progress("compare", len(mine) * len(variants), "runs", shown=progress and processes.main) as bar:
+            own = [runner.prompted(one, variants, bar.advance) for one in mine]
+        done, notes = _together(processes.gather((own, runner.notes)))
     too_long = length_notes(model, max(one.prompt_tokens for one in done) + max_new_tokens)
     return ComparedPrompts(
         kv_heads=settings.kv_heads,
@@ -178,8 +187,18 @@ def compare_prompts(
         variants={one.name: _means(done, one) for one in variants[1:]},
         swept={one.name: one.swept for one in variants if one.swept is not None},
         prompts=tuple(sorted(done, key=lambda one: (-one.lost(), -one.runs[PATCHED].next_token.kl))),
-        notes={name: found for name, said in runner.notes.items() if (found := (*too_long, *said))},
+        notes={name: found for name, said in notes.items() if (found := (*too_long, *said))},
     )
+
+
+def _together(shares: Sequence[tuple[list[Prompted], Notes]]) -> tuple[list[Prompted], Notes]:
+    """The prompts of all processes, each of which had every n-th, in their order; and the notes of all."""
+    done = [one for row in zip_longest(*(prompted for prompted, _ in shares)) for one in row if one is not None]
+    notes: Notes = {}
+    for _, said in shares:
+        for name, found in said.items():
+            notes.setdefault(name, {}).update(found)
+    return done, notes
 
 
 @dataclass
@@ -191,7 +210,7 @@ class _Runner:
     tokenizer: Any
     most: int
     chunk: int | None
-    notes: dict[str, dict[str, None]]
+    notes: Notes
 
     def prompted(self, one: Asked, variants: Sequence[Variant], advance: Callable[[], None]) -> Prompted:
         """One prompt every way; dense goes first, because the others follow what it says."""

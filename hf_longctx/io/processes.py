@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModeError
+from .launched import launched
 
-# Where launchers say how many processes there are, the names Accelerate reads.
-SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 # How long one process may have work while another waits for it; the launcher ends those that wait for a dead one.
 PATIENCE = timedelta(days=30)
 
@@ -23,27 +22,27 @@ class Processes:
         rank, count: its number, and how many there are.
 
     Raises:
+        ConfigError: as `launched`.
         UnsupportedModeError: several were launched, and Accelerate was set up for one before.
     """
 
     def __init__(self, device: torch.device):
         """``device``: where the model is; the processes talk through it."""
         from accelerate import PartialState
-        from accelerate.utils import get_int_from_env
 
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-        launched = torch.distributed.get_world_size() if grouped else get_int_from_env(SIZES, 1)
+        started = torch.distributed.get_world_size() if grouped else launched()
         self.rank = 0
         self.count = 1
         self._state = None
-        if launched > 1:
+        if started > 1:
             # Only now, because Accelerate keeps what it is first told, the device too, for the life of the process.
             self._state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
             self.rank = self._state.process_index
             self.count = self._state.num_processes
-        if self.count != launched:
+        if self.count != started:
             raise UnsupportedModeError(
-                f"{launched} processes were launched, but Accelerate was set up for {self.count} in this one, so they "
+                f"{started} processes were launched, but Accelerate was set up for {self.count} in this one, so they "
                 "would all do the same. Set up no Accelerator before, or one for all of them (on CPUs: cpu=True)."
             )
 
@@ -72,3 +71,11 @@ class Processes:
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([thing])[0]
+
+    def gather(self, thing: Any) -> list[Any]:
+        """What each process gave, by rank, on every process; it is pickled."""
+        if self._state is None:
+            return [thing]
+        from accelerate.utils import gather_object
+
+        return gather_object([thing])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
 from typing import Any
@@ -24,8 +23,6 @@ ALONE = ("num_beams", "num_return_sequences")  # of which a kept prompt has one
 OUTCOMES = ("answered", "stopped", "refused", "failed")
 WAYS = ("kept", "plain")
 
-logger = logging.getLogger(__name__)
-
 
 class KeptGenerate:
     """Takes the place of ``generate`` of a patched model.
@@ -34,8 +31,8 @@ class KeptGenerate:
     prompt and answer are kept for the next. Several sequences, beams, drafts, a cache that is given, embeddings or
     images, and a mask with holes go to the model's own ``generate``.
 
-    Where the config evicts tokens an answer is not kept, only its prompt: what the next turn reads then does not
-    depend on what was evicted for this one.
+    Where the config evicts tokens an answer is not kept, only its prompt (`PromptCache` says how): the next turn goes
+    on from there.
 
     Args:
         max_bytes: of all kept prompts; 0: nothing is kept.

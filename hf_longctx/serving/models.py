@@ -19,10 +19,13 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from ..assets import embedded
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModeError
 from ..model.patch import patch_model
 from .call import CALL
 from .kept import KeptGenerate
+
+OF_REQUEST = ("max_new_tokens", "max_length", "eos_token_id", "transformers_version")
+OF_SAMPLING = ("temperature", "top_p", "top_k")  # which mean nothing where nothing is sampled
 
 
 @dataclass(frozen=True)
@@ -126,17 +129,39 @@ class Generation(GenerationState):
         return self._answering[model_id]
 
 
+def refuse_others(asked: dict[str, Any], shared: dict[str, Any]) -> None:
+    """
+    Raises:
+        UnsupportedModeError: what a request asks for is not what all share.
+    """
+    free = OF_REQUEST if asked["do_sample"] or shared["do_sample"] else (*OF_REQUEST, *OF_SAMPLING)
+    given = {name: value for name, value in asked.items() if value is not None and name[0] != "_" and name not in free}
+    others = {name: value for name, value in given.items() if value != (shared.get(name) or type(value)())}
+    if others:
+        said = ", ".join(f"{name}={value!r}" for name, value in others.items())
+        raise UnsupportedModeError(
+            f"{said}: with --continuous-batching all requests share the model's own generation config, but for the "
+            "number of tokens. Leave it out, or serve without --continuous-batching."
+        )
+
+
 class Seeded:
     """Before a handler: the seed of a request is set when its answer begins, not when it arrives.
 
-    Another answer may be drawing random numbers then.
+    Another answer may be drawing random numbers then. With continuous batching there are no seeds, and Transformers
+    takes the generation config of the first request for all: what differs from the model's is refused.
     """
 
-    def _build_generation_config(self, body: dict, *args: Any, **kwargs: Any) -> Any:
-        if (call := CALL.get()) is not None and not kwargs.get("use_cb"):
-            call.seed = body.get("seed")
-            body = {name: value for name, value in body.items() if name != "seed"}
-        return super()._build_generation_config(body, *args, **kwargs)
+    def _build_generation_config(self, body: dict, own: Any, use_cb: bool = False) -> Any:
+        seed = body.get("seed")
+        body = {name: value for name, value in body.items() if name != "seed"}
+        config = super()._build_generation_config(body, own, use_cb=use_cb)
+        if use_cb:
+            shared = super()._build_generation_config({}, own, use_cb=True)
+            refuse_others({"seed": seed} | config.to_dict(), {"seed": None} | shared.to_dict())
+        elif (call := CALL.get()) is not None:
+            call.seed = seed
+        return config
 
 
 class Chats(Seeded, ChatCompletionHandler):

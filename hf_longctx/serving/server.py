@@ -13,6 +13,7 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 
 from ..config.model import made_for
 from ..errors import ConfigError
+from ..model.batched import check_batching
 from ..model.modules import state_of, unwrap
 from .http import Listens, say_errors
 from .models import Chats, Completions, Generation, PatchedModels, Responses, ServeSettings
@@ -28,8 +29,11 @@ def make_app(settings: ServeSettings) -> FastAPI:
     Raises:
         ConfigError: there is no such model, or no config for it.
         UnsupportedModelError: its family cannot be patched.
+        UnsupportedModeError: continuous batching is asked for, and the config does not run there.
     """
     models = PatchedModels(settings)
+    if settings.continuous_batching:
+        check_batching(state_of(models.model).plans, observed=False)
     generation = Generation(settings.continuous_batching)
     both = (models, generation)
     app = build_server(
@@ -43,11 +47,12 @@ def make_app(settings: ServeSettings) -> FastAPI:
     )
 
     def status() -> Status | None:
-        return None if (kept := models.kept) is None else Status.of(settings.model, kept)
+        return None if (kept := models.kept) is None else Status.of(settings, kept)
 
     show_status(app, status)
     say_errors(app)
     app.state.calls = set()
+    app.state.generation = generation
     app.state.models = models
     app.add_middleware(Listens, calls=app.state.calls)
     return app
@@ -78,7 +83,7 @@ def serve(settings: ServeSettings, host: str, port: int, say: Callable[[str], No
 
     Raises:
         ConfigError: as `bound` and `make_app`.
-        UnsupportedModelError: as `make_app`.
+        UnsupportedModelError, UnsupportedModeError: as `make_app`.
     """
     taken = bound(host, port)
     with taken:
@@ -88,12 +93,14 @@ def serve(settings: ServeSettings, host: str, port: int, say: Callable[[str], No
 
 
 class Stops(uvicorn.Server):
-    """Ends the answers that are being given, at their next token, when it is told to stop."""
+    """When it is told to stop, ends the answers that are being given at their next token, and the thread of batches."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for call in self.config.app.state.calls:
+        state = self.config.app.state
+        for call in state.calls:
             call.hang_up()
         await super().shutdown(sockets)
+        state.generation.shutdown()
 
 
 def start_line(models: PatchedModels, host: str, port: int) -> str:
@@ -106,6 +113,8 @@ def start_line(models: PatchedModels, host: str, port: int) -> str:
     heads = f"{config.retrieval_heads} of {config.kv_heads} KV heads {config.kept}"
     kept = models.settings.prompt_cache
     prompts = f"prompts are kept in {_size(kept)}" if kept else "no prompt is kept"
+    if models.settings.continuous_batching:
+        prompts = "requests are answered together, by continuous batching"
     return f"{models.settings.model} on http://{host}:{port}/v1, patched: {heads}; {saves}; {prompts}"
 
 

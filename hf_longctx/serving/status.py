@@ -11,8 +11,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ..model.report import Report
+from ..model.report import Report, report
 from .kept import OUTCOMES, WAYS, KeptGenerate
+from .models import ServeSettings
 
 PREFIX = "hf_longctx"
 
@@ -23,7 +24,7 @@ class Status:
 
     Attributes:
         model: its name.
-        report: of the model, after its last answer.
+        report: of the model, after its last answer; with continuous batching, after its last step.
         prompts: what is kept, and how often it was of use.
         requests: how many ended how, and how many went which way.
         tokens: read, reused and generated.
@@ -36,13 +37,14 @@ class Status:
     tokens: dict[str, int]
 
     @classmethod
-    def of(cls, model: str, kept: KeptGenerate) -> Status:
+    def of(cls, settings: ServeSettings, kept: KeptGenerate) -> Status:
+        now = report(kept.model) if settings.continuous_batching else kept.seen
         cache = kept.prompts
         prompts = {"stored": len(cache), "bytes": cache.nbytes, "limit": kept.max_bytes}
         prompts |= {"hits": cache.hits, "misses": cache.misses, "dropped": cache.evicted}
         requests = {name: kept.outcomes[name] for name in (*OUTCOMES, *WAYS)}
         tokens = {"read": cache.tokens_read, "reused": cache.tokens_reused, "generated": kept.tokens}
-        return cls(model, kept.seen, prompts, requests, tokens)
+        return cls(settings.model, now, prompts, requests, tokens)
 
     def __str__(self) -> str:
         p, r, t = self.prompts, self.requests, self.tokens

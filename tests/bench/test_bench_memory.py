@@ -46,6 +46,7 @@ def folder(tmp_path):
 # Calculated is allocated.
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("tokens", [1, 15, 20, 21, 277, 1000, 3000])
 @pytest.mark.parametrize("roles", ["retrieval", "streaming", "by layer"])
 @pytest.mark.parametrize(("word", "batch"), [("fp32", 1), ("bf16", 3)])
@@ -72,6 +73,7 @@ def test_the_calculation_is_what_is_allocated(tokens, roles, word, batch, folder
         )
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("chunk", [0, 5, 7, 64])
 @pytest.mark.parametrize("tokens", [3, 8, 9, 40, 63, 64, 65, 300])
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
@@ -88,6 +90,7 @@ def test_windows_of_the_model_s_own_are_counted(family, tokens, chunk, folder):
         assert memory_model.kv(DENSE, tokens) == (windows * (7 + 5) + (3 - windows) * 300) * head
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("tokens", [1, 15, 20, 21, 277, 1000, 3000])
 @pytest.mark.parametrize(("sink", "recent"), [(4, 16), (0, {"min": 16, "fraction": 0.5}), (900, 16)])
 def test_the_calculation_of_a_mean_and_a_window_that_grows_is_what_is_allocated(tokens, sink, recent, folder):
@@ -136,6 +139,7 @@ def test_packed_bytes_are_what_is_allocated(tokens, word, batch, bits, folder):
         assert memory_model.kv(way, tokens) == 12 * batch * one == check(memory_model, way, tokens).most
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("tokens", [20, 300])
 @pytest.mark.parametrize("case", CASES)
 def test_the_calculation_of_every_store_is_what_is_allocated(case, tokens, folder):
@@ -162,6 +166,7 @@ def test_a_store_says_its_slots_or_a_test_fails():
     )
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("word", ["offloaded", "offloaded_disk"])
 @pytest.mark.parametrize("tokens", [1, 20, 359, 360, 361, 1000, 3000])
 def test_stores_of_pages_hold_their_window_on_the_device(word, tokens, folder, tmp_path):

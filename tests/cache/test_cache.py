@@ -214,7 +214,7 @@ def test_no_mask_of_a_forward_is_larger_than_512_rows(lengths, chunk, monkeypatc
     assert 0 < max(largest) <= 512 * 1500
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_half_streaming_keeps_at_most_six_tenths_after_16k_tokens(batch):
     model = tiny_model("llama", layers=2)
     roles = ["RSRS", "SSRR"]

@@ -129,7 +129,7 @@ def test_requests_share_a_beginning_where_all_heads_keep_it():
 
 def test_a_forward_that_is_not_of_a_patched_model_is_refused():
     cache = new_cache(["RS"])
-    with pytest.raises(CacheError, match="not patched any more"):
+    with pytest.raises(CacheError, match="was unpatched"):
         cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0, kwargs={})
 
 

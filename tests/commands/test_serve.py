@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hf_longctx.commands import serve as command
 from hf_longctx.commands._app import app
+from hf_longctx.config.config import load_shipped
 from hf_longctx.serving import server
 
 MODEL = "hf-longctx/tiny-llama"
@@ -34,7 +35,11 @@ def nothing_is_served(monkeypatch):
     ("words", "said"),
     [
         (["--compile"], "UnsupportedModeError: --compile: it decodes into a cache of fixed size"),
-        (["--continuous-batching"], "UnsupportedModeError: --continuous-batching: its cache keeps every token"),
+        (
+            ["--continuous-batching", "--prompt-cache", "1GB"],
+            "ConfigError: --prompt-cache with --continuous-batching: it answers requests together",
+        ),
+        (["--continuous-batching", "--chunk", "64"], "ConfigError: --prefill-chunk-size with --continuous-batching"),
         (["--prompt-cache", "much"], "ConfigError: --prompt-cache: 'much' is no size such as 4GB"),
         (["--dtype", "int3"], "ConfigError: --dtype"),
         (["--longctx", "llama-9"], "ConfigError: "),
@@ -64,6 +69,16 @@ def test_the_line_at_the_start_says_what_is_patched_and_what_it_saves(nothing_is
         "takes 8.6 MB of dense 33.6 MB, 26%; prompts are kept in 200 MB"
     )
     assert "no prompt is kept" in run("--port", "0", "--prompt-cache", "0GB").stdout
+    assert "requests are answered together" in run("--port", "0", "--continuous-batching").stdout
+
+
+def test_a_config_that_does_not_run_in_pages_is_refused_before_the_port_opens(tmp_path, nothing_is_served):
+    load_shipped("tiny-llama").override(decode={"retrieval": {"select": "page_bounds", "dense_layers": 0}}).to_yaml(
+        tmp_path / "a.yaml"
+    )
+    done = run("--continuous-batching", "--longctx", str(tmp_path / "a.yaml"))
+    assert done.exit_code == 2 and "continuous batching with decode.retrieval" in done.stderr
+    assert not nothing_is_served
 
 
 def test_what_is_not_installed_is_said(monkeypatch):

@@ -234,7 +234,7 @@ def few(llama, tmp_path_factory):
     return out, evaluate(*llama, out, **FEW)
 
 
-@pytest.mark.parametrize("after", [0, 1, 6, 14])
+@pytest.mark.parametrize("after", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6)), 14])
 def test_an_interrupted_run_goes_on(llama, few, tmp_path, monkeypatch, counted, after):
     monkeypatch.setattr(run, "write_report", lambda *_: None)
     real, written = Writer.append, []

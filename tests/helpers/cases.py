@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from hf_longctx.config.words import load, words
 
 
@@ -16,3 +18,10 @@ def cases(folder: str) -> dict[str, tuple[str, dict[str, Any]]]:
             said = [] if alone else [f"{key}={value}" for key, value in fields.items()]
             found[":".join([word, *said])] = (word, dict(fields))
     return found
+
+
+def one_each(folder: str) -> list:
+    """Parameters of a test: the names of all cases, the further ones of a word for the slow suite."""
+    found = cases(folder)
+    first = {word: name for name, (word, _) in reversed(found.items())}
+    return [pytest.param(name, marks=[pytest.mark.slow] * (first[word] != name)) for name, (word, _) in found.items()]

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from hf_longctx.assets import asset
 from hf_longctx.serving.models import PatchedModels, ServeSettings
-from hf_longctx.serving.server import bound, make_app
+from hf_longctx.serving.server import Stops, bound, make_app
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'note ' if m['role'] == 'user' else 'is ' }}{{ m['content'] }} {% endfor %}"
@@ -70,7 +70,7 @@ def running(settings: ServeSettings) -> Iterator[Server]:
     """Serve until the end of the block."""
     app = make_app(settings)
     taken = bound("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+    server = Stops(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
     thread.start()
     until(lambda: server.started)

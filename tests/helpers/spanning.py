@@ -38,8 +38,12 @@ def _names(names: str | Sequence[str]) -> list[str]:
 
 
 def _key(value) -> Hashable:
-    """A value of a list is one object in all cases, and need not be hashable."""
-    return (type(value), value) if isinstance(value, (str, int, float, bool)) else id(value)
+    """Equal values are one; what cannot be hashed is one object in all cases."""
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return type(value), value
 
 
 def left_to_the_slow(items) -> list:

@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 import torch
-from helpers.store_cases import CASES, patched_case
+from helpers.cases import one_each
+from helpers.store_cases import patched_case
 from helpers.tiny import config_for, left_padded, tiny_model
 from transformers import CompileConfig
 
@@ -73,7 +74,7 @@ def check_decoding(model, graphs):
     assert calls == ["hf_longctx.begin", *["hf_longctx.decode_layer"] * model.config.num_hidden_layers]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", one_each("stores"))
 def test_every_store(case, graphs):
     check_decoding(patched_case(case, torch.float32), graphs)
 

@@ -129,7 +129,7 @@ def test_a_deep_copy_is_a_patched_model_of_its_own():
     assert torch.equal(logits(twin), logits(model))
 
 
-@pytest.mark.parametrize("way", ["pickle", "torch.save"])
+@pytest.mark.parametrize("way", [pytest.param("pickle", marks=pytest.mark.slow), "torch.save"])
 def test_a_saved_object_is_patched_in_a_new_process(way, tmp_path):
     model = tiny_model()
     patch_model(model, config_for(model, "mixed"))

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers.caches import read
-from helpers.cases import cases
+from helpers.cases import cases, one_each
 from helpers.tiny import config_for, tiny_config, tiny_model
 from typer.testing import CliRunner
 
@@ -50,7 +50,7 @@ def indexes(cache: LongCtxCache) -> list[int]:
     return [sum(storage_bytes(part.index.tensors()) for part in layer) for layer in parts]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", one_each("decode"))
 def test_the_index_of_every_selection_takes_what_is_counted(case):
     given = CASES[case] if CASES[case]["select"] == "dense" else {**SMALL, **CASES[case]}
     model = patched(**given)
@@ -82,7 +82,7 @@ def test_a_buffer_s_room_is_that_of_its_entries_however_it_grew():
     assert grown.own.shape[2] == room(20, 500) == 500
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", one_each("decode"))
 def test_the_check_of_bench_memory_makes_the_index_of_every_selection(case, tmp_path):
     given = CASES[case] if CASES[case]["select"] == "dense" else {**SMALL, **CASES[case]}
     tiny_config("llama").save_pretrained(tmp_path / "model")

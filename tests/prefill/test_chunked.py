@@ -70,6 +70,7 @@ def chunks_of(spec, step: int, monkeypatch) -> list[list[tuple]]:
     return [calls[layer::layers] for layer in range(layers)]
 
 
+@pytest.mark.spanning("step", "spec")
 @pytest.mark.parametrize(("step", "spec"), [(step, spec) for step, specs in BOUNDS.items() for spec in specs], ids=str)
 def test_chunks_keep_the_attention(step, spec, monkeypatch):
     lost, differ, worse = [], [], []

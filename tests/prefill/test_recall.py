@@ -64,6 +64,7 @@ def test_patterns_and_models_are_there():
     assert all(documents(name) for name in MODELS)
 
 
+@pytest.mark.spanning("spec", "name")
 @pytest.mark.parametrize(
     ("spec", "name"),
     [(spec, MODELS[0]) for some in TOKENS.values() for spec in some]

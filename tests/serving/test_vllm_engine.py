@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import random
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from hf_longctx import LongCtxConfig, patched
 from hf_longctx.assets import asset
-from hf_longctx.errors import UnsupportedModeError, UnsupportedModelError
+from hf_longctx.errors import UnsupportedModelError
 from hf_longctx.serving.vllm import plugin
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: docs/vllm.md says how to run these")
@@ -25,13 +27,15 @@ LENGTHS = (20, 90, 333, 700)
 
 @pytest.fixture
 def engine(monkeypatch, tmp_path):
-    """Makes an engine on a model's folder with the streaming rule (sink, recent); no rule: without the plugin."""
+    """Makes an engine on a folder with the streaming rule (sink, recent), or with "auto"; None: without the plugin."""
 
     def make(folder, rule, roles=ROLES, **given) -> vllm.LLM:
         clear()
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, where it can be looked into
         monkeypatch.setenv(plugin.SWITCH, "0")
-        if rule is not None:
+        if rule == "auto":
+            monkeypatch.setenv(plugin.SWITCH, rule)
+        elif rule is not None:
             path = tmp_path / "longctx.yaml"
             LongCtxConfig.from_dict(config(folder, rule, roles)).to_yaml(path)
             monkeypatch.setenv(plugin.SWITCH, str(path))
@@ -47,7 +51,7 @@ def engine(monkeypatch, tmp_path):
 def clear() -> None:
     """An engine is one per process, and keeps the class of a model by its name."""
     gc.collect()
-    vllm.distributed.cleanup_dist_env_and_memory()
+    importlib.import_module("vllm.distributed").cleanup_dist_env_and_memory()
     importlib.import_module("vllm.model_executor.model_loader.utils")._MODEL_ARCH_BY_HASH.clear()
 
 
@@ -283,10 +287,24 @@ def test_shared_prefixes_under_pressure(rule, retained, engine):
 
 
 def test_refusals_reach_the_user(engine):
-    with pytest.raises(UnsupportedModeError, match="KV cache of bfloat16"):
+    with pytest.raises(UnsupportedModelError, match="model.layers.0.self_attn.attn has a KV cache of bfloat16"):
         engine(asset("tiny-llama"), (5, 50), kv_cache_dtype="bfloat16")
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM, MistralForCausalLM"):
         engine(asset("tiny-llama"), (5, 50), hf_overrides={"architectures": ["GraniteForCausalLM"]})
+
+
+def test_auto_is_what_the_folder_says(engine, tmp_path, monkeypatch):
+    """Its config.json here, as ``save_pretrained`` of a patched model writes it; there is a shipped config as well."""
+    folder = tmp_path / "model"
+    shutil.copytree(asset("tiny-llama"), folder)
+    own = json.loads((folder / "config.json").read_text())
+    own["longctx"] = LongCtxConfig.from_dict(config(folder, (7, 40), ROLES)).to_dict()
+    (folder / "config.json").write_text(json.dumps(own))
+    llm = engine(folder, "auto")
+    groups = scheduler(llm).kv_cache_config.kv_cache_groups
+    assert {(one.kv_cache_spec.sink, one.kv_cache_spec.sliding_window) for one in groups[1:]} == {(7, 40)}
+    prompts = texts()
+    assert answers(llm, prompts) == generated(folder, (7, 40), prompts)
 
 
 def test_without_the_variable_vllm_is_its_own(engine):

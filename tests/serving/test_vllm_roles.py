@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -95,8 +97,7 @@ def test_every_section_that_changes_what_is_computed_is_looked_at():
 def run(**changed):
     """What `refuse_run` reads of a ``VllmConfig``, as it is where everything works with sinks."""
     parts = {
-        "parallel_config": {"world_size": 1, "decode_context_parallel_size": 1},
-        "cache_config": {"cache_dtype": "auto"},
+        "parallel_config": {"world_size": 1, "data_parallel_size": 1, "decode_context_parallel_size": 1},
         "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
         "model_config": {"runner_type": "generate"},
     }
@@ -117,7 +118,7 @@ def run(**changed):
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"lora_config": object()}, "LoRA"),
         ({"runner_type": "pooling"}, "pooling"),
-        ({"cache_dtype": "fp8"}, "KV cache of fp8"),
+        ({"data_parallel_size": 2}, "data parallel"),
         ({"disable_hybrid_kv_cache_manager": True}, "hybrid KV cache manager"),
     ],
 )
@@ -139,7 +140,13 @@ def layer(**changed):
     own = {"alibi_slopes": None, "logits_soft_cap": 0} | {
         k: v for k, v in changed.items() if k[:5] in ("alibi", "logit")
     }
-    plain = {"sliding_window": None, "has_sink": False, "kv_sharing_target_layer_name": None, "attn_type": "decoder"}
+    plain = {
+        "sliding_window": None,
+        "has_sink": False,
+        "kv_sharing_target_layer_name": None,
+        "attn_type": "decoder",
+        "kv_cache_dtype": "auto",
+    }
     return SimpleNamespace(layer_name="model.layers.3", impl=SimpleNamespace(**own), **{**plain, **changed})
 
 
@@ -151,6 +158,7 @@ def layer(**changed):
         ({"logits_soft_cap": 50.0}, "soft-capped scores"),
         ({"has_sink": True}, "learned sinks"),
         ({"kv_sharing_target_layer_name": "model.layers.2"}, "KV of another layer"),
+        ({"kv_cache_dtype": "fp8"}, "a KV cache of fp8"),
         ({"attn_type": "encoder_only"}, "attention of an encoder_only"),
     ],
 )
@@ -177,6 +185,15 @@ def test_1_names_no_config(monkeypatch):
     monkeypatch.setenv(plugin.SWITCH, "1")
     with pytest.raises(ConfigError, match="HF_LONGCTX_VLLM: got 1. What works: auto"):
         plugin.register()
+
+
+def test_the_script_that_compares_tokens_mixes_roles():
+    """Beside vLLM it cannot run here; its config can be made, and both roles stand in most layers."""
+    made = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "vllm" / "check.py"))["config"]
+    config = LongCtxConfig.from_dict(made(load_shipped(NAME).to_dict()["model"], 5, 50))
+    refuse(config)
+    assert all(set(row) == {"R", "S"} for row in config.roles())
+    assert 0.3 < config.retrieval_heads / config.kv_heads < 0.4
 
 
 def test_neither_transformers_nor_vllm_is_imported():

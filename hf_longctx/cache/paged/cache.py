@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.cache_allocators import CachePo
 
 from ...errors import CacheError
 from ...layout.forward import BatchingCounts, ForwardLog
+from ...layout.huge_pages import in_huge_pages
 from ..plan import LayerPlan
 from .allocators import HeadAllocator, Pair, SinkRecentAllocator
 from .kv import PagedKV, StepCache
@@ -112,7 +113,8 @@ class HeadPagedCache(StepCache, PagedAttentionCache):
 
     def _take_memory(self) -> None:
         nbytes = self.num_sectors * self.bytes_per_sector
-        self.cache_tensor = torch.empty(nbytes, dtype=torch.uint8, device=self.device)  # read where written alone
+        # Not filled: a CPU takes the memory of pages as they are written.
+        self.cache_tensor = in_huge_pages(torch.empty(nbytes, dtype=torch.uint8, device=self.device))
         self.pool = CachePool(self.num_sectors, len(self.cache_allocators), num_reserved_sectors=0)
         for allocator in self.cache_allocators.values():
             allocator.register_cache_tensor(self.bytes_per_sector, nbytes, self.cache_tensor, self.pool)

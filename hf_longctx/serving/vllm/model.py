@@ -74,6 +74,8 @@ class SplitHeads:
             refuse_layer(layer.self_attn.attn)
             layer.self_attn.attn = HeadSplit(layer.self_attn.attn, row, roles, vllm_config)
         logger.info("hf_longctx (an experiment): %s", roles)
+        if not current_platform.is_cpu():
+            logger.warning("hf_longctx's plugin has only been run on CPUs: compare its answers before you trust them")
 
 
 @functools.cache

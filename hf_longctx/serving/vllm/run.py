@@ -15,7 +15,7 @@ def refuse_run(vllm_config: Any, roles: HeadRoles, on_cpu: bool) -> None:
         vllm_config: vLLM's ``VllmConfig``.
         on_cpu: whether it runs on a CPU.
     """
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    parallel = vllm_config.parallel_config
     never = (
         (
             parallel.world_size > 1,
@@ -27,11 +27,11 @@ def refuse_run(vllm_config: Any, roles: HeadRoles, on_cpu: bool) -> None:
             "context parallel is not tried",
             "no --decode-context-parallel-size",
         ),
+        (parallel.data_parallel_size > 1, "data parallel is not tried", "one process: --data-parallel-size 1"),
         (vllm_config.speculative_config, "speculative decoding is not tried", "no --speculative-config"),
         (vllm_config.kv_transfer_config, "a KV connector is not tried", "no --kv-transfer-config"),
         (vllm_config.lora_config, "LoRA is not tried", "no --enable-lora"),
         (vllm_config.model_config.runner_type != "generate", "pooling is not tried", "--runner generate"),
-        (cache.cache_dtype != "auto", f"KV cache of {cache.cache_dtype} is not tried", "--kv-cache-dtype auto"),
         (
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
             "without the hybrid KV cache manager every head caches every token",
@@ -53,11 +53,12 @@ def refuse_layer(attention: Any) -> None:
         "soft-capped scores": getattr(attention.impl, "logits_soft_cap", None),
         "learned sinks": attention.has_sink,
         "KV of another layer": attention.kv_sharing_target_layer_name,
+        f"a KV cache of {attention.kv_cache_dtype}": attention.kv_cache_dtype != "auto",
         f"attention of an {attention.attn_type}": attention.attn_type != "decoder",
     }
     for name, has in own.items():
         if has:
             raise UnsupportedModelError(
                 f"hf_longctx's plugin of vLLM: {attention.layer_name} has {name}. "
-                "What works: layers that read every token, with softmax alone."
+                "What works: layers that read every token, with softmax alone, and cache it in the model's dtype."
             )
