@@ -14,6 +14,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from ..config.config import LongCtxConfig
 from ..errors import ConfigError, LongCtxError
+from ..model.modules import state_of
 from ..model.patch import patch_model, unpatch_model
 from ..planning.sizes import DTYPES
 from .measure import Samples, Told, paired_ratio, quiet, turns
@@ -38,7 +39,7 @@ class BatchingCase:
         dtypes: words of ``DTYPES``.
         page: tokens of a page.
         batch_tokens: most tokens of one step of continuous batching.
-        config: what to patch with; None: half of the KV heads of each layer stream, drawn by the seed.
+        config: what to patch with; None: half of the KV heads of each layer stream (of 3: one), drawn by the seed.
         sink, recent: of those that stream then.
         rounds: how often each column takes its turn.
     """
@@ -95,12 +96,15 @@ def _of_dtype(case: BatchingCase, word: str, load: Load, told: Told) -> Iterator
         rows = prompts_of(text, case.requests, tokens, case.seed).tolist()
         prompts = [row[:length] for row, length in zip(rows, lengths, strict=True)]
         with _patched(case, model):
+            config = state_of(model).config
+            heads = {"retrieval_heads": config.retrieval_heads, "kv_heads": config.kv_heads}
             same, bytes_of = _check(case, model, prompts)
         times = {name: Samples() for name in COLUMNS}
         for _, name in turns(times, case.rounds, tokens, told):
             _turn(case, model, name, prompts, times[name])
         figures = {name: _figures(case, times, name) for name in COLUMNS}
-        yield {"dtype": word, "tokens": tokens, "prompts": source, "same": same, **bytes_of, "columns": figures}
+        said = {"dtype": word, "tokens": tokens, "prompts": source, **heads, "same": same, **bytes_of}
+        yield {**said, "columns": figures}
 
 
 def _turn(case: BatchingCase, model: Any, name: str, prompts: Answers, into: Samples) -> None:

@@ -18,7 +18,9 @@ from ._options import JSON, Json, Model, Recent, Sink, check_output, device_of, 
 Tokens = Annotated[str, typer.Option(help="Of the longest prompt: 512,8k (k: 1024); the shortest has half.")]
 Config = Annotated[
     str | None,
-    typer.Option(help="What to patch with: auto, a shipped name, a .yaml.", show_default="half of the heads stream"),
+    typer.Option(
+        help="What to patch with: auto, a shipped name, a .yaml.", show_default="half of each layer's heads stream"
+    ),
 ]
 
 
@@ -100,7 +102,8 @@ def _rows(results: list[dict[str, Any]]) -> Iterator[list[str] | None]:
 
 def _said(result: dict[str, Any]) -> str:
     return (
-        f"{result['dtype']}, {result['tokens']}: pages of at most {result['bytes'] / 1e6:.1f} MB (10^6 bytes), "
+        f"{result['dtype']}, {result['tokens']}: {result['retrieval_heads']} of {result['kv_heads']} KV heads keep every "
+        f"token; pages of at most {result['bytes'] / 1e6:.1f} MB (10^6 bytes), "
         f"{result['bytes_dense'] / 1e6:.1f} MB if every head kept every token; {result['same']:.0%} of the tokens are "
         f"those of generate() alone. Prompts: {result['prompts']}."
     )
