@@ -103,7 +103,7 @@ def _rows(results: list[dict[str, Any]]) -> Iterator[list[str] | None]:
 def _said(result: dict[str, Any]) -> str:
     heads = f"{result['retrieval_heads']} of {result['kv_heads']} KV heads keep every token"
     return (
-        f"{result['dtype']}, {result['tokens']}: {heads}; pages of at most {result['bytes'] / 1e6:.1f} MB (10^6 bytes), "
-        f"{result['bytes_dense'] / 1e6:.1f} MB if every head kept every token; {result['same']:.0%} of the tokens are "
+        f"{result['dtype']}, {result['tokens']}: {heads}; pages of at most {result['bytes'] / 1e6:.1f} MB (10^6 "
+        f"bytes), {result['bytes_dense'] / 1e6:.1f} MB if every head kept every token; {result['same']:.0%} of the tokens are "
         f"those of generate() alone. Prompts: {result['prompts']}."
     )
