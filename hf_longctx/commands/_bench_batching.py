@@ -101,9 +101,9 @@ def _rows(results: list[dict[str, Any]]) -> Iterator[list[str] | None]:
 
 
 def _said(result: dict[str, Any]) -> str:
-    heads = f"{result['retrieval_heads']} of {result['kv_heads']} KV heads keep every token"
+    megabytes = [result[name] / 1e6 for name in ("bytes", "bytes_dense")]
     return (
-        f"{result['dtype']}, {result['tokens']}: {heads}; pages of at most {result['bytes'] / 1e6:.1f} MB (10^6 bytes), "
-        f"{result['bytes_dense'] / 1e6:.1f} MB if every head kept every token; {result['same']:.0%} of the tokens are "
-        f"those of generate() alone. Prompts: {result['prompts']}."
+        f"{result['dtype']}, {result['tokens']}: {result['retrieval_heads']} of {result['kv_heads']} KV heads keep "
+        f"every token; pages of at most {megabytes[0]:.1f} MB (10^6 bytes), {megabytes[1]:.1f} MB if every head did; "
+        f"{result['same']:.0%} of the tokens are those of generate() alone. Prompts: {result['prompts']}."
     )
