@@ -15,6 +15,7 @@ import typer
 from ..assets import FOLDER
 from ..config.words import check_word
 from ..errors import ConfigError
+from ..io.launched import check_number
 from ..planning.sizes import DTYPES as SIZED_DTYPES
 from ..planning.sizes import parse_bytes, parse_tokens
 
@@ -141,7 +142,7 @@ def device_of(name: str | None) -> torch.device:
     """The device of that name; without one, this process's accelerator, or the CPU.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: there is no such device here, or LOCAL_RANK names none.
     """
     import torch
 
@@ -158,7 +159,11 @@ def device_of(name: str | None) -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")
-    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+    if not os.environ.get("LOCAL_RANK"):
+        return torch.device(accelerator.type, 0)
+    count = torch.accelerator.device_count()
+    why = f"this process sees {count} device{'s' * (count != 1)} ({accelerator.type}), and each process needs its own"
+    return torch.device(accelerator.type, check_number("LOCAL_RANK", why, count))
 
 
 def load_model(path: str, dtype: str, device: torch.device, needs_tokenizer: bool = True) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModeError
-from .launched import launched
+from .launched import check_rank, launched
 
 # How long one process may have work while another waits for it; the launcher ends those that wait for a dead one.
 PATIENCE = timedelta(days=30)
@@ -22,7 +22,7 @@ class Processes:
         rank, count: its number, and how many there are.
 
     Raises:
-        ConfigError: as `launched`.
+        ConfigError: as `launched` and `check_rank`.
         UnsupportedModeError: several were launched, and Accelerate was set up for one before.
     """
 
@@ -36,6 +36,8 @@ class Processes:
         self.count = 1
         self._state = None
         if started > 1:
+            if not grouped:
+                check_rank(started)
             # Only now, because Accelerate keeps what it is first told, the device too, for the life of the process.
             self._state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
             self.rank = self._state.process_index

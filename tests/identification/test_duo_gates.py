@@ -426,6 +426,7 @@ def test_one_process_sets_up_nothing_for_several(monkeypatch):
     asked = []
     monkeypatch.setattr(accelerate, "PartialState", lambda **kwargs: asked.append(kwargs) or alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(UnsupportedModeError, match="2 processes were launched"):
         METHOD.scores(probe_of(random_model()))
     assert asked == [{"cpu": True, "timeout": timedelta(days=30)}], "torch's own would end a wait of half an hour"

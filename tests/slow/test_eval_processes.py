@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.descendants import descendants
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("eval")]
 
@@ -75,16 +76,6 @@ def kill_after(out: Path, wanted: int, processes: int) -> int:
     return len(lines(out))
 
 
-def descendants(process: int) -> list[int]:
-    """All processes that a process started, and those that they started."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = {int(pid): int(parent) for pid, parent in map(str.split, listed.splitlines())}
-    found = [process]
-    for one in found:
-        found += [pid for pid, parent in parents.items() if parent == one]
-    return found[1:]
-
-
 def test_killed_over_and_over_nothing_is_lost_or_repeated(whole, tmp_path):
     out, last = tmp_path / "out", 0
     for wanted in (1, 8, 20, 41):
@@ -121,3 +112,21 @@ def test_two_processes_go_on_where_one_was_and_one_where_two_were(whole, tmp_pat
     run(out)
     assert outcome(out) == whole
     assert (out / "records-1.jsonl").read_bytes() == before["records-1.jsonl"], "one process writes to its own file"
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_torchrun_and_more_processes_than_cases(count, tmp_path):
+    few = ["-m", *EVAL[:4], "needle", "--lengths", "128", "--depths", "0,1", "--samples", "1", "--out"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    found, said = [], []
+    for number, start in ((1, []), (count, launch)):
+        out = tmp_path / str(number)
+        started = [sys.executable, *start, *few, str(out)]
+        done = subprocess.run(started, capture_output=True, text=True, env=ENV, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-6000:]
+        found.append(untimed(json.loads((out / "summary.json").read_text())))
+        said.append(done)
+    assert found[0] == found[1]
+    assert said[1].stdout.count("The report:") == 1 and said[1].stderr.count("eval: started") == 1
+    shares = [len(path.read_bytes().splitlines()) - 1 for path in sorted((tmp_path / str(count)).glob("records-*"))]
+    assert shares == [2, 2, *[0] * (count - 2)], "two cases, dense and patched"
