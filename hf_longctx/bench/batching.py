@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -13,13 +13,12 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from ..config.config import LongCtxConfig
-from ..errors import ConfigError, LongCtxError
+from ..errors import LongCtxError
 from ..model.modules import state_of
-from ..model.patch import patch_model, unpatch_model
-from ..planning.sizes import DTYPES
+from ..model.patch import patched
 from .measure import Samples, Told, paired_ratio, quiet, turns
 from .real import Load, prompts_of, text_of
-from .settings import Settings
+from .settings import Settings, check_sizes
 
 STOCK, STOCK_PADDED = "stock, continuous", "stock, one padded batch"
 OURS, OURS_PADDED = "patched, continuous", "patched, one padded batch"
@@ -57,11 +56,7 @@ class BatchingCase:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        unknown = [word for word in self.dtypes if word not in DTYPES]
-        if unknown or not self.dtypes:
-            raise ConfigError(f"dtype {', '.join(unknown) or '(none)'} is not known; known: {', '.join(DTYPES)}.")
-        if not self.tokens or min(self.tokens) < 2:
-            raise ConfigError(f"tokens must be lengths of at least 2, given {list(self.tokens)}.")
+        check_sizes(self.tokens, self.dtypes)
 
     def lengths(self, tokens: int) -> list[int]:
         """Tokens of each prompt, the longest first."""
@@ -126,24 +121,14 @@ def _figures(case: BatchingCase, times: dict[str, Samples], name: str) -> dict[s
     }
 
 
-@contextmanager
-def _patched(case: BatchingCase, model: Any) -> Iterator[None]:
+def _patched(case: BatchingCase, model: Any) -> AbstractContextManager:
     if case.config is not None:
-        patch_model(model, case.config)
-    else:
-        shape = LongCtxConfig.describe(model.config)
-        sizes = {name: shape[name] for name in ("head_dim",)} | {
-            "layers": shape["num_hidden_layers"],
-            "heads": shape["num_attention_heads"],
-            "kv_heads": shape["num_key_value_heads"],
-        }
-        half = Settings((2,), seed=case.seed, **sizes).half_streaming()
-        streaming = {"store": "sink_recent", "sink": case.sink, "recent": case.recent}
-        patch_model(model, {"model": shape, "heads": {"roles": half}, "stores": {"streaming": streaming}})
-    try:
-        yield
-    finally:
-        unpatch_model(model)
+        return patched(model, case.config)
+    shape = LongCtxConfig.describe(model.config)
+    sizes = {"layers": shape["num_hidden_layers"], "heads": shape["num_attention_heads"]}
+    half = Settings((2,), seed=case.seed, kv_heads=shape["num_key_value_heads"], **sizes).half_streaming()
+    streaming = {"store": "sink_recent", "sink": case.sink, "recent": case.recent}
+    return patched(model, {"model": shape, "heads": {"roles": half}, "stores": {"streaming": streaming}})
 
 
 def continuous(
@@ -206,7 +191,3 @@ def _check(case: BatchingCase, model: Any, prompts: Answers) -> tuple[float, dic
         )
     pairs = [pair for one, other in zip(got, alone, strict=True) for pair in zip(one, other, strict=True)]
     return sum(a == b for a, b in pairs) / len(pairs), seen
-
-
-def as_dict(case: BatchingCase) -> dict[str, Any]:
-    return asdict(case)

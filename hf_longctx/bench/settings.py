@@ -70,11 +70,7 @@ class Settings:
         check_word(self.kernel, kernel_words(), "kernel")
         if self.heads % self.kv_heads:
             raise ConfigError(f"kv_heads must divide heads, given {self.kv_heads} of {self.heads} heads.")
-        if not self.tokens or min(self.tokens) < 2:
-            raise ConfigError(f"tokens must be lengths of at least 2, given {list(self.tokens)}.")
-        unknown = [word for word in self.dtypes if word not in DTYPES]
-        if unknown or not self.dtypes:
-            raise ConfigError(f"dtype {', '.join(unknown) or '(none)'} is not known; known: {', '.join(DTYPES)}.")
+        check_sizes(self.tokens, self.dtypes)
 
     @property
     def hidden(self) -> int:
@@ -100,6 +96,18 @@ class Settings:
             streaming = rng.sample(range(self.kv_heads), self.kv_heads // 2)
             roles.append("".join("S" if head in streaming else "R" for head in range(self.kv_heads)))
         return roles
+
+
+def check_sizes(tokens: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    """
+    Raises:
+        ConfigError: no lengths, or one below 2; no dtypes, or an unknown one.
+    """
+    if not tokens or min(tokens) < 2:
+        raise ConfigError(f"tokens must be lengths of at least 2, given {list(tokens)}.")
+    unknown = [word for word in dtypes if word not in DTYPES]
+    if unknown or not dtypes:
+        raise ConfigError(f"dtype {', '.join(unknown) or '(none)'} is not known; known: {', '.join(DTYPES)}.")
 
 
 def default_layers(benchmark: str, tokens: tuple[int, ...]) -> int:

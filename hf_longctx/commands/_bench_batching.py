@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -44,7 +45,7 @@ def command(
     check_output(json, JSON, "--json")
     import torch
 
-    from ..bench.batching import BatchingCase, as_dict, run
+    from ..bench.batching import BatchingCase, run
     from ..bench.environment import Busy, environment
 
     lengths = tuple(parse_tokens(part, "--tokens") for part in tokens.split(","))
@@ -62,7 +63,7 @@ def command(
     with Progress("bench batching", each * len(lengths), "rounds", weight=each * sum(lengths)) as bar:
         results = run(case, load, bar.advance)
     data = {"benchmark": "batching", "environment": {**environment(), "others": busy.others()}, "model": model}
-    data |= {"settings": {**as_dict(case), "threads": torch.get_num_threads()}, "results": results}
+    data |= {"settings": {**asdict(case), "threads": torch.get_num_threads()}, "results": results}
     write_json(json, data)
     show(console(), data)
 

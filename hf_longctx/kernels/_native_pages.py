@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout.dtypes import needs_grad
 from ..layout.head_pages import KIND, HeadPages
 from ..layout.reads import All, Causal
 
@@ -18,16 +17,6 @@ def reason(reads: type, one_query: bool, device: torch.device) -> str | None:
     if not one_query or reads not in (All, Causal):
         return "reads head pages for one query of each sequence alone"
     return None if device.type == "cpu" else "reads head pages on the CPU alone: elsewhere they come in blocks"
-
-
-def fits(pages: HeadPages, q: Tensor) -> bool:
-    """Whether the library takes its keys and values for such queries."""
-    kv = (pages.k, pages.v)
-    return (
-        not needs_grad(*kv)
-        and all(x.dtype == q.dtype and x.device == q.device and x.shape[1] == q.shape[3] for x in kv)
-        and pages.k.stride(1) == pages.v.stride(1) == 1
-    )
 
 
 def misfit(pages: HeadPages, q: Tensor) -> str | None:

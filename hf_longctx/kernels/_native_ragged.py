@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..layout.dtypes import needs_grad
+from ..layout.head_pages import HeadPages
 from ..layout.ragged import Ragged
 
 OUTSIDE = -2  # what the library returns where a part lies outside of the tokens
@@ -27,13 +28,13 @@ def facts(ragged: Ragged) -> tuple:
     return tuple((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors if x is not None)
 
 
-def fits(ragged: Ragged, q: Tensor) -> bool:
-    """Whether the library takes its keys and values for such queries."""
-    kv = (ragged.k, ragged.v)
+def fits(flat: Ragged | HeadPages, q: Tensor) -> bool:
+    """Whether the library takes these keys and values, ``[N, D]``, for such queries."""
+    kv = (flat.k, flat.v)
     return (
         not needs_grad(*kv)
         and all(x.dtype == q.dtype and x.device == q.device and x.shape[1] == q.shape[3] for x in kv)
-        and (ragged.k.stride(1) == ragged.v.stride(1) == 1)
+        and (flat.k.stride(1) == flat.v.stride(1) == 1)
     )
 
 

@@ -380,7 +380,7 @@ def _ragged(
 def _paged(q: Tensor, pages: HeadPages, scores: Scores, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     """One query of each sequence over its own pages."""
     reason = _reason(q.device, q.dtype, q.shape[3], needs_grad(q))
-    if reason is not None or not (_computes(scores, q, ()) and _native_pages.fits(pages, q)):
+    if reason is not None or not (_computes(scores, q, ()) and _native_ragged.fits(pages, q)):
         return cpu.attend(q, list(pages.blocks()), ALL, scores, want_lse)
     if (why := _native_pages.misfit(pages, q)) is not None:
         _refuse(why)

@@ -136,10 +136,10 @@ class HeadAllocator(CacheAllocator):
             table.extend(self.pool.get_free_blocks(self.index, more))
 
     def copy_blocks(self, source_block_ids: list[int], dest_block_ids: list[int]) -> None:
-        inside = torch.arange(self.block_physical_stride)
+        rows = self.block_physical_stride
         for source, dest in zip(source_block_ids, dest_block_ids, strict=True):
             low, into = self.row_of(source), self.row_of(dest)
-            self.flat[into : into + len(inside)] = self.flat[low : low + len(inside)]
+            self.flat[into : into + rows] = self.flat[low : low + rows]
 
     def get_seqlen_k(self, past_length: int, query_length: int) -> int:
         return self.slots(past_length) + query_length

@@ -99,9 +99,9 @@ struct HeadPages {  // of layout/head_pages.py; strides in bytes
     // Whether the pages of ``batch`` sequences and ``count`` KV heads lie within the rows.
     bool holds(int64_t batch, int64_t count) const {
         bool all = page > 0;
-        int64_t low = 0, high = 0;  // of the heads
+        int64_t high = 0;  // of the heads
         for (int64_t n = 0; n < count; ++n)
-            low = std::min(low, heads[n]), high = std::max(high, heads[n]), all &= heads[n] >= 0 && heads[n] < rows;
+            high = std::max(high, heads[n]), all &= heads[n] >= 0 && heads[n] < rows;
         for (int64_t b = 0; all && b < batch; ++b) {
             all &= lengths[b] >= 0 && lengths[b] <= width * page;
             for (int64_t left = all ? lengths[b] : 0, i = 0; left > 0; left -= page, ++i) {
@@ -123,7 +123,8 @@ struct Lists {  // a BlockList of layout.py, contiguous
     int64_t block, first, kv_len, heads, query_blocks, width, columns_width;
     const int32_t *indices, *counts, *columns, *column_counts;
 };
-static_assert(sizeof(Call) == 16 * 8 && sizeof(Segment) == 14 * 8 && sizeof(Ragged) == 8 * 8 && sizeof(HeadPages) == 10 * 8 && sizeof(Lists) == 11 * 8,
+static_assert(sizeof(Call) == 16 * 8 && sizeof(Segment) == 14 * 8 && sizeof(Ragged) == 8 * 8 &&
+                  sizeof(HeadPages) == 10 * 8 && sizeof(Lists) == 11 * 8,
               "native.py packs int64");
 
 static inline vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
