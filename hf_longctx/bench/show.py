@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -98,15 +99,21 @@ def show(console: Console, data: dict) -> None:
     if any(STATIC in result["columns"] for result in data["results"]):
         stock += f"{STATIC} = StaticCache of just the capacity needed + sdpa, not compiled. "
     console.print(f"{stock}{NOTES[benchmark]}")
-    if (e["others"] or 0) > QUIET:
-        console.print(
-            f"Other processes took {e['others']:.0%} of the processors meanwhile: do not quote these.", style="red"
-        )
+    show_busy(console, e)
     for line in dict.fromkeys(_asides(data["results"])):
         console.print(line, markup=False, highlight=False)
     what = "a selection" if benchmark == "crossover_decode" else "sparse prefill"
     for word, verdict in data.get("crossover", {}).items():
         _show_crossover(console, word, verdict, what)
+
+
+def show_busy(console: Console, environment: Mapping[str, Any]) -> None:
+    """Say where other processes took so much of the processors that the figures are no good."""
+    others = environment["others"] or 0
+    if others > QUIET:
+        console.print(
+            f"Other processes took {others:.0%} of the processors meanwhile: do not quote these.", style="red"
+        )
 
 
 def _print_tables(

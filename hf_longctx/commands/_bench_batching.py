@@ -70,6 +70,8 @@ def command(
 
 def show(to: Console, data: dict[str, Any]) -> None:
     """The table, and what it ran on."""
+    from ..bench.show import show_busy
+
     names = ["", "tokens/s", "vs stock continuous", "vs stock padded"]
     for table in tables("bench batching: answers of many requests", names, list(_rows(data["results"])), to.width):
         to.print(table)
@@ -85,10 +87,7 @@ def show(to: Console, data: dict[str, Any]) -> None:
     ]
     for line in lines:
         to.print(line, markup=False, highlight=False)
-    if (e["others"] or 0) > 0.05:
-        to.print(
-            f"Other processes took {e['others']:.0%} of the processors meanwhile: do not quote these.", style="red"
-        )
+    show_busy(to, e)
 
 
 def _rows(results: list[dict[str, Any]]) -> Iterator[list[str] | None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModeError
-from .segments import Segment
+from .segments import Segment, copied
 from .streamed import Streamed
 
 BLOCK = 4096  # tokens of each KV head in a block that kernels get which read plain segments alone
@@ -73,10 +73,8 @@ class HeadPages(Streamed):
             at = (self.pages[:, slots // self.page] + slots % self.page).masked_fill(hidden, 0)
             at = (at[:, None] + self.heads[:, None]).to(device)
             hidden = hidden[:, None].to(device)
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, float("-inf"))
-            # What stands in for a hidden token may be another sequence's, and NaN.
-            k, v = (x[at].masked_fill_(hidden[..., None], 0) for x in (self.k, self.v))
-            yield Segment(k, v, len(slots), bias[:, :, None])
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
+            yield copied(self.k, self.v, at, hidden, bias)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.k, self.v, self.pages, self.heads, self.lengths)

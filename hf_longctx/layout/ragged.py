@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModeError
-from .segments import Segment
+from .segments import Segment, copied
 from .streamed import Stored
 
 BLOCK = 4096  # tokens of each KV head in a block that kernels get which read plain segments alone
@@ -135,10 +135,7 @@ class Ragged(Stored):
             return Segment(k, v, high - low, bias.masked_fill(hidden, float("-inf"))[:, :, None])
         if self.score_bias is not None:
             bias += self.score_bias[at]
-        bias = bias.masked_fill(hidden, float("-inf"))[:, :, None]
-        # What stands in for a hidden token may be another sequence's, and NaN.
-        k, v = (x[at].masked_fill_(hidden[..., None], 0) for x in (self.k, self.v))
-        return Segment(k, v, high - low, bias)
+        return copied(self.k, self.v, at, hidden, bias)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.k, self.v, self.positions, self.starts, self.lengths)

@@ -233,6 +233,17 @@ class HeadKV:
         return left
 
 
+def copied(k: Tensor, v: Tensor, at: Tensor, hidden: Tensor, bias: Tensor) -> Segment:
+    """The rows ``at [B, n, S]`` of flat k, v ``[N, D]`` as a plain segment, in which a bias hides what is no token.
+
+    Args:
+        hidden: bool, broadcastable to ``at``: what stands there may be another sequence's, and NaN.
+        bias: added to the scores, of the shape of ``hidden``.
+    """
+    k, v = (x[at].masked_fill_(hidden[..., None], 0) for x in (k, v))
+    return Segment(k, v, at.shape[2], bias.masked_fill(hidden, float("-inf"))[:, :, None])
+
+
 def joined(segments: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """k, v ``[B, n, S, D]`` of all segments, streamed ones too: views of a single plain one, else copies."""
     if len(segments) == 1:
