@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .identification.contribution import contribution
     from .identification.heads import identify
     from .identification.prefill import identify_prefill
+    from .model.attention_mass import attention_mass
     from .model.family import Family
     from .model.loading import AutoModelForCausalLM, AutoModelForImageTextToText, install, uninstall
     from .model.observe import observe
@@ -40,6 +41,7 @@ __all__ = [
     "PromptCache",
     "UnsupportedModeError",
     "UnsupportedModelError",
+    "attention_mass",
     "compare",
     "compare_prompts",
     "contribution",
@@ -68,6 +70,7 @@ _MODULES = {
     "PromptCache": "prompts.prompt_cache",
     "UnsupportedModeError": "errors",
     "UnsupportedModelError": "errors",
+    "attention_mass": "model.attention_mass",
     "compare": "evaluate.compare",
     "compare_prompts": "evaluate.compare_prompts",
     "contribution": "identification.contribution",

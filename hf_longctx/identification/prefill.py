@@ -26,6 +26,7 @@ from ..io.work import check_settings, work_file
 from ..kernels import base as kernels
 from ..layout.blocks import BlockList
 from ..layout.scores import Scores
+from ..model.attention_mass import weights
 from ..model.family import find_family
 from ..model.modules import language_model, unwrap
 from ..model.observe import observe
@@ -35,7 +36,6 @@ from ..prefill.block_topk import BlockTopk
 from ..prefill.vertical_slash import VerticalSlash
 from ..tasks.documents import documents_for
 from ..tasks.haystack import TextHaystack
-from .attention import weights
 from .heads import SEED, all_retrieval, probe_of
 from .methods.base import HeadProbe, modes_kept
 

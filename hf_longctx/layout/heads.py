@@ -34,6 +34,10 @@ class RoleHeads:
                 runs.append((head, head + 1))
         return tuple(runs)
 
+    def queries(self, group: int) -> list[int]:
+        """The query heads of these KV heads, ``group`` of each, in order."""
+        return [head * group + g for head in self.kv_heads for g in range(group)]
+
     def take(self, x: Tensor, group: int = 1) -> Tensor:
         """These heads of ``x [B, total * group, ...]``: a view where they are neighbours, else a copy."""
         parts = [x[:, a * group : b * group] for a, b in self.runs]

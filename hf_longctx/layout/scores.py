@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .heads import RoleHeads
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -23,3 +25,16 @@ class Scores:
     softcap: float | None = None
     sinks: Tensor | None = None
     first_bias: Tensor | None = None
+
+    @property
+    def by_head(self) -> bool:
+        """Whether query heads have numbers of their own."""
+        return self.sinks is not None or self.first_bias is not None
+
+    def of(self, heads: RoleHeads) -> Scores:
+        """Those of the query heads of these KV heads."""
+
+        def own(x: Tensor | None) -> Tensor | None:
+            return None if x is None else heads.take(x[None], x.shape[0] // heads.total)[0]
+
+        return Scores(self.scale, self.softcap, own(self.sinks), own(self.first_bias)) if self.by_head else self

@@ -49,7 +49,6 @@ class LayerCall(SelectedReads):
         self.forward = forward
         self.rows = forward.rows
         self.scores = scores
-        self.by_head = scores.sinks is not None or scores.first_bias is not None
 
     def cached(self, query: Tensor, parts: list[HeadKV], by_store: bool = False) -> Tensor:
         """Attention ``[B, H, T, D]`` over what a LongCtxCache holds: ``parts``, one for each role that has heads.
@@ -108,7 +107,7 @@ class LayerCall(SelectedReads):
 
     def _attend(self, q: Tensor, segments: Sequence[Segment | Streamed], reads: Reads, heads: RoleHeads) -> Tensor:
         """Attention ``[B, h, T, D]`` of these heads' queries, by the kernel of this case."""
-        scores = self._scores(heads) if self.by_head else self.scores
+        scores = self.scores.of(heads)
         return kernels.attend(self.plan.word, q, segments, reads, scores, self.forward)[0]
 
     def _in_one_launch(self, query: Tensor, parts: list[HeadKV]) -> Tensor | None:
@@ -135,7 +134,7 @@ class LayerCall(SelectedReads):
         """Attention ``[B, h, T, D]`` of one role's query heads; the store is shown their queries where it asks."""
         out = self._role_read(q, role, part, rowwise, by_store)
         if part.attended is not None and not by_store:
-            scores = self._scores(role.heads) if self.by_head else self.scores
+            scores = self.scores.of(role.heads)
             with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # which would round what it computes
                 part.attended(q.detach(), part, self.rows, scores)
         return out
@@ -151,17 +150,6 @@ class LayerCall(SelectedReads):
         if self.rows.new > 1 or rowwise:
             return self._rowwise(q, role, part, patterns, not by_store)
         return self._attend(q, part.segments, ALL, part.heads)
-
-    def _scores(self, heads: RoleHeads) -> Scores:
-        """The scores of these heads' queries."""
-        sinks, first_bias = (self._own(x, heads) for x in (self.scores.sinks, self.scores.first_bias))
-        return Scores(self.scores.scale, self.scores.softcap, sinks, first_bias)
-
-    def _own(self, by_head: Tensor | None, heads: RoleHeads) -> Tensor | None:
-        """Of ``[H]``, the query heads of these KV heads."""
-        if by_head is None:
-            return None
-        return heads.take(by_head[None], by_head.shape[0] // self.plan.kv_heads)[0]
 
     def _all_tokens(self, role: RolePlan, heads: RoleHeads, key: Tensor, value: Tensor) -> HeadKV:
         """Another cache's keys; Transformers' own sliding layers give the last ones only, all others every token."""

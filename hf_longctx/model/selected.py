@@ -58,7 +58,7 @@ class SelectedReads:
         self.forward.log.decode.add(*chosen.counted(position), reused)
         if chosen.whole:
             return self._attend(q, segments, ALL, heads)
-        own = self._scores(heads) if self.by_head else self.scores
+        own = self.scores.of(heads)
         if chosen.estimate is None:
             return self._attend(q, segments, chosen.blocks(position), heads)
         more = kernels.attend(

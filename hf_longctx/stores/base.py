@@ -59,6 +59,7 @@ class StoreSpec(ABC):
             data choose (``data``).
         places: fields that name a storage location; a saved cache may be loaded with other values.
         exact: what is read is what was written, not rounded.
+        estimates: beside tokens something is read that stands for others, such as their mean.
         every: tokens after which something leaves also within a prompt and while decoding; None: nothing does.
         cases: small settings, fields by name, that together show all it does; the tests run each of them.
     """
@@ -67,6 +68,7 @@ class StoreSpec(ABC):
     rule: ClassVar[Literal["all", "positional", "data"]] = "all"
     places: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool] = True
+    estimates: ClassVar[bool] = False
     every: int | None = None
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 

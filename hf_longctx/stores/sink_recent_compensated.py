@@ -53,6 +53,7 @@ class SinkRecentCompensated(StoreSpec):
 
     roles = ("streaming",)
     rule = "positional"
+    estimates = True
     cases = ({"sink": 4, "recent": 16}, {"sink": 3, "recent": {"min": 9, "fraction": 0.3}})
 
     sink: int = field(default=64, metadata=TOKENS_OR_NONE)

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf_longctx import ConfigError, UnsupportedModelError, observe, patch_model, patched
 from hf_longctx.assets import asset
-from hf_longctx.identification import attention as _attention
 from hf_longctx.identification import share as _share
-from hf_longctx.identification.attention import weights
 from hf_longctx.identification.methods import retrieval_score
 from hf_longctx.identification.methods.echo_induction import EchoInduction, union_order
 from hf_longctx.identification.methods.retrieval_score import RetrievalScore, copies
 from hf_longctx.identification.methods.two_needle import TwoNeedle
 from hf_longctx.layout.scores import Scores
+from hf_longctx.model import attention_mass as _attention
+from hf_longctx.model.attention_mass import weights
 from hf_longctx.tasks.documents import documents_for
 from hf_longctx.tasks.forced import forced_answers
 from hf_longctx.tasks.haystack import TextHaystack

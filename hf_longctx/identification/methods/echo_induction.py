@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...model.attention_mass import weights
 from ...model.modules import language_model
 from ...model.observe import observe
-from ..attention import weights
 from .base import HeadProbe, Method
 
 CLEAR = 10  # times chance that the best head must reach

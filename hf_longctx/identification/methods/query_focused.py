@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...model.attention_mass import weights
 from ...tasks.documents import Document
-from ..attention import read, weights
+from ..attention import read
 from .base import HeadProbe, Method
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...cache.seam import CACHE, cache_of
 from ...errors import ConfigError, UnsupportedModelError
+from ...model.attention_mass import weights
 from ...model.observe import observe
 from ...tasks.documents import Document
-from ..attention import weights
 from .base import HeadProbe, Method
 
 CLEAR = 0.1  # the paper's threshold of a retrieval head

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...model.attention_mass import weights
 from ...model.modules import language_model
 from ...model.observe import observe
-from ..attention import weights
 from .base import HeadProbe, Method
 
 
