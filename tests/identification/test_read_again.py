@@ -13,9 +13,9 @@ from helpers.tiny_tokenizer import byte_bpe
 
 from hf_longctx import identify
 from hf_longctx.eviction import _columns
-from hf_longctx.identification import attention as _attention
 from hf_longctx.identification.methods.kvzip import BEFORE, Kvzip
 from hf_longctx.identification.methods.query_focused import QueryFocused
+from hf_longctx.model import attention_mass as _attention
 from hf_longctx.tasks.documents import documents_for
 
 CASES = [*FAMILIES, "gemma2", "gpt_oss"]  # the last two with a softcap and with sinks, and with layers of windows
